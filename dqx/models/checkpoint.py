@@ -1,0 +1,274 @@
+"""Hub-format checkpoints: `config.json`, `*.safetensors` (single or sharded), tokenizer files. Nothing is executed.
+
+A checkpoint is a local folder or a hub id. From the hub only data files are fetched, never `*.py`, and
+`auto_map` entries are ignored: the two families are written natively in this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dqx.models import dream, llada
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+
+FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the tensor or key."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config and tensor headers have been read and checked; no weight is in memory yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    arch: Architecture
+    files: dict[str, Path]  # hub tensor name -> the file that holds it
+
+    def fingerprint(self) -> str:
+        """16 hex digits over config, tensor headers and 1 KiB from 16 places of each file.
+
+        Sampled, so that 16 GB take milliseconds: it tells checkpoints apart, it is no proof against tampering.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(set(self.files.values())):
+            size = path.stat().st_size
+            with path.open("rb") as f:
+                header = f.read(8 + int.from_bytes(f.read(8), "little"))
+                digest.update(header)
+                for i in range(16):
+                    f.seek(max(0, (size - 1024) * i // 15))
+                    digest.update(f.read(1024))
+        return digest.hexdigest()[:16]
+
+
+def locate(path_or_id: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: the path itself, or the hub's snapshot of its data files.
+
+    Raises CheckpointError where neither a folder nor a reachable hub repository is meant.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path_or_id} is a file; a checkpoint is the folder that holds config.json and *.safetensors")
+    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+        raise CheckpointError(f"{path_or_id} does not exist; give a folder, or a hub id such as GSAI-ML/LLaDA-8B-Base")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path_or_id} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'}); for a local copy set model.path=FOLDER"
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
+    """Parse and check `config.json`. Raises CheckpointError naming the key."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a checkpoint folder holds config.json and *.safetensors")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    by_type = {family.MODEL_TYPE.lower(): family for family in FAMILIES.values()}
+    family = by_type.get(str(model_type).lower())
+    if family is None:
+        known = ", ".join(repr(f.MODEL_TYPE) for f in FAMILIES.values())
+        raise CheckpointError(f"{path}: model_type is {model_type!r}; dqx has {known}")
+    for key, allowed in family.REQUIRED.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(f"{path}: {key}={config[key]!r} is not supported (only {allowed[0]!r}); the logits would be wrong")
+    try:
+        arch = family.architecture(config)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: key {error} is missing") from error
+    except TypeError as error:
+        raise CheckpointError(f"{path}: a key has the wrong type ({error})") from error
+    _check_geometry(path, arch)
+    return config, arch
+
+
+def _check_geometry(path: Path, arch: Architecture) -> None:
+    problems = []
+    sizes = ("vocab_size", "hidden_size", "mlp_size", "n_blocks", "n_heads", "n_kv_heads", "max_length")
+    problems += [f"{n}={getattr(arch, n)!r} is not a positive integer" for n in sizes if not _positive(getattr(arch, n))]
+    if not problems:
+        if arch.hidden_size % arch.n_heads:
+            problems.append(f"{arch.n_heads} heads do not divide the hidden size {arch.hidden_size}")
+        if arch.n_heads % arch.n_kv_heads:
+            problems.append(f"{arch.n_kv_heads} key/value heads do not divide {arch.n_heads} heads")
+        for name in ("mask_token_id", "eos_token_id"):
+            value = getattr(arch, name)
+            if not isinstance(value, int) or not 0 <= value < arch.vocab_size:
+                problems.append(f"{name}={value!r} lies outside the vocabulary of {arch.vocab_size}")
+    if problems:
+        raise CheckpointError(f"{path}: " + "; ".join(problems))
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
+    """Read config and tensor headers and check them against each other, without reading a weight.
+
+    Raises CheckpointError for a missing, truncated, foreign or mismatched file, naming file and tensor.
+    """
+    folder = locate(path_or_id, revision)
+    config, arch = read_config(folder)
+    files = _tensor_files(folder)
+    shapes = _shapes(files)
+    expected = {hub: shape for hub, shape in _expected_shapes(arch).items()}
+    missing = [n for n in expected if n not in shapes]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors of {len(expected)} are missing, first {missing[0]!r}; "
+            f"config.json says {arch.n_blocks} blocks of family {arch.family}"
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise CheckpointError(f"{files[name]}: tensor {name!r} is {list(shapes[name])}, config.json needs {list(shape)}")
+    extra = [n for n in shapes if n not in expected and not n.endswith("inv_freq")]
+    if arch.tied_head:
+        extra = [n for n in extra if n != FAMILIES[arch.family].OUTER_NAMES["head.weight"]]
+    if extra:
+        raise CheckpointError(f"{files[extra[0]]}: {len(extra)} tensors that the model has no place for, first {extra[0]!r}")
+    return Checkpoint(folder, config, arch, {n: files[n] for n in expected})
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is no safetensors index: {type(error).__name__}: {error}") from error
+        files = {name: folder / file for name, file in weight_map.items()}
+        for path in sorted(set(files.values())):
+            if path.parent != folder or not path.is_file():
+                raise CheckpointError(f"{path} is named in {index.name} but does not exist")
+        present: dict[Path, set[str]] = {p: set(_header(p)) for p in set(files.values())}
+        for name, path in files.items():
+            if name not in present[path]:
+                raise CheckpointError(f"{path}: tensor {name!r} is named in {index.name} but not in the file")
+        return files
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        unsafe = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        hint = f"; {unsafe[0]} is pickled and is never read, convert it to safetensors" if unsafe else ""
+        raise CheckpointError(f"{folder} holds no *.safetensors file{hint}")
+    if len(shards) > 1:
+        raise CheckpointError(f"{folder} holds {len(shards)} safetensors files but no {INDEX}")
+    return {name: shards[0] for name in _header(shards[0])}
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor name; safetensors itself checks that the header fits the file's length."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
+
+
+def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    headers = {path: _header(path) for path in set(files.values())}
+    return {name: headers[path][name] for name, path in files.items()}
+
+
+def tensor_names(arch: Architecture) -> dict[str, str]:
+    """Our parameter name -> the family's tensor name on the hub."""
+    family = FAMILIES[arch.family]
+    names = dict(family.OUTER_NAMES)
+    if arch.tied_head:
+        del names["head.weight"]
+    for i in range(arch.n_blocks):
+        prefix = family.BLOCK_PREFIX.format(i)
+        for ours, theirs in family.BLOCK_NAMES.items():
+            names[f"blocks.{i}.{ours}.weight"] = f"{prefix}{theirs}.weight"
+            if arch.qkv_bias and ours in ("q", "k", "v"):
+                names[f"blocks.{i}.{ours}.bias"] = f"{prefix}{theirs}.bias"
+    return names
+
+
+def _expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        parameters = dict(MaskedDiffusionTransformer(arch).named_parameters())
+    return {hub: tuple(parameters[ours].shape) for ours, hub in tensor_names(arch).items()}
+
+
+def load_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MaskedDiffusionTransformer:
+    """The model with the checkpoint's weights, in `dtype` (None: as stored) on `device`, in eval mode.
+
+    Raises CheckpointError for a tensor that cannot be read or is not finite.
+    """
+    with torch.device("meta"):
+        model = MaskedDiffusionTransformer(checkpoint.arch)
+    hub_to_ours = {hub: ours for ours, hub in tensor_names(checkpoint.arch).items()}
+    state: dict[str, Tensor] = {}
+    for path in sorted(set(checkpoint.files.values())):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for name in f.keys():
+                    if name in hub_to_ours:
+                        tensor = f.get_tensor(name)
+                        if not torch.isfinite(tensor).all():
+                            raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite")
+                        state[hub_to_ours[name]] = tensor.to(dtype or tensor.dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if checkpoint.arch.tied_head:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, assign=True)
+    if checkpoint.arch.tied_head:
+        model.head.weight = model.embed.weight
+    return model.eval().requires_grad_(False)
+
+
+def save(model: MaskedDiffusionTransformer, config: dict[str, Any], folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write `config.json` and safetensors in the family's hub format, sharded when larger than `max_shard_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    parameters = dict(model.named_parameters())
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for ours, hub in tensor_names(model.arch).items():
+        tensor = parameters[ours].detach().cpu().contiguous()
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][hub] = tensor
+        size += nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.numel() * t.element_size() for s in shards for t in s.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")

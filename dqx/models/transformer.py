@@ -1,0 +1,211 @@
+"""The one transformer behind every model family: bidirectional, RMSNorm, rope, grouped heads, gated MLP.
+
+LLaDA and Dream differ in tensor names, biases, constants and in which row of the logits predicts which
+token. Names and constants are an `Architecture` plus a name map (see `llada.py`, `dream.py`); everything
+else is shared, so quantization code only ever sees the seven roles `q k v o gate up down`.
+
+Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, E head width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+#: The four places where a linear reads activations, and the roles that read there.
+SITES: dict[str, tuple[str, ...]] = {
+    "attn_in": ("q", "k", "v"),
+    "attn_out": ("o",),
+    "mlp_in": ("gate", "up"),
+    "mlp_out": ("down",),
+}
+
+SITE_OF_ROLE = {role: site for site, roles in SITES.items() for role in roles}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything `config.json` says that changes the function computed."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    n_blocks: int
+    n_heads: int
+    n_kv_heads: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    mask_token_id: int
+    eos_token_id: int
+    max_length: int
+    logit_shift: bool  # True: row i-1 of the head's output predicts token i (Dream)
+    tied_head: bool = False
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.n_heads
+
+    def in_features(self, role: str) -> int:
+        """Input width of a role's linear."""
+        return self.mlp_size if role == "down" else self.hidden_size
+
+    def out_features(self, role: str) -> int:
+        """Output width of a role's linear."""
+        if role in ("k", "v"):
+            return self.n_kv_heads * self.head_size
+        return self.mlp_size if role in ("gate", "up") else self.hidden_size
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, the statistics in float32 whatever the dtype of x [..., D]."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, T, E] of the rotary angles at `positions` [B, T], computed in at least float32."""
+    inv_freq = theta ** -(torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
+    angles = positions[:, None, :, None].to(dtype) * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, H, T, E] by half-split pairs, in the dtype of the tables, back in the dtype of x."""
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One transformer block. Its seven linears are attributes named by role."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        for role in ROLES:
+            bias = arch.qkv_bias and role in ("q", "k", "v")
+            self.add_module(role, nn.Linear(arch.in_features(role), arch.out_features(role), bias=bias))
+        self.attn_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+
+    def linears(self) -> dict[str, nn.Module]:
+        """The block's linears by role, in data-flow order."""
+        return {role: getattr(self, role) for role in ROLES}
+
+    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token."""
+        batch, length, _ = x.shape
+        head = self.arch.head_size
+        q, k, v = (getattr(self, r)(x).view(batch, length, -1, head).transpose(1, 2) for r in ("q", "k", "v"))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        groups = self.arch.n_heads // self.arch.n_kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
+        return self.o(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The gated MLP on its normalised input x [B, T, D]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attn_norm(x), rope, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MaskedDiffusionTransformer(nn.Module):
+    """A bidirectional mask predictor: token ids in, one row of logits per position out.
+
+    `forward(ids)` gives logits [B, T, V] in which row i always predicts token i: for families with a logit
+    shift (Dream) the shift is applied here, so samplers and likelihood need not know the family.
+    """
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.n_blocks))
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        if arch.tied_head:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def context(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """What every block needs besides its input: rope tables, and a [B, 1, T, T] mask or None.
+
+        `attention_mask` [B, T] marks real tokens with 1. A pair attends iff both are real; positions count
+        real tokens only, and padded positions get 1 (Dream's convention).
+        """
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if attention_mask is None:
+            positions, mask = torch.arange(ids.shape[1], device=ids.device)[None], None
+        else:
+            real = attention_mask.bool()
+            positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+            mask = (real[:, None, :, None] & real[:, None, None, :]) | torch.eye(
+                ids.shape[1], dtype=torch.bool, device=ids.device
+            )  # a padded row attends to itself: softmax over nothing is NaN
+        return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, wide), mask
+
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the input of each block [B, T, D], then the output of the final norm."""
+        rope, mask = self.context(ids, attention_mask)
+        x = self.embed(ids)
+        for block in self.blocks:
+            yield x
+            x = block(x, rope, mask)
+        yield self.norm(x)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] for ids [B, T]; row i predicts token i."""
+        rope, mask = self.context(ids, attention_mask)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, rope, mask)
+        logits = self.head(self.norm(x))
+        return shift_logits(logits) if self.arch.logit_shift else logits
+
+
+def shift_logits(logits: Tensor) -> Tensor:
+    """Dream's convention on [B, T, V]: the prediction for token i is read at i-1; token 0 keeps row 0."""
+    return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+
+
+def initialise(model: MaskedDiffusionTransformer, generator: torch.Generator) -> None:
+    """Fresh weights for training: N(0, 1/fan_in) linears, smaller into the residual stream, unit embeddings."""
+    depth = math.sqrt(2 * model.arch.n_blocks)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.startswith("embed"):
+                p.normal_(0, 1, generator=generator)
+            else:
+                into_residual = name.endswith(("o.weight", "down.weight"))
+                p.normal_(0, p.shape[1] ** -0.5 / (depth if into_residual else 1), generator=generator)
