@@ -1,0 +1,66 @@
+"""What an evaluation hands on: one `TaskResult` per task, one `DocumentRow` per document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DocumentRow:
+    """One document's outcome. `doc_id` is `subtask/index`: the same document has the same id in every run."""
+
+    doc_id: str
+    score: float  # of the task's metric; 0 or 1 where the metric is a decision
+    prediction: str | None = None  # the generated text, or the chosen answer
+    target: str | None = None
+    log_likelihoods: list[float] | None = None  # nats, one per answer choice; None for generation
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DocumentRow:
+        """The row that `to_dict` wrote. Raises KeyError or TypeError where it is none."""
+        likelihoods = data["log_likelihoods"]
+        return cls(
+            doc_id=str(data["doc_id"]),
+            score=float(data["score"]),
+            prediction=data["prediction"],
+            target=data["target"],
+            log_likelihoods=None if likelihoods is None else [float(x) for x in likelihoods],
+        )
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task of one model: the metric, what it cost, and every document."""
+
+    name: str
+    category: str  # general, math or code
+    metric: str
+    value: float  # the metric over all documents, a fraction
+    n: int  # documents
+    documents: list[DocumentRow] = field(default_factory=list)
+    seconds: float = 0.0
+    n_forwards: int = 0  # model calls
+    tokens: int = 0  # tokens that went through the model, all calls together
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
+        """The result that `to_dict` wrote. Raises KeyError or TypeError where it is none."""
+        return cls(
+            name=str(data["name"]),
+            category=str(data["category"]),
+            metric=str(data["metric"]),
+            value=float(data["value"]),
+            n=int(data["n"]),
+            documents=[DocumentRow.from_dict(row) for row in data["documents"]],
+            seconds=float(data["seconds"]),
+            n_forwards=int(data["n_forwards"]),
+            tokens=int(data["tokens"]),
+        )
