@@ -23,6 +23,7 @@ from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
 INDEX = "model.safetensors.index.json"
 
 
@@ -57,11 +58,14 @@ class Checkpoint:
 
 
 def locate(path_or_id: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the path itself, or the hub's snapshot of its data files.
+    """The local folder of a checkpoint: the path itself, a packaged one, or the hub's snapshot of its data files.
 
     Raises CheckpointError where neither a folder nor a reachable hub repository is meant.
     """
-    folder = Path(path_or_id).expanduser()
+    if path_or_id.startswith(PACKAGED):
+        folder = Path(__file__).parents[2] / path_or_id.removeprefix(PACKAGED)
+    else:
+        folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -137,7 +141,7 @@ def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
     config, arch = read_config(folder)
     files = _tensor_files(folder)
     shapes = _shapes(files)
-    expected = {hub: shape for hub, shape in _expected_shapes(arch).items()}
+    expected = _expected_shapes(arch)
     missing = [n for n in expected if n not in shapes]
     if missing:
         raise CheckpointError(
