@@ -1,0 +1,36 @@
+"""What one entry of a task suite says: which lm-eval task, and the study's settings for it.
+
+Nothing heavy is imported here, so that configs can be checked and listed without torch or lm-eval. The class is
+not frozen because OmegaConf makes a frozen schema read-only, and then no override could reach it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CATEGORIES = ("general", "math", "code")
+KINDS = ("likelihood", "generation")
+
+
+@dataclass
+class TaskSpec:
+    """One task with its settings. Steps, lengths and draws are what the study used unless a config says otherwise."""
+
+    harness: str  # lm-eval task or group, or one of dqx/evaluate/tasks
+    category: str  # general, math or code
+    kind: str  # likelihood (multiple choice) or generation
+    metric: str  # lm-eval's name of the metric that is reported
+    filter: str = "none"  # lm-eval's name of the answer filter; "none" where a task has no filters
+    fewshot: int = 0  # examples in the prompt
+    mc_samples: int | None = None  # likelihood: Monte-Carlo draws per answer choice
+    batch_size: int = 8  # likelihood: draws per forward; changes speed only
+    gen_length: int | None = None  # generation: tokens
+    block_length: int | None = None  # generation: tokens per semi-autoregressive block
+    steps: int | None = None  # generation: denoising steps over the whole answer
+
+
+def steps_of(spec: TaskSpec, steps: int | None) -> int | None:
+    """The number of denoising steps a generation task runs: the run's own setting, else the task's; else None."""
+    if spec.kind != "generation":
+        return None
+    return spec.steps if steps is None else steps
