@@ -1,0 +1,173 @@
+"""Paired deltas: hand-computed values, exact zero, pairing errors, and coverage counted over all outcomes."""
+
+import math
+
+import pytest
+import torch
+
+from dqx import deltas
+from dqx.evaluate.results import DocumentRow, TaskResult
+
+
+def result(name, scores, category="math", ids=None):
+    ids = ids or [f"{name}/{i}" for i in range(len(scores))]
+    rows = [DocumentRow(doc_id=i, score=float(s)) for i, s in zip(ids, scores, strict=True)]
+    value = sum(scores) / len(scores) if scores else 0.0
+    return TaskResult(name=name, category=category, metric="acc", value=value, n=len(rows), documents=rows)
+
+
+def test_hand_computed():
+    # 10 documents, 3 lost, 1 gained: two more documents give p12 = 2/12, p21 = 4/12,
+    # centre -2/12, variance (6/12 - 4/144) / 12 = 0.0393519, half width 1.959964 * 0.1983730.
+    fp = result("t", [1, 1, 1, 1, 1, 1, 1, 0, 0, 0])
+    q = result("t", [0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
+    row = deltas.compare_task(fp, q)
+    assert (row.full_precision, row.quantized, row.n, row.lost, row.gained) == (0.7, 0.5, 10, 3, 1)
+    assert row.delta == pytest.approx(-0.2)
+    assert row.low == pytest.approx(-1 / 6 - 1.9599640 * 0.19837304, abs=1e-6)
+    assert row.high == pytest.approx(-1 / 6 + 1.9599640 * 0.19837304, abs=1e-6)
+    assert row.relative_drop == pytest.approx(2 / 7)
+    assert row.level == "significant"
+
+
+def test_documents_pair_by_id_not_by_order():
+    fp = result("t", [1, 0, 1], ids=["a", "b", "c"])
+    q = result("t", [1, 1, 0], ids=["c", "a", "b"])
+    row = deltas.compare_task(fp, q)
+    assert (row.delta, row.lost, row.gained) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("scores", [[1, 0, 1, 1], [0.2, 0.7], [3.5, -2.0, 17.0]], ids=["decisions", "fractions", "any"])
+def test_identical_runs_give_exactly_zero(scores):
+    runs = {"a": result("a", scores), "b": result("b", scores[::-1])}
+    for row in deltas.compare(runs, runs):
+        assert row.delta == 0.0
+        assert row.relative_drop == 0.0
+        assert row.level == "negligible"
+        assert row.lost == row.gained == 0
+        assert row.low <= 0 <= row.high
+
+
+def test_no_flips_still_leaves_a_width():
+    row = deltas.compare_task(result("t", [1] * 50), result("t", [1] * 50))
+    assert row.high == -row.low
+    assert 0.03 < row.high < 0.08
+
+
+def test_one_document():
+    row = deltas.compare_task(result("t", [1]), result("t", [0]))
+    assert (row.delta, row.lost) == (-1, 1)
+    assert row.low == -1
+    assert 0 < row.high <= 1  # one document proves nothing
+    row = deltas.compare_task(result("t", [12.0]), result("t", [11.0]))
+    assert (row.delta, row.low, row.high) == (-1, None, None)
+    average = deltas.compare(
+        {"a": result("a", [12.0]), "b": result("b", [1])}, {"a": result("a", [11.0]), "b": result("b", [1])}
+    )
+    assert average[-1].low is None  # an unknown interval stays unknown in the average
+
+
+def test_t_interval_known_value():
+    # mean 2, deviation 1, n 3: t(0.975, 2) = 4.302653
+    low, high = deltas.t_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("drop", "expected"),
+    [
+        (-0.3, "negligible"),
+        (0.0099, "negligible"),
+        (0.01, "moderate"),
+        ((0.50 - 0.48) / 0.50, "moderate"),
+        (0.041, "significant"),
+        (None, None),
+    ],
+)
+def test_levels(drop, expected):
+    assert deltas.level(drop) == expected
+
+
+def test_nothing_right_at_full_precision_has_no_relative_drop():
+    row = deltas.compare_task(result("t", [0, 0]), result("t", [0, 1]))
+    assert row.relative_drop is None
+    assert row.level is None
+
+
+def test_averages_count_every_task_the_same():
+    fp = {"a": result("a", [1, 1], "general"), "b": result("b", [1] * 8, "general"), "c": result("c", [1] * 4, "code")}
+    q = {
+        "a": result("a", [1, 0], "general"),
+        "b": result("b", [1] * 8, "general"),
+        "c": result("c", [1, 1, 1, 0], "code"),
+    }
+    rows = deltas.compare(fp, q)
+    assert [(r.name, r.kind) for r in rows] == [
+        ("a", "task"), ("b", "task"), ("c", "task"), ("general", "category"), ("average", "overall")
+    ]  # fmt: skip
+    assert rows[3].delta == pytest.approx(-0.25)
+    assert rows[4].delta == pytest.approx(-0.25)
+    assert rows[4].n == 14
+    assert rows[4].lost == 2
+    # MOVER by hand from the three rows above
+    below = sum((r.delta - r.low) ** 2 for r in rows[:3]) ** 0.5 / 3
+    assert rows[4].low == pytest.approx(-0.25 - below)
+
+
+def test_unpaired_documents_are_named():
+    with pytest.raises(
+        ValueError, match=r"1 document \(b\) only in the full precision run; 1 document \(x\) only in the quant"
+    ):
+        deltas.compare_task(result("t", [1, 0], ids=["a", "b"]), result("t", [1, 0], ids=["a", "x"]))
+    with pytest.raises(ValueError, match=r"1 document \(a\) listed twice"):
+        deltas.compare_task(result("t", [1, 0], ids=["a", "a"]), result("t", [1, 0], ids=["a", "b"]))
+    with pytest.raises(ValueError, match=r"1 document \(b\) without a finite score"):
+        deltas.compare_task(result("t", [1, math.nan], ids=["a", "b"]), result("t", [1, 0], ids=["a", "b"]))
+    with pytest.raises(ValueError, match="different tasks"):
+        deltas.compare({"a": result("a", [1])}, {"b": result("b", [1])})
+    with pytest.raises(ValueError, match="no document"):
+        deltas.compare_task(result("t", []), result("t", []))
+
+
+@pytest.mark.parametrize("n", [4, 10, 30, 80])
+def test_coverage_of_the_paired_interval(n):
+    """Every outcome of n documents is enumerated and weighted: no sampling error in the coverage."""
+    outcomes = [(lost, gained) for lost in range(n + 1) for gained in range(n + 1 - lost)]
+    limits = torch.tensor(
+        [deltas.paired_interval([-1.0] * b + [1.0] * c + [0.0] * (n - b - c)) for b, c in outcomes], dtype=torch.float64
+    )
+    counts = torch.tensor([(b, c, n - b - c) for b, c in outcomes], dtype=torch.float64)
+    ways = math.lgamma(n + 1) - torch.lgamma(counts + 1).sum(1)
+    covered = []
+    for p_lost in (0.005, 0.02, 0.1, 0.3):
+        for p_gained in (0.005, 0.02, 0.1, 0.3):
+            chances = torch.tensor([p_lost, p_gained, 1 - p_lost - p_gained], dtype=torch.float64)
+            weight = (ways + counts @ chances.log()).exp()
+            assert weight.sum() == pytest.approx(1)
+            truth = p_gained - p_lost
+            covered.append(float(weight[(limits[:, 0] <= truth) & (truth <= limits[:, 1])].sum()))
+    assert min(covered) > 0.93
+    if n >= 30:  # few documents with rare flips cannot be covered less than nearly always
+        assert sum(covered) / len(covered) < 0.985
+
+
+@pytest.mark.parametrize(("n", "p_lost", "p_gained"), [(4, 0.8, 0.0), (20, 0.3, 0.02), (60, 0.05, 0.05)])
+def test_coverage_of_the_average_over_ten_tasks(n, p_lost, p_gained):
+    generator = torch.Generator().manual_seed(5)
+    draws = torch.rand(600, 10, n, generator=generator)
+    covered = 0
+    for trial in draws:
+        rows = []
+        for task in trial:
+            lost, gained = int((task < p_lost).sum()), int((task > 1 - p_gained).sum())
+            low, high = deltas.paired_interval([-1.0] * lost + [1.0] * gained + [0.0] * (n - lost - gained))
+            rows.append(_delta(n, (gained - lost) / n, low, high))
+        average = deltas.macro_average(rows, "average", "overall", None)
+        covered += average.low <= p_gained - p_lost <= average.high
+    assert 0.90 < covered / len(draws) < 0.995
+
+
+def _delta(n, delta, low, high):
+    return deltas.Delta(
+        "t", "task", "math", "acc", n, 1.0, 1.0 + delta, delta, low, high, -delta, None, 0, 0, "bonett-price"
+    )
