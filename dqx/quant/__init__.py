@@ -1,0 +1,26 @@
+"""Quantization: `quantize(model, method, bits, batches)` replaces a model's linears in place. See README.md.
+
+`dqx.quant.bits` needs no torch, so that config schemas stay quick to import; the rest loads on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
+
+if TYPE_CHECKING:
+    from dqx.quant.loop import quantize
+    from dqx.quant.method import Method
+    from dqx.quant.report import QuantReport
+
+__all__ = ["ActivationBits", "BitsConfig", "Method", "QuantReport", "WeightBits", "quantize"]
+
+_LAZY = {"Method": "method", "QuantReport": "report", "quantize": "loop"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"dqx.quant.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""A linear with a rounded weight and, where the method asks for it, a rounded input.
+
+O = outputs, I = inputs, G = groups per row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqx.quant.activation import PerToken
+from dqx.quant.bits import UNQUANTIZED, ActivationBits, WeightBits
+from dqx.quant.grid import Grid, QuantizedWeight
+
+
+class QuantLinear(nn.Module):
+    """Stands in for `nn.Linear`: activation quantizer, then a matmul with the fake-quantized weight.
+
+    `weight` holds `scale * (codes - zero_point)` in the model's dtype, so the arithmetic is that of the model.
+    Buffers `scale`, `zero_point` [O, G] and `group_index` [I] describe the grid (None at 16 bits); codes are not
+    stored, `codes()` reads them off the weight.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    group_index: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_bits: WeightBits,
+        rounded: QuantizedWeight | None = None,
+        activation: PerToken | None = None,
+        activation_bits: ActivationBits | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bits = weight_bits
+        self.activation = activation
+        self.activation_bits = activation_bits or ActivationBits()
+        weight = linear.weight if rounded is None else rounded.dequantize().to(linear.weight.dtype)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("scale", None if rounded is None else rounded.scale)
+        self.register_buffer("zero_point", None if rounded is None else rounded.zero_point)
+        self.register_buffer("group_index", None if rounded is None else rounded.group_index.to(torch.int32))
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """The input the matmul really sees."""
+        return x if self.activation is None else self.activation(x, self.activation_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantize_input(x), self.weight, self.bias)
+
+    def codes(self) -> Tensor:
+        """Integer codes [O, I] as uint8. Exact for float32, bfloat16 and float16 weights up to 8 bits: with zero
+        inside the range a code is at most 255 steps from zero, and half a step is more than bfloat16 rounds off there.
+
+        Raises ValueError where the weight is not quantized.
+        """
+        if self.scale is None or self.zero_point is None or self.group_index is None:
+            raise ValueError("this linear keeps its weight in 16 bit; there are no codes")
+        index = self.group_index.long()
+        grid = Grid(self.weight_bits.bits, self.weight_bits.symmetric)
+        return grid.codes(self.weight, self.scale[:, index], self.zero_point[:, index]).to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        w, a = self.weight_bits, self.activation_bits
+        bits = UNQUANTIZED if self.scale is None else w.bits
+        return f"{self.in_features}, {self.out_features}, w{bits}a{a.bits}, group_size={w.group_size}"

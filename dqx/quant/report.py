@@ -1,0 +1,99 @@
+"""What quantization did: one row per linear, what stayed in 16 bit and why, and the average bits per weight.
+
+Convention for bits per weight: codes at their width, one 16-bit scale per group, for asymmetric grids one b-bit
+zero point per group, and where `act_order` scatters groups one 16-bit group index per input. A linear left alone
+counts 16 whatever dtype the model runs in. Embedding, norms, biases and head are not in the average.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dqx.quant.bits import UNQUANTIZED
+
+SCALE_BITS = 16
+INDEX_BITS = 16
+
+
+def stored_bits(shape: tuple[int, int], bits: int, n_groups: int, *, symmetric: bool, scattered: bool = False) -> int:
+    """Bits that a weight [O, I] with `n_groups` groups per row takes, by the convention above."""
+    n_out, n_in = shape
+    if bits == UNQUANTIZED:
+        return UNQUANTIZED * n_out * n_in
+    zero_bits = 0 if symmetric else bits
+    return bits * n_out * n_in + (SCALE_BITS + zero_bits) * n_out * n_groups + (INDEX_BITS * n_in if scattered else 0)
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One linear of one block."""
+
+    name: str  # blocks.0.q
+    block: int
+    role: str
+    shape: tuple[int, int]  # outputs, inputs
+    bits: int
+    group_size: int
+    symmetric: bool
+    activation_bits: int
+    rounding: str | None  # the part that rounded the weight
+    stored_bits: int
+    weight_error: float  # ||W_q - W||^2 / ||W||^2
+    output_error: float | None  # the same of the outputs on the calibration tokens; None without data
+    notes: tuple[str, ...] = ()  # where the rounding could not do exactly what was asked
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.stored_bits / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """Parameters that were left alone; `*` in the name stands for every block."""
+
+    name: str
+    count: int  # tensors
+    parameters: int
+    reason: str
+
+
+@dataclass
+class QuantReport:
+    """The record of one call of `quantize`."""
+
+    method: str
+    bits: str
+    seed: int
+    linears: list[LinearRow] = field(default_factory=list)
+    kept: list[KeptRow] = field(default_factory=list)
+    calibration_sequences: int = 0
+    calibration_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def average_bits(self) -> float:
+        """Bits per weight over the seven linears of all blocks, scales and zero points included."""
+        weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
+        return sum(row.stored_bits for row in self.linears) / weights if weights else float(UNQUANTIZED)
+
+    @property
+    def notes(self) -> list[str]:
+        """Every departure from what was asked, by linear."""
+        return [f"{row.name}: {note}" for row in self.linears for note in row.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, for JSON."""
+        rows = [asdict(row) | {"shape": list(row.shape), "notes": list(row.notes)} for row in self.linears]
+        return {
+            "method": self.method,
+            "bits": self.bits,
+            "seed": self.seed,
+            "average_bits": self.average_bits,
+            "calibration_sequences": self.calibration_sequences,
+            "calibration_tokens": self.calibration_tokens,
+            "seconds": self.seconds,
+            "linears": rows,
+            "kept": [asdict(row) for row in self.kept],
+            "notes": self.notes,
+        }

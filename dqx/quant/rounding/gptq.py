@@ -1,0 +1,178 @@
+"""GPTQ rounding: columns left to right, each one's error pushed onto those not yet rounded.
+
+Frantar et al. 2023, arXiv:2210.17323, Algorithm 1, with the options of the authors' code. Where we differ:
+
+* The upper factor U of H^-1 = U^T U comes from one Cholesky factorisation of H in reversed order and one triangular
+  inverse, instead of factor, invert, factor again: the same matrix, with less rounding and less work.
+* A dead input (H_ii = 0) counts 0 in the damping's mean and comes last in `act_order`. The authors' code sets
+  H_ii = 1 before both, which depends on the units of H.
+
+O = outputs, I = inputs, G = groups per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dqx.quant.bits import WeightBits
+from dqx.quant.grid import Grid, QuantizedWeight, consecutive_groups, dequantize, fit_groups, group_width, wide
+
+STREAMS = ("quantized", "fp")
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """GPTQ's settings; see `gptq_round` for what they do."""
+
+    damping: float = 0.01  # share of mean(diag H) added to the diagonal
+    chunk: int = 128  # columns per lazy update
+    act_order: bool = False  # columns by descending diag H instead of left to right
+    static_groups: bool = False  # all ranges from the weight before any column is rounded
+    fresh_ranges: bool = False  # a group's range from fully updated columns
+    stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Tensor]) -> QuantizedWeight:
+        return gptq_round(
+            w_OI,
+            stats["hessian"],
+            Grid(bits.bits, bits.symmetric),
+            bits.group_size,
+            damping=self.damping,
+            chunk=self.chunk,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            fresh_ranges=self.fresh_ranges,
+        )
+
+    def problems(self, where: str) -> list[str]:
+        found = []
+        if not 0 <= self.damping <= 1:
+            found.append(f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual")
+        if self.chunk < 1:
+            found.append(f"{where}.chunk={self.chunk} must be at least 1 column; 128 is usual")
+        if self.static_groups and self.fresh_ranges:
+            found.append(
+                f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
+                "group is reached; set one of them to false"
+            )
+        if self.stream not in STREAMS:
+            found.append(f"{where}.stream={self.stream} is unknown; write quantized or fp")
+        return found
+
+
+def gptq_round(
+    w_OI: Tensor,
+    hessian_II: Tensor,
+    grid: Grid,
+    group_size: int = -1,
+    *,
+    damping: float = 0.01,
+    chunk: int = 128,
+    act_order: bool = False,
+    static_groups: bool = False,
+    fresh_ranges: bool = False,
+) -> QuantizedWeight:
+    """Round `w_OI` so that `||(W - W_q) X||` stays small, given H = X^T X of its input up to a positive factor.
+
+    Ranges: per row (`group_size=-1`) from the untouched weight. Per group of consecutive columns (consecutive in the
+    chosen order) when the group's first column is reached: by default, as in the authors' code, from columns as
+    updated at the end of the previous chunk, so that `chunk` matters where it is larger than a group; with
+    `fresh_ranges` from columns with every update so far, so that `chunk` is only about speed. With `static_groups`
+    groups are consecutive in the original order and their ranges come from the weight before the first column.
+
+    Dead inputs (H_ii = 0) get weight 0. If the factorisation fails it is tried in float64, then with more damping;
+    `notes` of the result say so. Raises ValueError for shapes that do not fit and for a Hessian that is not finite.
+    """
+    n_out, n_in = w_OI.shape
+    if hessian_II.shape != (n_in, n_in):
+        raise ValueError(f"a weight with {n_in} inputs needs a {n_in} x {n_in} Hessian, not {list(hessian_II.shape)}")
+    if not torch.isfinite(hessian_II).all():
+        raise ValueError("the Hessian holds NaN or infinity: an activation overflowed during calibration")
+    width = group_width(n_in, group_size)
+    group_index = consecutive_groups(n_in, group_size, w_OI.device)
+    n_groups = int(group_index[-1]) + 1
+
+    w = wide(w_OI).T.clone(memory_format=torch.contiguous_format)  # [I, O]: a column of W is one contiguous row
+    hessian = wide(hessian_II).to(w.dtype)
+    dead = hessian.diagonal() == 0
+    if group_size == -1:
+        scale, zero_point = (t.T.contiguous() for t in fit_groups(w.T, grid, -1))  # [G, O]
+    w[dead] = 0
+    if group_size != -1 and static_groups:
+        scale, zero_point = (t.T.contiguous() for t in fit_groups(w.T, grid, group_size))
+    ranges_on_the_way = group_size != -1 and not static_groups
+    if ranges_on_the_way:
+        scale, zero_point = w.new_empty(n_groups, n_out), w.new_empty(n_groups, n_out)
+
+    order = torch.arange(n_in, device=w.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        w, hessian = w[order], hessian[order][:, order]
+    if static_groups or group_size == -1:
+        group_of_column = group_index[order].tolist()
+    else:
+        group_of_column = group_index.tolist()
+        group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
+    u, notes = inverse_factor(hessian, damping)
+    diagonal = u.diagonal().tolist()
+
+    codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
+    for start in range(0, n_in, chunk):
+        end = min(start + chunk, n_in)
+        live = w[start:end] if fresh_ranges else w[start:end].clone()
+        errors = torch.empty_like(live)
+        for j in range(start, end):
+            i = j - start
+            if ranges_on_the_way and j % width == 0:
+                group = w[j : j + width]
+                beyond = j + width - end
+                if fresh_ranges and beyond > 0 and i > 0:  # columns after this chunk lack the chunk's updates so far
+                    pending = u[start:j, end : j + width].T @ errors[:i]
+                    group = torch.cat((group[: end - j], group[end - j :] - pending))
+                fitted_scale, fitted_zero = grid.fit(group, dim=0)
+                scale[j // width], zero_point[j // width] = fitted_scale[0], fitted_zero[0]
+            step, zero = scale[group_of_column[j]], zero_point[group_of_column[j]]
+            rounded = grid.codes(live[i], step, zero)
+            codes[j] = rounded
+            errors[i] = (live[i] - dequantize(rounded, step, zero)) / diagonal[j]
+            live[i + 1 :].addr_(u[j, j + 1 : end], errors[i], alpha=-1)
+        w[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
+
+    in_place = torch.empty_like(codes)
+    in_place[order] = codes
+    return QuantizedWeight(in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, notes)
+
+
+def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
+    """Upper triangular U [I, I] with (H + damping * mean(diag H) * 1)^-1 = U^T U, and notes on what it took.
+
+    Inputs with H_ii = 0 are decoupled (their diagonal becomes 1). Raises ValueError if H cannot be factored even in
+    float64 with a damping of 1.
+    """
+    mean = hessian_II.diagonal().mean()
+    tries = [(hessian_II.dtype, damping), (torch.float64, damping)]
+    while tries[-1][1] < 1:
+        tries.append((torch.float64, min(1.0, max(10 * tries[-1][1], 1e-3))))
+    for attempt, (dtype, damp) in enumerate(tries):
+        h = hessian_II.to(dtype, copy=True)
+        h.diagonal().masked_fill_(h.diagonal() == 0, 1.0).add_(damp * mean.to(dtype))
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if int(info) != 0:
+            continue
+        upper = lower.flip(0, 1)  # H = R R^T with R upper, so H^-1 = R^-T R^-1
+        u = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=dtype, device=h.device), upper=True)
+        notes: tuple[str, ...] = ()
+        if attempt:
+            precision = str(hessian_II.dtype).removeprefix("torch.")
+            change = "" if damp == damping else f" and damping {damp:g} instead of {damping:g}"
+            notes = (f"Cholesky failed in {precision}; solved in float64{change}",)
+        return u.to(hessian_II.dtype), notes
+    raise ValueError(
+        "the Hessian cannot be factored even with a damping of 1; is it symmetric, and are its inputs finite?"
+    )
