@@ -1,0 +1,190 @@
+"""Dream's sampler `diffusion_generate`: the whole answer at once, on a grid of times from 1 to eps.
+
+Ye et al. 2025, arXiv:2508.15487, and the generation_utils.py of the hub checkpoints, whose tokens it reproduces at
+temperature 0. Where random numbers are used (temperature, alg_temp, origin) the distributions are theirs,
+the streams ours.
+
+Between times t and s, each masked position would be revealed with probability 1 - s/t. `origin` does just
+that; the others write `int(M * (1 - s/t))` of a row's M masked positions, the most confident first, and all
+that is left at the last step. Truncation makes the first steps of a fine grid write nothing (with steps >= new
+tokens several at the end): the result is as published, and a step that writes nothing costs no forward.
+
+**Temperature 0 can collapse.** Dream's entropy order at temperature 0 is reported to lose most of GSM8K
+(81.8 to 35.0), and at 0.1 many confidences tie at 1.0, so that ties decide the order. The study nevertheless
+ran temperature 0 with top_p 0.95. Choose knowingly.
+
+There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
+likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
+
+We differ once: M is each row's own count, theirs is the mean over the batch (the same unless a model
+predicts the mask token), and equal confidences go to the leftmost position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.noise import Noise, SeededNoise
+from dqx.diffusion.sampler import (
+    Generation,
+    OnStep,
+    append_masks,
+    choice_problems,
+    count_problems,
+    draw,
+    gumbel,
+    logits_at,
+    most_confident,
+    number_problems,
+    raise_if,
+    write,
+)
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
+
+@dataclass(frozen=True)
+class DreamSampler:
+    """Settings of the sampler.
+
+    alg: the order: `origin` random, `maskgit_plus` probability of the candidate, `topk_margin` difference of
+        the two highest probabilities, `entropy` negative entropy.
+    alg_temp: above 0, positions are drawn with weights exp(confidence / alg_temp) instead of ranked.
+    temperature: 0 takes the argmax, above 0 tokens are drawn from softmax(logits / temperature).
+    top_p, top_k: keep the smallest set of tokens whose probability exceeds top_p, and the top_k likeliest;
+        they act on the candidate and on the confidence. Null is off.
+    eps: the last time of the grid.
+    suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
+        predicts it (trained ones do not) leaves a mask in the answer.
+    """
+
+    alg: str = "entropy"
+    alg_temp: float | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    eps: float = 1e-3
+    suppress_mask: bool = False
+
+    def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
+        """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
+        found = choice_problems("sampler.alg", self.alg, ALGORITHMS)
+        found += number_problems("sampler.temperature", self.temperature, 0)
+        found += number_problems("sampler.eps", self.eps, 0, 1, above=True)
+        if self.alg_temp is not None:
+            found += number_problems("sampler.alg_temp", self.alg_temp, 0)
+            if self.alg == "origin" and self.alg_temp:
+                found.append(
+                    f"sampler.alg_temp={self.alg_temp!r} does nothing with sampler.alg=origin, whose order is "
+                    "random already; set alg_temp to null or choose another alg"
+                )
+        if self.top_p is not None:
+            found += number_problems("sampler.top_p", self.top_p, 0, 1, above=True)
+        if self.top_k is not None:
+            found += count_problems(**{"sampler.top_k": self.top_k})
+        found += count_problems(gen_length=gen_length, steps=steps)
+        if block_length is not None and block_length != gen_length:
+            found.append(
+                f"block_length={block_length!r} is set, but Dream's sampler writes the whole answer at once; "
+                f"set it to null or to gen_length={gen_length!r}"
+            )
+        return found
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: MaskedDiffusionTransformer,
+        prompt: Tensor,
+        *,
+        gen_length: int,
+        block_length: int | None = None,
+        steps: int,
+        noise: Noise | None = None,
+        on_step: OnStep | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Generation:
+        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows do not influence each other.
+
+        `block_length` must be null or `gen_length`. `noise` serves temperature, alg_temp and origin; null
+        is seed 0 with the row's number as its document. `on_step` gets a copy of the sequences [B, P + G]
+        before each step. `attention_mask` [B, P] has 1 at real tokens and 0 at left padding.
+
+        Raises ValueError with the `problems` of the settings.
+        """
+        raise_if(self.problems(gen_length, block_length, steps))
+        noise = noise or SeededNoise(0, range(len(prompt)))
+        ids = append_masks(model, prompt, gen_length)
+        prompt_length = prompt.shape[1]
+        answer = ids[:, prompt_length:]
+        if attention_mask is not None:
+            real = attention_mask.to(ids.device)
+            attention_mask = torch.cat((real, real.new_ones(answer.shape)), dim=1)
+        times = torch.linspace(1, self.eps, steps + 1, dtype=torch.float32)  # int(M * ...) hangs on the last bit
+        n_forwards = 0
+        for step in range(steps):
+            if on_step:
+                on_step(ids.clone())
+            last = step == steps - 1
+            masked = answer == model.arch.mask_token_id
+            fraction = torch.tensor(1.0) if last else 1 - times[step + 1] / times[step]
+            if self.alg == "origin" and not last:
+                chosen = masked.clone()
+                chosen[masked] = draw(noise, "order", step, masked)[:, 0] < fraction.item()
+                masked = chosen  # logits are needed where a token is revealed, nowhere else
+            counts = masked.sum(1) if self.alg == "origin" else (masked.sum(1).cpu().float() * fraction).long()
+            if not counts.any():
+                continue
+            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), masked), dim=1)
+            logits = logits_at(model, ids, where, prompt_length=prompt_length, attention_mask=attention_mask)
+            n_forwards += len(ids)
+            if self.suppress_mask:
+                logits[:, model.arch.mask_token_id] = -torch.inf
+            tokens, confidence = self._candidates(logits, step, masked, noise)
+            write(answer, masked, tokens, most_confident(confidence, masked, counts))
+        return Generation(answer, n_forwards)
+
+    def _candidates(self, logits: Tensor, step: int, masked: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """A token and a confidence, both [n], for each masked position, from its logits [n, V]."""
+        if self.temperature > 0:
+            logits = logits / self.temperature
+        probs = filter_logits(logits, self.top_p, self.top_k).softmax(-1)
+        tokens = draw_tokens(probs, draw(noise, "token", step, masked)) if self.temperature > 0 else probs.argmax(-1)
+        if self.alg == "topk_margin":
+            top = probs.topk(2, dim=-1).values
+            confidence = top[:, 0] - top[:, 1]
+        elif self.alg == "entropy":
+            confidence = (probs * (probs + 1e-10).log()).sum(-1)
+        else:
+            confidence = probs.gather(-1, tokens[:, None])[:, 0]
+        if self.alg_temp:  # Gumbel noise turns a ranking into draws without replacement
+            confidence = confidence.double() / self.alg_temp + gumbel(draw(noise, "order", step, masked)[:, 0])
+        return tokens, confidence
+
+
+def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """Logits [n, V] with the smallest finite number at tokens outside the nucleus, then outside the top k.
+
+    The likeliest token always stays, and so do tokens that tie with the k-th.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        drop = ordered.softmax(-1).cumsum(-1) > top_p
+        drop = torch.cat((torch.zeros_like(drop[:, :1]), drop[:, :-1]), dim=-1)  # what came before exceeds top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), lowest)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, lowest)
+    return logits
+
+
+def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [n] distributed as `probs` [n, V], by inverting the cumulative sum at `uniforms` [n, 1], in float64."""
+    cumulative = probs.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # so that a token of probability 0 is never drawn
+    return torch.searchsorted(cumulative, torch.minimum(uniforms * total, below), right=True)[:, 0]

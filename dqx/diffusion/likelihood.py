@@ -1,0 +1,159 @@
+"""Log-likelihood of a target after a prefix: the Monte-Carlo bound of masked diffusion models, in nats.
+
+For a target of L tokens: draw how many to mask, c, uniformly from 1..L; mask that many at random; then
+`(L / c) * sum over masked of log p(true token)` has the bound as its mean (LLaDA, arXiv:2502.09992, equation 6; LLaDA's
+get_log_likelihood). A one-token target has a single mask state, so one forward is exact.
+
+We differ from the authors' code on purpose:
+- masks are a pure function of (seed, key, draw), not of batch size, process or generator state;
+- counts are spread evenly over all draws (theirs: over a batch, so that the batch size changes the estimator);
+- the same estimator serves both families. Dream's own harness never masks the last token and so never
+  scores it; here it counts like any other.
+Their estimates are reproduced by `log_likelihood_given` when their masks are given.
+
+Shapes: P prefix, L target, T = P + L tokens, N sequences, V vocabulary. Values are Python floats or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.llada import LLaDASampler
+from dqx.diffusion.noise import Key, generator
+from dqx.diffusion.sampler import count_problems, logits_at, number_problems, raise_if
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """An estimate in nats (0 or less), and how many sequences went through the model for it."""
+
+    value: float
+    n_forwards: int
+
+
+def mask_states(length: int, *, samples: int, seed: int, key: tuple[Key, ...] = ()) -> Tensor:
+    """Which target tokens each draw masks, bool [samples, L]: a pure function of the arguments.
+
+    Over the draws the counts 1..L come equally often, up to one (a uniform shift per key keeps each draw
+    uniform); which tokens are masked is drawn per (key, draw).
+    """
+    shift = torch.rand((), generator=generator(seed, *key, "count"), dtype=torch.float64).item()
+    states = torch.zeros(samples, length, dtype=torch.bool)
+    for i in range(samples):
+        count = math.floor((shift + i / samples) % 1.0 * length) + 1
+        scores = torch.rand(length, generator=generator(seed, *key, "mask", i), dtype=torch.float64)
+        states[i, scores.argsort(stable=True)[:count]] = True
+    return states
+
+
+@torch.no_grad()
+def masked_log_probs(
+    model: MaskedDiffusionTransformer,
+    states: Tensor,
+    tokens: Tensor,
+    *,
+    prefix_length: int = 0,
+    cfg_scale: float = 0.0,
+    batch_size: int = 8,
+) -> Tensor:
+    """Log-probability of the true `tokens` [T] at each masked position of `states` [N, T]; 0 elsewhere.
+
+    Float64 [N, T] on the CPU. `cfg_scale` above 0 guides as in generation: the prefix is masked in the second
+    pass. Raises ValueError when a state differs from `tokens` where it is not masked.
+    """
+    raise_if(number_problems("cfg_scale", cfg_scale, 0) + count_problems(batch_size=batch_size))
+    masked = states == model.arch.mask_token_id
+    if not (masked | (states == tokens)).all():
+        raise ValueError("a state holds tokens that are neither masks nor the true ones: nothing would be scored there")
+    out = torch.zeros(states.shape, dtype=torch.float64)
+    for start in range(0, len(states), batch_size):
+        batch = states[start : start + batch_size].to(model.device)
+        where = masked[start : start + batch_size]
+        logits = logits_at(model, batch, where.to(model.device), prompt_length=prefix_length, cfg_scale=cfg_scale)
+        true = tokens.expand(len(batch), -1)[where].to(model.device)
+        log_probs = logits.gather(-1, true[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+        out[start : start + batch_size][where] = log_probs.cpu()
+    if out.isnan().any():
+        raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
+    return out
+
+
+def log_likelihood(
+    model: MaskedDiffusionTransformer,
+    prefix: Tensor,
+    target: Tensor,
+    *,
+    samples: int,
+    seed: int,
+    key: tuple[Key, ...] = (),
+    batch_size: int = 8,
+    cfg_scale: float = 0.0,
+) -> LogLikelihood:
+    """The bound on log p(target [L] | prefix [P]) from `samples` draws, in nats; exact for one token.
+
+    `key` names the request, for example (task, document, choice); requests with one key share their noise.
+    `batch_size` sequences go through the model at a time and change nothing but rounding. An empty target
+    has likelihood 1.
+    """
+    raise_if(count_problems(samples=samples))
+    prefix, target = prefix.cpu(), target.cpu()
+    if len(target) == 0:
+        return LogLikelihood(0.0, 0)
+    if len(target) == 1:
+        drawn = torch.ones(1, 1, dtype=torch.bool)
+    else:
+        drawn = mask_states(len(target), samples=samples, seed=seed, key=key)
+    tokens = torch.cat((prefix, target))
+    states = tokens.repeat(len(drawn), 1)
+    states[:, len(prefix) :].masked_fill_(drawn, model.arch.mask_token_id)
+    value = log_likelihood_given(
+        model,
+        states,
+        tokens,
+        drawn.double().mean(1),
+        prefix_length=len(prefix),
+        cfg_scale=cfg_scale,
+        batch_size=batch_size,
+    )
+    return LogLikelihood(value, len(states) * (2 if cfg_scale > 0 else 1))
+
+
+def log_likelihood_given(
+    model: MaskedDiffusionTransformer,
+    perturbed: Tensor,
+    tokens: Tensor,
+    p_mask: Tensor,
+    *,
+    prefix_length: int = 0,
+    cfg_scale: float = 0.0,
+    batch_size: int = 8,
+) -> float:
+    """The estimate under given masks: the mean over `perturbed` [N, T] of sum over masked of log p / p_mask.
+
+    `tokens` [T] is the true sequence, `p_mask` [N] or [N, T] the probability with which a token was masked.
+    Any position may be masked, also in the prefix (Dream's `btf` and `union`; divide by T for the latter).
+    """
+    log_probs = masked_log_probs(
+        model, perturbed.cpu(), tokens.cpu(), prefix_length=prefix_length, cfg_scale=cfg_scale, batch_size=batch_size
+    )
+    weights = p_mask.cpu().double()
+    return (log_probs / (weights[:, None] if weights.dim() == 1 else weights)).sum(1).mean().item()
+
+
+def greedy_matches(
+    model: MaskedDiffusionTransformer, prefix: Tensor, target: Tensor, *, cfg_scale: float = 0.0
+) -> bool:
+    """Whether greedy decoding, one token per step and the most confident first, writes exactly `target` [L].
+
+    LLaDA's suffix_greedy_prediction. Costs L forwards (2 L with guidance), so ask only for metrics that use it.
+    """
+    if len(target) == 0:
+        return True
+    sampler = LLaDASampler(cfg_scale=cfg_scale)
+    decoded = sampler.generate(model, prefix[None], gen_length=len(target), steps=len(target))
+    return bool((decoded.ids[0].cpu() == target.cpu()).all())

@@ -1,0 +1,173 @@
+"""LLaDA's sampler: semi-autoregressive denoising with low-confidence remasking.
+
+Nie et al. 2025, arXiv:2502.09992, Algorithms 4 and 5, and the authors' generate.py, whose tokens it reproduces. We
+differ in four things that the published settings never show:
+- masks inside the prompt are part of the prompt and stay (theirs get filled in);
+- equal confidences go to the leftmost position (theirs: whatever topk returns);
+- a step in which nothing is written costs no forward;
+- `suppress_eos_confidence` acts at every temperature (theirs, EOS: only at 0) and under random remasking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.noise import Noise, SeededNoise
+from dqx.diffusion.sampler import (
+    Generation,
+    OnStep,
+    append_masks,
+    choice_problems,
+    count_problems,
+    draw,
+    gumbel,
+    logits_at,
+    most_confident,
+    number_problems,
+    raise_if,
+    write,
+)
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class LLaDASampler:
+    """Settings of the sampler.
+
+    remasking: which masked tokens of the block to write first: the most probable ones, or random ones.
+    temperature: 0 takes the argmax; above 0, Gumbel noise of that strength is added in float64.
+    cfg_scale: classifier-free guidance w, 0 is off; above 0 doubles the forwards.
+    suppress_eos_logits: the end token is never predicted.
+    suppress_eos_confidence: positions that predict the end token (or end of turn) are written last.
+    eos_token_id: the end token; null takes the model's own. eot_token_id: end of turn (LLaDA-8B: 126348).
+    suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
+        predicts it (trained ones do not) writes a mask, which later steps may fill, or which stays.
+    """
+
+    remasking: str = "low_confidence"
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    suppress_eos_logits: bool = False
+    suppress_eos_confidence: bool = False
+    eos_token_id: int | None = None
+    eot_token_id: int | None = None
+    suppress_mask: bool = False
+
+    def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
+        """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
+        found = choice_problems("sampler.remasking", self.remasking, REMASKING)
+        found += number_problems("sampler.temperature", self.temperature, 0)
+        found += number_problems("sampler.cfg_scale", self.cfg_scale, 0)
+        block_length = gen_length if block_length is None else block_length
+        wrong = count_problems(gen_length=gen_length, block_length=block_length, steps=steps)
+        if wrong:
+            return found + wrong
+        if gen_length % block_length:
+            fits = [b for b in range(1, gen_length + 1) if gen_length % b == 0]
+            found.append(
+                f"block_length={block_length} does not divide gen_length={gen_length}; {', '.join(map(str, fits))} do"
+            )
+        elif steps % (n_blocks := gen_length // block_length):
+            below = steps - steps % n_blocks
+            nearest = f"{below} or {below + n_blocks}" if below else f"{n_blocks}"
+            found.append(
+                f"steps={steps} cannot be shared equally by {n_blocks} blocks (gen_length={gen_length}, "
+                f"block_length={block_length}); {nearest} can"
+            )
+        return found
+
+    def _token_problems(self, vocab_size: int) -> list[str]:
+        ids = {"eos_token_id": self.eos_token_id, "eot_token_id": self.eot_token_id}
+        return [
+            f"sampler.{name}={token!r} is not a token of the model; ids go from 0 to {vocab_size - 1}"
+            for name, token in ids.items()
+            if token is not None and not (isinstance(token, int) and 0 <= token < vocab_size)
+        ]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: MaskedDiffusionTransformer,
+        prompt: Tensor,
+        *,
+        gen_length: int,
+        block_length: int | None = None,
+        steps: int,
+        noise: Noise | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generation:
+        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows do not influence each other.
+
+        The answer is cut into blocks of `block_length` (null: one block), written left to right, and
+        `steps` are shared equally by the blocks. `noise` serves temperature and random remasking; null is
+        seed 0 with the row's number as its document. `on_step` gets a copy of the sequences [B, P + G]
+        before each step, also before those that write nothing.
+
+        Raises ValueError with the `problems` of the settings.
+        """
+        raise_if(self.problems(gen_length, block_length, steps) + self._token_problems(model.arch.vocab_size))
+        noise = noise or SeededNoise(0, range(len(prompt)))
+        block_length = block_length or gen_length
+        n_blocks = gen_length // block_length
+        ids = append_masks(model, prompt, gen_length)
+        n_forwards = 0
+        for step in range(steps):
+            block, step_in_block = divmod(step, steps // n_blocks)
+            count = share(block_length, steps // n_blocks, step_in_block)
+            if on_step:
+                on_step(ids.clone())
+            if count:
+                self._denoise(model, ids, prompt.shape[1], (block + 1) * block_length, count, step, noise)
+                n_forwards += len(ids) * (2 if self.cfg_scale > 0 else 1)
+        return Generation(ids[:, prompt.shape[1] :], n_forwards)
+
+    def _denoise(
+        self,
+        model: MaskedDiffusionTransformer,
+        ids: Tensor,
+        prompt_length: int,
+        visible: int,
+        count: int,
+        step: int,
+        noise: Noise,
+    ) -> None:
+        """One step: write `count` tokens per row into the first `visible` tokens of the answer, in place."""
+        mask_id = model.arch.mask_token_id
+        where = ids == mask_id
+        where[:, :prompt_length] = False
+        where[:, prompt_length + visible :] = False
+        masked = where[:, prompt_length:]
+        logits = logits_at(model, ids, where, prompt_length=prompt_length, cfg_scale=self.cfg_scale)
+        eos = model.arch.eos_token_id if self.eos_token_id is None else self.eos_token_id
+        if self.suppress_mask:
+            logits[:, mask_id] = -torch.inf
+        if self.suppress_eos_logits:
+            logits[:, eos] = -torch.inf
+
+        if self.temperature > 0:  # the argmax of exp(l) / (-log u)^t, without its overflow
+            uniforms = draw(noise, "token", step, masked, logits.shape[-1])
+            tokens = (logits.double() + self.temperature * gumbel(uniforms)).argmax(-1)
+        else:
+            tokens = logits.argmax(-1)
+
+        if self.remasking == "random":
+            confidence = draw(noise, "order", step, masked)[:, 0]
+        if self.suppress_eos_confidence:
+            ends = [eos] if self.eot_token_id is None else [eos, self.eot_token_id]
+            logits[:, ends] = -torch.inf
+        if self.remasking == "low_confidence":
+            confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        elif self.suppress_eos_confidence:
+            confidence = confidence.masked_fill(torch.isin(tokens, torch.tensor(ends, device=tokens.device)), 0.0)
+        counts = torch.full((len(ids),), count)
+        write(ids[:, prompt_length:], masked, tokens, most_confident(confidence, masked, counts))
+
+
+def share(total: int, parts: int, i: int) -> int:
+    """Size of part i when `total` is split evenly into `parts`, the remainder going to the first ones."""
+    return total // parts + (i < total % parts)
