@@ -1,6 +1,7 @@
 """What `bits=` means: widths, group size and symmetry of weights and activations. No torch here.
 
-A width of 16 means "not quantized": the tensor keeps the dtype of the model.
+A width of 16 means "not quantized": the tensor keeps the dtype of the model. The dataclasses are not frozen because
+OmegaConf makes frozen ones read-only when they serve as a schema.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ UNQUANTIZED = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, UNQUANTIZED)
 
 
-@dataclass(frozen=True)
+@dataclass
 class WeightBits:
     """Grid of every quantized weight."""
 
@@ -20,7 +21,7 @@ class WeightBits:
     symmetric: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActivationBits:
     """Grid of the input of every quantized linear; which values share a scale is the method's choice."""
 
@@ -28,7 +29,7 @@ class ActivationBits:
     symmetric: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class BitsConfig:
     """One choice of the `bits` group, for example `w4a16`."""
 

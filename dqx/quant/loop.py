@@ -31,9 +31,12 @@ from dqx.quant.stats import COLLECTORS, Collector
 
 
 class Batch(Protocol):
-    """What the loop reads of a calibration batch: token ids [B, T]."""
+    """What the loop reads of a calibration batch."""
 
-    ids: Tensor
+    @property
+    def ids(self) -> Tensor:
+        """Token ids [B, T]."""
+        ...
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ class Method:
     `rounding` null: weights stay as they are (fp16). `activation` null: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; null leaves the role in 16 bit, its input too).
     `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128 with 16-bit activations,
-    "weights_and_activations" is N bits for both. `calib_text` is the calibration text of the method's authors.
+    "weights_and_activations" is N bits for both. `calib_*` is the calibration of the method's authors, which the `calib`
+    config group reads: text, windows, tokens per window.
     """
 
     name: str
@@ -29,7 +30,9 @@ class Method:
     activation: PerToken | None = None
     rounding_by_role: Mapping[str, Rounding | None] = field(default_factory=dict)
     quantizes: str = "weights"
-    calib_text: str | None = None
+    calib_text: str = "wikitext2"
+    calib_samples: int = 128
+    calib_length: int = 2048
 
     def rounding_of(self, role: str) -> Rounding | None:
         """The rounding part of a role, or None where the role's linear stays in 16 bit."""
