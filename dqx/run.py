@@ -1,0 +1,167 @@
+"""One run, stage by stage: load, baseline, quantize, evaluate, compare, record. The file to read first."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from dqx import baselines, mirror, outliers, report, store
+from dqx.api import DiffusionLM, load_configured
+from dqx.config import Config, ConfigProblems, build, choices, validate
+from dqx.evaluate.results import TaskResult
+from dqx.evaluate.spec import TaskSpec
+from dqx.quant import quantize
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, folder: str | Path | None = None) -> store.Record:
+    """Run one configuration and leave its record in `folder` (None: Hydra's output folder).
+
+    Raises ConfigProblems before anything is loaded when the configuration cannot work.
+    """
+    problems = validate(config)
+    if problems:
+        raise ConfigProblems(problems)
+    output = store.RunFolder(folder or HydraConfig.get().runtime.output_dir)
+    timings: dict[str, float] = {}
+
+    with stage("load the model", timings):
+        lm = load_configured(config.model)
+        method = build(config.method)
+        calibration = lm.calibration(config.calib, seed=config.seed, data_root=config.data_root)
+    output.start(config, store.environment(lm.model.device))
+    cache = _baseline_cache(lm, config)
+
+    with stage("evaluate full precision", timings):
+        full_precision, sources = _full_precision(lm, config, cache)
+    with stage("outliers at full precision", timings):
+        thresholds = _thresholds(config)
+        watched = calibration[: config.outliers.samples]
+        statistics = {"full_precision": outliers.measure(lm.model, watched, thresholds)}
+
+    with stage(f"quantize with {config.method.name} at {config.bits.name}", timings):
+        quantization = quantize(lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed)
+    changed = any(row.bits < 16 or row.activation_bits < 16 for row in quantization.linears)
+    with stage("outliers after quantization", timings):
+        statistics["quantized"] = (
+            outliers.measure(lm.model, watched, thresholds) if changed else statistics["full_precision"]
+        )
+    with stage("evaluate quantized", timings):
+        quantized = _evaluate(lm, config, config.task.suite) if changed else full_precision
+
+    record = store.Record(
+        config=OmegaConf.to_container(OmegaConf.structured(config)),
+        environment=store.environment(lm.model.device),
+        model={
+            "name": config.model.name,
+            "family": lm.checkpoint.arch.family,
+            "path": config.model.path,
+            "fingerprint": lm.checkpoint.fingerprint(),
+            "dtype": str(lm.model.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in lm.model.parameters()),
+        },
+        full_precision=full_precision,
+        quantized=quantized,
+        quantization=quantization.to_dict(),
+        outliers=statistics,
+        timings=timings,
+        baselines=sources,
+        choices=_choices(),
+        command=_command(),
+        warnings=[*cache.warnings, *_notes(quantized), *quantization.notes],
+    )
+    output.write(record)
+    record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
+    output.write_results(record)
+    report.print_table(record, output.path)
+    return record
+
+
+@contextmanager
+def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
+    """Say what is going on, and note how many seconds it took."""
+    log.info(name)
+    started = time.perf_counter()
+    yield
+    timings[name] = time.perf_counter() - started
+
+
+def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:
+    return lm.evaluate_suite(
+        suite, limit=config.task.limit, steps=config.steps.count, seed=config.seed, data_root=config.data_root
+    )
+
+
+def _baseline_cache(lm: DiffusionLM, config: Config) -> baselines.Baselines:
+    facts = baselines.facts(
+        checkpoint=lm.checkpoint.folder,
+        fingerprint=lm.checkpoint.fingerprint(),
+        model=config.model,
+        dtype=lm.model.dtype,
+        device=lm.model.device,
+        seed=config.seed,
+        limit=config.task.limit,
+        data_root=config.data_root,
+    )
+    return baselines.Baselines(config.cache_dir, facts, config.steps.count)
+
+
+def _full_precision(
+    lm: DiffusionLM, config: Config, cache: baselines.Baselines
+) -> tuple[dict[str, TaskResult], dict[str, str]]:
+    """Every task at full precision, from the cache where it is there; kept task by task, so none is lost later."""
+    results, sources = {}, {}
+    for name, spec in config.task.suite.items():
+        found = cache.get(name, spec)
+        sources[name] = "reused" if found else "computed"
+        if found is None:
+            found = _evaluate(lm, config, {name: spec})[name]
+            cache.put(name, spec, found)
+        results[name] = found
+    return results, sources
+
+
+def _thresholds(config: Config) -> outliers.Thresholds:
+    settings = config.outliers
+    return outliers.Thresholds(
+        channel_ratio=settings.channel_ratio,
+        massive_absolute=settings.massive_absolute,
+        massive_relative=settings.massive_relative,
+    )
+
+
+def _notes(results: dict[str, TaskResult]) -> list[str]:
+    return [f"{name}: {note}" for name, result in results.items() for note in result.notes]
+
+
+def _choices() -> dict[str, str]:
+    """The config file chosen in each group, where Hydra composed the run."""
+    if not HydraConfig.initialized():
+        return {}
+    chosen = HydraConfig.get().runtime.choices
+    return {group: str(name) for group, name in chosen.items() if name is not None and choices(str(group))}
+
+
+def _command() -> str | None:
+    """The command line that repeats this run alone, also out of a sweep."""
+    if not HydraConfig.initialized():
+        return None
+    overrides = list(HydraConfig.get().overrides.task)
+    return shlex.join(["python", Path(sys.argv[0]).name, *overrides])
+
+
+def _sweep() -> str | None:
+    """The name of the sweep this run belongs to: its folder's."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir).name
