@@ -1,0 +1,170 @@
+"""Everything that is wrong with a run, as far as it can be told without reading a weight, and all of it at once.
+
+Each part of the project judges its own settings (`Method.problems`, `Sampler.problems`, `task_problems`,
+`calib_problems`, `inspect`); this module asks them all, and adds the checks that need two groups at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dqx.calib import calib_problems
+from dqx.config import Config, as_part
+from dqx.evaluate.problems import task_problems
+from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect
+from dqx.models.tokenizer import tokenizer_problem
+from dqx.names import did_you_mean
+from dqx.parts import build_part, part_problems
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+MASKINGS = ("clean",)
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+def problems(config: Config) -> list[str]:
+    """All problems in the order of the config groups, each once; empty when the run can start."""
+    found = [*_number_problems(config), *_name_problems(config), *_device_problems(config.model.device)]
+    if not config.model.sampler:
+        found.append("model.sampler is empty; choose a model, or set its _target_")
+    sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
+    method_problems = part_problems(as_part(config.method), "method")
+    found += sampler_problems + method_problems
+    sampler = None if sampler_problems or not config.model.sampler else build_part(config.model.sampler)
+    method = None if method_problems else build_part(as_part(config.method))
+
+    task = config.task
+    from_tasks = task_problems(
+        task.suite,
+        data_root=config.data_root,
+        steps=config.steps.count,
+        sampler=sampler,
+        limit=task.limit,
+        chat=config.model.chat,
+    )
+    found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
+    found += calib_problems(config.calib, config.data_root)
+
+    if found and not _is_local(config.model.path):
+        found.append(
+            f"(model.path={config.model.path} was not looked at, to download nothing for a run that cannot start)"
+        )
+        return _once(found)
+    try:
+        checkpoint = inspect(config.model.path, config.model.revision)
+    except CheckpointError as error:
+        return _once([*found, str(error)])
+    found += _checkpoint_problems(config, checkpoint)
+    if method is not None:
+        found += method.problems(config.bits, checkpoint.arch)
+    return _once(found)
+
+
+def _once(found: list[str]) -> list[str]:
+    return list(dict.fromkeys(found))
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(PACKAGED) or Path(path).expanduser().exists() or path.count("/") != 1
+
+
+def _number_problems(config: Config) -> Iterator[str]:
+    at_least = {
+        "seed": (config.seed, 0),
+        "calib.samples": (config.calib.samples, 1),
+        "calib.length": (config.calib.length, 1),
+        "steps.count": (config.steps.count, 1),
+        "model.mask_token_id": (config.model.mask_token_id, 0),
+        "model.outliers.channels": (config.model.outliers.channels, 0),
+        "outliers.samples": (config.outliers.samples, 0),
+    }
+    for key, (value, low) in at_least.items():
+        if value is not None and value < low:
+            yield f"{key}={value} must be {low} or more"
+    above_zero = {
+        "model.outliers.gain": config.model.outliers.gain,
+        "outliers.channel_ratio": config.outliers.channel_ratio,
+        "outliers.massive_absolute": config.outliers.massive_absolute,
+        "outliers.massive_relative": config.outliers.massive_relative,
+    }
+    for key, number in above_zero.items():
+        if not (number > 0 and math.isfinite(number)):
+            yield f"{key}={number} must be a number above 0"
+
+
+def _name_problems(config: Config) -> Iterator[str]:
+    one_of = {
+        "model.family": (config.model.family, tuple(FAMILIES)),
+        "model.dtype": (config.model.dtype, DTYPES),
+        "calib.masking": (config.calib.masking, MASKINGS),
+        "wandb.mode": (config.wandb.mode, WANDB_MODES),
+    }
+    for key, (value, known) in one_of.items():
+        if value not in known:
+            yield f"{key}={value} is unknown; {did_you_mean(value, known)}"
+    if Path(config.cache_dir).exists() and not Path(config.cache_dir).is_dir():
+        yield f"cache_dir={config.cache_dir} is a file; give a folder, it is made where it does not exist"
+
+
+def _device_problems(name: str) -> Iterator[str]:
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        yield f"model.device={name} is no device; write auto, cpu, cuda or cuda:1"
+        return
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            yield f"model.device={name}, but torch {torch.__version__} finds no CUDA device here; write cpu or auto"
+        elif (device.index or 0) >= count:
+            yield f"model.device={name}, but there are {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+    elif device.type != "cpu":
+        yield f"model.device={name} is not supported; write auto, cpu, cuda or cuda:1"
+
+
+def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
+    """What does not fit between the configuration and the checkpoint's config.json and tokenizer files."""
+    model, arch = config.model, checkpoint.arch
+    if model.family in FAMILIES and arch.family != model.family:
+        yield (
+            f"model.family={model.family}, but {checkpoint.folder / 'config.json'} is of family {arch.family}; "
+            f"choose a model of that family, for example model={EXAMPLES[arch.family]} model.path={model.path}"
+        )
+    if model.mask_token_id is not None and model.mask_token_id >= arch.vocab_size:
+        yield (
+            f"model.mask_token_id={model.mask_token_id} lies outside the vocabulary of {arch.vocab_size}; "
+            f"null takes the checkpoint's own, {arch.mask_token_id}"
+        )
+    if config.calib.length > arch.max_length:
+        yield (
+            f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "
+            f"choose {arch.max_length} or less"
+        )
+    channels = min(arch.hidden_size, arch.mlp_size)
+    if model.outliers.channels > channels:
+        yield f"model.outliers.channels={model.outliers.channels} is more than the model's {channels} channels"
+    missing = tokenizer_problem(checkpoint.folder)
+    if missing:
+        yield missing
+    elif model.chat and not _has_chat_template(checkpoint.folder):
+        yield (
+            f"model.chat=true, but {checkpoint.folder} has no chat template (chat_template in tokenizer_config.json, "
+            f"or {TEMPLATE_FILES[0]}); set model.chat=false for a base model"
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in TEMPLATE_FILES):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,98 @@
+"""What people type, and what Hydra wants to hear.
+
+Hydra takes `bits=3` for an integer and refuses integers as group choices; and a list of tasks is a suite only in
+brackets. `normalize` rewrites exactly these and leaves everything else alone:
+
+    bits=3,4            ->  bits=w3,w4
+    steps=64,128        ->  steps=s64,s128        (steps=48, no such file: steps.count=48)
+    task=gsm8k,mmlu     ->  task=[gsm8k,mmlu]     one run with both tasks; with -m it stays a sweep
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from dqx.config import GROUPS, ConfigProblems, choices
+from dqx.names import did_you_mean
+
+MULTIRUN = ("-m", "--multirun")
+LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
+
+SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """The command line as Hydra understands it. Raises ConfigProblems for a list where one choice is wanted."""
+    lists = [a for a in argv if SINGLE.match(a)]
+    if lists:
+        raise ConfigProblems([f"{a}: a run has one choice of this group; write it without brackets" for a in lists])
+    sweep = any(a in MULTIRUN for a in argv)
+    return [_normalize(argument, sweep) for argument in argv]
+
+
+def _normalize(argument: str, sweep: bool) -> str:
+    match = LIST.fullmatch(argument)
+    if not match:
+        return argument
+    plus, group, text = match.groups()
+    values = [v.strip() for v in text.split(",")]
+    if group == "task":
+        return f"{plus}task=[{','.join(values)}]" if len(values) > 1 and not sweep else argument
+    if group == "bits":
+        return f"{plus}bits={','.join(_width(v) for v in values)}"
+    files = ["s" + v if v.isdigit() else v for v in values]
+    if set(files) <= set(choices("steps")):
+        return f"{plus}steps={','.join(files)}"
+    counts = ["null" if v == "default" else v.removeprefix("s") for v in values]
+    if all(re.fullmatch(r"-?\d+|null", c) for c in counts):
+        return f"steps.count={','.join(counts)}"
+    return f"{plus}steps={','.join(files)}"
+
+
+def _width(value: str) -> str:
+    return "w16a16" if value == "16" else f"w{value}" if value.isdigit() else value
+
+
+def explain(error: BaseException) -> list[str]:
+    """A mistake on the command line or in a config file as plain words, one string per problem, nearest names included.
+
+    Hydra's and OmegaConf's own messages, without the advice that does not hold here ("append with +": the schema
+    has no place for new keys) and without the search path.
+    """
+    if isinstance(error, ConfigProblems):
+        return error.problems
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = choices(group) if error.options is None and group in GROUPS else error.options or []
+        return [f"{group}={name} is no choice; {did_you_mean(name, _visible(options))}"]
+    if isinstance(error, OverrideParseException):
+        return [f"{error.override} cannot be read, it is not NAME=VALUE ({_plain(str(error))})"]
+    several = re.match(r"Ambiguous value for argument '(.*)'", str(error))
+    if several:
+        return [f"{several[1]} gives several values for one run; add -m to run one after the other"]
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        key, parent = str(cause.full_key or cause.key or ""), cause.parent_node
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent):
+            return [f"{key} is no setting; {did_you_mean(str(cause.key), map(str, parent))}"]
+        return [f"{key}: {(cause.msg or str(cause)).splitlines()[0]}" if key else str(cause).splitlines()[0]]
+    return [_plain(str(error))]
+
+
+def _visible(options: Iterable[str]) -> list[str]:
+    return sorted({o for o in options if not o.startswith("_")})
+
+
+def _plain(message: str) -> str:
+    """Hydra's message without its search path and its pointers to Hydra's documentation."""
+    lines = []
+    for line in message.splitlines():
+        if line.startswith(("Config search path", "See https://hydra.cc")):
+            break
+        lines.append(line.strip())
+    return " ".join(line for line in lines if line)

@@ -1,0 +1,289 @@
+"""The configuration as types: what every key means, its default, and how `conf/` becomes a `Config`.
+
+`conf/` says which choices exist, this module says what a choice may contain: Hydra checks every file and every
+override against these classes. Parts (`method.rounding`, `model.sampler`, ...) stay plain mappings with a
+`_target_`, so that a new part needs no change here; their options are checked when they are built (`dqx/checks.py`).
+
+    from dqx.config import compose, resolve, validate
+    config = resolve(compose(["method=gptq", "bits=4"]))
+    problems = validate(config)
+
+Nothing here imports torch, so that `--help` and tab completion answer at once.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dqx.evaluate.spec import TaskSpec
+from dqx.names import did_you_mean
+from dqx.parts import build_part, part_problems
+from dqx.quant.bits import BitsConfig
+
+CONF_DIR = Path(__file__).parent.parent / "conf"
+GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
+
+
+class ConfigProblems(ValueError):
+    """A configuration that cannot run: every problem found, each in plain words with its remedy."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(f"{i}. {p}" for i, p in enumerate(self.problems, 1)))
+
+
+@dataclass
+class OutlierPlanting:
+    """Outlier channels planted in the finished network by a rescaling that leaves its function unchanged."""
+
+    gain: float = 1.0  # factor on those channels; 1 plants nothing
+    channels: int = 4  # how many channels per place
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint, in which precision, and how it samples."""
+
+    name: str = MISSING
+    family: str = MISSING  # llada or dream
+    path: str = MISSING  # a folder, or a hub id; pkg://dqx/... lies inside this package
+    revision: str | None = None  # of the hub repository
+    dtype: str = "bfloat16"  # float32, bfloat16, float16, or auto: as stored
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    chat: bool = False  # put prompts through the checkpoint's chat template
+    mask_token_id: int | None = None  # null: the checkpoint's own
+    outliers: OutlierPlanting = field(default_factory=OutlierPlanting)
+    sampler: dict[str, Any] = MISSING  # a part: how answers are generated
+    calib_text: str | None = None  # what calibration uses with this model; null: what the method says
+    calib_samples: int | None = None
+    calib_length: int | None = None
+
+
+@dataclass
+class MethodConfig:
+    """A quantization method as a composition of parts; see `dqx.quant.method.Method`. Slots are empty by default."""
+
+    _target_: str = "dqx.quant.method.Method"
+    _convert_: str = "all"
+    name: str = MISSING
+    rounding: Any = None  # a part; null: weights stay as they are
+    rounding_by_role: dict[str, Any] = field(default_factory=dict)  # other parts for single roles; null: role untouched
+    activation: Any = None  # a part; null: a weight-only method
+    quantizes: str = "weights"  # or weights_and_activations: what `bits=4` means with this method
+    calib_text: str = "wikitext2"  # the calibration its authors or the study used: text, windows, tokens per window
+    calib_samples: int = 128
+    calib_length: int = 2048
+
+
+@dataclass
+class CalibConfig:
+    """The text a method sees while it quantizes."""
+
+    masking: str = MISSING  # how many tokens of it are masked; clean: none
+    text: str = MISSING  # a name (wikitext2, pile, nano), a local .txt/.jsonl/.parquet file, or a dataset id
+    config: str | None = None  # of a dataset id: its configuration, split and text field
+    split: str | None = None
+    field: str = "text"
+    samples: int = MISSING  # windows
+    length: int = MISSING  # tokens per window
+
+
+@dataclass
+class StepsConfig:
+    count: int | None = None  # denoising steps per answer; null: the task's own
+
+
+@dataclass
+class TaskConfig:
+    limit: int | None = None  # documents per task; null: all
+    suite: dict[str, TaskSpec] = field(default_factory=dict)
+
+
+@dataclass
+class OutlierConfig:
+    """How activation outliers are measured; nothing else depends on it."""
+
+    samples: int = 8  # calibration windows looked at
+    channel_ratio: float = 20.0  # a channel stands out where its abs-max exceeds this many medians of all channels
+    massive_absolute: float = 100.0  # a value is massive where it exceeds this ...
+    massive_relative: float = 1000.0  # ... and this many medians
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "auto"  # online where a login exists, else offline; or online, offline, disabled
+    project: str = "dqx"
+    group: str | None = None  # null: one group per sweep
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = 0  # of calibration windows, sampling and Monte-Carlo masks
+    data_root: str | None = None  # a folder with local copies of hub datasets: data_root/openai/gsm8k ...
+    cache_dir: str = "runs/cache"  # full-precision baselines, reused between runs
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    calib: CalibConfig = field(default_factory=CalibConfig)
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+# ---- what the YAML files may compute -------------------------------------------------------------------------
+
+
+def by_method(quantizes: str, weights: int, weights_and_activations: int) -> int:
+    """One of two values, by what a method quantizes: `${by_method:${method.quantizes},128,-1}`."""
+    values = {"weights": weights, "weights_and_activations": weights_and_activations}
+    if quantizes not in values:
+        raise ValueError(f"method.quantizes={quantizes} is unknown; it is one of {', '.join(values)}")
+    return values[quantizes]
+
+
+def first_set(*values: Any) -> Any:
+    """The first value that is not null."""
+    return next((v for v in values if v is not None), None)
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """A run's folder name, `nano_llada-gptq-w4a16`, with the number of steps where one was set."""
+    parts = [OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "bits.name")]
+    count = OmegaConf.select(_root_, "steps.count")
+    return "-".join(str(p) for p in (*parts, f"{count}steps" if count else None) if p is not None)
+
+
+def group_choices(*, _root_: DictConfig) -> str:
+    """The config groups with their choices, from every folder on the search path (for `--help`)."""
+    folders = [s.path for s in _root_.hydra.runtime.config_sources if s.schema == "file"]
+    wrapper = textwrap.TextWrapper(width=110, subsequent_indent=" " * 14, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(f"  {g:<11} {', '.join(choices(g, folders))}") for g in GROUPS) + "\n"
+
+
+def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str]:
+    """The choices of a group: the files of that folder. Numbers in names sort as numbers."""
+    names = {p.stem for folder in folders for p in Path(folder, group).glob("*.yaml")}
+    return sorted(names, key=lambda n: [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", n)])
+
+
+RESOLVERS = (by_method, first_set, run_name, group_choices)
+for _resolver in RESOLVERS:
+    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
+
+
+def schema() -> DictConfig:
+    """`Config` for Hydra to merge files into. `BitsConfig` is frozen, which would keep out overrides too."""
+    node = OmegaConf.structured(Config)
+    for frozen in (node.bits, node.bits.weight, node.bits.activation):
+        OmegaConf.set_readonly(frozen, None)
+    return node
+
+
+ConfigStore.instance().store(name="schema", node=schema())
+
+
+# ---- from files to a Config ----------------------------------------------------------------------------------
+
+
+def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR) -> DictConfig:
+    """What `python launch.py OVERRIDES --cfg job` would show, for notebooks and tests.
+
+    Raises ConfigProblems for names and values that the configuration does not have.
+    """
+    from dqx.command_line import explain, normalize
+
+    hydra = GlobalHydra.instance()
+    outer, hydra.hydra = hydra.hydra, None  # may be called from inside somebody's Hydra application
+    try:
+        with initialize_config_dir(str(Path(folder).resolve()), version_base="1.3"):
+            return hydra_compose("config", overrides=normalize(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigProblems(explain(error)) from error
+    finally:
+        hydra.hydra = outer
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The typed configuration with every interpolation resolved.
+
+    Raises ConfigProblems for keys without a place in the schema (`+model.nam=x` gets past Hydra), for values that
+    are missing and for interpolations that fail.
+    """
+    problems = strangers(cfg)
+    if problems:
+        raise ConfigProblems(problems)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigProblems([str(error).splitlines()[0]]) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def select(*, method: str, bits: str | int, model: ModelConfig | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a method at a width, by their names in `conf/`, for a model that is already there."""
+    cfg = compose([f"method={method}", *([] if method == "fp16" else [f"bits={bits}"]), *overrides])
+    if model is not None:
+        cfg.model = model
+    return resolve(cfg)
+
+
+def suite(tasks: Sequence[str]) -> dict[str, TaskSpec]:
+    """The tasks of one or several choices of the task group."""
+    return resolve(compose([f"task=[{','.join(tasks)}]"])).task.suite
+
+
+def build(part: MethodConfig | Mapping[str, Any]) -> Any:
+    """The `Method` of a method's configuration, or the object of any part. Raises ConfigProblems."""
+    where = "method" if isinstance(part, MethodConfig) else "part"
+    node = as_part(part) if isinstance(part, MethodConfig) else part
+    problems = part_problems(node, where)
+    if problems:
+        raise ConfigProblems(problems)
+    return build_part(node)
+
+
+def as_part(method: MethodConfig) -> dict[str, Any]:
+    """A method without the keys that only other groups read."""
+    return {key: value for key, value in vars(method).items() if key not in ("calib_samples", "calib_length")}
+
+
+def strangers(cfg: DictConfig, path: str = "") -> list[str]:
+    """Keys that the schema does not have. `+key=value` adds such keys, and nothing would ever read them."""
+    schema = OmegaConf.get_type(cfg)  # None where the node is null or missing
+    if schema is None or not is_dataclass(schema):
+        return []
+    known = [f.name for f in fields(schema)]
+    problems = []
+    for key in map(str, cfg):
+        node = cfg._get_node(key)
+        if key not in known:
+            problems.append(f"{path}{key} is no setting, so nothing would read it; {did_you_mean(key, known)}")
+        elif isinstance(node, DictConfig):
+            problems += strangers(node, f"{path}{key}.")
+    return problems
+
+
+def validate(config: Config | DictConfig) -> list[str]:
+    """Everything that is wrong with a run, as far as can be told without reading a weight; see `dqx.checks`."""
+    from dqx.checks import problems
+
+    return problems(config if isinstance(config, Config) else resolve(config))
