@@ -144,7 +144,8 @@ class OutlierStats:
         for row in data["rows"]:
             channels = [ChannelRow(**c) for c in row["top_channels"]]
             tokens = [TokenRow(**t) for t in row["top_tokens"]]
-            rows.append(SiteStats(**{**row, "top_channels": channels, "top_tokens": tokens}))
+            values: dict[str, Any] = {k: float(v) if v == "NaN" else v for k, v in row.items()}
+            rows.append(SiteStats(**(values | {"top_channels": channels, "top_tokens": tokens})))
         return cls(Thresholds(**data["thresholds"]), data["sequences"], data["tokens"], rows, data["relative_error"])
 
 
@@ -352,3 +353,28 @@ def _octaves(counts: Tensor) -> dict[str, list[float]]:
     first, last = used[0], used[-1]
     edges = [_edge(i << MANTISSA_BITS) for i in range(first, last + 1)]
     return {"edges": [*edges, edges[-1] * 2], "counts": [float(c) for c in by_octave[first : last + 1]]}
+
+
+def summary(stats: OutlierStats) -> list[dict[str, Any]]:
+    """Per site the block with the largest value, in short."""
+    rows = []
+    for site in SITES:
+        worst = stats.worst(site)
+        rows.append(
+            {
+                "site": site,
+                "block": worst.block,
+                "abs_max": worst.abs_max,
+                "median": worst.median,
+                "max_over_median": worst.max_over_median,
+                "kurtosis": worst.kurtosis,
+                "outlier_channels": worst.outlier_channels,
+                "channels": worst.channels,
+                "massive_values": worst.massive_values,
+                "massive_token_share": worst.massive_token_share,
+                "relative_values": worst.relative_values,
+                "relative_token_share": worst.relative_token_share,
+                "not_finite": worst.not_finite,
+            }
+        )
+    return rows

@@ -1,0 +1,292 @@
+"""The record of a run: one folder that says what was run, on what, and everything that came out.
+
+    config.yaml            the resolved configuration
+    environment.json       versions, platform, device
+    results.json           the summary, by the schema in results.schema.json
+    documents/TASK.jsonl   every document: prediction, score and likelihoods of both models
+    outliers.json          outlier statistics per block and site, of both models
+    quantization.json      one row per linear
+
+Files appear whole or not at all. JSON has no NaN or infinity: such numbers are written as the strings "NaN",
+"Infinity" and "-Infinity", which `float()` reads. `Record` is the same in memory; `RunFolder.read` gives it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dqx import deltas, outliers
+from dqx.deltas import Delta
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.outliers import OutlierStats
+
+SCHEMA = Path(__file__).with_name("results.schema.json")
+SCHEMA_VERSION = 1
+PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
+SIDES = ("full_precision", "quantized")
+
+
+@dataclass
+class Record:
+    """Everything a run has to say. `deltas` are computed from the results where they are not given."""
+
+    config: dict[str, Any]  # resolved
+    environment: dict[str, Any]
+    model: dict[str, Any]  # at least name and fingerprint
+    full_precision: dict[str, TaskResult]
+    quantized: dict[str, TaskResult]
+    quantization: dict[str, Any]  # QuantReport.to_dict()
+    outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    baselines: dict[str, str] = field(default_factory=dict)  # task -> computed or reused
+    choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
+    command: str | None = None  # how to run it again
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    warnings: list[str] = field(default_factory=list)  # where the run could not do exactly what was asked
+    mirror: dict[str, Any] = field(default_factory=lambda: {"state": "not written"})
+    deltas: list[Delta] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.deltas = self.deltas or deltas.compare(self.full_precision, self.quantized)
+
+    @property
+    def average_bits(self) -> float | None:
+        return self.quantization.get("average_bits")
+
+    def results(self) -> dict[str, Any]:
+        """What results.json says."""
+        tasks = {}
+        for name, before in self.full_precision.items():
+            sides = {side: _cost(getattr(self, side)[name]) for side in SIDES}
+            sides["full_precision"]["source"] = self.baselines.get(name, "computed")
+            tasks[name] = {"category": before.category, "metric": before.metric, "n": before.n, **sides}
+        config = self.config
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": self.created,
+            "command": self.command,
+            "choices": self.choices,
+            "model": self.model,
+            "method": _at(config, "method", "name"),
+            "bits": _at(config, "bits", "name"),
+            "average_bits": self.average_bits,
+            "calibration": config.get("calib"),
+            "steps": _at(config, "steps", "count"),
+            "limit": _at(config, "task", "limit"),
+            "seed": config.get("seed"),
+            "tasks": tasks,
+            "deltas": [row.to_dict() for row in self.deltas],
+            "outliers": {side: outliers.summary(stats) for side, stats in self.outliers.items()},
+            "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
+            "timings": self.timings,
+            "warnings": self.warnings,
+            "mirror": self.mirror,
+        }
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def start(self, config: Any, environment: Mapping[str, Any]) -> None:
+        """Write config.yaml and environment.json, so that a run that fails later has left what it was."""
+        text = yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.yaml", text)
+        write_json(self.path / "environment.json", environment)
+
+    def write(self, record: Record) -> None:
+        """Write every file of the record; results.json last, so that it stands for a finished run."""
+        self.start(record.config, record.environment)
+        for name, before in record.full_precision.items():
+            rows = _paired_rows(before, record.quantized[name])
+            lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            write_text(self.path / "documents" / f"{file_name(name)}.jsonl", "".join(lines))
+        write_json(self.path / "outliers.json", {side: stats.to_dict() for side, stats in record.outliers.items()})
+        write_json(self.path / "quantization.json", record.quantization)
+        self.write_results(record)
+
+    def write_results(self, record: Record) -> None:
+        """Write results.json alone, again where it exists (after the mirror has reported)."""
+        write_json(self.path / "results.json", record.results())
+
+    def read(self) -> Record:
+        """The record that `write` wrote. Raises OSError or ValueError for a folder without a finished run."""
+        results = self._json("results.json")
+        if results.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{self.path / 'results.json'} has schema version {results.get('schema_version')}; "
+                f"this version of dqx reads {SCHEMA_VERSION}"
+            )
+        sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
+        for name, task in results["tasks"].items():
+            lines = (self.path / "documents" / f"{file_name(name)}.jsonl").read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines if line]
+            for side, found in sides.items():
+                documents = [
+                    DocumentRow.from_dict({"doc_id": row["doc_id"], "target": row["target"], **row[side]})
+                    for row in rows
+                ]
+                cost = {k: v for k, v in task[side].items() if k != "source"}
+                cost["value"] = float(cost["value"])
+                found[name] = TaskResult(
+                    name=name,
+                    category=task["category"],
+                    metric=task["metric"],
+                    n=task["n"],
+                    documents=documents,
+                    **cost,
+                )
+        return Record(
+            config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
+            environment=self._json("environment.json"),
+            model=results["model"],
+            quantization=self._json("quantization.json"),
+            outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
+            timings=results["timings"],
+            baselines={name: task["full_precision"]["source"] for name, task in results["tasks"].items()},
+            choices=results["choices"],
+            command=results["command"],
+            created=results["created"],
+            warnings=results["warnings"],
+            mirror=results["mirror"],
+            deltas=[Delta(**row) for row in results["deltas"]],
+            **sides,
+        )
+
+    def _json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def _cost(result: TaskResult) -> dict[str, Any]:
+    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "tokens")}
+
+
+def _at(config: Mapping[str, Any], group: str, key: str) -> Any:
+    return (config.get(group) or {}).get(key)
+
+
+def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
+    other = {row.doc_id: row for row in after.documents}
+    return [
+        {
+            "doc_id": row.doc_id,
+            "target": row.target,
+            "full_precision": _outcome(row),
+            "quantized": _outcome(other[row.doc_id]),
+        }
+        for row in before.documents
+    ]
+
+
+def _outcome(row: DocumentRow) -> dict[str, Any]:
+    return {"score": row.score, "prediction": row.prediction, "log_likelihoods": row.log_likelihoods}
+
+
+def file_name(name: str) -> str:
+    """A task's name as a file name: what a file system might not take becomes `-`."""
+    return re.sub(r"[^\w.+-]", "-", name) or "-"
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as plain lists, dicts and scalars; numbers that JSON lacks as "NaN", "Infinity", "-Infinity".
+
+    Raises TypeError for what has no place in JSON.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (Sequence, set, frozenset)) and not isinstance(value, (bytes, bytearray)):
+        return [jsonable(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):  # numpy and torch scalars
+        return jsonable(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that readers see the old content or all of the new, even if the machine stops in between.
+
+    Half a surrogate pair, which UTF-8 has no bytes for, becomes its escape (in JSON the same string).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Versions, platform and device. No host, user or folder names."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "commit": commit(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed distribution, None where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The git commit of dqx's own sources, `-changed` appended where files differ; None outside a clone."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, state = (
+            subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("-changed" if state.strip() else "")

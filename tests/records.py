@@ -1,0 +1,73 @@
+"""A small but complete record of a run, for the tests of what reads and writes records."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+from dqx import store
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
+from dqx.outliers import measure
+from dqx.store import Record
+
+ARCH = Architecture(
+    family="llada", vocab_size=32, hidden_size=16, mlp_size=24, n_blocks=2, n_heads=2, n_kv_heads=2, rope_theta=1e4,
+    norm_eps=1e-5, qkv_bias=False, mask_token_id=31, eos_token_id=0, max_length=32, logit_shift=False,
+)  # fmt: skip
+
+
+def task_result(name, scores, category="math", **more):
+    rows = [
+        DocumentRow(
+            f"{name}/{i}", float(s), prediction=f"line\n{i} \u2028 é", target=str(i), log_likelihoods=[-1.5, -math.inf]
+        )
+        for i, s in enumerate(scores)
+    ]
+    return TaskResult(name, category, "acc", sum(scores) / len(scores), len(rows), rows, **more)
+
+
+def outlier_stats(seed=0, gain=1.0):
+    net = MaskedDiffusionTransformer(ARCH)
+    initialise(net, torch.Generator().manual_seed(seed))
+    net.requires_grad_(False).eval()
+    net.blocks[1].mlp_norm.weight[3] = gain
+    return measure(net, [SimpleNamespace(ids=torch.arange(1, 25).view(2, 12))])
+
+
+def record(**changes):
+    fp = {"nano_sums": task_result("nano_sums", [1, 1, 1, 0], seconds=2.0, n_forwards=8, tokens=900)}
+    q = {"nano_sums": task_result("nano_sums", [1, 0, 0, 0], seconds=3.0, n_forwards=8, tokens=900)}
+    fp["group/code"], q["group/code"] = (
+        task_result("group/code", [1, 1], "code"),
+        task_result("group/code", [1, 0], "code"),
+    )
+    basics = {
+        "config": {
+            "seed": 0,
+            "model": {"name": "nano_llada"},
+            "method": {"name": "gptq"},
+            "bits": {"name": "w3a16"},
+            "calib": {"masking": "clean", "text": "nano", "samples": 128, "length": 256},
+            "steps": {"count": None},
+            "task": {"limit": None},
+            "wandb": {"mode": "offline", "project": "dqx", "group": None, "entity": None, "tags": []},
+        },
+        "environment": store.environment("cpu"),
+        "model": {"name": "nano_llada", "fingerprint": "0123456789abcdef"},
+        "full_precision": fp,
+        "quantized": q,
+        "quantization": {
+            "method": "gptq",
+            "average_bits": 3.15,
+            "seconds": 1.5,
+            "notes": [],
+            "linears": [{"name": "blocks.0.q"}],
+        },
+        "outliers": {"full_precision": outlier_stats(), "quantized": outlier_stats(gain=30.0)},
+        "timings": {"load": 0.5, "quantize": 1.5},
+        "baselines": {"nano_sums": "reused"},
+        "choices": {"model": "nano_llada", "method": "gptq", "bits": "w3"},
+        "command": "python launch.py method=gptq bits=3",
+    }
+    return Record(**(basics | changes))
