@@ -16,6 +16,7 @@ class DocumentRow:
     prediction: str | None = None  # the generated text, or the chosen answer
     target: str | None = None
     log_likelihoods: list[float] | None = None  # nats, one per answer choice; None for generation
+    truncated: int = 0  # tokens cut from the left of a prompt that did not fit into the model
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -30,6 +31,7 @@ class DocumentRow:
             prediction=data["prediction"],
             target=data["target"],
             log_likelihoods=None if likelihoods is None else [float(x) for x in likelihoods],
+            truncated=int(data.get("truncated", 0)),
         )
 
 
@@ -44,8 +46,9 @@ class TaskResult:
     n: int  # documents
     documents: list[DocumentRow] = field(default_factory=list)
     seconds: float = 0.0
-    n_forwards: int = 0  # model calls
-    tokens: int = 0  # tokens that went through the model, all calls together
+    n_forwards: int = 0  # sequences that went through the model
+    tokens: int = 0  # tokens generated; prompts never count
+    notes: list[str] = field(default_factory=list)  # what differs from the settings, in plain words
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,4 +66,5 @@ class TaskResult:
             seconds=float(data["seconds"]),
             n_forwards=int(data["n_forwards"]),
             tokens=int(data["tokens"]),
+            notes=[str(note) for note in data.get("notes", [])],
         )

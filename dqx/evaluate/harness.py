@@ -1,0 +1,228 @@
+"""lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
+
+The plain version, one request at a time, against which anything faster has to be proven equal. A request's noise
+is a function of (seed, task, document, choice), so neither the order nor the number of documents matters.
+
+We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
+metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
+tokens and keeps what follows them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jinja2.exceptions import TemplateError
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dqx.diffusion.dream import DreamSampler
+from dqx.diffusion.likelihood import greedy_matches, log_likelihood
+from dqx.diffusion.noise import SeededNoise
+from dqx.diffusion.sampler import Sampler
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+#: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
+END_TOKENS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+
+
+class DiffusionHarness(LM):
+    """An lm-eval model around a mask predictor, its tokenizer and a sampler.
+
+    Lengths and steps of a generation come with each request, as `max_gen_toks`, `block_length` and `steps` of its
+    generation settings. `mc_samples` draws per choice serve likelihood, `batch_size` of them per forward; with
+    `greedy` the second value of a likelihood says whether greedy decoding writes the target, else it is False.
+
+    Over all calls, `n_forwards` counts sequences through the model, `generated` the tokens written (prompts never
+    count), and `truncated` has the tokens cut from the left of prompts that did not fit, by (task, document).
+    """
+
+    def __init__(
+        self,
+        model: MaskedDiffusionTransformer,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: Sampler,
+        *,
+        seed: int = 0,
+        mc_samples: int = 128,
+        batch_size: int = 8,
+        greedy: bool = False,
+        progress: bool = True,
+        label: str = "",
+    ):
+        super().__init__()
+        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
+        self.seed, self.mc_samples, self.batch_size, self.greedy = seed, mc_samples, batch_size, greedy
+        self.progress, self.label = progress, label
+        self.n_forwards = 0
+        self.generated = 0
+        self.truncated: dict[tuple[str, int], int] = {}
+        self.end_tokens = end_tokens(model, tokenizer)
+
+    # what lm-eval asks of a model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The history as one prompt; a template that refuses system messages gets the history without them.
+
+        Raises ValueError where the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template; set model.chat=false, or use an instruct checkpoint")
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return render(chat_history)
+        except TemplateError:
+            return render([message for message in chat_history if message["role"] != "system"])
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.tokenizer.chat_template if chat_template else None
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError(
+            "rolling log-likelihood (perplexity tasks) has no counterpart in a masked diffusion model: "
+            "use multiple-choice or generation tasks"
+        )
+
+    @torch.no_grad()
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(nats, greedy flag) of each request's continuation after its context."""
+        answers = []
+        for request in self._with_progress(requests):
+            context, continuation = request.args[:2]
+            prefix, target = encode_pair(self.tokenizer, context, continuation, self.model.arch.eos_token_id)
+            if not target:
+                raise ValueError(f"{request.task_name}: the continuation {continuation!r} has no token of its own")
+            prefix = self._fit(request, prefix, len(target))
+            prefix_ids, target_ids = self._tensor(prefix), self._tensor(target)
+            result = log_likelihood(
+                self.model,
+                prefix_ids,
+                target_ids,
+                samples=self.mc_samples,
+                seed=self.seed,
+                key=(*document_key(request), request.idx),
+                batch_size=self.batch_size,
+            )
+            self.n_forwards += result.n_forwards
+            matches = False
+            if self.greedy:
+                matches = greedy_matches(self.model, prefix_ids, target_ids)
+                self.n_forwards += len(target)
+            answers.append((result.value, matches))
+        return answers
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The generated text of each request, cut before its first stop string or end token."""
+        answers = []
+        for request in self._with_progress(requests):
+            context, settings = request.args[:2]
+            gen_length = settings["max_gen_toks"]
+            prompt = self._fit(request, encode(self.tokenizer, context), gen_length)
+            generation = self.sampler.generate(
+                self.model,
+                self._tensor(prompt or [self.model.arch.eos_token_id])[None],
+                gen_length=gen_length,
+                block_length=block_length(self.sampler, settings.get("block_length")),
+                steps=settings.get("steps") or gen_length,
+                noise=SeededNoise(self.seed, [document_key(request)]),
+            )
+            self.n_forwards += generation.n_forwards
+            self.generated += gen_length
+            until = settings.get("until") or []
+            answers.append(self._text(generation.ids[0].tolist(), [until] if isinstance(until, str) else until))
+        return answers
+
+    # the pieces
+
+    def _with_progress(self, requests: Sequence[Instance]) -> Iterable[Instance]:
+        return tqdm(requests, desc=self.label or None, disable=not self.progress, unit="request", mininterval=1.0)
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+
+    def _fit(self, request: Instance, prompt: list[int], n_new: int) -> list[int]:
+        """The end of `prompt` that leaves room for `n_new` tokens. What is cut is kept in `truncated`."""
+        room = self.model.arch.max_length - n_new
+        if room < 1:
+            raise ValueError(
+                f"{request.task_name}: {n_new} new tokens leave no room for a prompt in the model's "
+                f"max_length={self.model.arch.max_length}; set a smaller gen_length for this task"
+            )
+        cut = len(prompt) - room
+        if cut <= 0:
+            return prompt
+        document = document_key(request)
+        self.truncated[document] = max(cut, self.truncated.get(document, 0))
+        return prompt[cut:]
+
+    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+        """The answer's text: up to the first end token and the first stop string, special tokens left out."""
+        special = set(self.tokenizer.all_special_tokens)
+        stops = self.end_tokens | {self.tokenizer.convert_tokens_to_ids(s) for s in until if s in special}
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        found = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
+
+
+def document_key(request: Instance) -> tuple[str, int]:
+    """(task, document) of a request, the name of its noise. Requests outside a task are named by their text."""
+    if request.task_name is None or request.doc_id is None:
+        return (str(request.args[0]), 0)
+    return (request.task_name, request.doc_id)
+
+
+def block_length(sampler: Sampler, wanted: int | None) -> int | None:
+    """The block length to hand to a sampler: Dream's writes the whole answer at once and takes none."""
+    return None if isinstance(sampler, DreamSampler) else wanted
+
+
+def end_tokens(model: MaskedDiffusionTransformer, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids after which nothing belongs to an answer any more."""
+    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS if token in special}
+    return ends | {model.arch.eos_token_id} | ({tokenizer.eos_token_id} - {None})
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, nothing added (as in lm-eval's class for Hugging Face models)."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, start: int
+) -> tuple[list[int], list[int]]:
+    """Context and continuation as ids, split as lm-eval does.
+
+    Spaces at the end of the context belong to the continuation; the whole text is encoded once and cut at the
+    length of the encoded context, so that the continuation's first token is the one the model sees in running
+    text. An empty context becomes the token `start`.
+    """
+    if not context:
+        target = encode(tokenizer, continuation)
+        return ([start], target) if target[:1] != [start] else (target[:1], target[1:])
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    prefix = encode(tokenizer, bare)
+    return prefix or [start], encode(tokenizer, bare + continuation)[len(prefix) :]

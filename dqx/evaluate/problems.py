@@ -1,0 +1,144 @@
+"""Everything wrong with a task suite that can be known before a weight is read, in plain words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dqx.diffusion.sampler import Sampler
+from dqx.evaluate.catalogue import Leaf, UnknownTaskError, known_tasks, leaves
+from dqx.evaluate.harness import block_length
+from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
+
+OUTPUT_TYPES = {"likelihood": ("multiple_choice", "loglikelihood"), "generation": ("generate_until",)}
+
+
+def task_problems(
+    suite: Mapping[str, TaskSpec],
+    *,
+    data_root: str | None = None,
+    steps: int | None = None,
+    sampler: Sampler | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+) -> list[str]:
+    """All problems of the suite's settings and of the local data it needs; empty when it can run.
+
+    With `data_root` null the data come from the hub, and whether it can be reached is not looked at.
+    """
+    found = []
+    if not suite:
+        found.append("task.suite is empty; choose tasks, for example task=nano")
+    if limit is not None and limit < 1:
+        found.append(f"task.limit={limit} leaves no documents; give 1 or more, or null for all")
+    if data_root is not None and not Path(data_root).expanduser().is_dir():
+        found.append(
+            f"data_root={data_root} is no folder; give the folder that holds the dataset copies, or null for the hub"
+        )
+        data_root = None
+    for name, spec in suite.items():
+        found += _setting_problems(name, spec)
+        if spec.kind == "generation" and sampler is not None:
+            found += _schedule_problems(name, spec, steps, sampler)
+        try:
+            members = leaves(spec.harness, chat=chat)
+        except UnknownTaskError as error:
+            close = difflib.get_close_matches(spec.harness, known_tasks(), 3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            found.append(f"task.suite.{name}.harness: {error}{hint}")
+            continue
+        found += _harness_problems(name, spec, members[0])
+        if data_root is not None:
+            found += _data_problems(name, members[:limit], Path(data_root).expanduser())
+    return list(dict.fromkeys(found))
+
+
+def _setting_problems(name: str, spec: TaskSpec) -> Iterator[str]:
+    prefix = f"task.suite.{name}"
+    if spec.category not in CATEGORIES:
+        yield f"{prefix}.category={spec.category!r} is none of {', '.join(CATEGORIES)}"
+    if spec.kind not in KINDS:
+        yield f"{prefix}.kind={spec.kind!r} is none of {', '.join(KINDS)}"
+    if spec.fewshot < 0:
+        yield f"{prefix}.fewshot={spec.fewshot} is negative; 0 means no examples"
+    needed = ("mc_samples", "batch_size") if spec.kind == "likelihood" else ("gen_length",)
+    for field in needed:
+        value = getattr(spec, field)
+        if value is None:
+            yield f"{prefix}.{field} is not set; a {spec.kind} task needs it"
+        elif value < 1:
+            yield f"{prefix}.{field}={value} must be 1 or more"
+
+
+def _schedule_problems(name: str, spec: TaskSpec, steps: int | None, sampler: Sampler) -> Iterator[str]:
+    if not spec.gen_length or spec.gen_length < 1:
+        return
+    steps = steps_of(spec, steps)
+    blocks = block_length(sampler, spec.block_length)
+    for problem in sampler.problems(spec.gen_length, blocks, spec.gen_length if steps is None else steps):
+        yield problem if problem.startswith("sampler.") else f"task.suite.{name}: {problem}"
+
+
+def _harness_problems(name: str, spec: TaskSpec, leaf: Leaf) -> Iterator[str]:
+    prefix = f"task.suite.{name}"
+    output_type = leaf.raw.get("output_type", "generate_until")
+    if spec.kind in OUTPUT_TYPES and output_type not in OUTPUT_TYPES[spec.kind]:
+        fitting = next((kind for kind, types in OUTPUT_TYPES.items() if output_type in types), None)
+        remedy = f"set kind={fitting}" if fitting else "perplexity tasks cannot be run with a masked diffusion model"
+        yield f"{prefix}.kind={spec.kind} does not fit {leaf.name}, whose requests are {output_type}; {remedy}"
+    if leaf.raw.get("unsafe_code") and not leaf.own:
+        yield (
+            f"{prefix}.harness={spec.harness} would run programs that the model wrote without a sandbox; "
+            "use dqx_humaneval or dqx_mbpp"
+        )
+    metrics = {m["metric"]: m for m in leaf.raw.get("metric_list") or [{"metric": "acc"}]}
+    metric = metrics.get(spec.metric)
+    if metric is None:
+        yield f"{prefix}.metric={spec.metric!r} is no metric of {leaf.name}, which has {', '.join(metrics)}"
+    elif metric.get("aggregation", "mean") != "mean" or not metric.get("higher_is_better", True):
+        yield f"{prefix}.metric={spec.metric!r} is no mean over documents that is better when higher; choose another one"
+    filters = [f["name"] for f in leaf.raw.get("filter_list") or [{"name": "none"}]]
+    if spec.filter not in filters:
+        yield f"{prefix}.filter={spec.filter!r} is no answer filter of {leaf.name}, which has {', '.join(filters)}"
+
+
+def _data_problems(name: str, members: list[Leaf], data_root: Path) -> Iterator[str]:
+    for dataset in dict.fromkeys(leaf.dataset for leaf in members):
+        if dataset is None:
+            continue
+        folder = data_root / dataset
+        if not folder.is_dir():
+            yield (
+                f"task {name}: {folder} does not exist; copy the dataset there "
+                f"(hf download {dataset} --repo-type dataset --local-dir {folder}), or leave the task out"
+            )
+            continue
+        for leaf in members:
+            if leaf.dataset == dataset and (problem := _dataset_problem(folder, leaf.raw)):
+                yield f"task {name}: {problem}"
+                break
+
+
+def _dataset_problem(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """What is wrong with the local copy in `folder` for one task: configuration, split or damaged files."""
+    import datasets
+    import pyarrow.parquet
+
+    wanted = raw.get("dataset_name")
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name=wanted)
+    except Exception as error:  # many kinds; the text is what helps
+        return f"{folder} cannot be used for configuration {wanted!r}: {str(error).strip().splitlines()[0]}"
+    files = builder.config.data_files or {}
+    split = raw.get("test_split") or raw.get("validation_split")
+    if split not in files:
+        return f"{folder} has no split {split!r} for configuration {wanted!r}; it has {', '.join(map(str, files)) or 'none'}"
+    for path in (Path(p) for paths in files.values() for p in paths):
+        if path.suffix == ".parquet":
+            try:
+                pyarrow.parquet.read_metadata(path)
+            except Exception as error:
+                return f"{path} is no readable Parquet file ({str(error).splitlines()[0]}); copy it again"
+    return None

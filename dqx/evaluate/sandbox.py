@@ -1,0 +1,119 @@
+"""Run programs that a model wrote, in a process that can do nothing but compute.
+
+Each program gets a fresh Python process (`sandbox_child.py`) in an empty temporary folder, without our environment,
+under limits on CPU time, memory, file size, open files and processes. On Linux it also loses, as far as the system
+allows: its user (root becomes nobody), the network (own network namespace), files outside the temporary folder and
+Python's own (Landlock), and the system calls for processes, signals and sockets (seccomp). `Outcome.isolation` says
+what was in force.
+
+A program has passed when it ran to its end: only then does the child send back a token drawn for this run. Exiting
+early, with whatever status, is no pass. What this does not stop is a program that searches the interpreter it runs
+in for the token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+TIMEOUT = 3.0  # seconds of CPU time, as in HumanEval's scorer
+MEMORY = 1 << 30  # bytes of address space
+MAX_REPORT = 1 << 16  # bytes that are read from a child
+ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its end, why not, and the layers of isolation it ran under."""
+
+    passed: bool
+    reason: str  # "passed", the exception's name, or what stopped it
+    isolation: tuple[str, ...] = ()
+
+
+def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
+    """Run Python `source` with at most `timeout` seconds of CPU time and `memory` bytes of address space.
+
+    The wall clock ends it after twice `timeout` plus 5 seconds, so that a busy machine changes no score. Raises
+    RuntimeError when the child process cannot be set up.
+    """
+    token = secrets.token_hex(16)
+    order = f"{math.ceil(timeout)} {memory} {token}\n{source}"
+    folder = tempfile.mkdtemp(prefix="dqx-sandbox-")
+    report_end, child_end = os.pipe()
+    try:
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(CHILD), str(child_end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env=ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
+            pass_fds=[child_end],
+            start_new_session=True,
+        )
+        os.close(child_end)
+        child_end = -1
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(order.encode("utf-8", "surrogatepass"))
+            report, in_time = _read(report_end, time.monotonic() + 2 * timeout + 5)
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+    finally:
+        os.close(report_end)
+        if child_end >= 0:
+            os.close(child_end)
+        shutil.rmtree(folder, ignore_errors=True)
+    return _outcome(report, token, in_time, status)
+
+
+def _read(pipe: int, deadline: float) -> tuple[bytes, bool]:
+    """Everything from `pipe` until it is closed; False where the deadline or the size limit came first."""
+    report = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while len(report) < MAX_REPORT:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return report, False
+            part = os.read(pipe, 4096)
+            if not part:
+                return report, True
+            report += part
+    return report, False
+
+
+def _outcome(report: bytes, token: str, in_time: bool, status: int) -> Outcome:
+    head, _, rest = report.decode(errors="replace").partition("\n")
+    kind, _, layers = head.partition(" ")
+    if kind != "ready":
+        raise RuntimeError(
+            f"the sandbox process could not be set up (exit status {status}): {head[:300] or 'no report'}"
+        )
+    isolation = tuple(layers.split(","))
+    if in_time and rest == f"passed {token}\n":
+        return Outcome(True, "passed", isolation)
+    if not in_time:
+        return Outcome(False, "took too long" if len(report) < MAX_REPORT else "wrote too much", isolation)
+    if rest.startswith("raised ") and len(rest) < 100:
+        return Outcome(False, rest[len("raised ") :].strip(), isolation)
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        return Outcome(False, "took too long", isolation)
+    return Outcome(False, f"killed by signal {-status}" if status < 0 else "exited before its end", isolation)

@@ -1,0 +1,160 @@
+"""Run a suite of tasks through lm-eval: prompts, filters and metrics are lm-eval's, the model is ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval import evaluator
+from transformers import PreTrainedTokenizerBase
+
+from dqx.diffusion.dream import DreamSampler
+from dqx.diffusion.sampler import Sampler
+from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
+from dqx.evaluate.harness import DiffusionHarness
+from dqx.evaluate.problems import task_problems
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.evaluate.spec import TaskSpec
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+__all__ = ["evaluate", "task_problems"]
+
+
+def evaluate(
+    model: MaskedDiffusionTransformer,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Mapping[str, TaskSpec],
+    *,
+    sampler: Sampler,
+    steps: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    data_root: str | None = None,
+    chat: bool = False,
+    progress: bool = True,
+) -> dict[str, TaskResult]:
+    """One result per task of `suite`, by its name there, with one row per document.
+
+    `steps` replaces the generation tasks' own number of denoising steps. `limit` is the number of documents of a
+    task; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a folder with copies of the
+    datasets in the hub's layout. A document's result depends on neither the other documents nor the other tasks.
+
+    Raises ValueError with `task_problems` of the suite.
+    """
+    problems = task_problems(suite, data_root=data_root, steps=steps, sampler=sampler, limit=limit, chat=chat)
+    if problems:
+        raise ValueError("; ".join(problems))
+    results = {}
+    for name, spec in suite.items():
+        started = time.perf_counter()
+        chosen = _documents(spec, limit=limit, data_root=data_root, steps=steps, chat=chat)
+        harness = DiffusionHarness(
+            model,
+            tokenizer,
+            sampler,
+            seed=seed,
+            mc_samples=spec.mc_samples or 1,
+            batch_size=spec.batch_size,
+            greedy=any(task.OUTPUT_TYPE == "loglikelihood" for task in chosen),
+            progress=progress,
+            label=name,
+        )
+        samples = _run(harness, chosen, chat)
+        rows = [
+            _row(task, sample, spec, harness)
+            for task in chosen
+            for sample in samples[task.task_name]
+            if sample["filter"] == spec.filter
+        ]
+        results[name] = TaskResult(
+            name=name,
+            category=spec.category,
+            metric=spec.metric if spec.filter == "none" else f"{spec.metric},{spec.filter}",
+            value=sum(row.score for row in rows) / len(rows),
+            n=len(rows),
+            documents=rows,
+            seconds=time.perf_counter() - started,
+            n_forwards=harness.n_forwards,
+            tokens=harness.generated,
+            notes=_notes(chosen, rows, spec, sampler),
+        )
+    return results
+
+
+def _documents(
+    spec: TaskSpec, *, limit: int | None, data_root: str | None, steps: int | None, chat: bool
+) -> dict[LocalTask, int]:
+    """The lm-eval tasks of an entry, each with the number of its first documents to run."""
+    members = leaves(spec.harness, chat=chat)
+    # with fewer documents than members, the last members are never reached and need not be loaded
+    tasks = [build(leaf, spec, data_root=data_root, steps=steps) for leaf in members[:limit]]
+    sizes = [len(task.eval_docs) for task in tasks]
+    counts = sizes if limit is None else in_turn(sizes, limit)
+    return {task: count for task, count in zip(tasks, counts, strict=True) if count}
+
+
+def in_turn(sizes: Sequence[int], limit: int) -> list[int]:
+    """How many documents each member gives when `limit` are taken one by one in turn, as far as `sizes` allow."""
+    counts = [0] * len(sizes)
+    while (left := limit - sum(counts)) > 0:
+        open_members = [i for i, size in enumerate(sizes) if counts[i] < size][:left]
+        if not open_members:
+            break
+        for i in open_members:
+            counts[i] += 1
+    return counts
+
+
+def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool) -> dict[str, list[dict[str, Any]]]:
+    """lm-eval's per-document records by task."""
+    with quiet():
+        results = evaluator.evaluate(
+            lm=harness,
+            task_dict={"tasks": {task.task_name: task for task in chosen}},
+            samples={task.task_name: range(count) for task, count in chosen.items()},
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            confirm_run_unsafe_code=True,  # `task_problems` lets only tasks through that use our sandbox
+        )
+    return results["samples"]
+
+
+def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: DiffusionHarness) -> DocumentRow:
+    doc, responses = sample["doc"], sample["resps"]
+    likelihoods, target = None, str(sample["target"])
+    if task.OUTPUT_TYPE == "multiple_choice":
+        likelihoods = [float(response[0][0]) for response in responses]
+        choices = task.doc_to_choice(doc)
+        likelihoods = likelihoods[: len(choices)]
+        gold = task.doc_to_text(doc) if task.multiple_input else sample["target"]
+        target = choices[gold] if isinstance(gold, int) else str(gold)
+        prediction = choices[likelihoods.index(max(likelihoods))]
+    elif task.OUTPUT_TYPE == "loglikelihood":
+        likelihoods, prediction = [float(responses[0][0][0])], None
+    else:
+        prediction = responses[0][0]
+    return DocumentRow(
+        doc_id=f"{task.task_name}/{sample['doc_id']}",
+        score=float(sample[spec.metric]),
+        prediction=prediction,
+        target=target,
+        log_likelihoods=likelihoods,
+        truncated=harness.truncated.get((task.task_name, sample["doc_id"]), 0),
+    )
+
+
+def _notes(chosen: Mapping[LocalTask, int], rows: Sequence[DocumentRow], spec: TaskSpec, sampler: Sampler) -> list[str]:
+    notes = [note for task in chosen for note in task.notes]
+    cut = [row.truncated for row in rows if row.truncated]
+    if cut:
+        notes.append(f"{len(cut)} of {len(rows)} prompts did not fit: up to {max(cut)} tokens cut from the left")
+    if (
+        isinstance(sampler, DreamSampler)
+        and spec.kind == "generation"
+        and spec.block_length not in (None, spec.gen_length)
+    ):
+        notes.append(f"block_length={spec.block_length} is not used: Dream's sampler writes the whole answer at once")
+    return notes

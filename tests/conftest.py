@@ -1,0 +1,69 @@
+"""Fixtures that several test files share: tiny checkpoints in the hub's format, and their documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dqx.models.checkpoint import FAMILIES, save
+from dqx.models.transformer import MaskedDiffusionTransformer, initialise
+
+TESTS = Path(__file__).parent
+DATA = TESTS / "data"  # a few real documents per benchmark, in the hub's layout
+SPECIAL = {"<|endoftext|>": 256, "<|mdm_mask|>": 257, "<|eot_id|>": 258}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if not (loop.last and m.role == 'assistant') %}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TinyCheckpoint = Callable[..., Path]
+
+
+def write_tokenizer(folder: Path, family: str) -> None:
+    """A tokenizer with one token per byte: `tokenizer.json` for LLaDA, Qwen2's files for Dream."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    settings: dict[str, Any] = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if family == "llada":
+        tokenizer = Tokenizer(models.BPE(alphabet | SPECIAL, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(list(SPECIAL))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    else:
+        (folder / "vocab.json").write_text(json.dumps(alphabet))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        added = {str(i): {"content": text, "special": True} for text, i in SPECIAL.items()}
+        settings |= {"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
+    """`tiny_checkpoint(family, **config)`: a random checkpoint with a byte tokenizer, and the folder it is in.
+
+    Keyword arguments replace keys of its config.json; `max_shard_bytes` and `seed` are taken out first.
+    """
+
+    def make(family: str = "llada", *, max_shard_bytes: int = 10**9, seed: int = 0, **changes: Any) -> Path:
+        config = json.loads((TESTS / "golden" / f"{family}_tiny" / "config.json").read_text())
+        length = "max_sequence_length" if family == "llada" else "max_position_embeddings"
+        config |= {"eos_token_id": 256, "pad_token_id": 256, "mask_token_id": 257, length: 1024, **changes}
+        model = MaskedDiffusionTransformer(FAMILIES[family].architecture(config))
+        initialise(model, torch.Generator().manual_seed(seed))
+        folder = tmp_path / f"{family}_{len(list(tmp_path.iterdir()))}"
+        save(model, config, folder, max_shard_bytes)
+        write_tokenizer(folder, family)
+        return folder
+
+    return make
