@@ -42,8 +42,8 @@ class QuantLinear(nn.Module):
         weight = linear.weight if rounded is None else rounded.dequantize().to(linear.weight.dtype)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = linear.bias
-        self.register_buffer("scale", None if rounded is None else rounded.scale)
-        self.register_buffer("zero_point", None if rounded is None else rounded.zero_point)
+        self.register_buffer("scale", None if rounded is None else rounded.scale.clone())
+        self.register_buffer("zero_point", None if rounded is None else rounded.zero_point.clone())
         self.register_buffer("group_index", None if rounded is None else rounded.group_index.to(torch.int32))
 
     def quantize_input(self, x: Tensor) -> Tensor:

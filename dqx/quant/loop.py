@@ -1,11 +1,11 @@
 """Quantize a model block by block; the only place that knows about hooks and devices.
 
 Inside a block the linears are done in data-flow order, (q, k, v), (o), (gate, up), (down). Before each step the
-calibration batches run through the partly quantized block as far as that step's input, one batch at a time, and only
+calibration sequences run through the partly quantized block as far as that step's input, one at a time, and only
 statistics and the inputs of the current block are kept. The output of the finished block feeds the next one.
 Attention is that of the model itself: bidirectional, no mask.
 
-B sequences, T tokens, D hidden, O outputs, I inputs.
+B sequences of a batch, T tokens, D hidden, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -86,12 +86,15 @@ def quantize(
 
 
 class Stream:
-    """The inputs of the current block [B, T, D], one tensor per calibration batch, in one version of the model."""
+    """The inputs of the current block [1, T, D], one per calibration sequence, in one version of the model.
+
+    Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
+    """
 
     def __init__(self, model: MaskedDiffusionTransformer, ids: Sequence[Tensor]):
         self.model = model
-        self.ids = [batch.to(model.device) for batch in ids]
-        self.inputs = [model.embed(batch) for batch in self.ids]
+        self.ids = [row for batch in ids for row in batch.to(model.device).split(1)]
+        self.inputs = [model.embed(row) for row in self.ids]
 
     def collect(
         self,
@@ -101,7 +104,7 @@ class Stream:
         *,
         stop_at: str | None = None,
     ) -> dict[str, dict[str, Tensor]]:
-        """Run every batch through `block` and return the statistics that `sites` asks for, by site and name.
+        """Run every sequence through `block` and return the statistics that `sites` asks for, by site and name.
 
         `seen` maps a linear's input to what its matmul sees. With `stop_at` a pass ends at that site's input and
         the stream stays where it is; without, the stream moves on to the block's output.

@@ -21,8 +21,8 @@ class Method:
     `rounding` null: weights stay as they are (fp16). `activation` null: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; null leaves the role in 16 bit, its input too).
     `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128 with 16-bit activations,
-    "weights_and_activations" is N bits for both. `calib_*` is the calibration of the method's authors, which the `calib`
-    config group reads: text, windows, tokens per window.
+    "weights_and_activations" is N bits for both. `calib_*` is the calibration of the method's authors, which the
+    `calib` config group reads: text, windows, tokens per window.
     """
 
     name: str

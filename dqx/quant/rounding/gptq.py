@@ -165,8 +165,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[st
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info) != 0:
             continue
-        upper = lower.flip(0, 1)  # H = R R^T with R upper, so H^-1 = R^-T R^-1
-        u = torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=dtype, device=h.device), upper=True)
+        u = triangular_inverse(lower.flip(0, 1))  # H = R R^T with R upper, so H^-1 = R^-T R^-1
         notes: tuple[str, ...] = ()
         if attempt:
             precision = str(hessian_II.dtype).removeprefix("torch.")
@@ -176,3 +175,17 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[st
     raise ValueError(
         "the Hessian cannot be factored even with a damping of 1; is it symmetric, and are its inputs finite?"
     )
+
+
+def triangular_inverse(upper_II: Tensor, leaf: int = 256) -> Tensor:
+    """Inverse of an upper triangular matrix, by halves: a third less work than solving against the identity."""
+    n = len(upper_II)
+    if n <= leaf:
+        identity = torch.eye(n, dtype=upper_II.dtype, device=upper_II.device)
+        return torch.linalg.solve_triangular(upper_II, identity, upper=True)
+    half = n // 2
+    inverse = torch.zeros_like(upper_II)
+    first = inverse[:half, :half] = triangular_inverse(upper_II[:half, :half], leaf)
+    last = inverse[half:, half:] = triangular_inverse(upper_II[half:, half:], leaf)
+    inverse[:half, half:] = -(first @ (upper_II[:half, half:] @ last))
+    return inverse
