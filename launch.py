@@ -1,70 +1,75 @@
 """Run or sweep: `python launch.py [-m] GROUP=CHOICE ...`; `python launch.py --help` lists the choices.
 
-Exit code 0: every run finished; 2: a mistake in the command line or the configuration, told in plain words before
-any weight was read; 1: a run failed on the way.
+Exit code 0: every run finished. 2: nothing heavy was started, because of mistakes in the command line, the
+configuration or the files it names; all of them are told in plain words. 1: a run failed on the way.
 """
 
 import os
 import sys
 import traceback
+import warnings
 
 import hydra
 from omegaconf import DictConfig
 
 from dqx.command_line import explain, normalize
-from dqx.config import ConfigProblems, resolve, validate
+from dqx.config import ConfigProblems, resolve
 
-started = False  # a run's own code has been entered, so an error is no longer one of the command line
-failed: list[BaseException] = []
+failures: list[BaseException] = []  # of the runs that were started here
+started = 0
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One run of what may be a sweep. In a sweep a run that fails says so at once and the others go on."""
+    """One run, of a sweep perhaps. A run that fails says so at once; in a sweep the others go on."""
     global started
-    started = True
-    try:
-        config = resolve(cfg)
-        problems = validate(config)
-        if problems:
-            raise ConfigProblems(problems)
-        from dqx.run import run
+    started += 1
+    from dqx.models.checkpoint import CheckpointError
+    from dqx.run import run
 
-        run(config)
-    except ConfigProblems as error:
-        failed.append(error)
-        say(error)
+    try:
+        run(resolve(cfg))
+    except (ConfigProblems, CheckpointError) as error:
+        failures.append(ConfigProblems(explain(error)))
+        say(explain(error))
         raise
     except Exception as error:
-        failed.append(error)
+        failures.append(error)
         traceback.print_exc()
         raise
 
 
-def say(error: BaseException) -> None:
+def say(problems: list[str]) -> None:
     """Problems in plain words, numbered where there are several."""
-    problems = explain(error)
     if len(problems) == 1:
         print(f"cannot run: {problems[0]}", file=sys.stderr)
-    else:
-        print(f"cannot run, {len(problems)} problems:", file=sys.stderr)
-        for i, problem in enumerate(problems, 1):
-            print(f"  {i}. {problem}", file=sys.stderr)
+        return
+    print(f"cannot run, {len(problems)} problems:", file=sys.stderr)
+    for i, problem in enumerate(problems, 1):
+        print(f"  {i}. {problem}", file=sys.stderr)
+
+
+def exit_code(error: BaseException) -> int:
+    """Tell what ended the program, unless its run has told already, and how."""
+    if not started:
+        say(explain(error))
+        return 2
+    if not failures:  # after the runs, or in another process
+        traceback.print_exception(error)
+        return 1
+    if started > 1:
+        print(f"{len(failures)} of {started} runs failed", file=sys.stderr)
+    return 2 if all(isinstance(f, ConfigProblems) for f in failures) else 1
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = normalize(sys.argv[1:])
-    hydra_full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # have Hydra raise instead of print, so that messages are ours
+    developer = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
+    warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
     try:
+        sys.argv[1:] = normalize(sys.argv[1:])
         main()
     except Exception as error:
-        if hydra_full_error:
+        if developer:
             raise
-        if not failed:
-            if started:
-                traceback.print_exc()
-            else:
-                say(error)
-        plain = all(isinstance(e, ConfigProblems) for e in failed or [error])
-        sys.exit(2 if plain or not started else 1)
+        sys.exit(exit_code(error))

@@ -75,11 +75,15 @@ def explain(error: BaseException) -> list[str]:
     several = re.match(r"Ambiguous value for argument '(.*)'", str(error))
     if several:
         return [f"{several[1]} gives several values for one run; add -m to run one after the other"]
+    missing = re.match(r"provider=.*, path=(.*) is not available", str(error))
+    if missing:
+        return [f"the config folder {missing[1]} (hydra.searchpath or DQX_CONFIG_PATH) does not exist"]
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         key, parent = str(cause.full_key or cause.key or ""), cause.parent_node
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent):
-            return [f"{key} is no setting; {did_you_mean(str(cause.key), map(str, parent))}"]
+            known = [] if parent._is_none() else [str(k) for k in parent]
+            return [f"{key} is no setting; {did_you_mean(str(cause.key), known) if known else 'nothing is set there'}"]
         return [f"{key}: {(cause.msg or str(cause)).splitlines()[0]}" if key else str(cause).splitlines()[0]]
     return [_plain(str(error))]
 

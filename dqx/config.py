@@ -210,15 +210,15 @@ def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR) -> Dic
     """
     from dqx.command_line import explain, normalize
 
-    hydra = GlobalHydra.instance()
-    outer, hydra.hydra = hydra.hydra, None  # may be called from inside somebody's Hydra application
+    outer = GlobalHydra.instance().hydra  # may be called from inside somebody's Hydra application
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(Path(folder).resolve()), version_base="1.3"):
             return hydra_compose("config", overrides=normalize(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigProblems(explain(error)) from error
     finally:
-        hydra.hydra = outer
+        GlobalHydra.instance().hydra = outer
 
 
 def resolve(cfg: DictConfig) -> Config:
@@ -268,14 +268,14 @@ def as_part(method: MethodConfig) -> dict[str, Any]:
 
 def strangers(cfg: DictConfig, path: str = "") -> list[str]:
     """Keys that the schema does not have. `+key=value` adds such keys, and nothing would ever read them."""
-    schema = OmegaConf.get_type(cfg)  # None where the node is null or missing
-    if schema is None or not is_dataclass(schema):
+    if cfg._is_none() or cfg._is_missing():
         return []
-    known = [f.name for f in fields(schema)]
+    schema = OmegaConf.get_type(cfg)
+    known = [f.name for f in fields(schema)] if schema is not None and is_dataclass(schema) else None
     problems = []
     for key in map(str, cfg):
         node = cfg._get_node(key)
-        if key not in known:
+        if known is not None and key not in known:
             problems.append(f"{path}{key} is no setting, so nothing would read it; {did_you_mean(key, known)}")
         elif isinstance(node, DictConfig):
             problems += strangers(node, f"{path}{key}.")
