@@ -82,7 +82,11 @@ class LLaDASampler:
         return found
 
     def _token_problems(self, vocab_size: int) -> list[str]:
-        ids = {"eos_token_id": self.eos_token_id, "eot_token_id": self.eot_token_id}
+        ids = {}
+        if self.suppress_eos_logits or self.suppress_eos_confidence:
+            ids["eos_token_id"] = self.eos_token_id
+        if self.suppress_eos_confidence:
+            ids["eot_token_id"] = self.eot_token_id
         return [
             f"sampler.{name}={token!r} is not a token of the model; ids go from 0 to {vocab_size - 1}"
             for name, token in ids.items()
