@@ -236,4 +236,5 @@ def test_end_token_outside_the_vocabulary(golden, model):
     with pytest.raises(
         ValueError, match=r"sampler.eot_token_id=126348 is not a token of the model; ids go from 0 to 319"
     ):
-        LLaDASampler(eot_token_id=126348).generate(model, golden["prompt"], gen_length=4, steps=4)
+        sampler = LLaDASampler(eot_token_id=126348, suppress_eos_confidence=True)
+        sampler.generate(model, golden["prompt"], gen_length=4, steps=4)
