@@ -43,7 +43,7 @@ def problems(config: Config) -> list[str]:
     from_tasks = task_problems(
         task.suite,
         data_root=config.data_root,
-        steps=config.steps.count,
+        steps=config.steps.count if (config.steps.count or 0) > 0 else None,  # else told above
         sampler=sampler,
         limit=task.limit,
         chat=config.model.chat,
