@@ -131,8 +131,8 @@ class OutlierStats:
         raise KeyError((block, site))
 
     def worst(self, site: str) -> SiteStats:
-        """The block whose largest value at this site is the largest."""
-        return max((row for row in self.rows if row.site == site), key=lambda row: row.abs_max)
+        """The block whose largest value at this site is the largest; values that are not finite are larger than any."""
+        return max((row for row in self.rows if row.site == site), key=lambda row: (row.not_finite, row.abs_max))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

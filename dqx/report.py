@@ -1,0 +1,176 @@
+"""A run's record as tables in the terminal: what it cost, where the outliers sit, where the record lies.
+
+Everything is ASCII with colour as a hint only, so that a log file reads like the screen. The usual table fits
+80 columns; a wider one is left to the terminal to wrap, nothing is cut.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dqx.deltas import Delta
+from dqx.outliers import Thresholds, summary
+from dqx.store import SIDES, Record
+
+#: Rules across, nothing down: head, head rule, rows, section rule, foot.
+RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
+SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
+COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
+
+
+def print_table(record: Record, folder: str | Path | None = None, file: TextIO | None = None) -> None:
+    """Print the tables of a record to `file` (standard output if None); `folder` is where the record lies."""
+    file = file or sys.stdout
+    console = Console(file=file, highlight=False, emoji=False)
+    wide = Console(file=file, highlight=False, emoji=False, width=max(200, console.width))
+    console.print()
+    for line in header(record):
+        console.print(Text(line, style="bold"), soft_wrap=True)
+    console.print()
+    wide.print(delta_table(record))
+    console.print(
+        Text("In percent, deltas in points. Every task counts the same in an average.", style="dim"), soft_wrap=True
+    )
+    if record.outliers:
+        console.print()
+        wide.print(outlier_table(record))
+        for line in outlier_legend(next(iter(record.outliers.values())).thresholds):
+            console.print(Text(line, style="dim"), soft_wrap=True)
+    console.print()
+    for line in footer(record, folder):
+        console.print(Text(line), soft_wrap=True)  # paths and commands stay in one piece, to be copied
+
+
+def header(record: Record) -> list[str]:
+    """Model, method and bits; then calibration, steps and seed."""
+    config, average = record.config, record.average_bits
+    bits = (config.get("bits") or {}).get("name")
+    what = f"{record.model.get('name')}, {(config.get('method') or {}).get('name')} {bits}"
+    parts = []
+    calib = config.get("calib") or {}
+    if calib and record.quantization.get("calibration_tokens") != 0:
+        size = f"{calib.get('samples')} x {calib.get('length')} tokens"
+        parts.append(f"calibrated on {calib.get('text')} ({calib.get('masking')}, {size})")
+    steps = (config.get("steps") or {}).get("count")
+    parts.append(f"{steps} steps" if steps else "each task's own steps")
+    limit = (config.get("task") or {}).get("limit")
+    if limit is not None:
+        parts.append(f"first {limit} documents")
+    parts.append(f"seed {config.get('seed')}")
+    return [what + (f", {average:.2f} bits per weight on average" if average else ""), ", ".join(parts)]
+
+
+def delta_table(record: Record) -> Table:
+    """Full precision against quantized: per task, per category, on average. In percent; deltas in points."""
+    table = _table(("task", "left"), ("docu-\nments", "right"), ("full\nprec.", "right"), ("quan-\ntized", "right"))
+    for name, side in (("delta\n[95 % interval]", "right"), ("relative\ndrop", "right"), ("\nlevel", "left")):
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("lost/\ngained", justify="right", no_wrap=True)
+    kind = record.deltas[0].kind
+    for row in record.deltas:
+        if row.kind != kind:
+            table.add_section()
+        kind = row.kind
+        table.add_row(*_cells(row), style="bold" if row.kind == "overall" else None)
+    return table
+
+
+def _cells(row: Delta) -> list[str | Text]:
+    interval = "" if row.low is None or row.high is None else f" [{points(row.low)}, {points(row.high)}]"
+    drop = None if row.relative_drop is None else points(row.relative_drop).removeprefix("+")
+    return [
+        f"{row.category} average" if row.kind == "category" else row.name,
+        str(row.n),
+        f"{100 * row.full_precision:.1f}",
+        f"{100 * row.quantized:.1f}",
+        points(row.delta) + interval,
+        "-" if drop is None else drop,
+        Text(row.level or "-", style=COLOURS.get(row.level or "", "")),
+        f"{row.lost}/{row.gained}",
+    ]
+
+
+def points(fraction: float) -> str:
+    """A difference of fractions in percentage points, always signed except for zero."""
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def outlier_table(record: Record) -> Table:
+    """Per site the block with the largest activation, before and after quantization."""
+    table = _table(("linear\ninputs", "left"), ("quanti-\nzation", "left"), ("\nblock", "right"), ("abs\nmax", "right"))
+    for name in (
+        "\nmedian",
+        "max /\nmedian",
+        "outlier\nchannels",
+        "massive\nvalues",
+        "on\ntokens",
+        "relative only:\nvalues, tokens",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    by_side = {side: {row["site"]: row for row in summary(stats)} for side, stats in record.outliers.items()}
+    for site in next(iter(by_side.values())):
+        for side in (s for s in SIDES if s in by_side):
+            table.add_row(site, SIDE_NAMES[side], *_outlier_cells(by_side[side][site]))
+    return table
+
+
+def _table(*columns: tuple[str, Literal["left", "right"]]) -> Table:
+    table = Table(box=RULES, padding=0, show_edge=False)
+    for name, side in columns:
+        table.add_column(name, justify=side, no_wrap=True)
+    return table
+
+
+def _outlier_cells(row: dict[str, Any]) -> list[str]:
+    ratio = row["max_over_median"]
+    return [
+        str(row["block"]),
+        short(row["abs_max"]) + (f" ({row['not_finite']} not finite)" if row["not_finite"] else ""),
+        short(row["median"]),
+        "-" if ratio is None else short(ratio),
+        f"{row['outlier_channels']}/{row['channels']}",
+        str(row["massive_values"]),
+        f"{100 * row['massive_token_share']:.1f} %",
+        f"{row['relative_values']}, {100 * row['relative_token_share']:.1f} %",
+    ]
+
+
+def short(value: float) -> str:
+    """Three significant digits, without an exponent where that stays short."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def outlier_legend(settings: Thresholds) -> list[str]:
+    """What the outlier table counts."""
+    share = f"{100 * settings.channel_share:g} %"
+    return [
+        "Each row shows the block with the largest |x| at that place.",
+        f"Outlier channel: |x| > {settings.channel_ratio:g} x the token's median, on at least {share} of tokens.",
+        f"Massive: |x| >= {settings.massive_absolute:g} and >= {settings.massive_relative:g} x median; "
+        "relative only: the second alone.",
+    ]
+
+
+def footer(record: Record, folder: str | Path | None) -> list[str]:
+    """Warnings, where the record lies, its mirror, and how to run it again."""
+    lines = [f"Warning: {text}" for text in record.warnings]
+    if folder is not None:
+        lines.append(f"Record:  {folder}")
+    mirror = record.mirror
+    if mirror.get("state") == "written":
+        place = mirror.get("url") or mirror.get("folder")
+        hint = f"  (upload: wandb sync {mirror['folder']})" if mirror.get("mode") == "offline" else ""
+        lines.append(f"W&B:     {mirror.get('mode')}, {place}" if not hint else f"W&B:     offline{hint}")
+    elif mirror.get("state") == "failed":
+        lines.append(f"W&B:     not written, {mirror.get('message')}; the record is complete without it")
+    if record.command:
+        lines.append(f"Again:   {record.command}")
+    return lines

@@ -1,0 +1,109 @@
+"""The tables as they are printed: whole lines, plain characters, and the numbers of the record."""
+
+import io
+import re
+
+import pytest
+import rich.console
+from records import outlier_stats, record, task_result
+
+from dqx.report import points, print_table, short
+
+
+def printed(run, folder="runs/x", width=None, monkeypatch=None):
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    out = io.StringIO()
+    print_table(run, folder, file=out)
+    return out.getvalue()
+
+
+def test_every_number_of_the_comparison_is_there():
+    text = printed(record())
+    assert "nano_llada, gptq w3a16, 3.15 bits per weight on average" in text
+    assert "calibrated on nano (clean, 128 x 256 tokens), each task's own steps, seed 0" in text
+    (line,) = [x for x in text.split("\n") if x.startswith("nano_sums")]
+    assert re.split(r"\s+", line.strip()) == [
+        "nano_sums", "4", "75.0", "25.0", "-50.0", "[-93.0,", "+26.3]", "66.7", "significant", "2/0"
+    ]  # fmt: skip
+    (line,) = [x for x in text.split("\n") if x.startswith("average")]
+    assert re.split(r"\s+", line.strip())[1:5] == ["6", "87.5", "37.5", "-50.0"]
+
+
+def test_outliers_of_both_models_are_there():
+    run = record()
+    rows = {tuple(x.split()[:2]): x.split() for x in printed(run).split("\n") if x[:4] in ("attn", "mlp_")}
+    assert len(rows) == 8
+    planted = rows["mlp_in", "after"]
+    assert planted[2] == "1"  # the block
+    assert planted[3] == short(run.outliers["quantized"].at(1, "mlp_in").abs_max)
+    assert planted[6] == "1/16"
+    assert rows["mlp_in", "before"][6] == "0/16"
+
+
+def test_category_averages_are_rows():
+    names = {"a": "general", "b": "general", "c": "code"}
+    fp = {n: task_result(n, [1, 1, 0, 1], c) for n, c in names.items()}
+    q = {n: task_result(n, [1, 0, 1, 1], c) for n, c in names.items()}
+    text = printed(record(full_precision=fp, quantized=q, outliers={}))
+    assert re.search(r"^general average +8 +75\.0 +75\.0 +0\.0 \[", text, re.M)
+    assert "1/1" in text
+    assert "linear" not in text  # no outlier table where nothing was measured
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_nothing_is_cut_or_folded(width, monkeypatch):
+    run = record(
+        warnings=["a long warning " * 12], mirror={"state": "written", "mode": "offline", "folder": "runs/" + "w" * 90}
+    )
+    text = printed(run, "runs/" + "x" * 120, width, monkeypatch)
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert "runs/" + "x" * 120 + "\n" in text
+    assert "wandb sync runs/" + "w" * 90 in text
+    assert "a long warning " * 12 in text
+    assert "Again:   python launch.py method=gptq bits=3\n" in text
+    assert printed(run, "runs/" + "x" * 120) == text  # the same at every width
+    tables = [x for x in text.split("\n") if x and not x.startswith(("Warning", "Record", "W&B"))]
+    assert max(len(x.rstrip()) for x in tables) <= 84
+
+
+def test_a_terminal_gets_colours_but_the_same_text(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = printed(record())
+    assert "\x1b[31msignificant" in coloured
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    monkeypatch.delenv("FORCE_COLOR")
+    assert plain == printed(record())
+    assert rich.console.Console(file=io.StringIO()).is_terminal is False
+
+
+def test_what_is_missing_is_said():
+    run = record(
+        full_precision={"a": task_result("a", [0, 0])},
+        quantized={"a": task_result("a", [0, 1])},
+        mirror={"state": "failed", "message": "the package wandb cannot be imported"},
+        command=None,
+    )
+    text = printed(run, None)
+    assert re.search(r"^a +2 +0\.0 +50\.0 +\+50\.0 \[.*\] +- +- +0/1", text, re.M)
+    assert "W&B:     not written, the package wandb cannot be imported; the record is complete without it" in text
+    assert "Record:" not in text
+    assert "Again:" not in text
+
+
+def test_values_that_are_not_finite_show():
+    text = printed(record(outliers={"quantized": outlier_stats(gain=float("nan"))}))
+    assert "not finite" in text
+
+
+def test_numbers():
+    assert [points(x) for x in (0.0, -0.0004, 0.0005, -0.1, 0.25)] == ["0.0", "0.0", "+0.1", "-10.0", "+25.0"]
+    assert [short(x) for x in (0.00012345, 3.14159, 123.4, 12345.6, 2.5e7)] == [
+        "0.000123",
+        "3.14",
+        "123",
+        "12346",
+        "2.5e+07",
+    ]
