@@ -46,27 +46,26 @@ DELTA_COLUMNS = (
 )  # fmt: skip
 
 
-def log(record: Record, folder: str | Path, group: str | None = None) -> dict[str, Any]:
+def log(record: Record, folder: str | Path, settings: Any = None, group: str | None = None) -> dict[str, Any]:
     """Copy `record` to W&B and say what became of it: the `mirror` entry of results.json. Never raises.
 
-    Settings are the `wandb` section of the record's config, `folder` is the run folder (W&B's files go below it),
-    `group` the sweep's name where the config has none. Online, a server that does not answer makes the copy offline.
+    `folder` is the run folder (W&B's files go below it), `settings` the `wandb` section of a config (None: of the
+    record's), `group` the sweep's name where they have none. Online, a server that does not answer makes the copy
+    offline.
     """
     try:
-        settings = {**DEFAULTS, **(record.config.get("wandb") or {})}
-        settings["group"] = settings["group"] or group
-        mode = pick_mode(settings["mode"])
+        wanted = DEFAULTS | (jsonable(record.config.get("wandb") if settings is None else settings) or {})
+        wanted["group"] = wanted["group"] or group
+        mode = pick_mode(wanted["mode"])
         if mode == "disabled":
             return {"state": "disabled", "mode": mode}
         try:
-            return _write(record, Path(folder), settings, mode)
+            return _write(record, Path(folder), wanted, mode)
         except Exception as error:
             if mode != "online":
                 raise
             logger.warning("W&B could not be reached (%s); the copy is written offline", _short(error))
-            return _write(record, Path(folder), settings, "offline") | {
-                "message": f"wanted online, but {_short(error)}"
-            }
+            return _write(record, Path(folder), wanted, "offline") | {"message": f"wanted online, but {_short(error)}"}
     except Exception as error:
         message = "the package wandb cannot be imported" if isinstance(error, ImportError) else _short(error)
         logger.warning("no copy of the run in W&B: %s; results.json has everything", message)

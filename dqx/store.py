@@ -139,10 +139,7 @@ class RunFolder:
             lines = (self.path / "documents" / f"{file_name(name)}.jsonl").read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in lines if line]
             for side, found in sides.items():
-                documents = [
-                    DocumentRow.from_dict({"doc_id": row["doc_id"], "target": row["target"], **row[side]})
-                    for row in rows
-                ]
+                documents = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
                 cost = {k: v for k, v in task[side].items() if k != "source"}
                 cost["value"] = float(cost["value"])
                 found[name] = TaskResult(
@@ -175,7 +172,7 @@ class RunFolder:
 
 
 def _cost(result: TaskResult) -> dict[str, Any]:
-    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "tokens")}
+    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "tokens", "notes")}
 
 
 def _at(config: Mapping[str, Any], group: str, key: str) -> Any:
@@ -188,6 +185,7 @@ def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
         {
             "doc_id": row.doc_id,
             "target": row.target,
+            "truncated": row.truncated,
             "full_precision": _outcome(row),
             "quantized": _outcome(other[row.doc_id]),
         }

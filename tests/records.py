@@ -20,7 +20,12 @@ ARCH = Architecture(
 def task_result(name, scores, category="math", **more):
     rows = [
         DocumentRow(
-            f"{name}/{i}", float(s), prediction=f"line\n{i} \u2028 é", target=str(i), log_likelihoods=[-1.5, -math.inf]
+            f"{name}/{i}",
+            float(s),
+            prediction=f"line\n{i} \u2028 é",
+            target=str(i),
+            log_likelihoods=[-1.5, -math.inf],
+            truncated=i,
         )
         for i, s in enumerate(scores)
     ]
@@ -37,7 +42,11 @@ def outlier_stats(seed=0, gain=1.0):
 
 def record(**changes):
     fp = {"nano_sums": task_result("nano_sums", [1, 1, 1, 0], seconds=2.0, n_forwards=8, tokens=900)}
-    q = {"nano_sums": task_result("nano_sums", [1, 0, 0, 0], seconds=3.0, n_forwards=8, tokens=900)}
+    q = {
+        "nano_sums": task_result(
+            "nano_sums", [1, 0, 0, 0], seconds=3.0, n_forwards=8, tokens=900, notes=["one prompt was cut"]
+        )
+    }
     fp["group/code"], q["group/code"] = (
         task_result("group/code", [1, 1], "code"),
         task_result("group/code", [1, 0], "code"),
