@@ -128,6 +128,20 @@ def test_alg_temp_near_zero_is_the_ranking(golden, model):
     assert torch.equal(ranked.ids, drawn.ids)
 
 
+def test_temperature_samples_the_sharpened_softmax(golden, model):
+    """One token at temperature 1/2 is a draw from the squared and normalised distribution."""
+    prompt, n = golden["prompt"][:, :4], 3000
+    sampler = DreamSampler("maskgit_plus", temperature=0.5)
+    out = sampler.generate(model, prompt.repeat(n, 1), gen_length=1, steps=1, noise=SeededNoise(0, range(n)))
+    with torch.no_grad():
+        masked = torch.cat((prompt, torch.tensor([[model.arch.mask_token_id]])), 1)
+        expected = (2 * model(masked)[0, -1]).softmax(-1) * n
+    observed = torch.bincount(out.ids[:, 0], minlength=len(expected)).float()
+    likely = expected > 20
+    assert likely.sum() >= 3
+    assert ((observed - expected).abs() < 5 * expected.sqrt())[likely].all()
+
+
 def test_tokens_are_drawn_from_their_probabilities():
     probs = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
     n = 2000
@@ -148,7 +162,7 @@ def test_filters_keep_the_nucleus_and_the_top():
     assert kept() == kept(top_p=1.0) == kept(top_k=9) == [0, 1, 2, 3, 4]
     assert kept(top_p=0.4) == [1]
     assert kept(top_p=0.6) == [1, 2]  # the token that crosses the threshold stays
-    assert kept(top_p=0.85) == [0, 1, 2]
+    assert kept(top_p=0.805) == [0, 1, 2]
     assert kept(top_k=2) == [1, 2]
     assert kept(top_p=0.85, top_k=1) == [1]
 

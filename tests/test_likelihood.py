@@ -190,6 +190,34 @@ def test_half_precision_models_get_float32_probabilities(golden):
     assert value == pytest.approx(logits.double().log_softmax(-1)[target[0]].item(), abs=1e-5)
 
 
+def test_a_mask_in_the_prefix_is_not_scored(golden, models):
+    prefix, target = request("llada", golden)
+    prefix = prefix.clone()
+    prefix[3] = models["llada"].arch.mask_token_id
+    tokens = torch.cat((prefix, target[:1]))
+    state = torch.cat((prefix, prefix[3:4]))
+    scored = masked_log_probs(models["llada"], state[None], tokens)[0].nonzero()[:, 0].tolist()
+    assert scored == [len(prefix)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_likelihood_is_the_same_on_the_gpu(family, golden):
+    prefix, target = request(family, golden)
+    values = [
+        log_likelihood(
+            load_weights(inspect(str(GOLDEN / f"{family}_tiny")), dtype=torch.float64, device=device),
+            prefix.to(device),
+            target.to(device),
+            samples=9,
+            seed=0,
+            cfg_scale=0.5,
+        ).value
+        for device in ("cpu", "cuda")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
 def test_empty_target_and_bad_arguments(golden, models):
     prefix, target = request("llada", golden)
     model = models["llada"]

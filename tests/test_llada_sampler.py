@@ -189,6 +189,18 @@ def test_suppress_mask_completes_the_answer_of_a_model_that_predicts_masks(golde
     assert not (done == model.arch.mask_token_id).any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "sampler", [LLaDASampler(cfg_scale=0.5), LLaDASampler("random", 0.8, suppress_eos_confidence=True)]
+)
+def test_tokens_are_the_same_on_the_gpu(sampler, golden):
+    ids = []
+    for device in ("cpu", "cuda"):
+        model = load_weights(inspect(str(GOLDEN / "llada_tiny")), dtype=torch.float64, device=device)
+        ids.append(sampler.generate(model, golden["prompt_batch2"], gen_length=12, block_length=6, steps=6).ids.cpu())
+    assert torch.equal(*ids)
+
+
 def test_nan_logits_are_an_error(golden):
     model = load_weights(inspect(str(GOLDEN / "llada_tiny")))
     with torch.no_grad():
@@ -233,8 +245,8 @@ def test_all_problems_at_once():
 
 
 def test_end_token_outside_the_vocabulary(golden, model):
+    sampler = LLaDASampler(eot_token_id=126348, suppress_eos_confidence=True)
     with pytest.raises(
         ValueError, match=r"sampler.eot_token_id=126348 is not a token of the model; ids go from 0 to 319"
     ):
-        sampler = LLaDASampler(eot_token_id=126348, suppress_eos_confidence=True)
         sampler.generate(model, golden["prompt"], gen_length=4, steps=4)

@@ -64,10 +64,13 @@ def masked_log_probs(
     """Log-probability of the true `tokens` [T] at each masked position of `states` [N, T]; 0 elsewhere.
 
     Float64 [N, T] on the CPU. `cfg_scale` above 0 guides as in generation: the prefix is masked in the second
-    pass. Raises ValueError when a state differs from `tokens` where it is not masked.
+    pass. A mask that is part of `tokens` is not scored.
+
+    Raises ValueError when a state differs from `tokens` where it is not masked, FloatingPointError on NaN.
     """
     raise_if(number_problems("cfg_scale", cfg_scale, 0) + count_problems(batch_size=batch_size))
-    masked = states == model.arch.mask_token_id
+    states, tokens = states.cpu(), tokens.cpu()
+    masked = (states == model.arch.mask_token_id) & (tokens != model.arch.mask_token_id)
     if not (masked | (states == tokens)).all():
         raise ValueError("a state holds tokens that are neither masks nor the true ones: nothing would be scored there")
     out = torch.zeros(states.shape, dtype=torch.float64)
@@ -139,7 +142,7 @@ def log_likelihood_given(
     Any position may be masked, also in the prefix (Dream's `btf` and `union`; divide by T for the latter).
     """
     log_probs = masked_log_probs(
-        model, perturbed.cpu(), tokens.cpu(), prefix_length=prefix_length, cfg_scale=cfg_scale, batch_size=batch_size
+        model, perturbed, tokens, prefix_length=prefix_length, cfg_scale=cfg_scale, batch_size=batch_size
     )
     weights = p_mask.cpu().double()
     return (log_probs / (weights[:, None] if weights.dim() == 1 else weights)).sum(1).mean().item()
