@@ -160,8 +160,8 @@ def outlier_legend(settings: Thresholds) -> list[str]:
 
 
 def footer(record: Record, folder: str | Path | None) -> list[str]:
-    """Warnings, where the record lies, its mirror, and how to run it again."""
-    lines = [f"Warning: {text}" for text in record.warnings]
+    """Notes, where the record lies, its mirror, and how to run it again."""
+    lines = [f"Note:    {text}" for text in record.warnings]
     if folder is not None:
         lines.append(f"Record:  {folder}")
     mirror = record.mirror

@@ -64,7 +64,7 @@ def test_nothing_is_cut_or_folded(width, monkeypatch):
     assert "a long warning " * 12 in text
     assert "Again:   python launch.py method=gptq bits=3\n" in text
     assert printed(run, "runs/" + "x" * 120) == text  # the same at every width
-    tables = [x for x in text.split("\n") if x and not x.startswith(("Warning", "Record", "W&B"))]
+    tables = [x for x in text.split("\n") if x and not x.startswith(("Note", "Record", "W&B"))]
     assert max(len(x.rstrip()) for x in tables) <= 84
 
 
