@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from dqx.models.checkpoint import FAMILIES, save
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 
+torch.set_num_threads(1)  # the models here are tiny: threads only wait for each other
+
 TESTS = Path(__file__).parent
 DATA = TESTS / "data"  # a few real documents per benchmark, in the hub's layout
 SPECIAL = {"<|endoftext|>": 256, "<|mdm_mask|>": 257, "<|eot_id|>": 258}

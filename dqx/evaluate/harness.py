@@ -82,12 +82,13 @@ class DiffusionHarness(LM):
             raise ValueError("the tokenizer has no chat template; set model.chat=false, or use an instruct checkpoint")
 
         def render(messages: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
+            return str(text)
 
         try:
             return render(chat_history)
@@ -178,10 +179,10 @@ class DiffusionHarness(LM):
 
     def _text(self, ids: list[int], until: Sequence[str]) -> str:
         """The answer's text: up to the first end token and the first stop string, special tokens left out."""
-        special = set(self.tokenizer.all_special_tokens)
-        stops = self.end_tokens | {self.tokenizer.convert_tokens_to_ids(s) for s in until if s in special}
+        special = self.tokenizer.get_added_vocab()
+        stops = self.end_tokens | {special[stop] for stop in until if stop in special}
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
         found = [at for stop in until if stop and (at := text.find(stop)) >= 0]
         return text[: min(found)] if found else text
 
@@ -200,8 +201,8 @@ def block_length(sampler: Sampler, wanted: int | None) -> int | None:
 
 def end_tokens(model: MaskedDiffusionTransformer, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids after which nothing belongs to an answer any more."""
-    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    ends = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS if token in special}
+    special = tokenizer.get_added_vocab()
+    ends = {special[token] for token in END_TOKENS if token in special}
     return ends | {model.arch.eos_token_id} | ({tokenizer.eos_token_id} - {None})
 
 

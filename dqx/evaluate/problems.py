@@ -98,7 +98,7 @@ def _harness_problems(name: str, spec: TaskSpec, leaf: Leaf) -> Iterator[str]:
     if metric is None:
         yield f"{prefix}.metric={spec.metric!r} is no metric of {leaf.name}, which has {', '.join(metrics)}"
     elif metric.get("aggregation", "mean") != "mean" or not metric.get("higher_is_better", True):
-        yield f"{prefix}.metric={spec.metric!r} is no mean over documents that is better when higher; choose another one"
+        yield f"{prefix}.metric={spec.metric!r} is no mean over documents that is better when higher; choose another"
     filters = [f["name"] for f in leaf.raw.get("filter_list") or [{"name": "none"}]]
     if spec.filter not in filters:
         yield f"{prefix}.filter={spec.filter!r} is no answer filter of {leaf.name}, which has {', '.join(filters)}"
@@ -134,7 +134,8 @@ def _dataset_problem(folder: Path, raw: Mapping[str, Any]) -> str | None:
     files = builder.config.data_files or {}
     split = raw.get("test_split") or raw.get("validation_split")
     if split not in files:
-        return f"{folder} has no split {split!r} for configuration {wanted!r}; it has {', '.join(map(str, files)) or 'none'}"
+        there = ", ".join(map(str, files)) or "none"
+        return f"{folder} has no split {split!r} for configuration {wanted!r}; it has {there}"
     for path in (Path(p) for paths in files.values() for p in paths):
         if path.suffix == ".parquet":
             try:

@@ -48,7 +48,7 @@ class TaskResult:
     seconds: float = 0.0
     n_forwards: int = 0  # sequences that went through the model
     tokens: int = 0  # tokens generated; prompts never count
-    notes: list[str] = field(default_factory=list)  # what differs from the settings, in plain words
+    notes: list[str] = field(default_factory=list)  # what a reader of the number should know, in plain words
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

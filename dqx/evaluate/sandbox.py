@@ -14,6 +14,7 @@ in for the token.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import secrets
@@ -43,11 +44,11 @@ class Outcome:
     isolation: tuple[str, ...] = ()
 
 
-def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) -> Outcome:
+def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, wall: float | None = None) -> Outcome:
     """Run Python `source` with at most `timeout` seconds of CPU time and `memory` bytes of address space.
 
-    The wall clock ends it after twice `timeout` plus 5 seconds, so that a busy machine changes no score. Raises
-    RuntimeError when the child process cannot be set up.
+    The clock on the wall ends it after `wall` seconds (null: five times `timeout` plus 5), which is generous so that a
+    busy machine changes no score. Raises RuntimeError when the child process cannot be set up.
     """
     token = secrets.token_hex(16)
     order = f"{math.ceil(timeout)} {memory} {token}\n{source}"
@@ -72,7 +73,7 @@ def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) 
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(order.encode("utf-8", "surrogatepass"))
-            report, in_time = _read(report_end, time.monotonic() + 2 * timeout + 5)
+            report, in_time = _read(report_end, time.monotonic() + (5 * timeout + 5 if wall is None else wall))
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -83,6 +84,12 @@ def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY) 
             os.close(child_end)
         shutil.rmtree(folder, ignore_errors=True)
     return _outcome(report, token, in_time, status)
+
+
+@functools.cache
+def isolation() -> tuple[str, ...]:
+    """The layers that programs run under on this machine."""
+    return run_program("").isolation
 
 
 def _read(pipe: int, deadline: float) -> tuple[bytes, bool]:

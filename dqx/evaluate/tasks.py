@@ -15,6 +15,7 @@ from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
 from dqx.evaluate.harness import DiffusionHarness
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.evaluate.sandbox import isolation
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -157,4 +158,6 @@ def _notes(chosen: Mapping[LocalTask, int], rows: Sequence[DocumentRow], spec: T
         and spec.block_length not in (None, spec.gen_length)
     ):
         notes.append(f"block_length={spec.block_length} is not used: Dream's sampler writes the whole answer at once")
+    if spec.category == "code":
+        notes.append(f"programs ran in a sandbox of {', '.join(isolation())}")
     return notes
