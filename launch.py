@@ -1,11 +1,14 @@
 """Run or sweep: `python launch.py [-m] GROUP=CHOICE ...`; `python launch.py --help` lists the choices.
 
-Exit code 0: every run finished. 2: nothing heavy was started, because of mistakes in the command line, the
-configuration or the files it names; all of them are told in plain words. 1: a run failed on the way.
+Exit code 0: every run finished. 2: mistakes in the command line, the configuration or the files it names, told in
+plain words before anything heavy started (runs of the same sweep without mistakes were done). 1: a run failed on
+the way. 130: interrupted.
 """
 
+import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 
@@ -15,6 +18,7 @@ from omegaconf import DictConfig
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
 
+log = logging.getLogger("dqx.launch")  # also into the run's run.log
 failures: list[BaseException] = []  # of the runs that were started here
 started = 0
 
@@ -31,28 +35,25 @@ def main(cfg: DictConfig) -> None:
         run(resolve(cfg))
     except (ConfigProblems, CheckpointError) as error:
         failures.append(ConfigProblems(explain(error)))
-        say(explain(error))
+        log.error(plain(explain(error)))
         raise
     except Exception as error:
         failures.append(error)
-        traceback.print_exc()
+        log.exception("the run failed")
         raise
 
 
-def say(problems: list[str]) -> None:
+def plain(problems: list[str]) -> str:
     """Problems in plain words, numbered where there are several."""
     if len(problems) == 1:
-        print(f"cannot run: {problems[0]}", file=sys.stderr)
-        return
-    print(f"cannot run, {len(problems)} problems:", file=sys.stderr)
-    for i, problem in enumerate(problems, 1):
-        print(f"  {i}. {problem}", file=sys.stderr)
+        return f"cannot run: {problems[0]}"
+    return f"cannot run, {len(problems)} problems:\n" + textwrap.indent(str(ConfigProblems(problems)), "  ")
 
 
 def exit_code(error: BaseException) -> int:
     """Tell what ended the program, unless its run has told already, and how."""
     if not started:
-        say(explain(error))
+        print(plain(explain(error)), file=sys.stderr)
         return 2
     if not failures:  # after the runs, or in another process
         traceback.print_exception(error)
@@ -73,3 +74,6 @@ if __name__ == "__main__":
         if developer:
             raise
         sys.exit(exit_code(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -71,7 +71,7 @@ def _once(found: list[str]) -> list[str]:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith(PACKAGED) or Path(path).expanduser().exists() or path.count("/") != 1
+    return not path or path.startswith(PACKAGED) or Path(path).expanduser().exists() or path.count("/") != 1
 
 
 def _number_problems(config: Config) -> Iterator[str]:
@@ -84,6 +84,8 @@ def _number_problems(config: Config) -> Iterator[str]:
         "model.outliers.channels": (config.model.outliers.channels, 0),
         "outliers.samples": (config.outliers.samples, 0),
     }
+    if config.seed >= 2**63:
+        yield f"seed={config.seed} must be below 2^63"
     for key, (value, low) in at_least.items():
         if value is not None and value < low:
             yield f"{key}={value} must be {low} or more"
@@ -99,6 +101,13 @@ def _number_problems(config: Config) -> Iterator[str]:
 
 
 def _name_problems(config: Config) -> Iterator[str]:
+    for key, text in {
+        "model.path": config.model.path,
+        "data_root": config.data_root,
+        "calib.text": config.calib.text,
+    }.items():
+        if text is not None and not text.strip():
+            yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
     one_of = {
         "model.family": (config.model.family, tuple(FAMILIES)),
         "model.dtype": (config.model.dtype, DTYPES),

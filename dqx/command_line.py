@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dqx.config import GROUPS, ConfigProblems, choices
-from dqx.names import did_you_mean
+from dqx.names import did_you_mean, natural
 
-MULTIRUN = ("-m", "--multirun")
+MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
 
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
@@ -83,17 +83,24 @@ def explain(error: BaseException) -> list[str]:
         key, parent = str(cause.full_key or cause.key or ""), cause.parent_node
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent):
             known = [] if parent._is_none() else [str(k) for k in parent]
-            return [f"{key} is no setting; {did_you_mean(str(cause.key), known) if known else 'nothing is set there'}"]
-        return [f"{key}: {(cause.msg or str(cause)).splitlines()[0]}" if key else str(cause).splitlines()[0]]
+            if not known and not parent._is_none():
+                return [f"{key} is not set; a + before its name adds it"]
+            return [f"{key} is no setting; {did_you_mean(str(cause.key), known)}"]
+        message = _plain((cause.msg or str(cause)).splitlines()[0])
+        return [message if not key or message.startswith(key) else f"{key}: {message}"]
     return [_plain(str(error))]
 
 
 def _visible(options: Iterable[str]) -> list[str]:
-    return sorted({o for o in options if not o.startswith("_")})
+    return sorted({o for o in options if not o.startswith("_")}, key=natural)
 
 
 def _plain(message: str) -> str:
     """Hydra's message without its search path and its pointers to Hydra's documentation."""
+    if message.startswith(("Unsupported item value in defaults", "Config group override must be a string")):
+        return "a group takes one of its names, no number and no null; in files widths and steps are written w3 and s64"
+    message = re.sub(r"^field '.*' is not Optional$", "it cannot be null", message)
+    message = re.sub(r"^\w+ raised while resolving interpolation: ", "", message)
     lines = []
     for line in message.splitlines():
         if line.startswith(("Config search path", "See https://hydra.cc")):

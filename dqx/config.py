@@ -13,7 +13,6 @@ Nothing here imports torch, so that `--help` and tab completion answer at once.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -29,7 +28,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqx.evaluate.spec import TaskSpec
-from dqx.names import did_you_mean
+from dqx.names import did_you_mean, natural
 from dqx.parts import build_part, part_problems
 from dqx.quant.bits import BitsConfig
 
@@ -117,9 +116,9 @@ class OutlierConfig:
     """How activation outliers are measured; nothing else depends on it."""
 
     samples: int = 8  # calibration windows looked at
-    channel_ratio: float = 20.0  # a channel stands out where its abs-max exceeds this many medians of all channels
+    channel_ratio: float = 6.0  # a channel stands out at a token where |x| exceeds this many medians of the token
     massive_absolute: float = 100.0  # a value is massive where it exceeds this ...
-    massive_relative: float = 1000.0  # ... and this many medians
+    massive_relative: float = 1000.0  # ... and this many medians of its token
 
 
 @dataclass
@@ -181,7 +180,7 @@ def group_choices(*, _root_: DictConfig) -> str:
 def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str]:
     """The choices of a group: the files of that folder. Numbers in names sort as numbers."""
     names = {p.stem for folder in folders for p in Path(folder, group).glob("*.yaml")}
-    return sorted(names, key=lambda n: [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", n)])
+    return sorted(names, key=natural)
 
 
 RESOLVERS = (by_method, first_set, run_name, group_choices)
@@ -215,7 +214,7 @@ def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR) -> Dic
     try:
         with initialize_config_dir(str(Path(folder).resolve()), version_base="1.3"):
             return hydra_compose("config", overrides=normalize(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigProblems(explain(error)) from error
     finally:
         GlobalHydra.instance().hydra = outer
@@ -228,6 +227,7 @@ def resolve(cfg: DictConfig) -> Config:
     are missing and for interpolations that fail.
     """
     problems = strangers(cfg)
+    problems += [f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)) if not key.startswith("hydra")]
     if problems:
         raise ConfigProblems(problems)
     try:

@@ -1,8 +1,9 @@
-"""The nearest known name to a mistyped one."""
+"""Lists of names for people: the nearest to a mistyped one, and numbers in names sorted as numbers."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -10,4 +11,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, or all of them where none is near."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which s64 comes before s128."""
+    return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name)]

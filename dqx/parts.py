@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 
 from dqx.names import did_you_mean
 
@@ -34,7 +35,7 @@ def part_problems(part: Any, where: str) -> list[str]:
         return [f"{where} has no _target_, the class to build; see conf/ for examples"]
     target = part["_target_"]
     try:
-        cls = get_object(str(target))
+        cls = locate(str(target))
         accepted = inspect.signature(cls).parameters
     except Exception as error:  # whatever the import of somebody's module raises
         return [f"{where}._target_={target} cannot be imported: {str(error).splitlines()[0]}"]
@@ -55,6 +56,12 @@ def part_problems(part: Any, where: str) -> list[str]:
         if required and name not in options:
             found.append(f"{where}.{name} must be set; {cls.__name__} has no default for it")
     return found
+
+
+def locate(target: str) -> Any:
+    """The class at a dotted path. Raises whatever its import raises."""
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -87,7 +87,7 @@ CONFIGURATIONS = [
     # types
     ("text for a number", ["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     ("text for a width", ["bits.weight.bits=four"], "bits.weight.bits: Value 'four'"),
-    ("null for a number", ["calib.length=null"], "calib.length"),
+    ("null for a number", ["calib.length=null"], "calib.length: it cannot be null"),
     ("text for an option", ["model.sampler.temperature=hot"], "model.sampler.temperature='hot' is not of type float"),
     ("text for a part", ["method.rounding=rtn"], "method.rounding='rtn' is not"),
     (

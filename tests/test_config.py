@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.utils import get_object
 
 from dqx.command_line import normalize
 from dqx.config import (
@@ -27,7 +26,7 @@ from dqx.config import (
     suite,
 )
 from dqx.models.checkpoint import read_config
-from dqx.parts import RESERVED, fits, part_problems
+from dqx.parts import RESERVED, fits, locate, part_problems
 from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.quant.rounding import Rounding
 
@@ -188,7 +187,7 @@ def parts() -> list[Any]:
 @pytest.mark.parametrize("part", parts())
 def test_files_list_every_option_of_a_part(part: dict[str, Any]) -> None:
     """An option that a file leaves out could not be set without +."""
-    assert set(part) - set(RESERVED) == set(inspect.signature(get_object(part["_target_"])).parameters)
+    assert set(part) - set(RESERVED) == set(inspect.signature(locate(part["_target_"])).parameters)
 
 
 def test_select_serves_a_loaded_model() -> None:
