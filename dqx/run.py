@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
-from dqx.config import Config, ConfigProblems, build, choices, validate
+from dqx.config import GROUPS, Config, ConfigProblems, build, validate
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
 from dqx.quant import quantize
@@ -49,7 +49,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         watched = calibration[: config.outliers.samples]
         statistics = {"full_precision": outliers.measure(lm.model, watched, thresholds)}
 
-    with stage(f"quantize with {config.method.name} at {config.bits.name}", timings):
+    with stage("quantize", timings):
         quantization = quantize(lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed)
     changed = any(row.bits < 16 or row.activation_bits < 16 for row in quantization.linears)
     with stage("outliers after quantization", timings):
@@ -149,7 +149,7 @@ def _choices() -> dict[str, str]:
     if not HydraConfig.initialized():
         return {}
     chosen = HydraConfig.get().runtime.choices
-    return {group: str(name) for group, name in chosen.items() if name is not None and choices(str(group))}
+    return {group: str(chosen[group]) for group in GROUPS if chosen.get(group) is not None}
 
 
 def _command() -> str | None:
