@@ -51,6 +51,8 @@ def problems(config: Config) -> list[str]:
     found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
     found += calib_problems(config.calib, config.data_root)
 
+    if not config.model.path.strip():
+        return _once(found)
     if found and not _is_local(config.model.path):
         found.append(
             f"(model.path={config.model.path} was not looked at, to download nothing for a run that cannot start)"

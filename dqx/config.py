@@ -233,13 +233,18 @@ def resolve(cfg: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigProblems([str(error).splitlines()[0]]) from error
+        from dqx.command_line import explain
+
+        raise ConfigProblems(explain(error)) from error
     assert isinstance(config, Config)
     return config
 
 
 def select(*, method: str, bits: str | int, model: ModelConfig | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a method at a width, by their names in `conf/`, for a model that is already there."""
+    """The configuration of a method at a width, by their names in `conf/`, for a model that is already there.
+
+    fp16 has one width, so `bits` is not looked at.
+    """
     cfg = compose([f"method={method}", *([] if method == "fp16" else [f"bits={bits}"]), *overrides])
     if model is not None:
         cfg.model = model

@@ -116,6 +116,12 @@ CONFIGURATIONS = [
         ["model.sampler.remasking=best"],
         "model.sampler.remasking='best' is not one of low_confidence",
     ),
+    (
+        "unknown meaning of bits",
+        ["method.quantizes=all", "bits=4"],
+        "method.quantizes=all is unknown; it is one of weights",
+    ),
+    ("empty path", ["model.path="], "model.path is empty"),
     ("unknown dtype", ["model.dtype=float31"], "model.dtype=float31 is unknown; did you mean float32"),
     ("unknown device", ["model.device=gpu"], "model.device=gpu is no device; write auto, cpu, cuda"),
     ("unknown W&B mode", ["wandb.mode=onlin"], "wandb.mode=onlin is unknown; did you mean online"),
