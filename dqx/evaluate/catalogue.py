@@ -7,8 +7,10 @@ are read, because lm-eval's full index takes eight seconds.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from dqx.evaluate.spec import TaskSpec
 OWN_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 LM_EVAL_FOLDER = Path(lm_eval.__file__).parent / "tasks"
 
-#: Folders of lm-eval's that hold the study's tasks; any other task is looked up in the full index.
+#: Folders of lm-eval's that hold the study's tasks; any other task is searched for.
 FOLDERS = {
     "winogrande": "winogrande",
     "piqa": "piqa",
@@ -39,6 +41,9 @@ FOLDERS = {
 
 #: Harness tasks whose prompt is another one for chat models.
 CHAT_VERSIONS = {"dqx_humaneval": "dqx_humaneval_chat", "dqx_mbpp": "dqx_mbpp_chat"}
+
+#: Tasks of lm-eval's that cannot run here (beginning of their names), and ours in their place.
+REPLACED = {"humaneval": "dqx_humaneval", "mbpp": "dqx_mbpp", "minerva_math": "dqx_math"}
 
 #: lm-eval's seed for drawing few-shot examples: the examples do not change with the run's seed.
 FEWSHOT_SEED = 1234
@@ -71,12 +76,9 @@ class Leaf:
 
 
 @functools.cache
-def _index(folder: str | None) -> Mapping[str, Any]:
+def _index(*folders: Path) -> Mapping[str, Any]:
     with quiet():
-        if folder is None:
-            return TaskManager(include_path=str(OWN_FOLDER)).task_index
-        paths = [str(OWN_FOLDER)] + ([str(LM_EVAL_FOLDER / folder)] if folder else [])
-        return TaskManager(include_defaults=False, include_path=paths).task_index
+        return TaskManager(include_defaults=False, include_path=[OWN_FOLDER, *folders]).task_index
 
 
 def leaves(harness: str, *, chat: bool = False) -> list[Leaf]:
@@ -86,12 +88,31 @@ def leaves(harness: str, *, chat: bool = False) -> list[Leaf]:
     """
     if chat:
         harness = CHAT_VERSIONS.get(harness, harness)
-    index = _index(FOLDERS.get(harness, ""))
-    if harness not in index:
-        index = _index(None)
-    if harness not in index:
-        raise UnknownTaskError(f"{harness!r} is no task of lm-eval {lm_eval.__version__} nor of dqx")
-    return list(_members(harness, index))
+    if harness in _index():
+        return list(_members(harness, _index()))
+    folders = _folders(harness)
+    if folders and harness in _index(*folders):
+        with contextlib.suppress(UnknownTaskError):
+            return list(_members(harness, _index(*folders)))
+        return list(_members(harness, _index(LM_EVAL_FOLDER)))  # a group with members from elsewhere
+    close = difflib.get_close_matches(harness, familiar_names(), 3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise UnknownTaskError(f"{harness!r} is no task of lm-eval {lm_eval.__version__} nor of dqx{hint}")
+
+
+def _folders(name: str) -> list[Path]:
+    """lm-eval's folders with YAML files in which a line gives `name` to a task, group, tag or member."""
+    if name in FOLDERS:
+        return [LM_EVAL_FOLDER / FOLDERS[name]]
+    quoted = re.escape(name.encode())
+    line = re.compile(rb"(?m)^\s*(?:-|[\"']?(?:task|group|tag)[\"']?\s*:)\s*[\"']?" + quoted + rb"[\"']?\s*$")
+    return sorted({path.parent for path in LM_EVAL_FOLDER.rglob("*.yaml") if line.search(path.read_bytes())})
+
+
+def familiar_names() -> list[str]:
+    """Names to suggest: the study's and dqx's own tasks, and the names of lm-eval's task folders."""
+    folders = [path.name for path in LM_EVAL_FOLDER.iterdir() if path.is_dir() and not path.name.startswith("_")]
+    return sorted({*FOLDERS, *_index(), *folders})
 
 
 def _members(name: str, index: Mapping[str, Any]) -> Iterator[Leaf]:
@@ -139,11 +160,15 @@ class LocalTask(ConfigurableTask):
             super().build_all_requests(**kwargs)
 
 
+def configuration(leaf: Leaf) -> dict[str, Any]:
+    """The task's fields with its functions. Raises whatever the import of the modules that hold them raises."""
+    config = deepcopy(load_yaml(leaf.path))
+    return {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+
+
 def build(leaf: Leaf, spec: TaskSpec, *, data_root: str | None, steps: int | None) -> LocalTask:
     """The lm-eval task with the settings of `spec`; reads its documents from `data_root`, or from the hub."""
-    config = deepcopy(load_yaml(leaf.path))
-    for key in ("tag", "group", "task_list"):
-        config.pop(key, None)
+    config = configuration(leaf)
     config["num_fewshot"] = spec.fewshot
     config["repeats"] = 1
     if data_root is not None and leaf.dataset is not None:
@@ -179,8 +204,3 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-
-
-def known_tasks() -> list[str]:
-    """Names of all tasks, groups and tags (reads lm-eval's full index)."""
-    return sorted(_index(None))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dqx.diffusion.sampler import Sampler
-from dqx.evaluate.catalogue import Leaf, UnknownTaskError, known_tasks, leaves
+from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, configuration, leaves
 from dqx.evaluate.harness import block_length
 from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
 
@@ -45,9 +44,7 @@ def task_problems(
         try:
             members = leaves(spec.harness, chat=chat)
         except UnknownTaskError as error:
-            close = difflib.get_close_matches(spec.harness, known_tasks(), 3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            found.append(f"task.suite.{name}.harness: {error}{hint}")
+            found.append(f"task.suite.{name}.harness: {error}")
             continue
         found += _harness_problems(name, spec, members[0])
         if data_root is not None:
@@ -83,16 +80,22 @@ def _schedule_problems(name: str, spec: TaskSpec, steps: int | None, sampler: Sa
 
 def _harness_problems(name: str, spec: TaskSpec, leaf: Leaf) -> Iterator[str]:
     prefix = f"task.suite.{name}"
+    ours = next((own for theirs, own in REPLACED.items() if leaf.name.startswith(theirs)), None)
+    remedy = f"; use {ours}" if ours else ""
+    if leaf.raw.get("unsafe_code"):
+        yield f"{prefix}.harness={spec.harness} would run programs that the model wrote without a sandbox{remedy}"
+        return
+    try:
+        configuration(leaf)
+    except Exception as error:  # a task's own modules may raise anything when imported
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        yield f"{prefix}.harness={spec.harness} cannot be loaded ({type(error).__name__}: {reason}){remedy}"
+        return
     output_type = leaf.raw.get("output_type", "generate_until")
     if spec.kind in OUTPUT_TYPES and output_type not in OUTPUT_TYPES[spec.kind]:
         fitting = next((kind for kind, types in OUTPUT_TYPES.items() if output_type in types), None)
         remedy = f"set kind={fitting}" if fitting else "perplexity tasks cannot be run with a masked diffusion model"
         yield f"{prefix}.kind={spec.kind} does not fit {leaf.name}, whose requests are {output_type}; {remedy}"
-    if leaf.raw.get("unsafe_code") and not leaf.own:
-        yield (
-            f"{prefix}.harness={spec.harness} would run programs that the model wrote without a sandbox; "
-            "use dqx_humaneval or dqx_mbpp"
-        )
     metrics = {m["metric"]: m for m in leaf.raw.get("metric_list") or [{"metric": "acc"}]}
     metric = metrics.get(spec.metric)
     if metric is None:
