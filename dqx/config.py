@@ -227,15 +227,15 @@ def resolve(cfg: DictConfig) -> Config:
     are missing and for interpolations that fail.
     """
     problems = strangers(cfg)
-    problems += [f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)) if not key.startswith("hydra")]
-    if problems:
-        raise ConfigProblems(problems)
     try:
+        problems += [f"{key} is not set" for key in sorted(OmegaConf.missing_keys(cfg)) if not key.startswith("hydra")]
+        if problems:
+            raise ConfigProblems(problems)
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         from dqx.command_line import explain
 
-        raise ConfigProblems(explain(error)) from error
+        raise ConfigProblems([*problems, *explain(error)]) from error
     assert isinstance(config, Config)
     return config
 
