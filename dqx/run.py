@@ -16,9 +16,12 @@ from omegaconf import OmegaConf
 
 from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
+from dqx.calib import CalibBatch, calibration_batches
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
+from dqx.models import inspect
+from dqx.models.tokenizer import load_tokenizer
 from dqx.quant import quantize
 
 log = logging.getLogger(__name__)
@@ -35,10 +38,11 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     output = store.RunFolder(folder or HydraConfig.get().runtime.output_dir)
     timings: dict[str, float] = {}
 
+    with stage("read the calibration text", timings):
+        calibration = _calibration(config)
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
-        calibration = lm.calibration(config.calib, seed=config.seed, data_root=config.data_root)
     output.start(config, store.environment(lm.model.device))
     cache = _baseline_cache(lm, config)
 
@@ -94,6 +98,15 @@ def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     started = time.perf_counter()
     yield
     timings[name] = time.perf_counter() - started
+
+
+def _calibration(config: Config) -> list[CalibBatch]:
+    """The calibration windows, cut before any weight is read: a text that is too short costs nothing else."""
+    tokenizer = load_tokenizer(inspect(config.model.path, config.model.revision))
+    try:
+        return calibration_batches(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
+    except (ValueError, OSError) as error:
+        raise ConfigProblems([f"calib.text={config.calib.text}: {error}"]) from error
 
 
 def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:

@@ -396,6 +396,12 @@ def test_calibration_text(problems: Problems, tmp_path: Path, text: str, content
     assert re.search(message, found), found
 
 
+def test_calibration_text_shorter_than_a_window(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    (found,) = problems(f"calib.text={tmp_path / 'short.txt'}")
+    assert "only 5 tokens, fewer than one window of calib.length=64; choose less" in found
+
+
 def test_calibration_dataset_that_data_root_lacks(problems: Problems, data_root: Path) -> None:
     (found,) = problems("task=arc_challenge", f"data_root={data_root}", "calib.text=wikitext2")
     assert "Salesforce/wikitext does not exist; put a copy of the dataset there" in found
