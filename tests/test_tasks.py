@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -363,6 +364,18 @@ def test_problems_of_local_data(tmp_path: Path) -> None:
     (unnamed,) = problems("arc_easy")
     assert "cannot be used for configuration 'ARC-Easy'" in unnamed
     assert "ARC-Simple" in unnamed
+
+
+def test_another_copy_of_the_data_is_read_anew(tmp_path: Path) -> None:
+    leaf = leaves("gsm8k")[0]
+    copy = tmp_path / "openai" / "gsm8k"
+    shutil.copytree(DATA / "openai" / "gsm8k", copy)
+    file = copy / "main" / "test-00000-of-00001.parquet"
+    rows = pyarrow.parquet.read_table(file)
+    for n in (3, 2, 1):
+        pyarrow.parquet.write_table(rows.slice(0, n), file)
+        assert len(build(leaf, spec("gsm8k"), data_root=str(tmp_path), steps=None).eval_docs) == n
+    assert len(build(leaf, spec("gsm8k"), data_root=str(DATA), steps=None).eval_docs) == 3
 
 
 def test_evaluate_refuses_a_suite_with_problems(parts: dict[str, Any]) -> None:

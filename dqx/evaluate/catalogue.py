@@ -23,6 +23,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from dqx.evaluate.local_data import load_local
 from dqx.evaluate.spec import TaskSpec
 
 OWN_FOLDER = Path(__file__).parent / "lm_eval_tasks"
@@ -140,6 +141,8 @@ class LocalTask(ConfigurableTask):
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if callable(self.config.custom_dataset):
             self.dataset = self.config.custom_dataset(**(self.config.metadata or {}), **(dataset_kwargs or {}))
+        elif Path(str(self.DATASET_PATH)).is_absolute():
+            self.dataset = load_local(str(self.DATASET_PATH), self.DATASET_NAME, **(dataset_kwargs or {}))
         else:
             super().download(dataset_kwargs, **kwargs)
         for field in ("training_split", "validation_split", "test_split"):
@@ -172,7 +175,7 @@ def build(leaf: Leaf, spec: TaskSpec, *, data_root: str | None, steps: int | Non
     config["num_fewshot"] = spec.fewshot
     config["repeats"] = 1
     if data_root is not None and leaf.dataset is not None:
-        config["dataset_path"] = str(Path(data_root).expanduser() / leaf.dataset)
+        config["dataset_path"] = str(Path(data_root).expanduser().resolve() / leaf.dataset)
     if spec.kind == "generation":
         config["generation_kwargs"] = {
             "until": (config.get("generation_kwargs") or {}).get("until", []),

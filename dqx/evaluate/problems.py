@@ -9,6 +9,7 @@ from typing import Any
 from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, configuration, leaves
 from dqx.evaluate.harness import block_length
+from dqx.evaluate.local_data import data_files
 from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
 
 OUTPUT_TYPES = {"likelihood": ("multiple_choice", "loglikelihood"), "generation": ("generate_until",)}
@@ -126,20 +127,18 @@ def _data_problems(name: str, members: list[Leaf], data_root: Path) -> Iterator[
 
 def _dataset_problem(folder: Path, raw: Mapping[str, Any]) -> str | None:
     """What is wrong with the local copy in `folder` for one task: configuration, split or damaged files."""
-    import datasets
     import pyarrow.parquet
 
     wanted = raw.get("dataset_name")
     try:
-        builder = datasets.load_dataset_builder(str(folder), name=wanted)
+        files = data_files(str(folder), wanted)
     except Exception as error:  # many kinds; the text is what helps
         return f"{folder} cannot be used for configuration {wanted!r}: {str(error).strip().splitlines()[0]}"
-    files = builder.config.data_files or {}
     split = raw.get("test_split") or raw.get("validation_split")
     if split not in files:
         there = ", ".join(map(str, files)) or "none"
         return f"{folder} has no split {split!r} for configuration {wanted!r}; it has {there}"
-    for path in (Path(p) for paths in files.values() for p in paths):
+    for path in (path for paths in files.values() for path in paths):
         if path.suffix == ".parquet":
             try:
                 pyarrow.parquet.read_metadata(path)
