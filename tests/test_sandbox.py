@@ -60,7 +60,7 @@ def test_reason(source: str, reason: str) -> None:
 )
 def test_endless_programs_are_ended(source: str) -> None:
     started = time.monotonic()
-    outcome = run_program(source, timeout=1, wall=2)
+    outcome = run_program(source, timeout=1, wall=1.2)
     assert not outcome.passed
     assert outcome.reason == "took too long"
     assert time.monotonic() - started < 10

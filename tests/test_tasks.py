@@ -190,7 +190,7 @@ def test_gsm8k_filters_differ(parts: dict[str, Any]) -> None:
     ],
 )
 def test_mathematical_answers(solution: str, answer: str, equal: bool) -> None:
-    assert equal_answers(solution, answer, timeout=2 if "9^9" in answer else 20) is equal
+    assert equal_answers(solution, answer, timeout=1 if "9^9" in answer else 20) is equal
 
 
 # prompts

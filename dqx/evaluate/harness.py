@@ -182,7 +182,7 @@ class DiffusionHarness(LM):
         special = self.tokenizer.get_added_vocab()
         stops = self.end_tokens | {special[stop] for stop in until if stop in special}
         end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         found = [at for stop in until if stop and (at := text.find(stop)) >= 0]
         return text[: min(found)] if found else text
 
