@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import generator
+from dqx.evaluate.local_data import load_local
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -104,16 +105,28 @@ def load_texts(text: TextSource) -> list[str]:
     elif path.suffix == ".jsonl":
         rows = [_field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        from datasets import load_dataset
-
-        if path.suffix == ".parquet":
-            data = load_dataset("parquet", data_files=str(path), split="train")
-        else:
-            data = load_dataset(text.path, name=text.config, split=text.split)
+        data = _table(text)
         if text.field not in data.column_names:
             raise ValueError(f"{text.path} has no field {text.field!r}; it has {', '.join(data.column_names)}: set calib.field")
         rows = data[text.field]
+        rows = rows.to_pylist() if path.suffix == ".parquet" else rows
     return [row for row in rows if row.strip()]
+
+
+def _table(text: TextSource) -> Any:
+    """The rows of a Parquet file, a local dataset folder or a hub dataset, by column."""
+    if text.path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(text.path)
+    import datasets
+
+    if not Path(text.path).is_dir():
+        return datasets.load_dataset(text.path, name=text.config, split=text.split)
+    splits = load_local(text.path, text.config)
+    if text.split not in splits:
+        raise ValueError(f"{text.path} has no split {text.split!r}; it has {', '.join(splits)}: set calib.split")
+    return splits[text.split]
 
 
 def _field(row: dict[str, Any], text: TextSource) -> str:

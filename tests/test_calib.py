@@ -80,6 +80,14 @@ def test_hub_layout_under_data_root(tmp_path):
     assert calib_problems(Calib("wikitext2"), str(tmp_path)) == []
 
 
+def test_parquet_file(tmp_path):
+    import datasets
+
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"body": ["first", "", "second"]}).to_parquet(str(path))
+    assert load_texts(source(Calib(str(path), field="body"))) == ["first", "second"]
+
+
 @pytest.mark.parametrize(
     ("text", "data_root", "words"),
     [
