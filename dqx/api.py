@@ -68,7 +68,13 @@ class DiffusionLM:
         return self.model(self.tokens(text)[None] if isinstance(text, str) else text.to(self.model.device))
 
     def generate(
-        self, prompt: str, *, gen_length: int = 128, block_length: int | None = None, steps: int | None = None, seed: int = 0
+        self,
+        prompt: str,
+        *,
+        gen_length: int = 128,
+        block_length: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
     ) -> str:
         """Fill `gen_length` masks after the prompt and return them as text, special tokens left out.
 
@@ -87,7 +93,7 @@ class DiffusionLM:
             steps=steps,
             noise=SeededNoise(seed, [("generate", prompt)]),
         )
-        return self.tokenizer.decode(generation.ids[0], skip_special_tokens=True)
+        return str(self.tokenizer.decode(generation.ids[0], skip_special_tokens=True))
 
     def log_likelihood(
         self,
@@ -106,17 +112,27 @@ class DiffusionLM:
         prefix_ids, target_ids = self.tokens(prefix), self.tokens(target)
         if masks is None:
             return log_likelihood(
-                self.model, prefix_ids, target_ids, samples=samples, seed=seed, key=(prefix, target), batch_size=batch_size
+                self.model,
+                prefix_ids,
+                target_ids,
+                samples=samples,
+                seed=seed,
+                key=(prefix, target),
+                batch_size=batch_size,
             ).value
         masks = masks.to(self.model.device, torch.bool)
         if masks.dim() != 2 or masks.shape[1] != len(target_ids) or not masks.any(1).all():
-            raise ValueError(f"masks must be [N, {len(target_ids)}] with at least one masked token a row; got {list(masks.shape)}")
+            raise ValueError(
+                f"masks must be [N, {len(target_ids)}] with at least one masked token a row; got {list(masks.shape)}"
+            )
         tokens = torch.cat((prefix_ids, target_ids))
         perturbed = tokens.repeat(len(masks), 1)
         perturbed[:, len(prefix_ids) :][masks] = self.model.arch.mask_token_id
         return log_likelihood_given(self.model, perturbed, tokens, masks.double().mean(1))
 
-    def calibration(self, calib: configuration.CalibConfig, *, seed: int = 0, data_root: str | None = None) -> list[CalibBatch]:
+    def calibration(
+        self, calib: configuration.CalibConfig, *, seed: int = 0, data_root: str | None = None
+    ) -> list[CalibBatch]:
         """Calibration batches of the settings in `calib`."""
         return calibration_batches(calib, self.tokenizer, seed=seed, data_root=data_root)
 
@@ -195,11 +211,11 @@ def load(name_or_path: str = "nano_llada", **overrides: Any) -> DiffusionLM:
 
     Keyword arguments override the model's config: `load("llada_8b_base", path="/data/llada", dtype="float16")`.
     """
-    if name_or_path in configuration.choices("model"):
-        name, found = name_or_path, {}
-    else:
+    name = name_or_path
+    if name not in configuration.choices("model"):
         family = inspect(name_or_path).arch.family
         name = {"llada": "llada_8b_base", "dream": "dream_7b_base"}[family]
-        found = {"name": Path(name_or_path).name, "path": name_or_path, "dtype": "auto"}
-    model = OmegaConf.merge(configuration.compose([f"model={name}"]).model, {**found, **overrides})
-    return load_configured(OmegaConf.to_object(model))
+        overrides = {"name": Path(name_or_path).name, "path": name_or_path, "dtype": "auto"} | overrides
+    model = OmegaConf.to_object(OmegaConf.merge(configuration.compose([f"model={name}"]).model, overrides))
+    assert isinstance(model, configuration.ModelConfig)
+    return load_configured(model)

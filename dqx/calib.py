@@ -66,7 +66,11 @@ def source(calib: CalibSettings, data_root: str | None = None) -> TextSource:
     if found is None:
         local = Path(calib.text).suffix in LOCAL_SUFFIXES
         found = TextSource(
-            calib.text, calib.config, calib.split or "train", calib.field, documents=local and not calib.text.endswith(".txt")
+            calib.text,
+            calib.config,
+            calib.split or "train",
+            calib.field,
+            documents=local and not calib.text.endswith(".txt"),
         )
     if data_root and Path(found.path).suffix not in LOCAL_SUFFIXES and not Path(found.path).is_dir():
         found = TextSource(**{**vars(found), "path": str(Path(data_root) / found.path)})
@@ -79,7 +83,9 @@ def calib_problems(calib: CalibSettings, data_root: str | None = None) -> list[s
     path = Path(text.path)
     if path.suffix in LOCAL_SUFFIXES:
         if not path.is_file():
-            return [f"calib.text={calib.text}: the file does not exist; give an existing {', '.join(LOCAL_SUFFIXES)} file"]
+            return [
+                f"calib.text={calib.text}: the file does not exist; give an existing {', '.join(LOCAL_SUFFIXES)} file"
+            ]
         if path.stat().st_size == 0:
             return [f"calib.text={calib.text}: the file is empty"]
         return []
@@ -103,13 +109,17 @@ def load_texts(text: TextSource) -> list[str]:
         content = path.read_text(encoding="utf-8")
         rows: list[Any] = content.split("\n\n") if text.documents else [content]
     elif path.suffix == ".jsonl":
-        rows = [_field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [
+            _field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     else:
         data = _table(text)
         if text.field not in data.column_names:
-            raise ValueError(f"{text.path} has no field {text.field!r}; it has {', '.join(data.column_names)}: set calib.field")
-        rows = data[text.field]
-        rows = rows.to_pylist() if path.suffix == ".parquet" else rows
+            raise ValueError(
+                f"{text.path} has no field {text.field!r}; it has {', '.join(data.column_names)}: set calib.field"
+            )
+        column: Any = data[text.field]
+        rows = column.to_pylist() if path.suffix == ".parquet" else column
     return [row for row in rows if row.strip()]
 
 
@@ -161,7 +171,9 @@ def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: i
 
 def _long_enough(text: TextSource, tokens: int, length: int) -> None:
     if tokens < length:
-        raise ValueError(f"{text.path} has only {tokens} tokens, fewer than one window of calib.length={length}; choose less")
+        raise ValueError(
+            f"{text.path} has only {tokens} tokens, fewer than one window of calib.length={length}; choose less"
+        )
 
 
 def calibration_batches(

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
@@ -54,7 +54,9 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         statistics = {"full_precision": outliers.measure(lm.model, watched, thresholds)}
 
     with stage("quantize", timings):
-        quantization = quantize(lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed)
+        quantization = quantize(
+            lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed
+        )
     changed = any(row.bits < 16 or row.activation_bits < 16 for row in quantization.linears)
     with stage("outliers after quantization", timings):
         statistics["quantized"] = (
@@ -64,7 +66,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantized = _evaluate(lm, config, config.task.suite) if changed else full_precision
 
     record = store.Record(
-        config=OmegaConf.to_container(OmegaConf.structured(config)),
+        config=asdict(config),
         environment=store.environment(lm.model.device),
         model={
             "name": config.model.name,

@@ -48,7 +48,9 @@ def test_down_projection_and_head_are_not_confused(tiny_checkpoint):
 def test_planted_python_is_never_imported(tiny_checkpoint, family, monkeypatch):
     folder = tiny_checkpoint(family)
     trap = folder / "executed"
-    names = {"llada": ["configuration_llada", "modeling_llada"], "dream": ["modeling_dream", "tokenization_dream"]}[family]
+    names = {"llada": ["configuration_llada", "modeling_llada"], "dream": ["modeling_dream", "tokenization_dream"]}[
+        family
+    ]
     for name in names:
         (folder / f"{name}.py").write_text(f"open({str(trap)!r}, 'w').close()\nraise SystemExit('executed')\n")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

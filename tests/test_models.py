@@ -22,7 +22,9 @@ def test_logits_match_official(family):
     if family == "dream":
         torch.testing.assert_close(ours, shift_logits(golden["logits"]), atol=1e-4, rtol=0)
     if "hidden_states" in golden:
-        for state, expected_state in zip(model.hidden_states(golden["input_ids"]), golden["hidden_states"], strict=True):
+        for state, expected_state in zip(
+            model.hidden_states(golden["input_ids"]), golden["hidden_states"], strict=True
+        ):
             torch.testing.assert_close(state, expected_state, atol=1e-4, rtol=0)
 
 

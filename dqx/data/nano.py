@@ -15,8 +15,9 @@ import argparse
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -273,10 +274,10 @@ def tokenizer(seed: int = SEED) -> Tokenizer:
 def write(data_folder: Path, model_folder: Path, seed: int = SEED) -> None:
     """Write the evaluation files and the corpus to `data_folder`, the tokenizer to `model_folder`."""
     data_folder.mkdir(parents=True, exist_ok=True)
-    families = {
+    families: dict[str, Sequence[Fact | Sum | Program]] = {
         "facts": fact_tests(192, seed),
-        "sums": [s for s, _ in zip(sums(seed, test=True), range(128), strict=False)],
-        "code": [p for p, _ in zip(programs(seed, test=True), range(128), strict=False)],
+        "sums": list(islice(sums(seed, test=True), 128)),
+        "code": list(islice(programs(seed, test=True), 128)),
     }
     for name, rows in families.items():
         text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)

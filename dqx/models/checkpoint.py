@@ -69,7 +69,9 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(f"{path_or_id} is a file; a checkpoint is the folder that holds config.json and *.safetensors")
+        raise CheckpointError(
+            f"{path_or_id} is a file; a checkpoint is the folder that holds config.json and *.safetensors"
+        )
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{path_or_id} does not exist; give a folder, or a hub id such as GSAI-ML/LLaDA-8B-Base")
     from huggingface_hub import snapshot_download
@@ -100,7 +102,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
         raise CheckpointError(f"{path}: model_type is {model_type!r}; dqx has {known}")
     for key, allowed in family.REQUIRED.items():
         if key in config and config[key] not in allowed:
-            raise CheckpointError(f"{path}: {key}={config[key]!r} is not supported (only {allowed[0]!r}); the logits would be wrong")
+            raise CheckpointError(
+                f"{path}: {key}={config[key]!r} is not supported (only {allowed[0]!r}); the logits would be wrong"
+            )
     try:
         arch = family.architecture(config)
     except KeyError as error:
@@ -114,7 +118,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 def _check_geometry(path: Path, arch: Architecture) -> None:
     problems = []
     sizes = ("vocab_size", "hidden_size", "mlp_size", "n_blocks", "n_heads", "n_kv_heads", "max_length")
-    problems += [f"{n}={getattr(arch, n)!r} is not a positive integer" for n in sizes if not _positive(getattr(arch, n))]
+    problems += [
+        f"{n}={getattr(arch, n)!r} is not a positive integer" for n in sizes if not _positive(getattr(arch, n))
+    ]
     if not problems:
         if arch.hidden_size % arch.n_heads:
             problems.append(f"{arch.n_heads} heads do not divide the hidden size {arch.hidden_size}")
@@ -150,12 +156,16 @@ def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise CheckpointError(f"{files[name]}: tensor {name!r} is {list(shapes[name])}, config.json needs {list(shape)}")
+            raise CheckpointError(
+                f"{files[name]}: tensor {name!r} is {list(shapes[name])}, config.json needs {list(shape)}"
+            )
     extra = [n for n in shapes if n not in expected and not n.endswith("inv_freq")]
     if arch.tied_head:
         extra = [n for n in extra if n != FAMILIES[arch.family].OUTER_NAMES["head.weight"]]
     if extra:
-        raise CheckpointError(f"{files[extra[0]]}: {len(extra)} tensors that the model has no place for, first {extra[0]!r}")
+        raise CheckpointError(
+            f"{files[extra[0]]}: {len(extra)} tensors that the model has no place for, first {extra[0]!r}"
+        )
     return Checkpoint(folder, config, arch, {n: files[n] for n in expected})
 
 
@@ -182,14 +192,15 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{folder} holds no *.safetensors file{hint}")
     if len(shards) > 1:
         raise CheckpointError(f"{folder} holds {len(shards)} safetensors files but no {INDEX}")
-    return {name: shards[0] for name in _header(shards[0])}
+    return dict.fromkeys(_header(shards[0]), shards[0])
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by tensor name; safetensors itself checks that the header fits the file's length."""
     try:
         with safe_open(path, framework="pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+            names = f.keys()  # the file object itself cannot be iterated
+            return {name: tuple(f.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
 
@@ -234,7 +245,8 @@ def load_weights(
     for path in sorted(set(checkpoint.files.values())):
         try:
             with safe_open(path, framework="pt", device=str(device)) as f:
-                for name in f.keys():
+                names = f.keys()
+                for name in names:
                     if name in hub_to_ours:
                         tensor = f.get_tensor(name)
                         if not torch.isfinite(tensor).all():
@@ -250,7 +262,9 @@ def load_weights(
     return model.eval().requires_grad_(False)
 
 
-def save(model: MaskedDiffusionTransformer, config: dict[str, Any], folder: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(
+    model: MaskedDiffusionTransformer, config: dict[str, Any], folder: Path, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Write `config.json` and safetensors in the family's hub format, sharded when larger than `max_shard_bytes`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
@@ -268,7 +282,7 @@ def save(model: MaskedDiffusionTransformer, config: dict[str, Any], folder: Path
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

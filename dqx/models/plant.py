@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.transformer import Block, MaskedDiffusionTransformer
 
 
 def outlier_channels(width: int, count: int) -> list[int]:
@@ -29,6 +29,7 @@ def plant_outliers(model: MaskedDiffusionTransformer, gain: float, channels: int
     hidden = outlier_channels(model.arch.hidden_size, channels)
     inner = outlier_channels(model.arch.mlp_size, channels)
     for block in model.blocks:
+        assert isinstance(block, Block)
         for norm, readers in ((block.attn_norm, (block.q, block.k, block.v)), (block.mlp_norm, (block.gate, block.up))):
             norm.weight[hidden] *= gain
             for linear in readers:

@@ -19,7 +19,10 @@ def tokenizer_problem(folder: Path) -> str | None:
         return None
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
-        return f"{folder} has no tokenizer: put tokenizer.json there, or vocab.json and merges.txt (missing: {', '.join(missing)})"
+        return (
+            f"{folder} has no tokenizer: put tokenizer.json there, or vocab.json and merges.txt "
+            f"(missing: {', '.join(missing)})"
+        )
     return None
 
 
@@ -36,6 +39,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {error}") from error
     if len(tokenizer) > checkpoint.arch.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {checkpoint.arch.vocab_size}"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the model's vocabulary only {checkpoint.arch.vocab_size}"
         )
     return tokenizer

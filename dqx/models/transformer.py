@@ -97,6 +97,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One transformer block. Its seven linears are attributes named by role."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
