@@ -66,14 +66,14 @@ def source(calib: CalibSettings, data_root: str | None = None) -> TextSource:
     if found is None:
         local = Path(calib.text).suffix in LOCAL_SUFFIXES
         found = TextSource(
-            calib.text,
+            str(Path(calib.text).expanduser()) if local else calib.text,
             calib.config,
             calib.split or "train",
             calib.field,
             documents=local and not calib.text.endswith(".txt"),
         )
     if data_root and Path(found.path).suffix not in LOCAL_SUFFIXES and not Path(found.path).is_dir():
-        found = TextSource(**{**vars(found), "path": str(Path(data_root) / found.path)})
+        found = TextSource(**{**vars(found), "path": str(Path(data_root).expanduser() / found.path)})
     return found
 
 
@@ -148,9 +148,11 @@ def _field(row: dict[str, Any], text: TextSource) -> str:
 def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
     """[samples, length] token ids drawn from the text with `seed`.
 
+    Of the text's path only the last part enters the noise: another clone or data folder gives the same windows.
+
     Raises ValueError where the text is too short for a single window.
     """
-    noise = generator(seed, "calib", text.path)
+    noise = generator(seed, "calib", Path(text.path).name)
     rows = load_texts(text)
     if not text.documents:
         ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)

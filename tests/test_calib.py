@@ -41,6 +41,26 @@ def test_stream_windows_are_substrings_and_follow_the_seed(tmp_path):
         assert bytes(row) in path.read_bytes()
 
 
+def test_windows_do_not_depend_on_where_the_text_lies(tmp_path):
+    """Else the same command would calibrate differently in another clone, or with the data in another folder."""
+    windows = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "text.txt").write_text("".join(chr(97 + i % 26) for i in range(500)))
+        batches = calibration_batches(Calib(str(tmp_path / place / "text.txt")), Bytes(), seed=1)
+        windows.append(torch.cat([b.ids for b in batches]))
+    assert torch.equal(*windows)
+
+
+def test_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("hello")
+    (tmp_path / "data" / "Salesforce" / "wikitext").mkdir(parents=True)
+    assert load_texts(source(Calib("~/text.txt"))) == ["hello"]
+    assert calib_problems(Calib("~/text.txt")) == []
+    assert calib_problems(Calib("wikitext2"), "~/data") == []
+
+
 def test_batches_are_fully_visible(tmp_path):
     (tmp_path / "t.txt").write_text("hello world, this is text")
     batches = calibration_batches(Calib(str(tmp_path / "t.txt")), Bytes(), seed=0, batch_size=3)
