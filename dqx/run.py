@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
 from dqx.calib import CalibBatch, calibration_batches
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
+from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
 from dqx.models import inspect
@@ -40,6 +42,9 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("read the calibration text", timings):
         calibration = _calibration(config)
+    if config.data_root is None:
+        with stage("read the tasks' data", timings):
+            _fetch(config)
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
@@ -111,6 +116,13 @@ def _calibration(config: Config) -> list[CalibBatch]:
         raise ConfigProblems([f"calib.text={config.calib.text}: {error}"]) from error
 
 
+def _fetch(config: Config) -> None:
+    """The tasks' data, into the hub's cache, before any weight is read."""
+    problems = hub_problems(config.task.suite, limit=config.task.limit, chat=config.model.chat)
+    if problems:
+        raise ConfigProblems(problems)
+
+
 def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:
     return lm.evaluate_suite(
         suite, limit=config.task.limit, steps=config.steps.count, seed=config.seed, data_root=config.data_root
@@ -168,11 +180,15 @@ def _choices() -> dict[str, str]:
 
 
 def _command() -> str | None:
-    """The command line that repeats this run alone, also out of a sweep."""
+    """The command line that repeats this run alone, also out of a sweep and with a team's own folder of configs."""
     if not HydraConfig.initialized():
         return None
-    overrides = list(HydraConfig.get().overrides.task)
-    return shlex.join(["python", Path(sys.argv[0]).name, *overrides])
+    hydra = HydraConfig.get()
+    team = os.environ.get("DQX_CONFIG_PATH")
+    folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    parts = ["python", Path(sys.argv[0]).name, *(f"--config-dir={folder}" for folder in folders)]
+    parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
+    return (f"DQX_CONFIG_PATH={shlex.quote(team)} " if team else "") + shlex.join([*parts, *hydra.overrides.task])
 
 
 def _sweep() -> str | None:

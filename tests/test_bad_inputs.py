@@ -402,6 +402,15 @@ def test_calibration_text_shorter_than_a_window(problems: Problems, tmp_path: Pa
     assert "only 5 tokens, fewer than one window of calib.length=64; choose less" in found
 
 
+def test_no_network_and_no_copy(problems: Problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (found,) = problems("task=[nano_sums,gsm8k,hellaswag]")
+    assert "task gsm8k: openai/gsm8k cannot be had from the hub" in found
+    assert "give data_root=FOLDER" in found
+
+
 def test_calibration_dataset_that_data_root_lacks(problems: Problems, data_root: Path) -> None:
     (found,) = problems("task=arc_challenge", f"data_root={data_root}", "calib.text=wikitext2")
     assert "Salesforce/wikitext does not exist; put a copy of the dataset there" in found

@@ -4,9 +4,12 @@ import json
 import sys
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from dqx import run as stages
-from dqx.config import compose, resolve
+from dqx.config import CONF_DIR, compose, resolve
 from dqx.run import run
 from dqx.store import RunFolder
 
@@ -98,12 +101,22 @@ def test_planted_outliers_reach_the_record_and_no_answer(launch):
         assert new.log_likelihoods == pytest.approx(old.log_likelihoods, abs=1e-3)
 
 
+def test_the_command_to_repeat_a_run_has_a_teams_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DQX_CONFIG_PATH", "our configs")
+    monkeypatch.setattr(sys, "argv", ["launch.py"])
+    overrides = ["method=rtn", "bits=w4", f"hydra.searchpath=[{tmp_path}]", "hydra.mode=MULTIRUN"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        hydra = hydra_compose("config", overrides, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(hydra)
+    expected = f"DQX_CONFIG_PATH='our configs' python launch.py 'hydra.searchpath=[{tmp_path}]' method=rtn bits=w4"
+    assert stages._command() == expected
+
+
 @pytest.mark.slow
 def test_the_default_run_from_the_command_line(tmp_path):
     """`python launch.py` as the README says, in full: accuracies of the bundled model and time to spare."""
     import subprocess
-
-    from dqx.config import CONF_DIR
 
     done = subprocess.run(
         [sys.executable, "launch.py", f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"],

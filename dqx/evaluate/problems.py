@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dqx.diffusion.sampler import Sampler
-from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, configuration, leaves
+from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
 from dqx.evaluate.harness import block_length
 from dqx.evaluate.local_data import data_files
 from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
@@ -26,7 +26,7 @@ def task_problems(
 ) -> list[str]:
     """All problems of the suite's settings and of the local data it needs; empty when it can run.
 
-    With `data_root` null the data come from the hub, and whether it can be reached is not looked at.
+    With `data_root` null the data come from the hub; whether they can be had from there is `hub_problems`' matter.
     """
     found = []
     if not suite:
@@ -51,6 +51,30 @@ def task_problems(
         if data_root is not None:
             found += _data_problems(name, members[:limit], Path(data_root).expanduser())
     return list(dict.fromkeys(found))
+
+
+def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, chat: bool = False) -> list[str]:
+    """Fetch what the suite needs from the hub, into its cache, and say what cannot be had.
+
+    Without a network the first dataset that is not in the cache ends the search: each would cost half a minute.
+    """
+    found: dict[str, str] = {}  # by dataset
+    for name, spec in suite.items():
+        for leaf in leaves(spec.harness, chat=chat)[:limit]:
+            if leaf.dataset is None or leaf.dataset in found:
+                continue
+            try:
+                build(leaf, spec, data_root=None, steps=None)
+            except Exception as error:  # many kinds; the text is what helps
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                found[leaf.dataset] = (
+                    f"task {name}: {leaf.dataset} cannot be had from the hub ({type(error).__name__}: {reason}); "
+                    f"without a network, give data_root=FOLDER with a copy in FOLDER/{leaf.dataset} "
+                    f"(made elsewhere: hf download {leaf.dataset} --repo-type dataset --local-dir ...)"
+                )
+                if isinstance(error, ConnectionError):
+                    return list(found.values())
+    return list(found.values())
 
 
 def _setting_problems(name: str, spec: TaskSpec) -> Iterator[str]:
