@@ -111,6 +111,29 @@ def test_rows_are_independent(sampler, golden, model):
     assert torch.equal(both.ids[1:], alone.ids)
 
 
+def test_rows_with_unequal_mask_counts_write_their_mean(golden):
+    """Only where a model predicts the mask token; against the formula, one row after the other."""
+    model = load_weights(inspect(str(GOLDEN / "dream_tiny")))
+    mask, prompt, steps = model.arch.mask_token_id, golden["prompt_batch2"], 6
+    model.head.weight[mask] *= 1.6
+    _, states = run(DreamSampler("maskgit_plus"), model, prompt, gen_length=12, steps=steps)
+    times = torch.linspace(1, 1e-3, steps + 1)
+    ids, uneven = states[0].clone(), 0
+    for i in range(steps):
+        counts = [(row == mask).sum().item() for row in ids]
+        uneven += counts[0] != counts[1]
+        fraction = 1 if i == steps - 1 else 1 - times[i + 1] / times[i]
+        number = int(torch.tensor(sum(counts) / 2) * fraction)
+        with torch.no_grad():
+            confidence, tokens = model(ids).softmax(-1).max(-1)
+        for row in range(2):
+            confidence[row, ids[row] != mask] = -1
+            for position in confidence[row].topk(min(number, counts[row])).indices:
+                ids[row, position] = tokens[row, position]
+        assert torch.equal(ids, states[i + 1])
+    assert uneven > 0
+
+
 @pytest.mark.parametrize("sampler", [DreamSampler(temperature=1.0), DreamSampler("origin"), DreamSampler(alg_temp=0.5)])
 def test_noise_is_reproducible_by_seed_and_differs_between_documents(sampler, golden, model):
     def states(seed, document):

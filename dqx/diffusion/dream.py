@@ -5,8 +5,8 @@ temperature 0. Where random numbers are used (temperature, alg_temp, origin) the
 the streams ours.
 
 Between times t and s, each masked position would be revealed with probability 1 - s/t. `origin` does just
-that; the others write `int(M * (1 - s/t))` of a row's M masked positions, the most confident first, and all
-that is left at the last step. Truncation makes the first steps of a fine grid write nothing (with steps >= new
+that; the others write n = `int(M * (1 - s/t))` of a row's M masked positions, the most confident first, and all M
+at the last step. Truncation makes the first steps of a fine grid write nothing (with steps >= new
 tokens several at the end): the result is as published, and a step that writes nothing costs no forward.
 
 **Temperature 0 can collapse.** Dream's entropy order at temperature 0 is reported to lose most of GSM8K
@@ -16,8 +16,9 @@ ran temperature 0 with top_p 0.95. Choose knowingly.
 There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
 likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
-We differ once: M is each row's own count, theirs is the mean over the batch (the same unless a model
-predicts the mask token), and equal confidences go to the leftmost position.
+M is the mean over the batch, which is each row's own count unless a model predicts the mask token; only then do
+rows of a batch influence each other, and `suppress_mask` rules it out. We differ twice: a row with fewer masks
+than n writes those it has (theirs also puts masks back over tokens), and equal confidences go to the leftmost.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class DreamSampler:
         on_step: OnStep | None = None,
         attention_mask: Tensor | None = None,
     ) -> Generation:
-        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows do not influence each other.
+        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows are independent (exception: M above).
 
         `block_length` must be null or `gen_length`. `noise` serves temperature, alg_temp and origin; null
         is seed 0 with the row's number as its document. `on_step` gets a copy of the sequences [B, P + G]
@@ -135,7 +136,10 @@ class DreamSampler:
                 chosen = masked.clone()
                 chosen[masked] = draw(noise, "order", step, masked)[:, 0] < fraction.item()
                 masked = chosen  # logits are needed where a token is revealed, nowhere else
-            counts = masked.sum(1) if self.alg == "origin" else (masked.sum(1).cpu().float() * fraction).long()
+            if self.alg == "origin":
+                counts = masked.sum(1)
+            else:  # the mean over the batch, like theirs; a row with fewer masks writes what it has
+                counts = torch.full((len(ids),), int(masked.sum().cpu() / len(ids) * fraction))
             if not counts.any():
                 continue
             where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), masked), dim=1)
