@@ -155,6 +155,9 @@ def _full_precision(
             found = _evaluate(lm, config, {name: spec})[name]
             cache.put(name, spec, found)
         results[name] = found
+    reused = [name for name, source in sources.items() if source == "reused"]
+    if reused:
+        log.info(f"  reused from {config.cache_dir}: {', '.join(reused)}")
     return results, sources
 
 

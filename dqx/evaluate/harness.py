@@ -10,6 +10,7 @@ tokens and keeps what follows them).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -157,7 +158,10 @@ class DiffusionHarness(LM):
     # the pieces
 
     def _with_progress(self, requests: Sequence[Instance]) -> Iterable[Instance]:
-        return tqdm(requests, desc=self.label or None, disable=not self.progress, unit="request", mininterval=1.0)
+        seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
+        return tqdm(
+            requests, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds
+        )
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.model.device)
