@@ -17,8 +17,10 @@ There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_sc
 likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
 M is the mean over the batch, which is each row's own count unless a model predicts the mask token; only then do
-rows of a batch influence each other, and `suppress_mask` rules it out. We differ twice: a row with fewer masks
-than n writes those it has (theirs also puts masks back over tokens), and equal confidences go to the leftmost.
+rows of a batch influence each other, and `suppress_mask` rules it out. We differ in three things:
+- a row with fewer masks than n writes those it has (theirs also puts masks back over tokens);
+- masks inside the prompt are part of the prompt and stay (theirs get filled in, and count in M);
+- equal confidences go to the leftmost position.
 """
 
 from __future__ import annotations
