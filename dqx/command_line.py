@@ -1,17 +1,20 @@
 """What people type, and what Hydra wants to hear.
 
-Hydra takes `bits=3` for an integer and refuses integers as group choices; and a list of tasks is a suite only in
-brackets. `normalize` rewrites exactly these and leaves everything else alone:
+Hydra takes `bits=3` for an integer and refuses integers as group choices; a list of tasks is a suite only in
+brackets; and it cannot read `~`, which shells leave as it is behind a `=`. `normalize` rewrites exactly these and
+leaves everything else alone:
 
     bits=3,4            ->  bits=w3,w4
     steps=64,128        ->  steps=s64,s128        (steps=48, no such file: steps.count=48)
     task=gsm8k,mmlu     ->  task=[gsm8k,mmlu]     one run with both tasks; with -m it stays a sweep
+    data_root=~/data    ->  data_root=/home/me/data
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -22,7 +25,7 @@ from dqx.names import did_you_mean, natural
 
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
-
+HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
 
 
@@ -36,6 +39,9 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 
 def _normalize(argument: str, sweep: bool) -> str:
+    home = HOME.fullmatch(argument)
+    if home:
+        return home[1] + str(Path(home[2]).expanduser())
     match = LIST.fullmatch(argument)
     if not match:
         return argument

@@ -23,6 +23,11 @@ from dqx.store import SIDES, Record
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
 COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
+DELTA_LEGEND = (
+    "In percent, deltas in points. Every task counts the same in an average.",
+    "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above",
+    "significant; whether the difference could be chance is the interval's to say.",
+)
 
 
 def print_table(record: Record, folder: str | Path | None = None, file: TextIO | None = None) -> None:
@@ -35,9 +40,8 @@ def print_table(record: Record, folder: str | Path | None = None, file: TextIO |
         console.print(Text(line, style="bold"), soft_wrap=True)
     console.print()
     wide.print(delta_table(record))
-    console.print(
-        Text("In percent, deltas in points. Every task counts the same in an average.", style="dim"), soft_wrap=True
-    )
+    for line in DELTA_LEGEND:
+        console.print(Text(line, style="dim"), soft_wrap=True)
     if record.outliers:
         console.print()
         wide.print(outlier_table(record))

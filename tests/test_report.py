@@ -7,6 +7,7 @@ import pytest
 import rich.console
 from records import outlier_stats, record, task_result
 
+from dqx.deltas import level
 from dqx.report import points, print_table, short
 
 
@@ -28,6 +29,18 @@ def test_every_number_of_the_comparison_is_there():
     ]  # fmt: skip
     (line,) = [x for x in text.split("\n") if x.startswith("average")]
     assert re.split(r"\s+", line.strip())[1:5] == ["6", "87.5", "37.5", "-50.0"]
+
+
+def test_levels_are_not_taken_for_a_test_of_chance():
+    """A "significant" drop whose interval holds 0 needs a word; the limits it names are those in use."""
+    text = " ".join(printed(record()).split())
+    assert "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above significant" in text
+    assert [level(drop) for drop in (0.0099, 0.01, 0.04, 0.0401)] == [
+        "negligible",
+        "moderate",
+        "moderate",
+        "significant",
+    ]
 
 
 def test_outliers_of_both_models_are_there():

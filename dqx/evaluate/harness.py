@@ -159,9 +159,7 @@ class DiffusionHarness(LM):
 
     def _with_progress(self, requests: Sequence[Instance]) -> Iterable[Instance]:
         seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
-        return tqdm(
-            requests, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds
-        )
+        return tqdm(requests, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds)
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.model.device)
