@@ -48,6 +48,14 @@ def test_a_run_leaves_its_whole_record(launch, capsys):
         assert words in table
 
 
+def test_results_that_cannot_be_written_are_printed(launch, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "documents").touch()  # where a folder should go
+    with pytest.raises(OSError, match="documents"):
+        launch("run", "method=rtn", "task=nano_facts")
+    assert "nano_facts" in capsys.readouterr().out
+
+
 def test_the_baseline_is_computed_once(launch, monkeypatch):
     first, _ = launch("first", "method=rtn", "bits=4")
     evaluated = []
