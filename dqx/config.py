@@ -115,7 +115,7 @@ class TaskConfig:
 class OutlierConfig:
     """How activation outliers are measured; nothing else depends on it."""
 
-    samples: int = 8  # calibration windows looked at
+    samples: int = 8  # calibration windows looked at; 0: not measured
     channel_ratio: float = 6.0  # a channel stands out at a token where |x| exceeds this many medians of the token
     massive_absolute: float = 100.0  # a value is massive where it exceeds this ...
     massive_relative: float = 1000.0  # ... and this many medians of its token

@@ -40,11 +40,8 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     output = store.RunFolder(folder or HydraConfig.get().runtime.output_dir)
     timings: dict[str, float] = {}
 
-    with stage("read the calibration text", timings):
-        calibration = _calibration(config)
-    if config.data_root is None:
-        with stage("read the tasks' data", timings):
-            _fetch(config)
+    with stage("read the data", timings):
+        calibration = _data(config)
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
@@ -53,20 +50,22 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("evaluate full precision", timings):
         full_precision, sources = _full_precision(lm, config, cache)
-    with stage("outliers at full precision", timings):
-        thresholds = _thresholds(config)
-        watched = calibration[: config.outliers.samples]
-        statistics = {"full_precision": outliers.measure(lm.model, watched, thresholds)}
+    statistics = {}
+    thresholds, watched = _thresholds(config), calibration[: config.outliers.samples]
+    if watched:
+        with stage("outliers at full precision", timings):
+            statistics["full_precision"] = outliers.measure(lm.model, watched, thresholds)
 
     with stage("quantize", timings):
         quantization = quantize(
             lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed
         )
     changed = any(row.bits < 16 or row.activation_bits < 16 for row in quantization.linears)
-    with stage("outliers after quantization", timings):
-        statistics["quantized"] = (
-            outliers.measure(lm.model, watched, thresholds) if changed else statistics["full_precision"]
-        )
+    if watched:
+        with stage("outliers after quantization", timings):
+            statistics["quantized"] = (
+                outliers.measure(lm.model, watched, thresholds) if changed else statistics["full_precision"]
+            )
     with stage("evaluate quantized", timings):
         quantized = _evaluate(lm, config, config.task.suite) if changed else full_precision
 
@@ -111,20 +110,21 @@ def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     timings[name] = time.perf_counter() - started
 
 
-def _calibration(config: Config) -> list[CalibBatch]:
-    """The calibration windows, cut before any weight is read: a text that is too short costs nothing else."""
+def _data(config: Config) -> list[CalibBatch]:
+    """The calibration windows. What they and the tasks need from the hub is fetched here, before any weight is read."""
+    windows, problems = [], []
     tokenizer = load_tokenizer(inspect(config.model.path, config.model.revision))
     try:
-        return calibration_batches(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
+        windows = calibration_batches(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
     except (ValueError, OSError) as error:
-        raise ConfigProblems([f"calib.text={config.calib.text}: {error}"]) from error
-
-
-def _fetch(config: Config) -> None:
-    """The tasks' data, into the hub's cache, before any weight is read."""
-    problems = hub_problems(config.task.suite, limit=config.task.limit, chat=config.model.chat)
+        offline = isinstance(error, ConnectionError)
+        remedy = "; without a network, give data_root=FOLDER with a copy, or calib.text=FILE" if offline else ""
+        problems.append(f"calib.text={config.calib.text}: {error}{remedy}")
+    if config.data_root is None:
+        problems += hub_problems(config.task.suite, limit=config.task.limit, chat=config.model.chat)
     if problems:
         raise ConfigProblems(problems)
+    return windows
 
 
 def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:

@@ -406,9 +406,10 @@ def test_no_network_and_no_copy(problems: Problems, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (found,) = problems("task=[nano_sums,gsm8k,hellaswag]")
-    assert "task gsm8k: openai/gsm8k cannot be had from the hub" in found
-    assert "give data_root=FOLDER" in found
+    text, task = problems("task=[nano_sums,gsm8k,hellaswag]", "calib.text=wikitext2")
+    assert "calib.text=wikitext2: Couldn't reach 'Salesforce/wikitext'" in text
+    assert "task gsm8k: openai/gsm8k cannot be had from the hub" in task
+    assert all("give data_root=FOLDER" in found for found in (text, task))
 
 
 def test_calibration_dataset_that_data_root_lacks(problems: Problems, data_root: Path) -> None:
