@@ -90,15 +90,25 @@ def has_login() -> bool:
     """Whether W&B would find an API key: in the environment, or in netrc for its server. The key is not read out."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    hosts = {urlsplit(url).netloc for url in servers()}
     chosen = os.environ.get("NETRC")
     for path in [Path(chosen)] if chosen else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
-            if netrc.netrc(path).authenticators(host):
+            if hosts & set(netrc.netrc(path).hosts):
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
     return False
+
+
+def servers() -> list[str]:
+    """Addresses under which W&B would look for a login: the one that is set, else its own (wandb 0.31 changed it)."""
+    chosen = os.environ.get("WANDB_BASE_URL")
+    if chosen:
+        return [chosen]
+    import wandb
+
+    return [wandb.Settings().base_url, "https://api.wandb.ai"]
 
 
 def summary(record: Record) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from records import record
@@ -186,6 +187,27 @@ def test_login_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
     monkeypatch.delenv("NETRC")
     assert not mirror.has_login()
     monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert mirror.has_login()
+
+
+@pytest.mark.parametrize(
+    ("machine", "server"),
+    [
+        (None, None),  # where `wandb login` of the installed version writes
+        ("api.wandb.ai", None),  # where older versions did
+        ("localhost:8080", "http://localhost:8080"),
+    ],
+)
+def test_logins_of_every_age_are_found(machine, server, tmp_path, monkeypatch):
+    import wandb
+
+    machine = machine or urlsplit(wandb.Settings().base_url).netloc
+    file = tmp_path / "netrc"
+    file.write_text(f"machine {machine} login user password x\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(file))
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
     assert mirror.has_login()
 
 
