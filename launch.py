@@ -5,12 +5,15 @@ plain words before anything heavy started (runs of the same sweep without mistak
 the way. 130: interrupted.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
 import textwrap
 import traceback
 import warnings
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
@@ -18,8 +21,12 @@ from omegaconf import DictConfig
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
 
+if TYPE_CHECKING:
+    from dqx.store import Record
+
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 failures: list[BaseException] = []  # of the runs that were started here
+finished: list[Record] = []
 started = 0
 
 
@@ -32,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     from dqx.run import run
 
     try:
-        run(resolve(cfg))
+        finished.append(run(resolve(cfg)))
     except (ConfigProblems, CheckpointError) as error:
         failures.append(ConfigProblems(explain(error)))
         log.error(plain(explain(error)))
@@ -69,7 +76,13 @@ if __name__ == "__main__":
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
     try:
         sys.argv[1:] = normalize(sys.argv[1:])
-        main()
+        try:
+            main()
+        finally:
+            if len(finished) > 1:
+                from dqx.report import print_sweep
+
+                print_sweep(finished)
     except Exception as error:
         if developer:
             raise

@@ -7,6 +7,7 @@ Everything is ASCII with colour as a hint only, so that a log file reads like th
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dqx.deltas import Delta
+from dqx.evaluate.results import TaskResult
 from dqx.outliers import Thresholds, summary
 from dqx.store import SIDES, Record
 
@@ -50,6 +52,54 @@ def print_table(record: Record, folder: str | Path | None = None, file: TextIO |
     console.print()
     for line in footer(record, folder):
         console.print(Text(line), soft_wrap=True)  # paths and commands stay in one piece, to be copied
+
+
+def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
+    """Print one row per run of a sweep: quantized accuracy per task, and the average's delta with its interval."""
+    file = file or sys.stdout
+    console = Console(file=file, highlight=False, emoji=False)
+    console.print()
+    wide = Console(file=file, highlight=False, emoji=False, width=max(200, console.width))
+    wide.print(sweep_table(records))
+    console.print(Text("Accuracies in percent, deltas in points; - where a run has no such task.", style="dim"))
+
+
+def sweep_table(records: Sequence[Record]) -> Table:
+    """Runs in the order given, those with the same full-precision accuracies below a row that shows them."""
+    tasks = list(dict.fromkeys(name for record in records for name in record.full_precision))
+    table = _table(("run", "left"), ("bits per\nweight", "right"))
+    for name in tasks:
+        table.add_column(name.replace("_", "_\n", 1), justify="right", no_wrap=True)
+    table.add_column("average", justify="right", no_wrap=True)
+    table.add_column("delta\n[95 % interval]", justify="right", no_wrap=True)
+    table.add_column("level", no_wrap=True)
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        steps = (record.config.get("steps") or {}).get("count")
+        values = tuple((name, result.value) for name, result in record.full_precision.items())
+        groups.setdefault((record.model.get("name"), steps, *values), []).append(record)
+    for (model, steps, *_), members in groups.items():
+        table.add_section()
+        first = members[0]
+        accuracies = [_accuracy(first.full_precision.get(name)) for name in tasks]
+        label = f"{model}, {steps} steps" if steps else str(model)
+        table.add_row(label, "16", *accuracies, f"{100 * first.deltas[-1].full_precision:.1f}", style="bold")
+        for record in members:
+            config, overall = record.config, record.deltas[-1]
+            cells = _cells(overall)
+            table.add_row(
+                f"  {(config.get('method') or {}).get('name')} {(config.get('bits') or {}).get('name')}",
+                "-" if record.average_bits is None else f"{record.average_bits:.2f}",
+                *[_accuracy(record.quantized.get(name)) for name in tasks],
+                cells[3],
+                cells[4],
+                cells[6],
+            )
+    return table
+
+
+def _accuracy(result: TaskResult | None) -> str:
+    return "-" if result is None else f"{100 * result.value:.1f}"
 
 
 def header(record: Record) -> list[str]:
@@ -164,17 +214,24 @@ def outlier_legend(settings: Thresholds) -> list[str]:
 
 
 def footer(record: Record, folder: str | Path | None) -> list[str]:
-    """Notes, where the record lies, its mirror, and how to run it again."""
+    """Notes, where the record lies, and how to run it again."""
     lines = [f"Note:    {text}" for text in record.warnings]
     if folder is not None:
         lines.append(f"Record:  {folder}")
-    mirror = record.mirror
-    if mirror.get("state") == "written":
-        place = mirror.get("url") or mirror.get("folder")
-        hint = f"  (upload: wandb sync {mirror['folder']})" if mirror.get("mode") == "offline" else ""
-        lines.append(f"W&B:     {mirror.get('mode')}, {place}" if not hint else f"W&B:     offline{hint}")
-    elif mirror.get("state") == "failed":
-        lines.append(f"W&B:     not written, {mirror.get('message')}; the record is complete without it")
     if record.command:
         lines.append(f"Again:   {record.command}")
     return lines
+
+
+def print_mirror(record: Record, file: TextIO | None = None) -> None:
+    """Print in one line what became of the copy in W&B; nothing where none was wanted."""
+    mirror, line = record.mirror, None
+    if mirror.get("state") == "written" and mirror.get("mode") == "offline":
+        line = f"offline  (upload: wandb sync {mirror['folder']})"
+    elif mirror.get("state") == "written":
+        line = f"{mirror.get('mode')}, {mirror.get('url') or mirror.get('folder')}"
+    elif mirror.get("state") == "failed":
+        line = f"not written, {mirror.get('message')}; the record is complete without it"
+    if line:
+        console = Console(file=file or sys.stdout, highlight=False, emoji=False)
+        console.print(Text(f"W&B:     {line}"), soft_wrap=True)

@@ -90,14 +90,11 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         command=_command(),
         warnings=[*cache.warnings, *_notes(quantized), *quantization.notes],
     )
-    try:
-        output.write(record)
-    except OSError:
-        report.print_table(record)  # a full disk leaves at least what stands on the screen
-        raise
+    report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
+    output.write(record)
     record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
     output.write_results(record)
-    report.print_table(record, output.path)
+    report.print_mirror(record)
     return record
 
 

@@ -8,7 +8,7 @@ import rich.console
 from records import outlier_stats, record, task_result
 
 from dqx.deltas import level
-from dqx.report import points, print_table, short
+from dqx.report import points, print_mirror, print_sweep, print_table, short
 
 
 def printed(run, folder="runs/x", width=None, monkeypatch=None):
@@ -16,6 +16,7 @@ def printed(run, folder="runs/x", width=None, monkeypatch=None):
         monkeypatch.setenv("COLUMNS", str(width))
     out = io.StringIO()
     print_table(run, folder, file=out)
+    print_mirror(run, file=out)
     return out.getvalue()
 
 
@@ -90,6 +91,23 @@ def test_a_terminal_gets_colours_but_the_same_text(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR")
     assert plain == printed(record())
     assert rich.console.Console(file=io.StringIO()).is_terminal is False
+
+
+def test_a_sweep_is_one_table_below_its_full_precision():
+    names = {"a": "math", "b": "code"}
+    fp = {n: task_result(n, [1, 1, 0, 1], c) for n, c in names.items()}
+    worse = {n: task_result(n, [1, 0, 0, 0], c) for n, c in names.items()}
+    same = {"full_precision": fp, "command": None}
+    out = io.StringIO()
+    print_sweep([record(quantized=fp, **same), record(quantized=worse, **same), record()], file=out)
+    found = [re.match(r" *(nano_llada|gptq w3a16) +(.*)", x) for x in out.getvalue().split("\n")]
+    rows = [(match[1], match[2].split()) for match in found if match]
+    assert [name for name, _ in rows] == ["nano_llada", "gptq w3a16", "gptq w3a16", "nano_llada", "gptq w3a16"]
+    assert rows[0][1] == ["16", "75.0", "75.0", "-", "-", "75.0"]
+    assert rows[1][1][1:5] == ["75.0", "75.0", "-", "-"]
+    assert rows[2][1][1:7] == ["25.0", "25.0", "-", "-", "25.0", "-50.0"]
+    assert rows[2][1][-1] == "significant"
+    assert rows[3][1][1:5] == ["-", "-", "75.0", "100.0"]
 
 
 def test_what_is_missing_is_said():

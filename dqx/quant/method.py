@@ -89,7 +89,10 @@ class Method:
         rounds_weights = any(self.rounding_of(role) is not None for role in ROLES)
         if not rounds_weights and self.activation is None:
             if (w, a) != (UNQUANTIZED, UNQUANTIZED):
-                return [f"bits={bits.name}: {self.name} quantizes nothing; bits must be w16a16"]
+                return [
+                    f"bits={bits.name}: {self.name} quantizes nothing; bits must be w16a16. "
+                    "Full precision is part of every run: in a sweep over bits leave this method out"
+                ]
             return []
         found = []
         if not rounds_weights and w != UNQUANTIZED:
