@@ -194,7 +194,8 @@ def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
 
 
 def _outcome(row: DocumentRow) -> dict[str, Any]:
-    return {"score": row.score, "prediction": row.prediction, "log_likelihoods": row.log_likelihoods}
+    kept = ("score", "prediction", "answer", "log_likelihoods")
+    return {key: getattr(row, key) for key in kept}
 
 
 def file_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """One run end to end on the bundled model: what is computed, what is reused, what is left behind."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -142,3 +143,23 @@ def test_the_default_run_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     tasks = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]
     assert all(task["full_precision"]["value"] >= 0.9 for task in tasks.values()), tasks
+
+
+def test_a_sweep_from_the_command_line(tmp_path):
+    """Two widths in one command: one baseline, two records, one closing table, exit code 0."""
+    done = subprocess.run(
+        [sys.executable, "launch.py", "-m", "method=rtn", "bits=2,4", "task=nano_sums", *SMALL, "wandb.mode=disabled"]
+        + [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        cwd=CONF_DIR.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/results.json"))
+    assert folders == ["0-nano_llada-rtn-w2a16", "1-nano_llada-rtn-w4a16"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    closing = done.stdout.rpartition("Again:")[2]
+    assert all(words in closing for words in ("nano_llada", "rtn w2a16", "rtn w4a16", "95 % interval"))
+    rows = (tmp_path / "sweep" / folders[1] / "documents" / "nano_sums.jsonl").read_text().splitlines()
+    side = json.loads(rows[0])["full_precision"]
+    assert side["answer"] in side["prediction"]

@@ -55,7 +55,8 @@ def test_documents_hold_both_sides(tmp_path):
     assert rows[1]["quantized"] == {
         "score": 0.0,
         "prediction": "line\n1 \u2028 é",
-        "log_likelihoods": [-1.5, "-Infinity"],
+        "answer": None,
+            "log_likelihoods": [-1.5, "-Infinity"],
     }
 
 

@@ -16,6 +16,7 @@ class DocumentRow:
     prediction: str | None = None  # the generated text, or the chosen answer
     target: str | None = None
     log_likelihoods: list[float] | None = None  # nats, one per answer choice; None for generation
+    answer: str | None = None  # what the task's filter read out of a generated text, the part that is scored
     truncated: int = 0  # tokens cut from the left of a prompt that did not fit into the model
 
     def to_dict(self) -> dict[str, Any]:
@@ -31,6 +32,7 @@ class DocumentRow:
             prediction=data["prediction"],
             target=data["target"],
             log_likelihoods=None if likelihoods is None else [float(x) for x in likelihoods],
+            answer=data.get("answer"),
             truncated=int(data.get("truncated", 0)),
         )
 

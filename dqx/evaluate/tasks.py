@@ -125,7 +125,7 @@ def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool)
 
 def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: DiffusionHarness) -> DocumentRow:
     doc, responses = sample["doc"], sample["resps"]
-    likelihoods, target = None, str(sample["target"])
+    likelihoods, answer, target = None, None, str(sample["target"])
     if task.OUTPUT_TYPE == "multiple_choice":
         likelihoods = [float(response[0][0]) for response in responses]
         choices = task.doc_to_choice(doc)
@@ -137,12 +137,14 @@ def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: Di
         likelihoods, prediction = [float(responses[0][0][0])], None
     else:
         prediction = responses[0][0]
+        answer = str(sample["filtered_resps"][0])
     return DocumentRow(
         doc_id=f"{task.task_name}/{sample['doc_id']}",
         score=float(sample[spec.metric]),
         prediction=prediction,
         target=target,
         log_likelihoods=likelihoods,
+        answer=answer,
         truncated=harness.truncated.get((task.task_name, sample["doc_id"]), 0),
     )
 
