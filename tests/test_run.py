@@ -148,8 +148,10 @@ def test_the_default_run_from_the_command_line(tmp_path):
 def test_a_sweep_from_the_command_line(tmp_path):
     """Two widths in one command: one baseline, two records, one closing table, exit code 0."""
     done = subprocess.run(
-        [sys.executable, "launch.py", "-m", "method=rtn", "bits=2,4", "task=nano_sums", *SMALL, "wandb.mode=disabled"]
-        + [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"],
+        [
+            *(sys.executable, "launch.py", "-m", "method=rtn", "bits=2,4", "task=nano_sums", *SMALL),
+            *("wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+        ],
         cwd=CONF_DIR.parent,
         capture_output=True,
         text=True,
