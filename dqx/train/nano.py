@@ -8,6 +8,7 @@ over each batch. A step mixes four sub-batches, each of one length so that no pa
 - packed windows of all documents, every token maskable, so that calibration text is in distribution.
 
 The model is trained with activation outliers that were put there and are held in place: see `dqx/train/hold.py`.
+The commands that made the bundled weights are in `dqx/assets/nano_llada/README.md`.
 The learning rate warms up, stays constant, and falls linearly over the last part of `--steps`; a run can be
 resumed with another `--steps`, so that it can be ended early or extended.
 """
@@ -239,7 +240,7 @@ def train(args: argparse.Namespace) -> None:
         curve.write_text("step,tokens,seconds,lr,facts,sums,code,packed,facts_acc,sums_acc,code_acc\n")
     recent: dict[str, list[float]] = defaultdict(list)
     start = time.monotonic() - seconds
-    for step in range(first, args.steps):
+    for step in range(first, min(args.steps, args.until or args.steps)):
         lr = rate(step, args.steps, args.lr, args.warmup, args.decay)
         for group in optimiser.param_groups:
             group["lr"] = lr
@@ -297,8 +298,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; training resumes from it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--until", type=int, help="stop after this step (a multiple of --eval-every), to resume later")
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay", type=float, default=0.6, help="share of the steps over which the rate falls")
     parser.add_argument("--weight-decay", type=float, default=0.05)
