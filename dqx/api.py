@@ -3,7 +3,7 @@
     import dqx
 
     lm = dqx.load("nano_llada")                       # a name from conf/model, a folder or a hub id
-    lm.generate("Question: 3 + 4 - 2 = ?\\nAnswer:", gen_length=32, block_length=8)
+    lm.generate("Question: 5-4+2+4+2-6+6=?\\nAnswer:", gen_length=16, block_length=8)  # " 1 3 7 9 3 9 = 9"
     lm.log_likelihood("Question: What is the job of Anna?\\nAnswer:", " baker", samples=16)
     report = lm.quantize("gptq", "w3a16")             # in place; names from conf/method and conf/bits
     results = lm.evaluate("nano_facts", limit=32)     # names from conf/task
