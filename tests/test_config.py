@@ -150,7 +150,7 @@ def test_every_model_is_complete(model: str) -> None:
         type(build(config.model.sampler)).__name__
         == {"llada": "LLaDASampler", "dream": "DreamSampler"}[config.model.family]
     )
-    assert config.model.name == "nano_llada" or config.model.path.count("/") == 1
+    assert config.model.name in ("nano_llada", "nano_dream") or config.model.path.count("/") == 1
 
 
 def test_calibration_follows_the_model_then_the_method() -> None:
