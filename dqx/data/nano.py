@@ -305,6 +305,7 @@ def write_tokenizer(folder: Path, seed: int = SEED) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets nano/ and nano_llada/")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets nano/, nano_llada/ and nano_dream/")
     out = parser.parse_args().out
     write(out / "nano", out / "nano_llada")
+    write_tokenizer(out / "nano_dream")

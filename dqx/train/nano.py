@@ -1,4 +1,4 @@
-"""Train the bundled model `nano_llada`: `python -m dqx.train.nano --out DIR`.
+"""Train the bundled models `nano_llada` and `nano_dream`: `python -m dqx.train.nano --family dream --out DIR`.
 
 LLaDA's objective (arXiv 2502.09992): mask a share t of the tokens, predict them, weight 1/t; t is spread evenly
 over each batch. A step mixes four sub-batches, each of one length so that no padding exists:
@@ -7,8 +7,12 @@ over each batch. A step mixes four sub-batches, each of one length so that no pa
   is generated at evaluation, answers of facts are scored without EOS;
 - packed windows of all documents, every token maskable, so that calibration text is in distribution.
 
+Every second answer of LLaDA's sums and code is a state of its semi-autoregressive sampler. Dream's sampler has no
+blocks, so its answers are plain: t of the whole answer. The first token of Dream's windows is never masked:
+the row of the logits that would predict it predicts the second one (see `dqx.models.transformer.shift_logits`).
+
 The model is trained with activation outliers that were put there and are held in place: see `dqx/train/hold.py`.
-The commands that made the bundled weights are in `dqx/assets/nano_llada/README.md`.
+The commands that made the bundled weights are in the README.md next to them, under `dqx/assets`.
 The learning rate warms up, stays constant, and falls linearly over the last part of `--steps`; a run can be
 resumed with another `--steps`, so that it can be ended early or extended.
 """
@@ -31,15 +35,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dqx.data import nano
+from dqx.diffusion.dream import DreamSampler
 from dqx.models import MaskedDiffusionTransformer
+from dqx.models.checkpoint import FAMILIES as ARCHITECTURES
 from dqx.models.checkpoint import save
-from dqx.models.llada import architecture
 from dqx.models.transformer import initialise
 from dqx.train.hold import OutlierPlan, plant
 
 FAMILIES = ("facts", "sums", "code")
 PACKED_LENGTH = 96
-BLOCK = {"sums": 8, "code": 20}  # block length of the sampler
+BLOCK = {"sums": 8, "code": 20}  # block length of LLaDA's sampler
+DREAM_SAMPLER = DreamSampler(alg="entropy", temperature=0.0, top_p=0.95)
 VOCABULARY = 512  # rows of the embedding; the tokenizer uses a little fewer
 
 
@@ -51,10 +57,24 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return int(number)
 
 
-def config(tokenizer: Tokenizer) -> dict[str, object]:
-    """`config.json` with the keys of the published LLaDA checkpoints."""
-    eos = token_id(tokenizer, nano.EOS)
+def config(tokenizer: Tokenizer, family: str = "llada") -> dict[str, object]:
+    """`config.json` with the keys of the published checkpoints of a family."""
+    eos, mask = token_id(tokenizer, nano.EOS), token_id(tokenizer, nano.MASK)
     assert tokenizer.get_vocab_size() <= VOCABULARY
+    if family == "dream":
+        return {
+            "architectures": ["DreamModel"], "attention_dropout": 0.0,
+            "auto_map": {
+                "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel",
+            },
+            "bos_token_id": eos, "eos_token_id": eos, "full_attn_mask": True, "hidden_act": "silu",
+            "hidden_size": 256, "initializer_range": 0.02, "intermediate_size": 512, "mask_token_id": mask,
+            "max_position_embeddings": 4096, "max_window_layers": 3, "model_type": "Dream",
+            "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2, "pad_token_id": eos,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": None,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.46.2",
+            "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": VOCABULARY,
+        }  # fmt: skip
     return {
         "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
         "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
@@ -62,7 +82,7 @@ def config(tokenizer: Tokenizer) -> dict[str, object]:
         "embedding_dropout": 0.0, "embedding_size": VOCABULARY, "eos_token_id": eos, "flash_attention": False,
         "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta",
         "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms",
-        "layer_norm_with_affine": True, "mask_token_id": token_id(tokenizer, nano.MASK),
+        "layer_norm_with_affine": True, "mask_token_id": mask,
         "max_sequence_length": 4096, "mlp_hidden_size": 512, "mlp_ratio": 2, "model_type": "llada",
         "multi_query_attention": None, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "pad_token_id": eos,
         "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": True,
@@ -83,8 +103,9 @@ class Batch:
 class Batches:
     """Training batches by family; the draw depends on the seed and the step only."""
 
-    def __init__(self, tokenizer: Tokenizer, n_documents: int, seed: int):
+    def __init__(self, tokenizer: Tokenizer, n_documents: int, seed: int, family: str = "llada"):
         self.seed = seed
+        self.dream = family == "dream"
         self.mask_id = token_id(tokenizer, nano.MASK)
         self.groups: dict[str, list[tuple[Tensor, int]]] = {}  # family -> (ids [N, T], prompt length)
         documents: list[list[int]] = []
@@ -107,7 +128,7 @@ class Batches:
         rng = random.Random(f"{self.seed}/{family}/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         if family == "packed":
-            rows, prompt = torch.tensor([self.window(rng) for _ in range(size)]), 0
+            rows, prompt = torch.tensor([self.window(rng) for _ in range(size)]), int(self.dream)
         else:
             groups = self.groups[family]
             pool, prompt = rng.choices(groups, [len(rows) for rows, _ in groups])[0]
@@ -118,7 +139,7 @@ class Batches:
         count = (t * length).floor().long().clamp(max=length - 1) + 1
         hidden = torch.rand(size, length, generator=generator).argsort(1).argsort(1) < count[:, None]
         scored = hidden.clone()
-        if family in nano.GEN_LENGTH:  # every second row: a state of the semi-autoregressive sampler
+        if family in nano.GEN_LENGTH and not self.dream:  # every second row: a state of the semi-autoregressive sampler
             width = BLOCK[family]
             block = torch.arange(length) // width
             current = torch.randint(length // width, (size, 1), generator=generator)
@@ -150,7 +171,12 @@ def loss_of(model: MaskedDiffusionTransformer, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def generate(model: MaskedDiffusionTransformer, prompts: Tensor, length: int, block: int) -> Tensor:
-    """Greedy semi-autoregressive low-confidence sampling, one token per step: answers [B, length]."""
+    """Answers [B, length] of the family's sampler, greedy, as many steps as tokens.
+
+    LLaDA: semi-autoregressive, low-confidence remasking. Dream: `DREAM_SAMPLER`, which ignores `block`.
+    """
+    if model.arch.logit_shift:
+        return DREAM_SAMPLER.generate(model, prompts, gen_length=length, steps=length).ids
     mask_id = model.arch.mask_token_id
     start = prompts.shape[1]
     ids = torch.cat((prompts, torch.full((len(prompts), length), mask_id)), dim=1)
@@ -220,13 +246,13 @@ def train(args: argparse.Namespace) -> None:
     """The training loop; writes `last.pt`, `loss_curve.csv` and, at the end and at each checkpoint, the model."""
     torch.manual_seed(args.seed)
     tokenizer = nano.tokenizer()
-    settings = config(tokenizer)
-    model = MaskedDiffusionTransformer(architecture(settings))
+    settings = config(tokenizer, args.family)
+    model = MaskedDiffusionTransformer(ARCHITECTURES[args.family].architecture(settings))
     generator = torch.Generator().manual_seed(args.seed)
     initialise(model, generator)
     held = plant(model, OutlierPlan(), token_id(tokenizer, "Ċ"), generator)
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
-    batches = Batches(tokenizer, args.documents, args.seed)
+    batches = Batches(tokenizer, args.documents, args.seed, args.family)
     args.out.mkdir(parents=True, exist_ok=True)
     first, tokens, seconds = 0, 0, 0.0
     if (args.out / "last.pt").exists():
@@ -297,6 +323,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; training resumes from it")
+    parser.add_argument("--family", choices=sorted(ARCHITECTURES), default="llada")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--until", type=int, help="stop after this step (a multiple of --eval-every), to resume later")
