@@ -56,7 +56,7 @@ def test_documents_hold_both_sides(tmp_path):
         "score": 0.0,
         "prediction": "line\n1 \u2028 é",
         "answer": None,
-            "log_likelihoods": [-1.5, "-Infinity"],
+        "log_likelihoods": [-1.5, "-Infinity"],
     }
 
 

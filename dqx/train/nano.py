@@ -41,8 +41,10 @@ from dqx.models.checkpoint import FAMILIES as ARCHITECTURES
 from dqx.models.checkpoint import save
 from dqx.models.transformer import initialise
 from dqx.train.hold import OutlierPlan, plant
+from dqx.train.state import load_state, save_state
 
 FAMILIES = ("facts", "sums", "code")
+STATE = "last.safetensors"  # what training resumes from
 PACKED_LENGTH = 96
 BLOCK = {"sums": 8, "code": 20}  # block length of LLaDA's sampler
 DREAM_SAMPLER = DreamSampler(alg="entropy", temperature=0.0, top_p=0.95)
@@ -243,7 +245,7 @@ def rate(step: int, steps: int, peak: float, warmup: int, decay: float) -> float
 
 
 def train(args: argparse.Namespace) -> None:
-    """The training loop; writes `last.pt`, `loss_curve.csv` and, at the end and at each checkpoint, the model."""
+    """The training loop; writes the state, the loss curve and, at the end and at each checkpoint, the model."""
     torch.manual_seed(args.seed)
     tokenizer = nano.tokenizer()
     settings = config(tokenizer, args.family)
@@ -255,11 +257,9 @@ def train(args: argparse.Namespace) -> None:
     batches = Batches(tokenizer, args.documents, args.seed, args.family)
     args.out.mkdir(parents=True, exist_ok=True)
     first, tokens, seconds = 0, 0, 0.0
-    if (args.out / "last.pt").exists():
-        state = torch.load(args.out / "last.pt", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        first, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+    if (args.out / STATE).exists():
+        counters = load_state(args.out / STATE, model, optimiser)
+        first, tokens, seconds = int(counters["step"]), int(counters["tokens"]), counters["seconds"]
     sizes = {"facts": args.facts, "sums": args.sums, "code": args.code, "packed": args.packed}
     curve = args.out / "loss_curve.csv"
     if first == 0:
@@ -310,9 +310,7 @@ def save_all(
     seconds: float,
 ) -> None:
     """Write the state to resume from, and the model in bfloat16 in hub format under `out/model`."""
-    state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step, "tokens": tokens}
-    torch.save(state | {"seconds": seconds}, out / "last.tmp")
-    (out / "last.tmp").replace(out / "last.pt")
+    save_state(out / STATE, model, optimiser, {"step": step, "tokens": tokens, "seconds": seconds})
     rounded = MaskedDiffusionTransformer(model.arch)
     rounded.load_state_dict(model.state_dict())
     save(rounded.to(torch.bfloat16), settings, out / "model")
