@@ -45,7 +45,8 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
-    output.start(config, store.environment(lm.model.device))
+    environment = store.environment(lm.model.device)
+    output.start(config, environment)
     cache = _baseline_cache(lm, config)
 
     with stage("evaluate full precision", timings):
@@ -71,7 +72,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     record = store.Record(
         config=asdict(config),
-        environment=store.environment(lm.model.device),
+        environment=environment,
         model={
             "name": config.model.name,
             "family": lm.checkpoint.arch.family,

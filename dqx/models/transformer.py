@@ -192,11 +192,9 @@ class MaskedDiffusionTransformer(nn.Module):
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] for ids [B, T]; row i predicts token i."""
-        rope, mask = self.context(ids, attention_mask)
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x, rope, mask)
-        logits = self.head(self.norm(x))
+        for x in self.hidden_states(ids, attention_mask):  # noqa: B007  the last one is the final norm's output
+            pass
+        logits = self.head(x)
         return shift_logits(logits) if self.arch.logit_shift else logits
 
 
