@@ -8,6 +8,7 @@ leaves everything else alone:
     steps=64,128        ->  steps=s64,s128        (steps=48, no such file: steps.count=48)
     task=gsm8k,mmlu     ->  task=[gsm8k,mmlu]     one run with both tasks; with -m it stays a sweep
     data_root=~/data    ->  data_root=/home/me/data
+    +experiment=NAME    ->  experiment=NAME       the group has a place already (it is null), where + adds one
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
 
 
 def _normalize(argument: str, sweep: bool) -> str:
+    if argument.startswith("+experiment="):
+        return argument.removeprefix("+")
     home = HOME.fullmatch(argument)
     if home:
         return home[1] + str(Path(home[2]).expanduser())

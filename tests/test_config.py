@@ -78,6 +78,7 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("~model", "~model"),
         ("--cfg", "--cfg"),
         ("hydra.run.dir=runs/bits=3", "hydra.run.dir=runs/bits=3"),
+        ("+experiment=quick", "experiment=quick"),
     ],
 )
 def test_normalize(typed: str, read: str) -> None:
