@@ -1,0 +1,94 @@
+"""Keys, values and, where asked for, queries rounded at run time, as a cache of few bits would hold them.
+
+Values are rounded as they leave their projection, keys after the rotary embedding, each token by itself: one grid per
+token over all heads, or one per token and head. A Hadamard transform of queries and keys leaves their products alone
+and spreads a key's outlier channels before it is rounded (Ashkboos et al. 2024, arXiv:2404.00456, section 4; DuQuant's
+code does it in tiles). Queries stay in 16 bit by default, as in QuaRot; the published codes of SmoothQuant and DuQuant
+for diffusion models round them like keys.
+
+B batch, T tokens, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dqx.models.transformer import Block, compose
+from dqx.quant.bits import ActivationBits
+from dqx.quant.grid import Grid, make_grid
+from dqx.quant.hadamard import OnlineHadamard, tile_problems
+from dqx.quant.setting import Setting
+
+SHARES = ("token", "head")
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Which of keys, values and queries are rounded, and which numbers share a scale.
+
+    Width, symmetry and format come from `bits.kv` and `bits.activation`; 16 bits is a no-op. Symmetric:
+    `scale = absmax / (2^(b-1) - 1)`.
+    """
+
+    keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; null: 16 bit
+    values: str | None = "token"  # likewise
+    queries: bool = False  # round queries too, like keys
+    key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
+    value_clip_ratio: float = 1.0
+    include_zero: bool = True  # asymmetric ranges hold zero
+    rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
+    tile: int | None = None  # channels per transform; null: the head's width
+
+    def install(self, block: Block, bits: ActivationBits) -> None:
+        """Put the quantizers behind what `block.heads` holds already."""
+        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
+        if grid.identity:
+            return
+        if self.rotate and self.keys is not None:
+            compose(block.heads, "q", OnlineHadamard(self.tile))
+            compose(block.heads, "k", OnlineHadamard(self.tile))
+        if self.keys is not None:
+            compose(block.heads, "k", HeadQuantizer(grid, self.keys, self.key_clip_ratio))
+        if self.keys is not None and self.queries:
+            compose(block.heads, "q", HeadQuantizer(grid, self.keys, self.key_clip_ratio))
+        if self.values is not None:
+            compose(block.heads, "v", HeadQuantizer(grid, self.values, self.value_clip_ratio))
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        found = []
+        options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
+        for name, share in options.items():
+            if share is not None and share not in SHARES:
+                found.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
+        for name, ratio in (("key_clip_ratio", self.key_clip_ratio), ("value_clip_ratio", self.value_clip_ratio)):
+            if not 0 < ratio <= 1:
+                found.append(f"{where}.{name}={ratio} must lie above 0 and not above 1; 1.0 clips nothing")
+        if self.queries and self.keys is None:
+            found.append(
+                f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
+                f"write {where}.keys=head, or {where}.queries=false"
+            )
+        if self.rotate:
+            found += tile_problems(f"{where}.tile", setting.arch.head_size, self.tile, "the width of a head")
+        return found
+
+
+class HeadQuantizer(nn.Module):
+    """Rounds [B, H, T, E] to one grid per token (`share` "token") or per token and head ("head")."""
+
+    def __init__(self, grid: Grid, share: str, clip_ratio: float):
+        super().__init__()
+        self.grid, self.share, self.clip_ratio = grid, share, clip_ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.share == "head":
+            return self.grid.fake(x, clip_ratio=self.clip_ratio)
+        tokens = x.transpose(1, 2)  # [B, T, H, E]
+        rounded = self.grid.fake(tokens.flatten(2), clip_ratio=self.clip_ratio)
+        return rounded.view(tokens.shape).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"
