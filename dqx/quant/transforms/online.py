@@ -1,0 +1,92 @@
+"""Hadamard transforms inside a block, with a part that runs online; the function computed stays the same.
+
+Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4, stages 1b to 1d. Between v and o a Hadamard matrix over
+all channels is the product of one inside every head, folded into v, and one over the heads, which attention does not
+mix with channels and which therefore runs before o. Before down nothing can be folded: the gated product comes
+between. Biases of v are rotated like its rows, which the study's code for Dream leaves out.
+
+D hidden, H heads, K key/value heads, E head width, F MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, compose
+from dqx.quant.hadamard import OnlineHadamard, OnlineHeads, core, no_matrix, tile_problems, transform, transform_heads
+from dqx.quant.setting import Context, Setting
+from dqx.quant.transforms.rotate import map_columns, map_rows
+
+
+@dataclass(frozen=True)
+class HeadRotation:
+    """Hadamard transform of the values: inside every head folded into v and o, over the heads at run time before o."""
+
+    online: bool = True  # false: only inside the heads, which costs nothing at run time
+    scope: ClassVar[str] = "model"
+
+    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            rotate_heads(block, online=self.online)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        found = []
+        heads, size = setting.arch.n_heads, setting.arch.head_size
+        if core(size) is None:
+            found.append(f"{where}: the width of a head: {no_matrix(size)}; leave this transform out: ~{where}")
+        if self.online and core(heads) is None:
+            found.append(f"{where}.online=true: {heads} heads: {no_matrix(heads)}; write {where}.online=false")
+        return found
+
+
+@dataclass(frozen=True)
+class OnlineDown:
+    """Hadamard transform of the input of down at run time, undone in its weight."""
+
+    tile: int | None = None  # transform every `tile` neighbouring channels by themselves; null: all channels together
+    scope: ClassVar[str] = "model"
+
+    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            rotate_down(block, self.tile)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        return tile_problems(f"{where}.tile", setting.arch.mlp_size, self.tile, "the inputs of down")
+
+
+@torch.no_grad()
+def rotate_heads(block: Block, *, online: bool = True, heads_HH: Tensor | None = None) -> None:
+    """Rows of v (and its bias) through the transform inside every head; columns of o through that and, `online`,
+    through the one over heads, which joins `block.inputs["attn_out"]`. `heads_HH` replaces the core over heads.
+
+    Grouped heads need nothing special: every query head reads a v head that is rotated in the same way. Raises
+    ValueError for widths without a Hadamard matrix.
+    """
+    n_heads, size = block.arch.n_heads, block.arch.head_size
+
+    def inside(rows: Tensor) -> Tensor:
+        return transform(rows.unflatten(-1, (-1, size))).flatten(-2)
+
+    map_columns(block.v.weight, inside)
+    if block.v.bias is not None:
+        map_rows(block.v.bias[None], inside)
+    map_rows(block.o.weight, inside)
+    if online:
+        map_rows(block.o.weight, lambda rows: transform_heads(rows, n_heads, heads_HH))
+        compose(block.inputs, "attn_out", OnlineHeads(n_heads, heads_HH))
+
+
+@torch.no_grad()
+def rotate_down(block: Block, tile: int | None = None, matrix_KK: Tensor | None = None) -> None:
+    """Rows of down's weight [D, F] through the transform, which joins `block.inputs["mlp_out"]`.
+
+    `matrix_KK` replaces the core of `transform`. Raises ValueError for widths without a Hadamard matrix.
+    """
+    map_rows(block.down.weight, lambda rows: transform(rows, tile, matrix_KK))
+    compose(block.inputs, "mlp_out", OnlineHadamard(tile, matrix_KK))

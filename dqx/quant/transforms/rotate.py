@@ -1,0 +1,162 @@
+"""Rotate the residual stream so that no channel of it stands out; the function computed stays the same.
+
+Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 4, stage 1a: an orthogonal Q multiplies everything that is
+added to the residual stream and is undone by everything that reads it. An RMS norm without gain commutes with Q, so
+the norms' gains move into the linears behind them first. All products are float64, one weight at a time, chunk by
+chunk; the results have the dtype of the weight.
+
+The authors' code subtracts from every row of the embedding its mean, which is right for the LayerNorms of other
+models and changes the function of RMS norms: offered as `subtract_embedding_mean`.
+
+D hidden, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
+from dqx.quant.hadamard import tile_problems, transform
+from dqx.quant.setting import Context, Setting
+
+#: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
+Rotation = Callable[[Tensor], Tensor]
+
+KINDS = ("random_hadamard", "hadamard", "orthogonal")
+CHUNK_VALUES = 2**24  # values of a weight in float64 at a time: 128 MiB
+
+
+@dataclass(frozen=True)
+class FoldNorms:
+    """Move the gain of every norm into the linears that read it: q, k, v; gate, up; the output head."""
+
+    subtract_embedding_mean: bool = False  # as published; NOT function-preserving, see above
+    scope: ClassVar[str] = "model"
+
+    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
+        fold_norms(model)
+        if self.subtract_embedding_mean:
+            subtract_embedding_mean(model)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class ResidualRotation:
+    """Multiply the residual stream by one random orthogonal matrix, the same before every block."""
+
+    kind: str = "random_hadamard"  # Hadamard with random signs; hadamard: without; orthogonal: uniformly random
+    tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; null: all channels together
+    scope: ClassVar[str] = "model"
+
+    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
+        width = model.arch.hidden_size
+        rotate_residual(model, make_rotation(self.kind, width, self.tile, context.generator(), model.device))
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        found = []
+        width = setting.arch.hidden_size
+        if self.kind not in KINDS:
+            found.append(f"{where}.kind={self.kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        elif self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
+            found.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
+        elif self.kind != "orthogonal":
+            found += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
+        earlier = list(setting.method.transforms.values())
+        earlier = earlier[: earlier.index(self)] if self in earlier else earlier
+        if not any(isinstance(part, FoldNorms) for part in earlier):
+            found.append(
+                f"{where} rotates between norms, which must have no gain; put fold_norms before it "
+                "(+method.transforms.fold=fold_norms, then +method.transforms.rotate=residual_rotation)"
+            )
+        return found
+
+
+@torch.no_grad()
+def fold_norms(model: MaskedDiffusionTransformer) -> None:
+    """Multiply the columns of the linears behind every norm by its gain, which becomes 1. Unties a tied head."""
+    if model.head.weight is model.embed.weight:
+        model.head.weight = nn.Parameter(model.head.weight.clone(), requires_grad=False)
+    for norm, readers in readers_of_norms(model):
+        gain = norm.weight.double()
+        for linear in readers:
+            map_rows(linear.weight, lambda rows, gain=gain: rows * gain)  # type: ignore[misc]
+        norm.weight.fill_(1)
+
+
+@torch.no_grad()
+def subtract_embedding_mean(model: MaskedDiffusionTransformer) -> None:
+    """Give every row of the embedding the mean 0. This changes the function of a model with RMS norms."""
+    map_rows(model.embed.weight, lambda rows: rows - rows.mean(-1, keepdim=True))
+
+
+@torch.no_grad()
+def rotate_residual(model: MaskedDiffusionTransformer, rotate: Rotation) -> None:
+    """The same function with residual stream x Q: `W Q` for every reader, `Q^T W` and `bias Q` for o and down.
+
+    `rotate` maps rows x [..., D] to x Q; for a matrix, `lambda x: x @ Q`. Raises ValueError if a norm has a gain or
+    a bias, or the head shares the embedding's tensor: `fold_norms` comes first.
+    """
+    for norm, readers in readers_of_norms(model):
+        if norm.bias is not None or not bool((norm.weight == 1).all()):
+            raise ValueError("a norm has a gain or a bias, which a rotation would not leave alone; fold norms first")
+        for linear in readers:
+            map_rows(linear.weight, rotate)
+    if model.head.weight is model.embed.weight:
+        raise ValueError("the head shares the embedding's tensor; fold norms first, which unties it")
+    map_rows(model.embed.weight, rotate)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for writer in (block.o, block.down):
+            map_columns(writer.weight, rotate)
+            if writer.bias is not None:
+                map_rows(writer.bias[None], rotate)
+
+
+def readers_of_norms(model: MaskedDiffusionTransformer) -> Iterable[tuple[RMSNorm, list[nn.Linear]]]:
+    """Every norm with the linears that read its output."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        yield block.attn_norm, [block.q, block.k, block.v]
+        yield block.mlp_norm, [block.gate, block.up]
+    yield model.norm, [model.head]
+
+
+def make_rotation(
+    kind: str, width: int, tile: int | None, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Rotation:
+    """A random rotation of `width` channels; see `ResidualRotation` for the kinds. Raises ValueError for others."""
+    if kind == "hadamard":
+        return lambda x: transform(x, tile)
+    if kind == "random_hadamard":
+        signs = (2 * torch.randint(2, (width,), generator=generator) - 1).to(device)
+        return lambda x: transform(x * signs, tile)
+    if kind != "orthogonal":
+        raise ValueError(f"kind={kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    size = width if tile is None else tile
+    matrices = random_orthogonal(width // size, size, generator).to(device)
+    return lambda x: torch.einsum("...gi,gij->...gj", x.unflatten(-1, (-1, size)), matrices.to(x.dtype)).flatten(-2)
+
+
+def random_orthogonal(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`count` orthogonal matrices [size, size] in float64, uniform over all of them (QR with positive diagonal)."""
+    q, r = torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+
+
+@torch.no_grad()
+def map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the rows of `weight` [O, I] in place by `change(rows)`, computed in float64."""
+    for rows in weight.split(max(1, CHUNK_VALUES // weight.shape[1])):
+        rows.copy_(change(rows.double()))
+
+
+def map_columns(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the columns of `weight` [O, I] in place: `change` sees them as rows."""
+    map_rows(weight.T, change)
