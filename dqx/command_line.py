@@ -9,6 +9,8 @@ leaves everything else alone:
     task=gsm8k,mmlu     ->  task=[gsm8k,mmlu]     one run with both tasks; with -m it stays a sweep
     data_root=~/data    ->  data_root=/home/me/data
     +experiment=NAME    ->  experiment=NAME       the group has a place already (it is null), where + adds one
+    method.rounding=rtn ->  method/rounding=rtn   a part by its name: a file in conf/method/rounding
+    +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from dqx.names import did_you_mean, natural
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
 HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
+PART = re.compile(r"(\+{0,2})method\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
+NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
+PARTS = ("rounding", "clip", "activation", "kv")
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
 
 
@@ -45,6 +50,9 @@ def _normalize(argument: str, sweep: bool) -> str:
     home = HOME.fullmatch(argument)
     if home:
         return home[1] + str(Path(home[2]).expanduser())
+    part = PART.fullmatch(argument)
+    if part:
+        return _part(argument, *part.groups())
     match = LIST.fullmatch(argument)
     if not match:
         return argument
@@ -61,6 +69,17 @@ def _normalize(argument: str, sweep: bool) -> str:
     if all(re.fullmatch(r"-?\d+|null", c) for c in counts):
         return f"steps.count={','.join(counts)}"
     return f"{plus}steps={','.join(files)}"
+
+
+def _part(argument: str, plus: str, slot: str, name: str | None, values: str) -> str:
+    """A part that is given by the name of its file instead of as a mapping; null and true are values."""
+    if {"null", "true", "false"} & set(values.split(",")):
+        return argument
+    if slot in PARTS and name is None:
+        return f"{plus}method/{slot}={values}"
+    if slot in NAMED_PARTS and name is not None:
+        return f"{plus}method/{NAMED_PARTS[slot]}@method.{slot}{name}={values}"
+    return argument
 
 
 def _width(value: str) -> str:

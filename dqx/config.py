@@ -28,9 +28,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqx.evaluate.spec import TaskSpec
-from dqx.names import did_you_mean, natural
+from dqx.names import did_you_mean, method_label, natural
 from dqx.parts import build_part, part_problems
-from dqx.quant.bits import BitsConfig
+from dqx.quant.bits import BitsConfig, label
 
 CONF_DIR = Path(__file__).parent.parent / "conf"
 GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
@@ -78,10 +78,17 @@ class MethodConfig:
     _target_: str = "dqx.quant.method.Method"
     _convert_: str = "all"
     name: str = MISSING
+    variant: str = ""  # tells settings of one method apart: as_published
+    transforms: dict[str, Any] = field(default_factory=dict)  # named parts, applied in this order
+    clip: Any = None  # a part; null: the whole range of a weight is represented
     rounding: Any = None  # a part; null: weights stay as they are
     rounding_by_role: dict[str, Any] = field(default_factory=dict)  # other parts for single roles; null: role untouched
     activation: Any = None  # a part; null: a weight-only method
+    kv: Any = None  # a part; null: keys and values stay as they are
+    corrections: dict[str, Any] = field(default_factory=dict)  # named parts
     quantizes: str = "weights"  # or weights_and_activations: what `bits=4` means with this method
+    symmetric_weights: bool = False  # what bits choices take unless they say otherwise
+    symmetric_activations: bool = False
     calib_text: str = "wikitext2"  # the calibration its authors or the study used: text, windows, tokens per window
     calib_samples: int = 128
     calib_length: int = 2048
@@ -89,15 +96,20 @@ class MethodConfig:
 
 @dataclass
 class CalibConfig:
-    """The text a method sees while it quantizes."""
+    """The text a method sees while it quantizes, and how much of it is masked (`dqx/masking.py`)."""
 
-    masking: str = MISSING  # how many tokens of it are masked; clean: none
+    masking: str = MISSING  # clean, mcs, random_t or trajectory: none, two random shares, the sampler's states
     text: str = MISSING  # a name (wikitext2, pile, nano), a local .txt/.jsonl/.parquet file, or a dataset id
     config: str | None = None  # of a dataset id: its configuration, split and text field
     split: str | None = None
     field: str = "text"
     samples: int = MISSING  # windows
     length: int = MISSING  # tokens per window
+    visible: float | None = None  # mcs, random_t: share of each window, from its start, that is never masked
+    gen_length: int | None = None  # trajectory: tokens of the answer; what comes before them is the prompt
+    block_length: int | None = None  # trajectory: tokens per block; Dream's sampler has none; null: one block
+    steps: int | None = None  # trajectory: denoising steps over the whole answer; null: one per token
+    rollout: bool = False  # trajectory: the model writes the answer, half a generation per window
 
 
 @dataclass
@@ -166,11 +178,25 @@ def first_set(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
 
 
+def half(number: int) -> int:
+    """Half of a number, rounded down."""
+    return number // 2
+
+
+def bits_name(*, _parent_: DictConfig) -> str:
+    """The name of the widths, formats and overrides it stands beside: `w4a16-down8`."""
+    return label(_parent_)
+
+
 def run_name(*, _root_: DictConfig) -> str:
-    """A run's folder name, `nano_llada-gptq-w4a16`, with the number of steps where one was set."""
-    parts = [OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "bits.name")]
-    count = OmegaConf.select(_root_, "steps.count")
-    return "-".join(str(p) for p in (*parts, f"{count}steps" if count else None) if p is not None)
+    """A run's folder name, `nano_llada-gptq-w4a16`, with the masking and the number of steps where they are set."""
+    model, name, variant, bits = (
+        OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "method.variant", "bits.name")
+    )
+    parts: list[str | None] = [model, method_label(name, variant), bits]
+    masking, count = OmegaConf.select(_root_, "calib.masking"), OmegaConf.select(_root_, "steps.count")
+    parts += [None if masking == "clean" else masking, f"{count}steps" if count else None]
+    return "-".join(str(p) for p in parts if p is not None)
 
 
 def group_choices(*, _root_: DictConfig) -> str:
@@ -186,20 +212,12 @@ def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str
     return sorted(names, key=natural)
 
 
-RESOLVERS = (by_method, first_set, run_name, group_choices)
+RESOLVERS = (by_method, first_set, half, bits_name, run_name, group_choices)
 for _resolver in RESOLVERS:
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 
 
-def schema() -> DictConfig:
-    """`Config` for Hydra to merge files into. `BitsConfig` is frozen, which would keep out overrides too."""
-    node = OmegaConf.structured(Config)
-    for frozen in (node.bits, node.bits.weight, node.bits.activation):
-        OmegaConf.set_readonly(frozen, None)
-    return node
-
-
-ConfigStore.instance().store(name="schema", node=schema())
+ConfigStore.instance().store(name="schema", node=Config)
 
 
 # ---- from files to a Config ----------------------------------------------------------------------------------

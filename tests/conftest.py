@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dqx.models.checkpoint import FAMILIES, save
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
+from dqx.quant.bits import BitsConfig
+from dqx.quant.method import Method
+from dqx.quant.setting import Setting
 
 torch.set_num_threads(1)  # the models here are tiny: threads only wait for each other
 
@@ -48,6 +51,13 @@ def write_tokenizer(folder: Path, family: str) -> None:
         added = {str(i): {"content": text, "special": True} for text, i in SPECIAL.items()}
         settings |= {"tokenizer_class": "DreamTokenizer", "added_tokens_decoder": added}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def setting() -> Setting:
+    """Where parts are judged: the small Dream model, 16 bits, an empty method."""
+    config = json.loads((TESTS / "golden" / "dream_tiny" / "config.json").read_text())
+    return Setting(FAMILIES["dream"].architecture(config), BitsConfig(), Method("empty"))
 
 
 @pytest.fixture

@@ -281,9 +281,9 @@ def test_bad_hessians():
         gptq_round(w, h, Grid(4))
 
 
-def test_settings_are_checked():
-    assert GPTQ().problems("method.rounding") == []
+def test_settings_are_checked(setting):
+    assert GPTQ().problems("method.rounding", setting) == []
     bad = GPTQ(damping=-1, chunk=0, static_groups=True, fresh_ranges=True, stream="both")
-    found = bad.problems("method.rounding")
+    found = bad.problems("method.rounding", setting)
     assert len(found) == 4
     assert all("method.rounding." in p for p in found)

@@ -15,10 +15,10 @@ from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.grid import Grid
 from dqx.quant.linear import QuantLinear
-from dqx.quant.loop import Stream
 from dqx.quant.report import stored_bits
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
+from dqx.quant.stream import Stream
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {"llada": llada, "dream": dream}
@@ -272,10 +272,10 @@ def test_streams_follow_their_model():
         for stream, reference in ((quantized, model), (fp, untouched)):
             states = list(reference.hidden_states(ids()))
             torch.testing.assert_close(torch.cat(stream.inputs), states[i], atol=1e-5, rtol=0)
-        fp.collect(untouched.blocks[i], {})
+        fp.advance(untouched.blocks[i])
         for role in ROLES:
             getattr(block, role).weight.data.mul_(0.9)
-        quantized.collect(block, {})
+        quantized.advance(block)
 
 
 def test_hessian_is_of_the_partly_quantized_block():
@@ -291,7 +291,8 @@ def test_hessian_is_of_the_partly_quantized_block():
     assert same == ["blocks.0.q", "blocks.0.k", "blocks.0.v"]  # nothing before these is quantized
     x = Stream(first, [ids()])
     for i, block in enumerate(first.blocks):
-        stats = x.collect(block, {"mlp_out": frozenset({"hessian"})})
+        stats = x.collect(block, {"mlp_out": frozenset({"hessian"})}, keep_outputs=True)
+        x.advance(block)
         row = next(r for r in from_quantized.linears if r.name == f"blocks.{i}.down")
         w, h = toy().blocks[i].down.weight, stats["mlp_out"]["hessian"]
         change = block.down.weight - w
@@ -317,8 +318,8 @@ def test_calibration_attention_is_bidirectional_and_hooks_are_gone():
     changed = ids(1)
     changed[0, -1] = (changed[0, -1] + 1) % 90
     a, b = Stream(model, [ids(1)]), Stream(model, [changed])
-    a.collect(model.blocks[0], {})
-    b.collect(model.blocks[0], {})
+    a.advance(model.blocks[0])
+    b.advance(model.blocks[0])
     assert (a.inputs[0][0, 0] - b.inputs[0][0, 0]).abs().max() > 1e-4  # the first token sees the last
     run(model, GPTQ_METHOD, bits(3))
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -477,4 +478,4 @@ def test_which_methods_need_data():
     assert not FP16.needs_data
     assert GPTQ_METHOD.needs_data
     assert replace(RTN_METHOD, rounding_by_role={"down": GPTQ()}).needs_data
-    assert replace(GPTQ_METHOD, rounding_by_role={"down": GPTQ(stream="fp")}).streams == {"quantized", "fp"}
+    assert replace(GPTQ_METHOD, rounding_by_role={"down": GPTQ(stream="fp")}).streams() == {"quantized", "fp"}

@@ -66,17 +66,22 @@ class Architecture:
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, the statistics in float32 whatever the dtype of x [..., D]."""
+    """`x / sqrt(mean(x^2) + eps) * weight`, the statistics in float32 whatever the dtype of x [..., D].
+
+    No checkpoint has a bias; a correction may add one, `bias` [D].
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.bias: nn.Parameter | None = None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        normed = self.weight * wide.to(x.dtype)
+        return normed if self.bias is None else normed + self.bias
 
 
 def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,7 +100,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One transformer block. Its seven linears are attributes named by role."""
+    """One transformer block. Its seven linears are attributes named by role.
+
+    Quantization methods may put modules of their own in two places, which hold nothing in a checkpoint:
+    `inputs[site]` transforms the input [B, T, I] of a site's linears, and `heads` the queries, keys and values
+    [B, H, T, E] (`heads["q"]`, `["k"]` after rope, `["v"]`) before keys and values are repeated for grouped heads.
+    """
 
     q: nn.Linear
     k: nn.Linear
@@ -113,6 +123,8 @@ class Block(nn.Module):
             self.add_module(role, nn.Linear(arch.in_features(role), arch.out_features(role), bias=bias))
         self.attn_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.inputs = nn.ModuleDict({site: nn.Identity() for site in SITES})
+        self.heads = nn.ModuleDict({part: nn.Identity() for part in ("q", "k", "v")})
 
     def linears(self) -> dict[str, nn.Module]:
         """The block's linears by role, in data-flow order."""
@@ -122,21 +134,29 @@ class Block(nn.Module):
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token."""
         batch, length, _ = x.shape
         head = self.arch.head_size
+        x = self.inputs["attn_in"](x)
         q, k, v = (getattr(self, r)(x).view(batch, length, -1, head).transpose(1, 2) for r in ("q", "k", "v"))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = self.heads["q"](apply_rope(q, *rope)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
-        return self.o(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.o(self.inputs["attn_out"](mixed.transpose(1, 2).reshape(batch, length, -1)))
 
     def mlp(self, x: Tensor) -> Tensor:
         """The gated MLP on its normalised input x [B, T, D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        x = self.inputs["mlp_in"](x)
+        return self.down(self.inputs["mlp_out"](F.silu(self.gate(x)) * self.up(x)))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         x = x + self.attention(self.attn_norm(x), rope, mask)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def compose(places: nn.ModuleDict, name: str, module: nn.Module) -> None:
+    """Put `module` behind what is at `places[name]` already (`block.inputs`, `block.heads`)."""
+    there = places[name]
+    places[name] = module if isinstance(there, nn.Identity) else nn.Sequential(there, module)
 
 
 class MaskedDiffusionTransformer(nn.Module):

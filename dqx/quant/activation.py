@@ -1,31 +1,142 @@
-"""Activation quantizers: the input of a linear, rounded at run time to a grid found from the input itself."""
+"""Activation quantizers: the input of a linear, rounded at run time.
+
+They differ in which values share a grid: those of a token (`PerToken`), of a group of a token's channels (`PerGroup`),
+or all, on a range found in calibration (`Static`). Width, symmetry and format come from `bits.activation`. Integers,
+symmetric: `scale = absmax / (2^(b-1) - 1)`, as integer kernels have it; asymmetric: min ... max.
+
+The block formats mxfp4 and nvfp4 fix themselves which channels share a scale: 32 and 16 neighbours of a token.
+`PerToken` leaves it at that (for nvfp4 with a second-level scale per token), `Static` takes the second-level scale of
+nvfp4 from calibration, as NVIDIA's deployments do, and `PerGroup` has nothing to add.
+
+No result depends on what else is in the batch. I = inputs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from dqx.quant.bits import ActivationBits
-from dqx.quant.grid import Grid
+from dqx.models.transformer import ROLES
+from dqx.quant.bits import FORMATS, UNQUANTIZED, ActivationBits
+from dqx.quant.grid import make_grid
+from dqx.quant.setting import Setting
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """One dynamic grid per token, over all channels.
-
-    Symmetric: `scale = absmax / (2^(b-1) - 1)`, which integer kernels use; asymmetric: min ... max.
-    """
+    """One dynamic grid per token, over all channels."""
 
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, stats: Mapping[str, Any]) -> PerToken:
+        """Nothing to find out: the grid comes from each token."""
+        return self
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
         """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
-        grid = Grid(bits.bits, bits.symmetric, self.include_zero, exact_absmax=True)
+        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         return grid.fake(x, clip_ratio=self.clip_ratio)
 
-    def problems(self, where: str) -> list[str]:
-        if 0 < self.clip_ratio <= 1:
-            return []
-        return [f"{where}.clip_ratio={self.clip_ratio} must lie above 0 and not above 1; 1.0 clips nothing"]
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        return _clip_problems(where, self.clip_ratio)
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One dynamic grid per token and group of neighbouring channels."""
+
+    group_size: int = 128  # channels
+    clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
+    include_zero: bool = True  # asymmetric ranges hold zero
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, stats: Mapping[str, Any]) -> PerGroup:
+        """Nothing to find out: the grid comes from each group."""
+        return self
+
+    def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
+        """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
+        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
+        groups = x.unflatten(-1, (-1, self.group_size))
+        return grid.fake(groups, clip_ratio=self.clip_ratio).flatten(-2)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        found = _clip_problems(where, self.clip_ratio)
+        name = setting.bits.activation.format
+        if name in FORMATS and (block := FORMATS[name].block):
+            found.append(
+                f"bits.activation.format={name} has a scale per {block} channels by its specification, so that "
+                f"{where}.group_size has no meaning; write method.activation=per_token"
+            )
+        by_width: dict[int, list[str]] = {}
+        for role in ROLES:
+            if setting.method.quantizes_input(role) and setting.bits.activation_of(role).bits != UNQUANTIZED:
+                by_width.setdefault(setting.arch.in_features(role), []).append(role)
+        for width, roles in by_width.items():
+            if self.group_size < 1 or width % self.group_size:
+                found.append(
+                    f"{where}.group_size={self.group_size} does not divide {width}, the inputs of {', '.join(roles)}; "
+                    f"{largest_power_of_two(width)} does, and method.activation=per_token needs no group size"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Static:
+    """One grid per site for all channels and tokens, from the smallest and largest value in calibration."""
+
+    clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
+    include_zero: bool = True  # asymmetric ranges hold zero
+    needs: ClassVar[frozenset[str]] = frozenset({"minmax"})
+
+    def fit(self, stats: Mapping[str, Any]) -> StaticRange:
+        """The quantizer of one site."""
+        lo, hi = (self.clip_ratio * bound for bound in stats["minmax"].tolist())
+        return StaticRange(lo, hi, self.include_zero)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        found = _clip_problems(where, self.clip_ratio)
+        name = setting.bits.activation.format
+        if name in FORMATS and (block := FORMATS[name].block) and not FORMATS[name].tensor_bits:
+            found.append(
+                f"bits.activation.format={name} finds the scale of every {block} channels at run time and has no other "
+                "that could be static; write method.activation=per_token"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class StaticRange:
+    """Rounds to the grid of a fixed range."""
+
+    lo: float
+    hi: float
+    include_zero: bool = True
+
+    def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
+        """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
+        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
+        if grid.identity:
+            return x
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        lo, hi = (torch.full((), bound, dtype=dtype, device=x.device) for bound in (self.lo, self.hi))
+        if grid.block is not None:
+            return grid.for_tensor(torch.stack((lo, hi))).fake(x)
+        return grid.nearest(x, *grid.from_range(lo, hi)).to(x.dtype)
+
+
+def largest_power_of_two(width: int) -> int:
+    """The largest power of two that divides `width`."""
+    return width & -width
+
+
+def _clip_problems(where: str, clip_ratio: float) -> list[str]:
+    if 0 < clip_ratio <= 1:
+        return []
+    return [f"{where}.clip_ratio={clip_ratio} must lie above 0 and not above 1; 1.0 clips nothing"]

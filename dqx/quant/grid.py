@@ -6,12 +6,13 @@ input. O = outputs, I = inputs, G = groups per row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dqx.quant.bits import UNQUANTIZED
+from dqx.quant.bits import UNQUANTIZED, ActivationBits, WeightBits
 
 
 def wide(x: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ class Grid:
     symmetric: bool = False
     include_zero: bool = True  # widen the range to hold zero, so that 0.0 survives and zero_point fits in b bits
     exact_absmax: bool = False  # symmetric only
+    block: ClassVar[int | None] = None  # inputs that share a scale, in formats that fix it
 
     @property
     def identity(self) -> bool:
@@ -46,6 +48,10 @@ class Grid:
         if self.identity:
             raise ValueError(f"a grid of {self.bits} bits stands for 'not quantized' and has no codes")
         return 2**self.bits - 1
+
+    def for_tensor(self, x: Tensor) -> Grid:
+        """This grid for groups of x, all weights that are rounded together. Matters to formats with a tensor scale."""
+        return self
 
     def fit(self, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Scale and zero_point of the values along `dim`, which is kept with size 1."""
@@ -84,32 +90,63 @@ class Grid:
             return x
         lo, hi = torch.aminmax(wide(x), dim=dim, keepdim=True)
         scale, zero_point = self.from_range(lo * clip_ratio, hi * clip_ratio)
-        return dequantize(self.codes(x, scale, zero_point), scale, zero_point).to(x.dtype)
+        return self.nearest(x, scale, zero_point).to(x.dtype)
+
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The points of the grid closest to x, in the dtype of the scale."""
+        return self.dequantize(self.codes(x, scale, zero_point), scale, zero_point)
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """`scale * (codes - zero_point)`, broadcasting."""
+        return scale * (codes.to(scale.dtype) - zero_point)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """`scale * (codes - zero_point)`, broadcasting."""
-    return scale * (codes.to(scale.dtype) - zero_point)
+def make_grid(bits: WeightBits | ActivationBits, *, include_zero: bool = True, exact_absmax: bool = False) -> Grid:
+    """The grid of a width and format. The options are for integers; formats have nothing to choose."""
+    if bits.format != "int" and bits.bits < UNQUANTIZED:
+        from dqx.quant.formats import FLOAT_GRIDS
+
+        return FLOAT_GRIDS[bits.format]
+    return Grid(bits.bits, bits.symmetric, include_zero, exact_absmax)
+
+
+class BoundClip(Protocol):
+    """A clip together with the statistics of one site: weights in groups in, the ranges to represent out.
+
+    `w_OGW` [O, G, W] holds G groups of W inputs, `columns_GW` the input each column stands for; lo, hi [O, G, 1].
+    With `clamps` the weights are clamped into their range before they are rounded.
+    """
+
+    @property
+    def clamps(self) -> bool: ...
+
+    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A rounded weight: what a quantized checkpoint has to store."""
+    """A rounded weight: what a quantized checkpoint has to store.
+
+    With a `column_scale` the weight stands for `dequantize() * column_scale`; the linear before takes the scale over.
+    """
 
     codes: Tensor  # [O, I] uint8
     scale: Tensor  # [O, G] float
     zero_point: Tensor  # [O, G] integers held as float
     group_index: Tensor  # [I] int64: the group of each input
+    grid: Grid
     notes: tuple[str, ...] = ()  # what the rounding had to do differently than asked, in plain words
+    column_scale: Tensor | None = None  # [I]
 
     def dequantize(self) -> Tensor:
-        """The fake-quantized weight [O, I] in the dtype of the scales."""
-        return dequantize(self.codes, self.scale[:, self.group_index], self.zero_point[:, self.group_index])
+        """The fake-quantized weight [O, I] in the dtype of the scales, without the column scale."""
+        index = self.group_index
+        return self.grid.dequantize(self.codes, self.scale[:, index], self.zero_point[:, index])
 
     def split(self, rows: list[int]) -> list[QuantizedWeight]:
         """Cut row-stacked weights apart again; `rows` are their output widths."""
         parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows), strict=True)
-        return [QuantizedWeight(c, s, z, self.group_index, self.notes) for c, s, z in parts]
+        return [replace(self, codes=c, scale=s, zero_point=z) for c, s, z in parts]
 
 
 def group_width(n_inputs: int, group_size: int) -> int:
@@ -126,12 +163,26 @@ def consecutive_groups(n_inputs: int, group_size: int, device: torch.device | No
     return torch.arange(n_inputs, device=device) // group_width(n_inputs, group_size)
 
 
-def fit_groups(w_OI: Tensor, grid: Grid, group_size: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero_point [O, G] of every group of consecutive inputs."""
+def group_ranges(w_OI: Tensor, grid: Grid, group_size: int, clip: BoundClip | None = None) -> tuple[Tensor, Tensor]:
+    """The range lo, hi [O, G] of every group of consecutive inputs."""
     n_out, n_in = w_OI.shape
     width = group_width(n_in, group_size)
-    if n_in % width == 0:
-        scale, zero_point = grid.fit(w_OI.reshape(n_out, n_in // width, width))
-        return scale.squeeze(-1), zero_point.squeeze(-1)
-    fits = [grid.fit(group) for group in w_OI.split(width, dim=1)]
-    return torch.cat([scale for scale, _ in fits], 1), torch.cat([zero for _, zero in fits], 1)
+    whole = n_in - n_in % width
+    found = []
+    for first, last in ((0, whole), (whole, n_in)):
+        if last == first:
+            continue
+        n_columns = min(width, last - first)
+        columns_GW = torch.arange(first, last, device=w_OI.device).view(-1, n_columns)
+        w_OGW = w_OI[:, first:last].reshape(n_out, -1, n_columns)
+        found.append([bound.squeeze(-1) for bound in ranges(w_OGW, grid, clip, columns_GW)])
+    lows, highs = zip(*found, strict=True)
+    return torch.cat(lows, 1), torch.cat(highs, 1)
+
+
+def ranges(w_OGW: Tensor, grid: Grid, clip: BoundClip | None, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
+    """The range lo, hi [O, G, 1] of every group: min and max, or what the clip says."""
+    if clip is not None:
+        return clip(w_OGW, grid, columns_GW)
+    lo, hi = torch.aminmax(wide(w_OGW), dim=-1, keepdim=True)
+    return lo, hi

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqx.quant.activation import PerToken
 from dqx.quant.bits import UNQUANTIZED, ActivationBits, WeightBits
 from dqx.quant.grid import Grid, QuantizedWeight
+from dqx.quant.protocols import Quantizer
 
 
 class QuantLinear(nn.Module):
@@ -31,12 +31,13 @@ class QuantLinear(nn.Module):
         linear: nn.Linear,
         weight_bits: WeightBits,
         rounded: QuantizedWeight | None = None,
-        activation: PerToken | None = None,
+        activation: Quantizer | None = None,
         activation_bits: ActivationBits | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_bits = weight_bits
+        self.grid: Grid | None = None if rounded is None else rounded.grid
         self.activation = activation
         self.activation_bits = activation_bits or ActivationBits()
         weight = linear.weight if rounded is None else rounded.dequantize().to(linear.weight.dtype)
@@ -59,13 +60,29 @@ class QuantLinear(nn.Module):
 
         Raises ValueError where the weight is not quantized.
         """
-        if self.scale is None or self.zero_point is None or self.group_index is None:
+        if self.grid is None or self.scale is None or self.zero_point is None or self.group_index is None:
             raise ValueError("this linear keeps its weight in 16 bit; there are no codes")
         index = self.group_index.long()
-        grid = Grid(self.weight_bits.bits, self.weight_bits.symmetric)
-        return grid.codes(self.weight, self.scale[:, index], self.zero_point[:, index]).to(torch.uint8)
+        return self.grid.codes(self.weight, self.scale[:, index], self.zero_point[:, index]).to(torch.uint8)
+
+    @torch.no_grad()
+    def scale_outputs(self, factor_O: Tensor) -> None:
+        """Multiply every output by a factor: the scales change, the codes stay. Factors must be positive."""
+        if self.scale is not None:
+            self.scale *= factor_O[:, None].to(self.scale.dtype)
+        scale_outputs(self, factor_O)
 
     def extra_repr(self) -> str:
         w, a = self.weight_bits, self.activation_bits
         bits = UNQUANTIZED if self.scale is None else w.bits
         return f"{self.in_features}, {self.out_features}, w{bits}a{a.bits}, group_size={w.group_size}"
+
+
+@torch.no_grad()
+def scale_outputs(linear: nn.Linear | QuantLinear, factor_O: Tensor) -> None:
+    """Multiply weight rows and bias of a linear; the old tensors, which others may hold, stay as they are."""
+    factor = factor_O.to(torch.promote_types(torch.float32, linear.weight.dtype))
+    dtype = linear.weight.dtype
+    linear.weight = nn.Parameter((linear.weight.to(factor.dtype) * factor[:, None]).to(dtype), requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter((linear.bias.to(factor.dtype) * factor).to(dtype), requires_grad=False)

@@ -1,18 +1,19 @@
-"""Quantize a model block by block; the only place that knows about hooks and devices.
+"""Quantize a model block by block: fit and fold transforms, then site by site correct, gather statistics, clip, round.
 
-Inside a block the linears are done in data-flow order, (q, k, v), (o), (gate, up), (down). Before each step the
-calibration sequences run through the partly quantized block as far as that step's input, one at a time, and only
-statistics and the inputs of the current block are kept. The output of the finished block feeds the next one.
-Attention is that of the model itself: bidirectional, no mask.
+Inside a block the sites are done in data-flow order, (q, k, v), (o), (gate, up), (down). Before each the calibration
+sequences run through the partly quantized block as far as that site's input, one at a time, and only statistics and
+the inputs of the current block are kept. The output of the finished block feeds the next one. Attention is that of
+the model itself: bidirectional, no mask.
 
-B sequences of a batch, T tokens, D hidden, O outputs, I inputs.
+O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,14 +21,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from dqx.models.transformer import SITES, MaskedDiffusionTransformer
-from dqx.quant.bits import UNQUANTIZED, BitsConfig
-from dqx.quant.grid import wide
-from dqx.quant.linear import QuantLinear
+from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
+from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits
+from dqx.quant.grid import Grid, QuantizedWeight, wide
+from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
+from dqx.quant.protocols import Clip, Quantizer, Rounding
 from dqx.quant.report import KeptRow, LinearRow, QuantReport, stored_bits
-from dqx.quant.rounding import Rounding
-from dqx.quant.stats import COLLECTORS, Collector
+from dqx.quant.setting import Context
+from dqx.quant.stream import Stream, as_is, collect_paired, snapshot
+
+PRODUCER = {"mlp_out": "up", "attn_out": "v"}  # whose output channels are a site's input channels
 
 
 class Batch(Protocol):
@@ -52,193 +56,262 @@ def quantize(
     """Quantize `model` in place: its linears become `QuantLinear`s. Returns what was done.
 
     `batches` may be empty for methods that need no data (rtn); then no forward pass is run. `seed` is for parts that
-    draw random numbers and is recorded; rtn and gptq draw none. Raises ValueError for a method and bits that cannot
-    work together, for missing batches, for weights or activations that are not finite, and for a model that is
-    quantized already.
+    draw random numbers. At 16 bits transforms are applied all the same, which leaves the function as it was.
+    Raises ValueError for a method and bits that cannot work together, for missing batches, for weights or activations
+    that are not finite, and for a model that is quantized already.
     """
     started = time.perf_counter()
     problems = method.problems(bits, model.arch)
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         problems.append("the model is quantized already; load its weights again")
-    needs_data = method.needs_data and bits.weight.bits != UNQUANTIZED
-    if needs_data and not batches:
+    needed = method.streams(bits)
+    if needed and not batches:
         problems.append(f"method {method.name} fits to activations; give at least one calibration batch")
     if problems:
         raise ValueError("\n".join(problems))
 
-    report = QuantReport(method.name, bits.name, seed)
-    streams: dict[str, Stream] = {}
-    if needs_data:
-        streams = {name: Stream(model, [batch.ids for batch in batches]) for name in method.streams}
-        report.calibration_sequences = sum(batch.ids.shape[0] for batch in batches)
-        report.calibration_tokens = sum(batch.ids.numel() for batch in batches)
+    ids = [batch.ids for batch in batches] if needed else []
+    report = QuantReport(method.name, bits.name, seed, variant=method.variant)
+    report.calibration_sequences = sum(len(rows) for rows in ids)
+    report.calibration_tokens = sum(rows.numel() for rows in ids)
+    report.kv_bits = method.kv_bits(bits).bits
+    context = Context(model.arch, bits, method, seed)
+    for name, transform in method.model_transforms.items():
+        transform.apply(model, context.at(name=name))
+    streams = {name: Stream(model, ids, mean=name == "mean") for name in sorted(needed)}
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"{method.name} {bits.name}", total=len(model.blocks) * len(SITES))
         for index, block in enumerate(model.blocks):
-            for rows in _quantize_block(block, index, method, bits, streams):
+            assert isinstance(block, Block)
+            work = _BlockWork(block, streams, context.at(index=index))
+            for rows in work.quantize():
                 report.linears += rows
                 bar.advance(task)
-            if "quantized" in streams and index + 1 < len(model.blocks):
-                streams["quantized"].collect(block, {})
+            if index + 1 < len(model.blocks):
+                for name, stream in streams.items():
+                    stream.advance(work.intact if name == "fp" else block)
     report.kept = _kept(model, method, bits)
     report.seconds = time.perf_counter() - started
     return report
 
 
-class Stream:
-    """The inputs of the current block [1, T, D], one per calibration sequence, in one version of the model.
+@dataclass(frozen=True)
+class Group:
+    """Linears of one site that are treated alike: their rows are stacked and rounded at once."""
 
-    Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
-    """
+    roles: tuple[str, ...]
+    rounding: Rounding | None
+    clip: Clip | None
+    weight: WeightBits
+    activation: ActivationBits
 
-    def __init__(self, model: MaskedDiffusionTransformer, ids: Sequence[Tensor]):
-        self.model = model
-        self.ids = [row for batch in ids for row in batch.to(model.device).split(1)]
-        self.inputs = [model.embed(row) for row in self.ids]
-
-    def collect(
-        self,
-        block: nn.Module,
-        sites: Mapping[str, frozenset[str]],
-        seen: Callable[[Tensor], Tensor] = lambda x: x,
-        *,
-        stop_at: str | None = None,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Run every sequence through `block` and return the statistics that `sites` asks for, by site and name.
-
-        `seen` maps a linear's input to what its matmul sees. With `stop_at` a pass ends at that site's input and
-        the stream stays where it is; without, the stream moves on to the block's output.
-        """
-        collectors: dict[str, dict[str, Collector]] = {
-            site: {need: COLLECTORS[need]() for need in needs} for site, needs in sites.items()
-        }
-
-        def hook_at(site: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                for collector in collectors.get(site, {}).values():
-                    collector.add(seen(args[0]))
-                if site == stop_at:
-                    raise _Reached
-
-            return hook
-
-        hooks = [getattr(block, SITES[site][0]).register_forward_pre_hook(hook_at(site)) for site in collectors]
-        try:
-            for i, (ids, x) in enumerate(zip(self.ids, self.inputs, strict=True)):
-                try:
-                    output = block(x, *self.model.context(ids))
-                except _Reached:
-                    continue
-                self.inputs[i] = output
-        finally:
-            for handle in hooks:
-                handle.remove()
-        return {site: {need: c.value() for need, c in by_need.items()} for site, by_need in collectors.items()}
+    @property
+    def rounds(self) -> bool:
+        return self.rounding is not None and self.weight.bits != UNQUANTIZED
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the input that was asked for."""
+class _BlockWork:
+    """One block on its way from full precision to quantized."""
 
+    def __init__(self, block: Block, streams: Mapping[str, Stream], context: Context):
+        self.block, self.streams, self.context = block, streams, context
+        self.method, self.bits = context.method, context.bits
+        self.intact = block  # the block before rounding, once its transforms are in
 
-def _quantize_block(
-    block: nn.Module, index: int, method: Method, bits: BitsConfig, streams: Mapping[str, Stream]
-) -> Iterator[list[LinearRow]]:
-    """Replace the linears of one block site by site, yielding their rows."""
-
-    def wanted(site: str, stream: str) -> frozenset[str]:
-        parts = [part for part, _ in _by_rounding(method, SITES[site]) if part is not None and part.needs]
-        return frozenset().union(*(p.needs for p in parts if getattr(p, "stream", "quantized") == stream))
-
-    def seen(x: Tensor) -> Tensor:
-        return x if method.activation is None else method.activation(x, bits.activation)
-
-    intact: dict[str, dict[str, Tensor]] = {}
-    if "fp" in streams:  # one pass through the untouched block serves all four sites and moves the stream on
-        intact = streams["fp"].collect(block, {site: wanted(site, "fp") for site in SITES})
-    for site, roles in SITES.items():
-        stats = {"fp": intact.get(site, {})}
-        if "quantized" in streams and (needs := wanted(site, "quantized")):
-            stats["quantized"] = streams["quantized"].collect(block, {site: needs}, seen, stop_at=site)[site]
-        rows = []
-        for part, members in _by_rounding(method, roles):
-            data = stats.get(getattr(part, "stream", "quantized"), {})
-            rows += _quantize_linears(block, index, members, part, method, bits, data)
-        yield rows
-
-
-def _by_rounding(method: Method, roles: Sequence[str]) -> list[tuple[Rounding | None, list[str]]]:
-    """Roles with equal rounding parts together: their weights are stacked and rounded in one call."""
-    groups: list[tuple[Rounding | None, list[str]]] = []
-    for role in roles:
-        part = method.rounding_of(role)
-        for known, members in groups:
-            if known == part:
-                members.append(role)
-                break
-        else:
-            groups.append((part, [role]))
-    return groups
-
-
-def _quantize_linears(
-    block: nn.Module,
-    index: int,
-    roles: list[str],
-    part: Rounding | None,
-    method: Method,
-    bits: BitsConfig,
-    stats: Mapping[str, Tensor],
-) -> list[LinearRow]:
-    """Round the weights of `roles`, which read the same input and share one rounding part."""
-    linears: dict[str, nn.Linear] = {role: getattr(block, role) for role in roles}
-    for role, linear in linears.items():
-        if not torch.isfinite(linear.weight).all():
-            raise ValueError(f"blocks.{index}.{role}.weight holds NaN or infinity; the checkpoint is broken")
-    rounds = part is not None and bits.weight.bits != UNQUANTIZED
-    rounded: Mapping[str, Any] = {}
-    if part is not None and rounds:
-        stacked = torch.cat([linear.weight for linear in linears.values()])
-        try:
-            result = part(stacked, bits.weight, stats)
-        except ValueError as error:
-            raise ValueError(f"blocks.{index}, {', '.join(roles)}: {error}") from error
-        rounded = dict(zip(roles, result.split([linear.out_features for linear in linears.values()]), strict=True))
-
-    rows = []
-    for role, linear in linears.items():
-        activation_bits = bits.activation.bits if method.quantizes_input(role) else UNQUANTIZED
-        weight_error, output_error = 0.0, None
-        weight, grid = linear.weight, rounded.get(role)
-        if rounds or activation_bits != UNQUANTIZED:
-            activation = method.activation if activation_bits != UNQUANTIZED else None
-            setattr(block, role, QuantLinear(linear, bits.weight, grid, activation, bits.activation))
-            weight_error, output_error = _errors(weight, getattr(block, role).weight, stats.get("hessian"))
-        n_groups = 0 if grid is None else grid.scale.shape[1]
-        scattered = grid is not None and bool((grid.group_index.diff() < 0).any())
-        rows.append(
-            LinearRow(
-                name=f"blocks.{index}.{role}",
-                block=index,
-                role=role,
-                shape=(linear.out_features, linear.in_features),
-                bits=bits.weight.bits if rounds else UNQUANTIZED,
-                group_size=bits.weight.group_size,
-                symmetric=bits.weight.symmetric,
-                activation_bits=activation_bits,
-                rounding=type(part).__name__ if rounds else None,
-                stored_bits=stored_bits(
-                    (linear.out_features, linear.in_features),
-                    bits.weight.bits if rounds else UNQUANTIZED,
-                    n_groups,
-                    symmetric=bits.weight.symmetric,
-                    scattered=scattered,
-                ),
-                weight_error=weight_error,
-                output_error=output_error,
-                notes=() if grid is None else grid.notes,
+    def quantize(self) -> Iterator[list[LinearRow]]:
+        """Replace the linears site by site, yielding their rows."""
+        self._check_weights()
+        for name, transform in self.method.block_transforms.items():
+            keep = transform.stream == "fp"  # the function stays, so these outputs are the next block's inputs
+            stats = (
+                self.streams[transform.stream].collect(self.block, transform.needs, keep_outputs=keep)
+                if any(transform.needs.values())
+                else {}
             )
+            transform.apply(self.block, stats, self.context.at(name=name))
+        self.intact = snapshot(self.block)
+        kv = self.method.kv_bits(self.bits)
+        if self.method.kv is not None and kv.bits != UNQUANTIZED:
+            self.method.kv.install(self.block, kv)
+        for site, roles in SITES.items():
+            for name, part in self.method.corrections.items():
+                if part.site == site:
+                    found = self._paired(site, part.needs, as_is) if part.needs else {}
+                    part.apply(self.block, found, self.context.at(name=name))
+            self._transform(site)
+            rows: dict[str, LinearRow] = {}
+            for group in self._groups(roles):
+                rows |= {row.role: row for row in self._round(site, group)}
+            yield [rows[role] for role in roles]
+
+    def _check_weights(self) -> None:
+        for role, linear in self.block.linears().items():
+            if not torch.isfinite(linear.weight).all():  # type: ignore[arg-type]
+                index = self.context.index
+                raise ValueError(f"blocks.{index}.{role}.weight holds NaN or infinity; the checkpoint is broken")
+
+    def _transform(self, site: str) -> None:
+        """Find and install the site's own transforms, the same for all its linears."""
+        self.site_maps: list[nn.Module] = []
+        linears = [getattr(self.block, role) for role in SITES[site]]
+        for name, transform in self.method.site_transforms.items():
+            stacked = torch.cat([linear.weight for linear in linears])
+            stats = self._at(site, transform.stream, transform.needs, as_is)
+            module = transform.fit(stacked, stats, self.context.at(name=name), site)
+            if module is None:
+                continue
+            compose(self.block.inputs, site, module)
+            self.site_maps.append(module)
+            for linear in linears:
+                linear.weight = nn.Parameter(module(linear.weight), requires_grad=False)
+
+    def _groups(self, roles: Sequence[str]) -> list[Group]:
+        """The linears of a site, those with equal settings together."""
+        alike: list[tuple[tuple[Any, ...], list[str]]] = []
+        for role in roles:
+            activation = self.bits.activation_of(role)
+            if not self.method.quantizes_input(role):
+                activation = ActivationBits(UNQUANTIZED)
+            rounding = self.method.rounding_of(role)
+            settings = (rounding, self.method.clip_of(role), self.bits.weight_of(role), activation)
+            for known, members in alike:
+                if known == settings:
+                    members.append(role)
+                    break
+            else:
+                alike.append((settings, [role]))
+        return [Group(tuple(members), *settings) for settings, members in alike]
+
+    def _at(self, site: str, stream: str, needs: frozenset[str], seen: Any) -> dict[str, Any]:
+        """Statistics of a site's input as it is now, from one of the streams."""
+        if not needs:
+            return {}
+        if stream == "both":
+            return self._paired(site, needs, seen)
+        if stream == "fp":
+            return self.streams["fp"].collect(self.intact, {site: needs}, self._mapped)[site]
+        return self.streams[stream].collect(self.block, {site: needs}, seen)[site]
+
+    def _paired(self, site: str, needs: frozenset[str], seen: Any) -> dict[str, Any]:
+        both = (self.streams["quantized"], self.block, self.streams["fp"], self.intact)
+        return collect_paired(*both, site, needs, seen, self._mapped)
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        """A full-precision input in the coordinates of the site's own transforms."""
+        for module in getattr(self, "site_maps", []):
+            x = module(x)
+        return x
+
+    def _round(self, site: str, group: Group) -> list[LinearRow]:
+        """Round the weights of a group and put quantized linears in their place."""
+        quantizer = self._input_quantizer(site, group)
+
+        def seen(x: Tensor) -> Tensor:
+            return x if quantizer is None else quantizer(x, group.activation)
+
+        rounded: Mapping[str, QuantizedWeight | None] = dict.fromkeys(group.roles)
+        linears: dict[str, nn.Linear] = {role: getattr(self.block, role) for role in group.roles}
+        stats: dict[str, Any] = {}
+        if group.rounding is not None and group.rounds:
+            stats, clip_stats = self._statistics(site, group, seen)
+            clip = None if group.clip is None else _BoundClip(group.clip, clip_stats)
+            stacked = torch.cat([linear.weight for linear in linears.values()])
+            try:
+                result = group.rounding(stacked, group.weight, stats, clip)
+            except ValueError as error:
+                raise ValueError(f"blocks.{self.context.index}, {', '.join(group.roles)}: {error}") from error
+            split = result.split([linear.out_features for linear in linears.values()])
+            rounded = dict(zip(group.roles, split, strict=True))
+            if result.column_scale is not None:
+                self._fold(site, result.column_scale)
+        return [
+            self._replace(role, linear, rounded[role], group, quantizer, stats.get("hessian"))
+            for role, linear in linears.items()
+        ]
+
+    def _statistics(self, site: str, group: Group, seen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the group's rounding and its clip need; one pass where both follow the same stream."""
+        assert group.rounding is not None
+        clip_needs = frozenset() if group.clip is None else group.clip.needs
+        stream = group.rounding.stream
+        if group.clip is not None and group.clip.stream == stream and group.rounding.needs:
+            together = self._at(site, stream, group.rounding.needs | clip_needs, seen)
+            return together, together
+        stats = self._at(site, stream, group.rounding.needs, seen)
+        return stats, {} if group.clip is None else self._at(site, group.clip.stream, clip_needs, seen)
+
+    def _input_quantizer(self, site: str, group: Group) -> Quantizer | None:
+        """The quantizer of the group's input; None at 16 bits."""
+        activation = self.method.activation
+        if activation is None or group.activation.bits == UNQUANTIZED:
+            return None
+        return activation.fit(self._at(site, "quantized", activation.needs, as_is))
+
+    def _fold(self, site: str, scale_I: Tensor) -> None:
+        """Give a column scale to the linear whose outputs the site reads."""
+        producer = getattr(self.block, PRODUCER.get(site, ""), None)
+        if producer is None or not isinstance(self.block.inputs[site], nn.Identity):
+            raise ValueError(f"a column scale at {site} cannot be folded into the linear before it")
+        if isinstance(producer, QuantLinear):
+            producer.scale_outputs(scale_I)
+        else:
+            scale_outputs(producer, scale_I)
+
+    def _replace(
+        self,
+        role: str,
+        linear: nn.Linear,
+        rounded: QuantizedWeight | None,
+        group: Group,
+        quantizer: Quantizer | None,
+        hessian: Tensor | None,
+    ) -> LinearRow:
+        weight_error, output_error = 0.0, None
+        n_groups, scattered = 0, False
+        if rounded is not None or quantizer is not None:
+            module = QuantLinear(linear, group.weight, rounded, quantizer, group.activation)
+            setattr(self.block, role, module)
+        if rounded is not None:
+            seen = wide(module.weight)
+            if rounded.column_scale is not None:
+                seen = seen * rounded.column_scale
+            weight_error, output_error = _errors(linear.weight, seen, hessian)
+            n_groups = rounded.scale.shape[1]
+            scattered = bool((rounded.group_index.diff() < 0).any())
+        width = UNQUANTIZED if rounded is None else group.weight.bits
+        shape = (linear.out_features, linear.in_features)
+        symmetric = group.weight.symmetric
+        return LinearRow(
+            name=f"blocks.{self.context.index}.{role}",
+            block=self.context.index,
+            role=role,
+            shape=shape,
+            bits=width,
+            format=group.weight.format,
+            group_size=group.weight.group_size,
+            symmetric=symmetric,
+            activation_bits=UNQUANTIZED if quantizer is None else group.activation.bits,
+            rounding=None if rounded is None else type(group.rounding).__name__,
+            stored_bits=stored_bits(shape, width, n_groups, symmetric=symmetric, scattered=scattered),
+            weight_error=weight_error,
+            output_error=output_error,
+            notes=() if rounded is None else rounded.notes,
         )
-    return rows
+
+
+@dataclass(frozen=True)
+class _BoundClip:
+    """A clip with the statistics of its site."""
+
+    clip: Clip
+    stats: Mapping[str, Any]
+
+    @property
+    def clamps(self) -> bool:
+        return self.clip.clamps
+
+    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
+        return self.clip(w_OGW, grid, self.stats, columns_GW)
 
 
 def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tuple[float, float | None]:
@@ -271,6 +344,8 @@ def _reason(name: str, method: Method, bits: BitsConfig) -> str:
         return "embedding: rows are looked up, not multiplied"
     if name.startswith("head"):
         return "output head: kept in the study and by all methods here"
+    if name.endswith("norm.bias"):
+        return "bias of a norm, put there by a correction: one number per channel"
     if name.endswith("bias"):
         return "bias: one number per output"
     if "norm" in name:
@@ -278,11 +353,10 @@ def _reason(name: str, method: Method, bits: BitsConfig) -> str:
     role = name.split(".")[-2]
     if role in method.rounding_by_role and method.rounding_of(role) is None:
         return f"method.rounding_by_role.{role} is null"
-    return (
-        f"bits.weight.bits={bits.weight.bits}"
-        if method.rounding_of(role)
-        else f"method {method.name} rounds no weights"
-    )
+    if method.rounding_of(role) is None:
+        return f"method {method.name} rounds no weights"
+    own = getattr(bits.overrides, role).weight
+    return f"bits.weight.bits={bits.weight.bits}" if own is None else f"bits.overrides.{role}.weight={own}"
 
 
 def _progress_bar(enabled: bool) -> Progress:

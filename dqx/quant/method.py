@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
-from dqx.models.transformer import ROLES, Architecture
-from dqx.quant.activation import PerToken
-from dqx.quant.bits import UNQUANTIZED, WIDTHS, BitsConfig
-from dqx.quant.rounding import Rounding
+from dqx.models.transformer import ROLES, SITES, Architecture
+from dqx.quant.bits import UNQUANTIZED, WIDTHS, ActivationBits, BitsConfig
+from dqx.quant.protocols import (
+    STREAMS,
+    Activation,
+    BlockTransform,
+    Clip,
+    Correction,
+    KeysValues,
+    ModelTransform,
+    Rounding,
+    SiteTransform,
+    Transform,
+)
+from dqx.quant.setting import Setting
 
 QUANTIZES = ("weights", "weights_and_activations")
+SCOPES = ("model", "block", "site")
 
 
 @dataclass(frozen=True)
 class Method:
-    """What `conf/method/*.yaml` fills in.
+    """What `conf/method/*.yaml` fills in; `dqx.quant.protocols` says what each slot takes.
 
     `rounding` null: weights stay as they are (fp16). `activation` null: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; null leaves the role in 16 bit, its input too).
-    `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128 with 16-bit activations,
-    "weights_and_activations" is N bits for both. `calib_*` is the calibration of the method's authors, which the
-    `calib` config group reads: text, windows, tokens per window.
+    `transforms` are applied in their order, `corrections` at their sites. `variant` tells settings apart that share a
+    name, such as "as_published". `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128
+    with 16-bit activations, "weights_and_activations" is N bits for both; `symmetric_*` the grids that `bits` choices
+    take if they say nothing else. `calib_*` is the calibration of the method's authors, which the `calib` config
+    group reads: text, windows, tokens per window.
     """
 
     name: str
     rounding: Rounding | None = None
-    activation: PerToken | None = None
+    activation: Activation | None = None
     rounding_by_role: Mapping[str, Rounding | None] = field(default_factory=dict)
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    clip: Clip | None = None
+    kv: KeysValues | None = None
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    variant: str = ""
     quantizes: str = "weights"
+    symmetric_weights: bool = False
+    symmetric_activations: bool = False
     calib_text: str = "wikitext2"
     calib_samples: int = 128
     calib_length: int = 2048
@@ -38,96 +60,185 @@ class Method:
         """The rounding part of a role, or None where the role's linear stays in 16 bit."""
         return self.rounding_by_role.get(role, self.rounding)
 
+    def clip_of(self, role: str) -> Clip | None:
+        """The clip of a role's weights, or None where their whole range is represented."""
+        return None if self.clip is None or role in self.clip.skip_roles else self.clip
+
     def quantizes_input(self, role: str) -> bool:
         """True if the role's input goes through the activation quantizer (which 16 bits makes a no-op)."""
         left_alone = role in self.rounding_by_role and self.rounding_by_role[role] is None
         return self.activation is not None and not left_alone
 
-    @property
-    def needs_data(self) -> bool:
-        """True if some rounding fits to calibration activations."""
-        return any(r.needs for role in ROLES if (r := self.rounding_of(role)) is not None)
+    def kv_bits(self, bits: BitsConfig) -> ActivationBits:
+        """The grid of keys and values: 16 bits in methods that leave them alone."""
+        wanted = bits.activation.bits if bits.kv.bits is None else bits.kv.bits
+        return ActivationBits(UNQUANTIZED if self.kv is None else wanted, bits.activation.symmetric)
 
     @property
-    def streams(self) -> frozenset[str]:
-        """Whose activations the parts look at: "quantized", "fp", both or none."""
-        parts = [r for role in ROLES if (r := self.rounding_of(role)) is not None and r.needs]
-        return frozenset(getattr(part, "stream", "quantized") for part in parts)
+    def model_transforms(self) -> dict[str, ModelTransform]:
+        return self._transforms("model")
+
+    @property
+    def block_transforms(self) -> dict[str, BlockTransform]:
+        return self._transforms("block")
+
+    @property
+    def site_transforms(self) -> dict[str, SiteTransform]:
+        return self._transforms("site")
+
+    def _transforms(self, scope: str) -> dict[str, Any]:
+        return {name: part for name, part in self.transforms.items() if part.scope == scope}
+
+    def streams(self, bits: BitsConfig | None = None) -> frozenset[str]:
+        """Whose activations the parts look at, at these bits (None: at any): "quantized", "fp", "mean"."""
+        named: set[str] = set()
+        for block_part in self.block_transforms.values():
+            if any(block_part.needs.values()):
+                named.add(block_part.stream)
+        for site_part in self.site_transforms.values():
+            if site_part.needs:
+                named.add(site_part.stream)
+        for role in ROLES:
+            rounding, clip = self.rounding_of(role), self.clip_of(role)
+            if rounding is not None and (bits is None or bits.weight_of(role).bits != UNQUANTIZED):
+                named |= {part.stream for part in (rounding, clip) if part is not None and part.needs}
+            rounds_input = bits is None or bits.activation_of(role).bits != UNQUANTIZED
+            if self.activation is not None and self.activation.needs and self.quantizes_input(role) and rounds_input:
+                named.add("quantized")
+        if any(part.needs for part in self.corrections.values()):
+            named.add("both")
+        return frozenset(named - {"both"}) | (frozenset({"quantized", "fp"}) if "both" in named else frozenset())
+
+    @property
+    def needs_data(self) -> bool:
+        """True if some part fits to calibration activations."""
+        return bool(self.streams())
 
     def problems(self, bits: BitsConfig, arch: Architecture) -> list[str]:
         """Everything about this method at these bits on this architecture that cannot work, with the remedy."""
         return [
-            *self._part_problems(),
+            *self._slot_problems(),
+            *self._part_problems(Setting(arch, bits, self)),
             *_width_problems(bits),
             *self._pair_problems(bits),
             *_group_problems(bits, arch),
         ]
 
-    def _part_problems(self) -> list[str]:
-        found = []
+    def _slot_problems(self) -> Iterator[str]:
         if self.quantizes not in QUANTIZES:
-            found.append(f"method.quantizes={self.quantizes} is unknown; write {' or '.join(QUANTIZES)}")
+            yield f"method.quantizes={self.quantizes} is unknown; write {' or '.join(QUANTIZES)}"
         if self.quantizes == "weights_and_activations" and self.activation is None:
-            found.append(
+            yield (
                 "method.quantizes=weights_and_activations needs an activation part; set method.activation, "
                 "or method.quantizes=weights"
             )
         unknown = [role for role in self.rounding_by_role if role not in ROLES]
         if unknown:
-            found.append(f"method.rounding_by_role has {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
-        if self.rounding is not None:
-            found += self.rounding.problems("method.rounding")
-        for role, part in self.rounding_by_role.items():
-            if part is not None:
-                found += part.problems(f"method.rounding_by_role.{role}")
-        if self.activation is not None:
-            found += self.activation.problems("method.activation")
-        return found
+            yield f"method.rounding_by_role has {', '.join(unknown)}; the roles are {', '.join(ROLES)}"
+        if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in ROLES]):
+            yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(ROLES)}"
+        for name, part in self.corrections.items():
+            if part.site not in SITES:
+                yield f"method.corrections.{name}.site={part.site} is unknown; the sites are {', '.join(SITES)}"
+        for where, streamed in self._parts().items():
+            stream = getattr(streamed, "stream", "quantized")
+            if stream not in STREAMS:
+                yield f"{where}.stream={stream} is unknown; write {', '.join(STREAMS)}"
+
+    def _part_problems(self, setting: Setting) -> list[str]:
+        return [problem for where, part in self._parts().items() for problem in part.problems(where, setting)]
+
+    def _parts(self) -> dict[str, Any]:
+        """All parts by their config keys."""
+        named = {
+            **{f"method.transforms.{name}": part for name, part in self.transforms.items()},
+            "method.clip": self.clip,
+            "method.rounding": self.rounding,
+            **{f"method.rounding_by_role.{role}": part for role, part in self.rounding_by_role.items()},
+            "method.activation": self.activation,
+            "method.kv": self.kv,
+            **{f"method.corrections.{name}": part for name, part in self.corrections.items()},
+        }
+        return {where: part for where, part in named.items() if part is not None}
 
     def _pair_problems(self, bits: BitsConfig) -> list[str]:
-        w, a = bits.weight.bits, bits.activation.bits
+        """Widths that this method cannot be asked for."""
         rounds_weights = any(self.rounding_of(role) is not None for role in ROLES)
+        widths = {
+            "bits.weight.bits": bits.weight.bits,
+            **{f"bits.overrides.{r}.weight": own.weight for r, own in vars(bits.overrides).items()},
+        }
+        input_widths = {
+            "bits.activation.bits": bits.activation.bits,
+            **{f"bits.overrides.{r}.activation": own.activation for r, own in vars(bits.overrides).items()},
+        }
+        kv = bits.kv.bits
+        asked = {
+            k: v for k, v in {**widths, **input_widths, "bits.kv.bits": kv}.items() if v not in (None, UNQUANTIZED)
+        }
         if not rounds_weights and self.activation is None:
-            if (w, a) != (UNQUANTIZED, UNQUANTIZED):
+            if asked:
                 return [
                     f"bits={bits.name}: {self.name} quantizes nothing; bits must be w16a16. "
                     "Full precision is part of every run: in a sweep over bits leave this method out"
                 ]
             return []
         found = []
-        if not rounds_weights and w != UNQUANTIZED:
-            found.append(f"bits.weight.bits={w}, but method {self.name} rounds no weights; write bits.weight.bits=16")
-        if self.activation is None and a != UNQUANTIZED:
+        if not rounds_weights:
+            found += [
+                f"{key}={asked[key]}, but method {self.name} rounds no weights; write {key}=16"
+                for key in widths
+                if key in asked
+            ]
+        if self.activation is None:
+            found += [
+                f"{key}={asked[key]}, but method {self.name} quantizes weights only; write "
+                f"{f'bits=w{bits.weight.bits}a16' if key == 'bits.activation.bits' else f'{key}=16'}, or take a method "
+                "that quantizes activations (rtn does)"
+                for key in input_widths
+                if key in asked
+            ]
+        if self.kv is None and "bits.kv.bits" in asked:
             found.append(
-                f"bits.activation.bits={a}, but method {self.name} quantizes weights only; write bits=w{w}a16, "
-                "or take a method that quantizes activations (rtn does)"
+                f"bits.kv.bits={bits.kv.bits}, but method {self.name} leaves keys and values in 16 bit; "
+                "add a part (method.kv=per_head), or write bits.kv.bits=null"
             )
         return found
 
 
-def _width_problems(bits: BitsConfig) -> list[str]:
-    found = []
-    for key, value in (("bits.weight.bits", bits.weight.bits), ("bits.activation.bits", bits.activation.bits)):
-        if isinstance(value, bool) or value not in WIDTHS:
-            found.append(f"{key}={value} is no width dqx has; 2, 3, 4, 5, 6, 7, 8 and 16 (not quantized) are")
-    return found
+def _width_problems(bits: BitsConfig) -> Iterator[str]:
+    widths: dict[str, int | None] = {
+        "bits.weight.bits": bits.weight.bits,
+        "bits.activation.bits": bits.activation.bits,
+        "bits.kv.bits": bits.kv.bits,
+    }
+    for role, own in vars(bits.overrides).items():
+        widths |= {f"bits.overrides.{role}.weight": own.weight, f"bits.overrides.{role}.activation": own.activation}
+    for key, value in widths.items():
+        if value is not None and (isinstance(value, bool) or value not in WIDTHS):
+            yield f"{key}={value} is no width dqx has; 2, 3, 4, 5, 6, 7, 8 and 16 (not quantized) are"
 
 
-def _group_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
-    size = bits.weight.group_size
-    if bits.weight.bits == UNQUANTIZED or size == -1:
-        return []
-    roles_by_width: dict[int, list[str]] = {}
-    for role in ROLES:
-        roles_by_width.setdefault(arch.in_features(role), []).append(role)
-    common = gcd(*roles_by_width)
+def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
+    common = gcd(*(arch.in_features(role) for role in ROLES))
     powers = [2**n for n in range(17, 3, -1) if common % 2**n == 0][:3]
     remedy = ", ".join(map(str, powers)) + " and -1 do" if powers else "-1 (one group per row) does"
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        return [f"bits.weight.group_size={size} is no number of inputs; for this model {remedy}"]
-    return [
-        f"bits.weight.group_size={size} does not divide {width}, the inputs of {', '.join(roles)} "
-        f"({arch.n_blocks} blocks); {remedy}"
-        for width, roles in roles_by_width.items()
-        if width % size
-    ]
+    offenders: dict[tuple[str, int, int], list[str]] = {}
+    for role in ROLES:
+        weight = bits.weight_of(role)
+        if weight.bits == UNQUANTIZED or weight.group_size == -1:
+            continue
+        own = getattr(bits.overrides, role).group_size
+        key = "bits.weight.group_size" if own is None else f"bits.overrides.{role}.group_size"
+        offenders.setdefault((key, weight.group_size, arch.in_features(role)), []).append(role)
+    hopeless = set()
+    for (key, size, width), roles in offenders.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if key not in hopeless:
+                yield f"{key}={size} is no number of inputs; for this model {remedy}"
+            hopeless.add(key)
+        elif width % size:
+            yield (
+                f"{key}={size} does not divide {width}, the inputs of {', '.join(roles)} "
+                f"({arch.n_blocks} blocks); {remedy}"
+            )

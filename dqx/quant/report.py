@@ -41,6 +41,7 @@ class LinearRow:
     stored_bits: int
     weight_error: float  # ||W_q - W||^2 / ||W||^2
     output_error: float | None  # the same of the outputs on the calibration tokens; None without data
+    format: str = "int"
     notes: tuple[str, ...] = ()  # where the rounding could not do exactly what was asked
 
     @property
@@ -65,6 +66,8 @@ class QuantReport:
     method: str
     bits: str
     seed: int
+    variant: str = ""
+    kv_bits: int = UNQUANTIZED  # keys and values
     linears: list[LinearRow] = field(default_factory=list)
     kept: list[KeptRow] = field(default_factory=list)
     calibration_sequences: int = 0
@@ -88,6 +91,8 @@ class QuantReport:
         return {
             "method": self.method,
             "bits": self.bits,
+            "variant": self.variant,
+            "kv_bits": self.kv_bits,
             "seed": self.seed,
             "average_bits": self.average_bits,
             "calibration_sequences": self.calibration_sequences,

@@ -1,11 +1,13 @@
-"""Statistics of a linear's input, gathered batch by batch and shared by all linears of one site.
+"""Statistics of a linear's input, gathered sequence by sequence and shared by all linears of one site.
 
-I = inputs. `Collector`s are what a part's `needs` can name.
+T tokens of one sequence, N of all, I = inputs. The names in `COLLECTORS` and `PAIRED` are what a part's `needs` can
+say. A collector of `PAIRED` sees every sequence twice, as the quantized and as the full-precision model has it.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,24 +15,28 @@ from torch import Tensor
 from dqx.quant.grid import wide
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
+SAMPLED_TOKENS = 512  # kept by "tokens", at least
 
 
 class Collector(Protocol):
-    """Sees activations [..., I] batch by batch, then gives one tensor."""
+    """Sees the inputs [1, T, I] of one sequence after the other, then gives the statistic.
 
-    def add(self, x: Tensor) -> None: ...
+    `intact` is the same sequence in the full-precision model; only paired collectors get one.
+    """
 
-    def value(self) -> Tensor: ...
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None: ...
+
+    def value(self) -> Any: ...
 
 
 class Hessian:
-    """`X^T X / n_tokens` [I, I] in float32 (float64 for float64 input); the paper's factor 2 cancels."""
+    """`X^T X / N` [I, I] in float32 (float64 for float64 input); the paper's factor 2 cancels."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_tokens: int = 0) -> None:
         self.total: Tensor | None = None
         self.n_tokens = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         """Add the tokens of x [..., I]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.total is None:
@@ -48,4 +54,139 @@ class Hessian:
         return self.total / self.n_tokens
 
 
-COLLECTORS: dict[str, type[Hessian]] = {"hessian": Hessian}
+class Cross:
+    """`(X_fp - X_q)^T X_q / N` [I, I]: row = a channel of the difference, column = one of the quantized model."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.total: Tensor | None = None
+        self.n_tokens = 0
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        assert intact is not None
+        rows, wanted = x.reshape(-1, x.shape[-1]), intact.reshape(-1, x.shape[-1])
+        if self.total is None:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=x.device)
+        for quantized, fp in zip(rows.split(CHUNK_TOKENS), wanted.split(CHUNK_TOKENS), strict=True):
+            quantized = wide(quantized)
+            self.total.addmm_((wide(fp) - quantized).T, quantized)
+        self.n_tokens += len(rows)
+
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return self.total / self.n_tokens
+
+
+class Shift:
+    """Mean and variance over tokens [2, I] of `x_fp - x_q`, in float64."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.n_tokens = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None  # sum of squared deviations from the mean so far
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        assert intact is not None
+        change = (intact.double() - x.double()).reshape(-1, x.shape[-1])
+        n, mean = len(change), change.mean(0)
+        squares = (change - mean).square().sum(0)
+        if self.mean is None or self.squares is None:
+            self.n_tokens, self.mean, self.squares = n, mean, squares
+            return
+        delta, total = mean - self.mean, self.n_tokens + n
+        self.squares += squares + delta.square() * (self.n_tokens * n / total)
+        self.mean += delta * (n / total)
+        self.n_tokens = total
+
+    def value(self) -> Tensor:
+        assert self.mean is not None
+        assert self.squares is not None
+        return torch.stack((self.mean, self.squares / self.n_tokens))
+
+
+class AbsMax:
+    """The largest |x| of every channel [I]."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        largest = wide(x.abs().reshape(-1, x.shape[-1]).amax(0))
+        self.total = largest if self.total is None else torch.maximum(self.total, largest)
+
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return self.total
+
+
+class AbsMean:
+    """The mean |x| of every channel [I], summed in float64."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.total: Tensor | None = None
+        self.n_tokens = 0
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        total = rows.abs().sum(0, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        self.n_tokens += len(rows)
+
+    def value(self) -> Tensor:
+        assert self.total is not None
+        return self.total / self.n_tokens
+
+
+class MinMax:
+    """The smallest and largest value of all channels and tokens [2]."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.found: list[Tensor] = []
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        self.found.append(torch.stack(torch.aminmax(wide(x))))
+
+    def value(self) -> Tensor:
+        found = torch.stack(self.found)
+        return torch.stack((found[:, 0].min(), found[:, 1].max()))
+
+
+class Tokens:
+    """Every (N // 512)-th token [n, I], from the first: at least 512 where there are so many (AWQ's clip search)."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.stride = max(1, n_tokens // SAMPLED_TOKENS)
+        self.seen = 0
+        self.kept: list[Tensor] = []
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        self.kept.append(rows[(-self.seen) % self.stride :: self.stride].clone())
+        self.seen += len(rows)
+
+    def value(self) -> Tensor:
+        return torch.cat(self.kept)
+
+
+class Inputs:
+    """All inputs, a list of [1, T, I] with one entry per sequence. Memory grows with the calibration text."""
+
+    def __init__(self, n_tokens: int = 0) -> None:
+        self.kept: list[Tensor] = []
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        self.kept.append(x.clone())
+
+    def value(self) -> list[Tensor]:
+        return self.kept
+
+
+COLLECTORS: dict[str, Callable[[int], Collector]] = {
+    "hessian": Hessian,
+    "absmax": AbsMax,
+    "absmean": AbsMean,
+    "minmax": MinMax,
+    "tokens": Tokens,
+    "inputs": Inputs,
+}
+PAIRED: dict[str, Callable[[int], Collector]] = {"cross": Cross, "shift": Shift}

@@ -14,13 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dqx.quant.bits import WeightBits
-from dqx.quant.grid import Grid, QuantizedWeight, consecutive_groups, dequantize, fit_groups, group_width, wide
+from dqx.quant.grid import (
+    BoundClip,
+    Grid,
+    QuantizedWeight,
+    consecutive_groups,
+    group_ranges,
+    group_width,
+    make_grid,
+    ranges,
+    wide,
+)
+from dqx.quant.setting import Setting
 
 STREAMS = ("quantized", "fp")
 
@@ -34,15 +45,22 @@ class GPTQ:
     act_order: bool = False  # columns by descending diag H instead of left to right
     static_groups: bool = False  # all ranges from the weight before any column is rounded
     fresh_ranges: bool = False  # a group's range from fully updated columns
+    exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
     stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Tensor]) -> QuantizedWeight:
+    def grid(self, bits: WeightBits) -> Grid:
+        return make_grid(bits, exact_absmax=self.exact_absmax)
+
+    def __call__(
+        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
+    ) -> QuantizedWeight:
         return gptq_round(
             w_OI,
             stats["hessian"],
-            Grid(bits.bits, bits.symmetric),
+            self.grid(bits),
             bits.group_size,
+            clip,
             damping=self.damping,
             chunk=self.chunk,
             act_order=self.act_order,
@@ -50,7 +68,7 @@ class GPTQ:
             fresh_ranges=self.fresh_ranges,
         )
 
-    def problems(self, where: str) -> list[str]:
+    def problems(self, where: str, setting: Setting) -> list[str]:
         found = []
         if not 0 <= self.damping <= 1:
             found.append(f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual")
@@ -71,6 +89,7 @@ def gptq_round(
     hessian_II: Tensor,
     grid: Grid,
     group_size: int = -1,
+    clip: BoundClip | None = None,
     *,
     damping: float = 0.01,
     chunk: int = 128,
@@ -102,13 +121,15 @@ def gptq_round(
     hessian = wide(hessian_II).to(w.dtype)
     dead = hessian.diagonal() == 0
     if group_size == -1:
-        scale, zero_point = (t.T.contiguous() for t in fit_groups(w.T, grid, -1))  # [G, O]
+        lo, hi = (t.T.contiguous() for t in group_ranges(w.T, grid, -1, clip))  # [G, O]
     w[dead] = 0
     if group_size != -1 and static_groups:
-        scale, zero_point = (t.T.contiguous() for t in fit_groups(w.T, grid, group_size))
+        lo, hi = (t.T.contiguous() for t in group_ranges(w.T, grid, group_size, clip))
     ranges_on_the_way = group_size != -1 and not static_groups
     if ranges_on_the_way:
-        scale, zero_point = w.new_empty(n_groups, n_out), w.new_empty(n_groups, n_out)
+        lo, hi, scale, zero_point = (w.new_empty(n_groups, n_out) for _ in range(4))
+    else:
+        scale, zero_point = grid.from_range(lo, hi)
 
     order = torch.arange(n_in, device=w.device)
     if act_order:
@@ -122,6 +143,7 @@ def gptq_round(
     u, notes = inverse_factor(hessian, damping)
     diagonal = u.diagonal().tolist()
 
+    clamps = clip is not None and clip.clamps
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
     for start in range(0, n_in, chunk):
         end = min(start + chunk, n_in)
@@ -135,18 +157,22 @@ def gptq_round(
                 if fresh_ranges and beyond > 0 and i > 0:  # columns after this chunk lack the chunk's updates so far
                     pending = u[start:j, end : j + width].T @ errors[:i]
                     group = torch.cat((group[: end - j], group[end - j :] - pending))
-                fitted_scale, fitted_zero = grid.fit(group, dim=0)
-                scale[j // width], zero_point[j // width] = fitted_scale[0], fitted_zero[0]
-            step, zero = scale[group_of_column[j]], zero_point[group_of_column[j]]
-            rounded = grid.codes(live[i], step, zero)
-            codes[j] = rounded
-            errors[i] = (live[i] - dequantize(rounded, step, zero)) / diagonal[j]
+                g = j // width
+                found = ranges(group.T[:, None], grid, clip, order[None, j : j + width])
+                lo[g], hi[g] = (bound[:, 0, 0] for bound in found)
+                scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
+            g = group_of_column[j]
+            wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]
+            codes[j] = rounded = grid.codes(wanted, scale[g], zero_point[g])
+            errors[i] = (live[i] - grid.dequantize(rounded, scale[g], zero_point[g])) / diagonal[j]
             live[i + 1 :].addr_(u[j, j + 1 : end], errors[i], alpha=-1)
         w[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
 
     in_place = torch.empty_like(codes)
     in_place[order] = codes
-    return QuantizedWeight(in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, notes)
+    return QuantizedWeight(
+        in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes
+    )
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dqx.quant.bits import WeightBits
-from dqx.quant.grid import Grid, QuantizedWeight, consecutive_groups, fit_groups
+from dqx.quant.grid import BoundClip, Grid, QuantizedWeight, consecutive_groups, group_ranges, make_grid
+from dqx.quant.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,28 @@ class RTN:
     """Round to nearest."""
 
     include_zero: bool = True  # ranges hold zero, as in GPTQ; false: plain min ... max
+    exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1), as integer kernels have it
     needs: ClassVar[frozenset[str]] = frozenset()
+    stream: ClassVar[str] = "quantized"
 
-    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Tensor]) -> QuantizedWeight:
-        return rtn_round(w_OI, Grid(bits.bits, bits.symmetric, self.include_zero), bits.group_size)
+    def grid(self, bits: WeightBits) -> Grid:
+        return make_grid(bits, include_zero=self.include_zero, exact_absmax=self.exact_absmax)
 
-    def problems(self, where: str) -> list[str]:
+    def __call__(
+        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
+    ) -> QuantizedWeight:
+        return rtn_round(w_OI, self.grid(bits), bits.group_size, clip)
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
         return []
 
 
-def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1) -> QuantizedWeight:
+def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | None = None) -> QuantizedWeight:
     """Codes of `w_OI` on one grid per row and group of `group_size` inputs (-1: one group per row)."""
     group_index = consecutive_groups(w_OI.shape[1], group_size, w_OI.device)
-    scale, zero_point = fit_groups(w_OI, grid, group_size)
+    lo, hi = group_ranges(w_OI, grid, group_size, clip)
+    if clip is not None and clip.clamps:
+        w_OI = torch.clamp(w_OI, lo[:, group_index].to(w_OI.dtype), hi[:, group_index].to(w_OI.dtype))
+    scale, zero_point = grid.from_range(lo, hi)
     codes = grid.codes(w_OI, scale[:, group_index], zero_point[:, group_index])
-    return QuantizedWeight(codes.to(torch.uint8), scale, zero_point, group_index)
+    return QuantizedWeight(codes.to(torch.uint8), scale, zero_point, group_index, grid)

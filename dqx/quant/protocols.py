@@ -1,0 +1,149 @@
+"""What each slot of a method holds: the interfaces of its parts.
+
+A part is a frozen dataclass whose fields are its options. `needs` names statistics of `dqx.quant.stats`, `stream` says
+whose activations they are taken from:
+
+* "fp": the untouched model;
+* "quantized": the model as quantized so far;
+* "both": the two in lockstep, for paired statistics (the others are then of the quantized model);
+* "mean": as quantized, but of one sequence only, the mean of all calibration sequences (DuQuant's).
+
+B batch, T tokens, O outputs, I inputs, G groups of W inputs, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from dqx.models.transformer import Block, MaskedDiffusionTransformer
+from dqx.quant.bits import ActivationBits, WeightBits
+from dqx.quant.grid import BoundClip, Grid, QuantizedWeight
+from dqx.quant.setting import Context, Setting
+
+STREAMS = ("quantized", "fp", "both", "mean")
+Needs = frozenset[str]
+Stats = Mapping[str, Any]
+
+
+class Part(Protocol):
+    """What all parts have."""
+
+    def problems(self, where: str, setting: Setting) -> list[str]:
+        """What cannot work, with the remedy; `where` is the part's config key."""
+        ...
+
+
+class Transform(Part, Protocol):
+    """Changes the network without changing its function. `scope` says which of the three kinds below it is."""
+
+    scope: ClassVar[str]
+
+
+class ModelTransform(Transform, Protocol):
+    """`scope = "model"`: on the whole model, before any data."""
+
+    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None: ...
+
+
+class BlockTransform(Transform, Protocol):
+    """`scope = "block"`: on one block before any of its weights is rounded; `needs` by site."""
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def needs(self) -> Mapping[str, Needs]: ...
+
+    def apply(self, block: Block, stats: Mapping[str, Stats], context: Context) -> None: ...
+
+
+class SiteTransform(Transform, Protocol):
+    """`scope = "site"`: an orthogonal map of one site's input, found right before its weights are rounded.
+
+    The loop puts the module in front of the site's linears and replaces each weight by `module(weight)`.
+    """
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def fit(self, w_OI: Tensor, stats: Stats, context: Context, site: str) -> nn.Module | None: ...
+
+
+class Clip(Part, Protocol):
+    """Which range of a group of weights is represented; the rest saturates.
+
+    Gives lo, hi [O, G, 1] for weights [O, G, W]; `columns_GW` says which inputs they belong to. With `clamps` the
+    weights are clamped into the range before they are rounded.
+    """
+
+    clamps: ClassVar[bool]
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def skip_roles(self) -> list[str]: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Rounding(Part, Protocol):
+    """A weight and the statistics of its input in, codes out. Linears with equal settings share one call.
+
+    Rows of the weight must be rounded independently of each other: the loop stacks q, k, v and gate, up.
+    """
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def grid(self, bits: WeightBits) -> Grid:
+        """The grid that weights of these bits are rounded to."""
+        ...
+
+    def __call__(
+        self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None
+    ) -> QuantizedWeight: ...
+
+
+class Quantizer(Protocol):
+    """Fake-quantizes the input [..., I] of a linear at run time; 16 bits returns x itself."""
+
+    def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor: ...
+
+
+class Activation(Part, Protocol):
+    """How a linear's input is rounded. `fit` gives the quantizer of one site; dynamic ones need no statistics."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def fit(self, stats: Stats) -> Quantizer: ...
+
+
+class KeysValues(Part, Protocol):
+    """Puts quantizers of keys and values [B, H, T, E] into `block.heads`."""
+
+    def install(self, block: Block, bits: ActivationBits) -> None: ...
+
+
+class Correction(Part, Protocol):
+    """Repairs the full-precision side of a site after the linears before it were rounded."""
+
+    site: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def apply(self, block: Block, stats: Stats, context: Context) -> None: ...

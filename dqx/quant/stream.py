@@ -1,0 +1,162 @@
+"""Calibration activations on their way through the network, one block at a time; the only place that knows hooks.
+
+B sequences of a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
+from dqx.quant.stats import COLLECTORS, PAIRED, Collector
+
+Seen = Callable[[Tensor], Tensor]
+
+
+def as_is(x: Tensor) -> Tensor:
+    return x
+
+
+class Stream:
+    """The inputs of the current block [1, T, D], one per calibration sequence, in one version of the model.
+
+    Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
+    With `mean` there is one sequence, the mean of the others position by position; they must be equally long.
+    """
+
+    def __init__(self, model: MaskedDiffusionTransformer, ids: Sequence[Tensor], *, mean: bool = False):
+        self.model = model
+        self.ids = [row for batch in ids for row in batch.to(model.device).split(1)]
+        self.inputs = [model.embed(row) for row in self.ids]
+        if mean:
+            if len({x.shape for x in self.inputs}) > 1:
+                raise ValueError("the mean over calibration sequences needs sequences of one length")
+            self.ids, self.inputs = self.ids[:1], [torch.cat(self.inputs).mean(0, keepdim=True)]
+        self.outputs: list[Tensor] | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(x.shape[1] for x in self.inputs)
+
+    def forward(self, block: nn.Module, i: int) -> Tensor:
+        """The output of `block` for sequence i."""
+        output: Tensor = block(self.inputs[i], *self.model.context(self.ids[i]))
+        return output
+
+    def advance(self, block: nn.Module) -> None:
+        """Move on to the input of the next block."""
+        self.inputs = self.outputs or [self.forward(block, i) for i in range(len(self.inputs))]
+        self.outputs = None
+
+    def collect(
+        self,
+        block: Block,
+        needs: Mapping[str, frozenset[str]],
+        seen: Seen = as_is,
+        *,
+        keep_outputs: bool = False,
+    ) -> dict[str, dict[str, Any]]:
+        """Statistics of the inputs of `block`'s sites, by site and name, in one pass over the sequences.
+
+        `seen` maps a linear's input to what its matmul sees. A pass ends at the last site that is asked for, unless
+        the block's outputs are kept for `advance`.
+        """
+        collectors = {
+            site: {name: COLLECTORS[name](self.n_tokens) for name in names} for site, names in needs.items() if names
+        }
+        if not collectors:
+            return {}
+
+        def add(site: str, x: Tensor) -> None:
+            for collector in collectors[site].values():
+                collector.add(seen(x))
+
+        stop_at = None if keep_outputs else [site for site in SITES if site in collectors][-1]
+        with listening(block, collectors, add, stop_at):
+            outputs = [self._forward_to(block, i, stop_at) for i in range(len(self.inputs))]
+        if keep_outputs:
+            self.outputs = [output for output in outputs if output is not None]
+        return {site: values(by_name) for site, by_name in collectors.items()}
+
+    def input_at(self, block: Block, i: int, site: str) -> Tensor:
+        """What the linears of `site` read for sequence i."""
+        found: list[Tensor] = []
+        with listening(block, [site], lambda _, x: found.append(x), site):
+            self._forward_to(block, i, site)
+        return found[0]
+
+    def _forward_to(self, block: Block, i: int, stop_at: str | None) -> Tensor | None:
+        try:
+            output = self.forward(block, i)
+        except _Reached:
+            return None
+        return output if stop_at is None else None
+
+
+def collect_paired(
+    quantized: Stream,
+    block: Block,
+    intact: Stream,
+    intact_block: Block,
+    site: str,
+    needs: frozenset[str],
+    seen: Seen = as_is,
+    intact_seen: Seen = as_is,
+) -> dict[str, Any]:
+    """Statistics of one site from both streams in lockstep, sequence by sequence."""
+    collectors = {name: (PAIRED | COLLECTORS)[name](quantized.n_tokens) for name in needs}
+    for i in range(len(quantized.inputs)):
+        x = seen(quantized.input_at(block, i, site))
+        wanted = intact_seen(intact.input_at(intact_block, i, site))
+        for collector in collectors.values():
+            collector.add(x, wanted)
+    return values(collectors)
+
+
+def values(collectors: Mapping[str, Collector]) -> dict[str, Any]:
+    return {name: collector.value() for name, collector in collectors.items()}
+
+
+class listening:
+    """A context in which `call(site, x)` hears every input x of the sites; reaching `stop_at` ends the pass."""
+
+    def __init__(self, block: Block, sites: Any, call: Callable[[str, Tensor], None], stop_at: str | None):
+        self.hooks = [
+            getattr(block, SITES[site][0]).register_forward_pre_hook(self._hook(site, call, stop_at)) for site in sites
+        ]
+
+    @staticmethod
+    def _hook(site: str, call: Callable[[str, Tensor], None], stop_at: str | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            call(site, args[0])
+            if site == stop_at:
+                raise _Reached
+
+        return hook
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.hooks:
+            handle.remove()
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the input that was asked for."""
+
+
+def snapshot(module: nn.Module) -> Any:
+    """A copy of a module tree that shares its tensors: replacing parts of the original does not reach the copy."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._buffers = dict(module._buffers)
+    twin._modules = {name: None if child is None else snapshot(child) for name, child in module._modules.items()}
+    twin._forward_pre_hooks = OrderedDict()
+    return twin
