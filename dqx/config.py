@@ -173,6 +173,14 @@ def by_method(quantizes: str, weights: int, weights_and_activations: int) -> int
     return values[quantizes]
 
 
+def by_family(family: str, llada: Any, dream: Any) -> Any:
+    """One of two values, by the model's family: `${by_family:${model.family},block,sublayer}`."""
+    values = {"llada": llada, "dream": dream}
+    if family not in values:
+        raise ValueError(f"model.family={family} is unknown; it is one of {', '.join(values)}")
+    return values[family]
+
+
 def first_set(*values: Any) -> Any:
     """The first value that is not null."""
     return next((v for v in values if v is not None), None)
@@ -212,7 +220,7 @@ def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str
     return sorted(names, key=natural)
 
 
-RESOLVERS = (by_method, first_set, half, bits_name, run_name, group_choices)
+RESOLVERS = (by_method, by_family, first_set, half, bits_name, run_name, group_choices)
 for _resolver in RESOLVERS:
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 

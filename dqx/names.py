@@ -19,3 +19,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key by which s64 comes before s128."""
     return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name)]
+
+
+def method_label(name: str | None, variant: str | None) -> str:
+    """A method in tables and folder names: `gptq`, or `gptq_as_published` where it is a variant."""
+    return f"{name}_{variant}" if variant else str(name)
