@@ -1,0 +1,87 @@
+"""The golden models and blocks in our names, and what their linears see. Used by the tests of scaling and clipping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dqx.models import SITES, MaskedDiffusionTransformer, dream, inspect, llada, load_weights
+from dqx.models.transformer import Architecture, Block, rope_tables
+from dqx.quant.stats import COLLECTORS
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = {"llada": llada, "dream": dream}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTransformer:
+    return load_weights(inspect(str(GOLDEN / f"{family}_tiny"))).to(dtype).eval()
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def cases(name: str) -> list[dict]:
+    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+
+
+def hub_name(family: str, role: str) -> str:
+    """What the family's checkpoints call a linear or norm inside a block."""
+    return FAMILIES[family].BLOCK_NAMES[role]
+
+
+def awq_dream_block() -> Block:
+    """The block of the Dream AWQ set: as many key/value heads as heads."""
+    config = json.loads((GOLDEN / "awq_dream_config.json").read_text())
+    arch = Architecture(
+        family="dream",
+        vocab_size=8,
+        hidden_size=config["hidden_size"],
+        mlp_size=config["intermediate_size"],
+        n_blocks=1,
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        rope_theta=config["rope_theta"],
+        norm_eps=config["rms_norm_eps"],
+        qkv_bias=True,
+        mask_token_id=0,
+        eos_token_id=1,
+        max_length=512,
+        logit_shift=True,
+    )
+    block, data = Block(arch), golden("awq_dream_inputs")
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            module, kind = name.rsplit(".", 1)
+            parameter.copy_(data[f"block.{dream.BLOCK_NAMES[module]}.{kind}"])
+    return block
+
+
+def rope(arch: Architecture, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return rope_tables(torch.arange(length)[None], arch.head_size, arch.rope_theta, dtype)
+
+
+@torch.no_grad()
+def statistics(
+    block: Block, hidden: Tensor, needs: Mapping[str, frozenset[str]]
+) -> tuple[dict[str, dict[str, object]], Tensor]:
+    """Statistics of a block's sites on sequences [B, T, D], one after the other, and the block's outputs."""
+    collectors = {
+        site: {n: COLLECTORS[n](hidden.shape[0] * hidden.shape[1]) for n in names} for site, names in needs.items()
+    }
+    handles = [
+        getattr(block, SITES[site][0]).register_forward_pre_hook(
+            lambda module, args, parts=parts: [c.add(args[0]) for c in parts.values()] and None
+        )
+        for site, parts in collectors.items()
+    ]
+    tables = rope(block.arch, hidden.shape[1], hidden.dtype)
+    outputs = torch.cat([block(x, tables) for x in hidden.split(1)])
+    for handle in handles:
+        handle.remove()
+    return {site: {n: c.value() for n, c in parts.items()} for site, parts in collectors.items()}, outputs
