@@ -12,7 +12,7 @@ O = outputs, I = inputs, G = groups per row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,6 +84,10 @@ class GPTQ:
         return found
 
 
+#: The order of the columns [I] and the factor U [I, I] in, an upper triangular P [I, I] with zero diagonal out.
+Carry = Callable[[Tensor, Tensor], Tensor]
+
+
 def gptq_round(
     w_OI: Tensor,
     hessian_II: Tensor,
@@ -96,6 +100,8 @@ def gptq_round(
     act_order: bool = False,
     static_groups: bool = False,
     fresh_ranges: bool = False,
+    carry: Carry | None = None,
+    carry_rounded: bool = False,
 ) -> QuantizedWeight:
     """Round `w_OI` so that `||(W - W_q) X||` stays small, given H = X^T X of its input up to a positive factor.
 
@@ -104,6 +110,9 @@ def gptq_round(
     updated at the end of the previous chunk, so that `chunk` matters where it is larger than a group; with
     `fresh_ranges` from columns with every update so far, so that `chunk` is only about speed. With `static_groups`
     groups are consecutive in the original order and their ranges come from the weight before the first column.
+
+    `carry` adds a second feedback (GPTAQ's): after column j is rounded, w_j P[j, k] is added to every later column k,
+    with w_j as it was just before rounding, or as rounded for columns beyond the chunk where `carry_rounded`.
 
     Dead inputs (H_ii = 0) get weight 0. If the factorisation fails it is tried in float64, then with more damping;
     `notes` of the result say so. Raises ValueError for shapes that do not fit and for a Hessian that is not finite.
@@ -142,6 +151,7 @@ def gptq_round(
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
     u, notes = inverse_factor(hessian, damping)
     diagonal = u.diagonal().tolist()
+    p = None if carry is None else carry(order, u)
 
     clamps = clip is not None and clip.clamps
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
@@ -149,6 +159,7 @@ def gptq_round(
         end = min(start + chunk, n_in)
         live = w[start:end] if fresh_ranges else w[start:end].clone()
         errors = torch.empty_like(live)
+        carried = torch.empty_like(live) if carry_rounded else live
         for j in range(start, end):
             i = j - start
             if ranges_on_the_way and j % width == 0:
@@ -156,6 +167,8 @@ def gptq_round(
                 beyond = j + width - end
                 if fresh_ranges and beyond > 0 and i > 0:  # columns after this chunk lack the chunk's updates so far
                     pending = u[start:j, end : j + width].T @ errors[:i]
+                    if p is not None:
+                        pending -= p[start:j, end : j + width].T @ carried[:i]
                     group = torch.cat((group[: end - j], group[end - j :] - pending))
                 g = j // width
                 found = ranges(group.T[:, None], grid, clip, order[None, j : j + width])
@@ -164,9 +177,16 @@ def gptq_round(
             g = group_of_column[j]
             wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]
             codes[j] = rounded = grid.codes(wanted, scale[g], zero_point[g])
-            errors[i] = (live[i] - grid.dequantize(rounded, scale[g], zero_point[g])) / diagonal[j]
+            nearest = grid.dequantize(rounded, scale[g], zero_point[g])
+            errors[i] = (live[i] - nearest) / diagonal[j]
             live[i + 1 :].addr_(u[j, j + 1 : end], errors[i], alpha=-1)
+            if p is not None:
+                live[i + 1 :].addr_(p[j, j + 1 : end], live[i])
+                if carry_rounded:
+                    carried[i] = nearest
         w[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
+        if p is not None:
+            w[end:].addmm_(p[start:end, end:].T, carried)
 
     in_place = torch.empty_like(codes)
     in_place[order] = codes
