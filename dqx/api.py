@@ -25,12 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dqx import config as configuration
-from dqx.calib import CalibBatch, calibration_batches
+from dqx.calib import CalibBatch, calibration_windows
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.noise import SeededNoise
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
+from dqx.masking import calibration_states
 from dqx.models.checkpoint import Checkpoint, inspect, load_weights
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
@@ -133,8 +134,9 @@ class DiffusionLM:
     def calibration(
         self, calib: configuration.CalibConfig, *, seed: int = 0, data_root: str | None = None
     ) -> list[CalibBatch]:
-        """Calibration batches of the settings in `calib`."""
-        return calibration_batches(calib, self.tokenizer, seed=seed, data_root=data_root)
+        """Calibration batches of the settings in `calib`, from the text to the masks."""
+        windows = calibration_windows(calib, self.tokenizer, seed=seed, data_root=data_root)
+        return calibration_states(self.model, self.sampler, windows, calib, seed=seed)
 
     def quantize(
         self,
@@ -149,7 +151,8 @@ class DiffusionLM:
         """Quantize in place with a method and a width from `conf/` and say what was done.
 
         `batches` replaces the configured calibration text; `overrides` are config overrides such as
-        `method.rounding.damping=0.1` or `calib.samples=16`. Raises ConfigProblems for a pair that cannot work.
+        `method.rounding.damping=0.1`, `calib=mcs` or `calib.samples=16`. Raises ConfigProblems for a pair that cannot
+        work.
         """
         selected = configuration.select(method=method, bits=bits, model=self.config, overrides=overrides)
         part = configuration.build(selected.method)

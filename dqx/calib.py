@@ -1,4 +1,4 @@
-"""Calibration: text -> token windows -> batches that carry their mask ratio.
+"""Calibration: text -> token windows. What of them is masked is decided in `dqx/masking.py`.
 
 Two ways of drawing windows, as the reference implementations do: `stream` texts (WikiText-2 in GPTQ's code) are
 joined and cut at random places; `documents` texts (the Pile in AWQ's code) are visited in random order, joined and
@@ -178,9 +178,6 @@ def _long_enough(text: TextSource, tokens: int, length: int) -> None:
         )
 
 
-def calibration_batches(
-    calib: CalibSettings, tokenizer: Any, *, seed: int, data_root: str | None = None, batch_size: int = 1
-) -> list[CalibBatch]:
-    """`calib.samples` windows of `calib.length` tokens, fully visible (mask ratio 0), in batches of `batch_size`."""
-    ids = windows(source(calib, data_root), tokenizer, calib.samples, calib.length, seed)
-    return [CalibBatch(chunk, torch.zeros(len(chunk))) for chunk in ids.split(batch_size)]
+def calibration_windows(calib: CalibSettings, tokenizer: Any, *, seed: int, data_root: str | None = None) -> Tensor:
+    """The text that `calib` names as `calib.samples` windows of `calib.length` tokens [N, T], fully visible."""
+    return windows(source(calib, data_root), tokenizer, calib.samples, calib.length, seed)

@@ -16,13 +16,13 @@ import torch
 from dqx.calib import calib_problems
 from dqx.config import Config, as_part
 from dqx.evaluate.problems import task_problems
+from dqx.masking import masking_problems
 from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect
 from dqx.models.tokenizer import tokenizer_problem
 from dqx.names import did_you_mean
 from dqx.parts import build_part, part_problems
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-MASKINGS = ("clean",)
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -49,7 +49,7 @@ def problems(config: Config) -> list[str]:
         chat=config.model.chat,
     )
     found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
-    found += calib_problems(config.calib, config.data_root)
+    found += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
 
     if not config.model.path.strip():
         return _once(found)
@@ -113,7 +113,6 @@ def _name_problems(config: Config) -> Iterator[str]:
     one_of = {
         "model.family": (config.model.family, tuple(FAMILIES)),
         "model.dtype": (config.model.dtype, DTYPES),
-        "calib.masking": (config.calib.masking, MASKINGS),
         "wandb.mode": (config.wandb.mode, WANDB_MODES),
     }
     for key, (value, known) in one_of.items():

@@ -87,8 +87,10 @@ def sweep_table(records: Sequence[Record]) -> Table:
         for record in members:
             config, overall = record.config, record.deltas[-1]
             cells = _cells(overall)
+            masking = (config.get("calib") or {}).get("masking", "clean")
             table.add_row(
-                f"  {(config.get('method') or {}).get('name')} {(config.get('bits') or {}).get('name')}",
+                f"  {(config.get('method') or {}).get('name')} {(config.get('bits') or {}).get('name')}"
+                + (f" {masking}" if masking != "clean" else ""),
                 "-" if record.average_bits is None else f"{record.average_bits:.2f}",
                 *[_accuracy(record.quantized.get(name)) for name in tasks],
                 cells[3],
@@ -111,7 +113,8 @@ def header(record: Record) -> list[str]:
     calib = config.get("calib") or {}
     if calib and record.quantization.get("calibration_tokens") != 0:
         size = f"{calib.get('samples')} x {calib.get('length')} tokens"
-        parts.append(f"calibrated on {calib.get('text')} ({calib.get('masking')}, {size})")
+        masked = f", {record.mask_ratio:.0%} masked" if record.mask_ratio else ""
+        parts.append(f"calibrated on {calib.get('text')} ({calib.get('masking')}{masked}, {size})")
     steps = (config.get("steps") or {}).get("count")
     parts.append(f"{steps} steps" if steps else "each task's own steps")
     limit = (config.get("task") or {}).get("limit")

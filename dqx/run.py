@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from torch import Tensor
 
 from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
-from dqx.calib import CalibBatch, calibration_batches
+from dqx.calib import calibration_windows
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
+from dqx.masking import calibration_states, spread
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.quant import quantize
@@ -41,7 +44,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     timings: dict[str, float] = {}
 
     with stage("read the data", timings):
-        calibration = _data(config)
+        windows = _data(config)
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
@@ -51,8 +54,11 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("evaluate full precision", timings):
         full_precision, sources = _full_precision(lm, config, cache)
+    with stage("mask the calibration text", timings):
+        calibration = calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
     statistics = {}
-    thresholds, watched = _thresholds(config), calibration[: config.outliers.samples]
+    thresholds = _thresholds(config)
+    watched = [calibration[i] for i in spread(min(config.outliers.samples, len(windows)), len(windows))]
     if watched:
         with stage("outliers at full precision", timings):
             statistics["full_precision"] = outliers.measure(lm.model, watched, thresholds)
@@ -85,6 +91,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantized=quantized,
         quantization=quantization.to_dict(),
         outliers=statistics,
+        mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()),
         timings=timings,
         baselines=sources,
         choices=_choices(),
@@ -108,12 +115,15 @@ def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     timings[name] = time.perf_counter() - started
 
 
-def _data(config: Config) -> list[CalibBatch]:
-    """The calibration windows. What they and the tasks need from the hub is fetched here, before any weight is read."""
-    windows, problems = [], []
+def _data(config: Config) -> Tensor:
+    """The calibration text [N, T]. What it and the tasks need from the hub is fetched here, before any weight is read.
+
+    Raises ConfigProblems for what cannot be had.
+    """
+    windows, problems = torch.empty(0), []
     tokenizer = load_tokenizer(inspect(config.model.path, config.model.revision))
     try:
-        windows = calibration_batches(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
+        windows = calibration_windows(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
     except (ValueError, OSError) as error:
         offline = isinstance(error, ConnectionError)
         remedy = "; without a network, give data_root=FOLDER with a copy, or calib.text=FILE" if offline else ""

@@ -51,6 +51,7 @@ class Record:
     quantized: dict[str, TaskResult]
     quantization: dict[str, Any]  # QuantReport.to_dict()
     outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
+    mask_ratio: float | None = None  # share of masked tokens in the calibration windows
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     baselines: dict[str, str] = field(default_factory=dict)  # task -> computed or reused
     choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
@@ -84,7 +85,7 @@ class Record:
             "method": _at(config, "method", "name"),
             "bits": _at(config, "bits", "name"),
             "average_bits": self.average_bits,
-            "calibration": config.get("calib"),
+            "calibration": {**config["calib"], "mask_ratio": self.mask_ratio} if config.get("calib") else None,
             "steps": _at(config, "steps", "count"),
             "limit": _at(config, "task", "limit"),
             "seed": config.get("seed"),
@@ -156,6 +157,7 @@ class RunFolder:
             model=results["model"],
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
+            mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
             timings=results["timings"],
             baselines={name: task["full_precision"]["source"] for name, task in results["tasks"].items()},
             choices=results["choices"],

@@ -74,7 +74,7 @@ CONFIGURATIONS = [
     ("unknown width", ["bits=9"], "bits=w9 is no choice"),
     ("unknown task", ["task=gsm9k"], "task=gsm9k is no choice; did you mean gsm8k"),
     ("unknown task in a list", ["task=gsm8k,hellswag"], "task=hellswag is no choice; did you mean hellaswag"),
-    ("unknown masking", ["calib=mcs"], "calib=mcs is no choice"),
+    ("unknown masking", ["calib=mcx"], "calib=mcx is no choice; did you mean mcs"),
     ("unknown experiment", ["experiment=quik"], "experiment=quik is no choice; did you mean quick"),
     ("unknown group", ["bitz=3"], "bitz is no setting; did you mean bits"),
     ("unknown key", ["method.rounding.dampin=0.1"], "method.rounding.dampin is no setting; did you mean damping"),

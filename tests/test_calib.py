@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dqx.calib import TextSource, calib_problems, calibration_batches, load_texts, source, windows
+from dqx.calib import TextSource, calib_problems, calibration_windows, load_texts, source, windows
 
 
 @dataclass
@@ -32,8 +32,7 @@ def test_stream_windows_are_substrings_and_follow_the_seed(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(97 + i % 26) for i in range(500)))
     calib = Calib(str(path))
-    first, again = (torch.cat([b.ids for b in calibration_batches(calib, Bytes(), seed=1)]) for _ in range(2))
-    other = torch.cat([b.ids for b in calibration_batches(calib, Bytes(), seed=2)])
+    first, again, other = (calibration_windows(calib, Bytes(), seed=seed) for seed in (1, 1, 2))
     assert first.shape == (4, 8)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -47,8 +46,7 @@ def test_windows_do_not_depend_on_where_the_text_lies(tmp_path):
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "text.txt").write_text("".join(chr(97 + i % 26) for i in range(500)))
-        batches = calibration_batches(Calib(str(tmp_path / place / "text.txt")), Bytes(), seed=1)
-        windows.append(torch.cat([b.ids for b in batches]))
+        windows.append(calibration_windows(Calib(str(tmp_path / place / "text.txt")), Bytes(), seed=1))
     assert torch.equal(*windows)
 
 
@@ -59,13 +57,6 @@ def test_home_is_understood(tmp_path, monkeypatch):
     assert load_texts(source(Calib("~/text.txt"))) == ["hello"]
     assert calib_problems(Calib("~/text.txt")) == []
     assert calib_problems(Calib("wikitext2"), "~/data") == []
-
-
-def test_batches_are_fully_visible(tmp_path):
-    (tmp_path / "t.txt").write_text("hello world, this is text")
-    batches = calibration_batches(Calib(str(tmp_path / "t.txt")), Bytes(), seed=0, batch_size=3)
-    assert [len(b.ids) for b in batches] == [3, 1]
-    assert all((b.mask_ratio == 0).all() for b in batches)
 
 
 def test_documents_are_joined_with_the_end_token_and_reused_when_short(tmp_path):

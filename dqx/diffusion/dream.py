@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.sampler import (
+    Call,
     Generation,
     OnStep,
     append_masks,
@@ -97,6 +98,28 @@ class DreamSampler:
             )
         return found
 
+    def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
+        """The calls of the model for one answer, in order. Only the schedule of `origin` draws from `random`.
+
+        Raises ValueError with the `problems` of the settings.
+        """
+        raise_if(self.problems(gen_length, block_length, steps))
+        masked, found = gen_length, []
+        for step, fraction in enumerate(self._fractions(steps)):
+            if self.alg == "origin":
+                count = int((torch.rand(masked, generator=random) < fraction).sum())
+            else:
+                count = n_written(torch.tensor([masked]), fraction)
+            if count:
+                found.append(Call(step, 0, gen_length, masked))
+            masked -= count
+        return found
+
+    def _fractions(self, steps: int) -> Tensor:
+        """The share of the masked positions that each step writes [steps], float32: 1 - s/t, and 1 at the last."""
+        times = torch.linspace(1, self.eps, steps + 1, dtype=torch.float32)
+        return torch.cat((1 - times[1:-1] / times[:-2], torch.ones(1)))
+
     @torch.no_grad()
     def generate(
         self,
@@ -126,14 +149,12 @@ class DreamSampler:
         if attention_mask is not None:
             real = attention_mask.to(ids.device)
             attention_mask = torch.cat((real, real.new_ones(answer.shape)), dim=1)
-        times = torch.linspace(1, self.eps, steps + 1, dtype=torch.float32)  # int(M * ...) hangs on the last bit
         n_forwards = 0
-        for step in range(steps):
+        for step, fraction in enumerate(self._fractions(steps)):
             if on_step:
                 on_step(ids.clone())
             last = step == steps - 1
             masked = answer == model.arch.mask_token_id
-            fraction = torch.tensor(1.0) if last else 1 - times[step + 1] / times[step]
             if self.alg == "origin" and not last:
                 chosen = masked.clone()
                 chosen[masked] = draw(noise, "order", step, masked)[:, 0] < fraction.item()
@@ -141,7 +162,7 @@ class DreamSampler:
             if self.alg == "origin":
                 counts = masked.sum(1)
             else:  # the mean over the batch, like theirs; a row with fewer masks writes what it has
-                counts = torch.full((len(ids),), int(masked.sum().cpu() / len(ids) * fraction))
+                counts = torch.full((len(ids),), n_written(masked.sum(1).cpu(), fraction))
             if not counts.any():
                 continue
             where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), masked), dim=1)
@@ -169,6 +190,11 @@ class DreamSampler:
         if self.alg_temp:  # Gumbel noise turns a ranking into draws without replacement
             confidence = confidence.double() / self.alg_temp + gumbel(draw(noise, "order", step, masked)[:, 0])
         return tokens, confidence
+
+
+def n_written(masks: Tensor, fraction: Tensor) -> int:
+    """`int(M * fraction)`, M the mean of `masks` [B]; in float32, because truncation hangs on the last bit."""
+    return int(masks.sum() / len(masks) * fraction)
 
 
 def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.sampler import (
+    Call,
     Generation,
     OnStep,
     append_masks,
@@ -79,6 +80,26 @@ class LLaDASampler:
                 f"steps={steps} cannot be shared equally by {n_blocks} blocks (gen_length={gen_length}, "
                 f"block_length={block_length}); {nearest} can"
             )
+        return found
+
+    def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
+        """The calls of the model for one answer, in order. They follow from the schedule alone; nothing is drawn.
+
+        Raises ValueError with the `problems` of the settings.
+        """
+        raise_if(self.problems(gen_length, block_length, steps))
+        length = block_length or gen_length
+        per_block = steps // (gen_length // length)
+        passes = (False, True) if self.cfg_scale > 0 else (False,)
+        found: list[Call] = []
+        for start in range(0, gen_length, length):
+            masked = length
+            for i in range(per_block):
+                count = share(length, per_block, i)
+                if count:
+                    step = start // length * per_block + i
+                    found += [Call(step, start, start + length, masked, blind) for blind in passes]
+                masked -= count
         return found
 
     def _token_problems(self, vocab_size: int) -> list[str]:

@@ -27,10 +27,27 @@ class Generation:
     n_forwards: int
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of the model while an answer is written: which of its tokens are still masks.
+
+    Those before `start` are written, of those in [start, stop) `masked` are masks, and all from `stop` on. `step` is
+    the step it belongs to, from 0. `blind`: the second pass of guidance, which sees masks in place of the prompt.
+    """
+
+    step: int
+    start: int
+    stop: int
+    masked: int
+    blind: bool = False
+
+
 class Sampler(Protocol):
-    """What evaluation needs from a sampler; see `LLaDASampler` for the meaning of each argument."""
+    """What evaluation and calibration need from a sampler; see `LLaDASampler` for the meaning of each argument."""
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]: ...
+
+    def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]: ...
 
     def generate(
         self,
