@@ -33,8 +33,8 @@ class Dictated:
         return []
 
     def generate(self, model: object, prompt: Tensor, **settings: object) -> Generation:
-        self.asked.append({"prompt": prompt[0].tolist(), **settings})
-        return Generation(torch.tensor([self.ids]), 7)
+        self.asked += [{"prompt": row, **settings} for row in prompt.tolist()]
+        return Generation(torch.tensor([self.ids] * len(prompt)), 7 * len(prompt))
 
 
 def request(context: str, second: object, kind: str = "generate_until", doc: int = 0, choice: int = 0) -> Instance:
@@ -151,6 +151,25 @@ def test_generation_noise_belongs_to_the_document(parts) -> None:
     assert run([2]) | run([1, 0]) == together
     assert len(set(together.values())) == 3
     assert run([0], seed=1) != {0: together[0]}
+
+
+@pytest.mark.parametrize("sampler", [LLaDASampler(temperature=0.7), LLaDASampler(), DreamSampler(temperature=0.4)])
+def test_generation_in_batches_is_generation_one_by_one(tiny_checkpoint: TinyCheckpoint, sampler) -> None:
+    """Prompts of several lengths, some of them equal: the same answers in the order of the requests."""
+    checkpoint = inspect(str(tiny_checkpoint("dream" if isinstance(sampler, DreamSampler) else "llada")))
+    model, tokenizer = load_weights(checkpoint), load_tokenizer(checkpoint)
+    texts = ["one", "three", "two", "seven", "six", "eight", "", "ten", "four"]
+    requests = [generation(text, doc=i) for i, text in enumerate(texts)]
+
+    def answers(batch_size: int) -> list[str]:
+        harness = DiffusionHarness(model, tokenizer, sampler, batch_size=batch_size, progress=False)
+        found = harness.generate_until(requests)
+        assert harness.generated == 8 * len(texts)
+        return found
+
+    alone = answers(1)
+    assert len(set(alone)) > 3
+    assert answers(3) == answers(8) == alone
 
 
 def test_an_empty_prompt_starts_from_the_end_token(parts) -> None:

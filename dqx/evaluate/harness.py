@@ -1,7 +1,7 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
-The plain version, one request at a time, against which anything faster has to be proven equal. A request's noise
-is a function of (seed, task, document, choice), so neither the order nor the number of documents matters.
+Plain: no shortcuts, whole-sequence logits; only prompts of equal length are generated together. A request's noise is
+a function of (seed, task, document, choice), so neither the order nor the number of documents matters.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
 metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
@@ -11,7 +11,8 @@ tokens and keeps what follows them).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -35,8 +36,9 @@ class DiffusionHarness(LM):
     """An lm-eval model around a mask predictor, its tokenizer and a sampler.
 
     Lengths and steps of a generation come with each request, as `max_gen_toks`, `block_length` and `steps` of its
-    generation settings. `mc_samples` draws per choice serve likelihood, `batch_size` of them per forward; with
-    `greedy` the second value of a likelihood says whether greedy decoding writes the target, else it is False.
+    generation settings. `mc_samples` draws per choice serve likelihood. `batch_size` draws, or prompts of equal
+    length, go through the model at a time. With `greedy` the second value of a likelihood says whether greedy
+    decoding writes the target, else it is False.
 
     Over all calls, `n_forwards` counts sequences through the model, `generated` the tokens written (prompts never
     count), and `truncated` has the tokens cut from the left of prompts that did not fit, by (task, document).
@@ -109,7 +111,8 @@ class DiffusionHarness(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats, greedy flag) of each request's continuation after its context."""
         answers = []
-        for request in self._with_progress(requests):
+        bar = self._progress_bar(len(requests))
+        for request in requests:
             context, continuation = request.args[:2]
             prefix, target = encode_pair(self.tokenizer, context, continuation, self.model.arch.eos_token_id)
             if not target:
@@ -131,35 +134,57 @@ class DiffusionHarness(LM):
                 matches = greedy_matches(self.model, prefix_ids, target_ids)
                 self.n_forwards += len(target)
             answers.append((result.value, matches))
+            bar.update()
+        bar.close()
         return answers
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The generated text of each request, cut before its first stop string or end token."""
-        answers = []
-        for request in self._with_progress(requests):
-            context, settings = request.args[:2]
-            gen_length = settings["max_gen_toks"]
-            prompt = self._fit(request, encode(self.tokenizer, context), gen_length)
-            generation = self.sampler.generate(
-                self.model,
-                self._tensor(prompt or [self.model.arch.eos_token_id])[None],
-                gen_length=gen_length,
-                block_length=block_length(self.sampler, settings.get("block_length")),
-                steps=settings.get("steps") or gen_length,
-                noise=SeededNoise(self.seed, [document_key(request)]),
-            )
-            self.n_forwards += generation.n_forwards
-            self.generated += gen_length
-            until = settings.get("until") or []
-            answers.append(self._text(generation.ids[0].tolist(), [until] if isinstance(until, str) else until))
+        """The generated text of each request, cut before its first stop string or end token.
+
+        Requests with prompts of one length and equal settings go through the sampler together, `batch_size` at a
+        time; its rows do not influence each other.
+        """
+        answers = [""] * len(requests)
+        with self._progress_bar(len(requests)) as bar:
+            for batch in self._alike(requests):
+                settings = requests[batch[0][0]].args[1]
+                gen_length = settings["max_gen_toks"]
+                generation = self.sampler.generate(
+                    self.model,
+                    torch.stack([self._tensor(prompt) for _, prompt in batch]),
+                    gen_length=gen_length,
+                    block_length=block_length(self.sampler, settings.get("block_length")),
+                    steps=settings.get("steps") or gen_length,
+                    noise=SeededNoise(self.seed, [document_key(requests[i]) for i, _ in batch]),
+                )
+                self.n_forwards += generation.n_forwards
+                self.generated += gen_length * len(batch)
+                until = settings.get("until") or []
+                for (i, _), ids in zip(batch, generation.ids.tolist(), strict=True):
+                    answers[i] = self._text(ids, [until] if isinstance(until, str) else until)
+                bar.update(len(batch))
         return answers
 
     # the pieces
 
-    def _with_progress(self, requests: Sequence[Instance]) -> Iterable[Instance]:
+    def _progress_bar(self, total: int) -> tqdm[NoReturn]:
         seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
-        return tqdm(requests, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds)
+        return tqdm(
+            total=total, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds
+        )
+
+    def _alike(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, list[int]]]]:
+        """Batches of (index, prompt) with equal prompt lengths and generation settings, in order of appearance."""
+        groups: dict[tuple[int, str], list[tuple[int, list[int]]]] = {}
+        for i, request in enumerate(requests):
+            context, settings = request.args[:2]
+            prompt = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
+            prompt = prompt or [self.model.arch.eos_token_id]
+            groups.setdefault((len(prompt), repr(sorted(settings.items()))), []).append((i, prompt))
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=self.model.device)
