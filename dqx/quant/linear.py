@@ -68,9 +68,14 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def scale_outputs(self, factor_O: Tensor) -> None:
         """Multiply every output by a factor: the scales change, the codes stay. Factors must be positive."""
-        if self.scale is not None:
-            self.scale *= factor_O[:, None].to(self.scale.dtype)
+        codes = None if self.scale is None else self.codes()
         scale_outputs(self, factor_O)
+        if codes is None or self.grid is None or self.scale is None or self.zero_point is None:
+            return
+        self.scale = self.scale * factor_O[:, None].to(self.scale.dtype)
+        index = self.group_index.long()  # type: ignore[union-attr]
+        weight = self.grid.dequantize(codes, self.scale[:, index], self.zero_point[:, index])
+        self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)  # rounded to the dtype once
 
     def extra_repr(self) -> str:
         w, a = self.weight_bits, self.activation_bits

@@ -117,6 +117,7 @@ class _BlockWork:
         self.block, self.streams, self.context = block, streams, context
         self.method, self.bits = context.method, context.bits
         self.intact = block  # the block before rounding, once its transforms are in
+        self.site_maps: list[nn.Module] = []  # the transforms of the site at work
 
     def quantize(self) -> Iterator[list[LinearRow]]:
         """Replace the linears site by site, yielding their rows."""
@@ -134,6 +135,7 @@ class _BlockWork:
         if self.method.kv is not None and kv.bits != UNQUANTIZED:
             self.method.kv.install(self.block, kv)
         for site, roles in SITES.items():
+            self.site_maps = []
             for name, part in self.method.corrections.items():
                 if part.site == site:
                     found = self._paired(site, part.needs, as_is) if part.needs else {}
@@ -152,7 +154,6 @@ class _BlockWork:
 
     def _transform(self, site: str) -> None:
         """Find and install the site's own transforms, the same for all its linears."""
-        self.site_maps: list[nn.Module] = []
         linears = [getattr(self.block, role) for role in SITES[site]]
         for name, transform in self.method.site_transforms.items():
             stacked = torch.cat([linear.weight for linear in linears])
@@ -198,7 +199,7 @@ class _BlockWork:
 
     def _mapped(self, x: Tensor) -> Tensor:
         """A full-precision input in the coordinates of the site's own transforms."""
-        for module in getattr(self, "site_maps", []):
+        for module in self.site_maps:
             x = module(x)
         return x
 
@@ -224,6 +225,7 @@ class _BlockWork:
             rounded = dict(zip(group.roles, split, strict=True))
             if result.column_scale is not None:
                 self._fold(site, result.column_scale)
+                quantizer = self._input_quantizer(site, group)
         return [
             self._replace(role, linear, rounded[role], group, quantizer, stats.get("hessian"))
             for role, linear in linears.items()
