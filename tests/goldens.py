@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ from dqx.quant.stats import COLLECTORS
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {"llada": llada, "dream": dream}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration sequences [B, T]."""
+
+    ids: Tensor
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTransformer:

@@ -69,6 +69,7 @@ class AWQScale:
         for site, scale in found.items():
             scale_site(block, site, scale)
 
+    @torch.no_grad()
     def search(
         self,
         block: Block,
