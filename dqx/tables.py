@@ -1,0 +1,169 @@
+"""Markdown tables of many runs: methods by widths, the mean over seeds, each with its interval.
+
+    python -m dqx.tables runs/2026-11-20 > table.md
+
+Runs of one model, method, width and calibration that differ in nothing but the seed make one cell. The document is the
+unit of chance: each document's score is averaged over the seeds first, then documents are paired with full precision
+(`dqx/deltas.py`), so more seeds make the calibration's luck smaller but never claim more documents than there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+
+from dqx.deltas import Delta, compare
+from dqx.evaluate.results import TaskResult
+from dqx.names import method_label, natural
+from dqx.report import points
+from dqx.store import Record, RunFolder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one width: the runs behind it, and its deltas over the mean of their seeds."""
+
+    model: str
+    method: str
+    bits: str
+    average_bits: float
+    seeds: tuple[int, ...]
+    deltas: list[Delta]
+    by_seed: tuple[float, ...]  # the overall average of each seed
+
+    @property
+    def overall(self) -> Delta:
+        return self.deltas[-1]
+
+
+def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
+    """One result whose documents' scores are the means over the seeds. Raises ValueError for other documents."""
+    first = results[0]
+    for other in results[1:]:
+        if [row.doc_id for row in other.documents] != [row.doc_id for row in first.documents]:
+            raise ValueError(f"task {first.name}: the seeds hold different documents; evaluate them with one limit")
+    rows = [
+        replace(first.documents[i], score=fmean(result.documents[i].score for result in results))
+        for i in range(first.n)
+    ]
+    return replace(first, documents=rows, value=fmean(row.score for row in rows))
+
+
+def cells(records: Iterable[Record]) -> list[Cell]:
+    """The records sorted into cells, in order of appearance. Of two runs alike in everything the later one counts."""
+    groups: dict[tuple[str, str, str], dict[int, Record]] = {}
+    for record in sorted(records, key=lambda r: r.created):
+        config = record.config
+        method = method_label(config["method"]["name"], config["method"].get("variant"))
+        masking = config["calib"]["masking"]
+        label = method if masking == "clean" else f"{method}, {masking}"
+        groups.setdefault((record.model["name"], label, config["bits"]["name"]), {})[int(config["seed"])] = record
+    found = []
+    for (model, method, bits), by_seed in groups.items():
+        runs = [by_seed[seed] for seed in sorted(by_seed)]
+        sides = [
+            {name: mean_over_seeds([getattr(run, side)[name] for run in runs]) for name in runs[0].quantized}
+            for side in ("full_precision", "quantized")
+        ]
+        average_bits = fmean(float(run.average_bits or 16) for run in runs)
+        alone = tuple(run.deltas[-1].quantized for run in runs)
+        found.append(Cell(model, method, bits, average_bits, tuple(sorted(by_seed)), compare(*sides), alone))
+    return found
+
+
+def matrix(members: Sequence[Cell]) -> list[str]:
+    """Methods by widths: the average accuracy in percent and its delta in points."""
+    widths = sorted({cell.bits for cell in members}, key=natural, reverse=True)
+    methods = list(dict.fromkeys(cell.method for cell in members))
+    lines = ["| method | " + " | ".join(widths) + " |", "|---" * (len(widths) + 1) + "|"]
+    for method in methods:
+        row = {cell.bits: cell for cell in members if cell.method == method}
+        lines.append(f"| `{method}` | " + " | ".join(_short(row.get(width)) for width in widths) + " |")
+    return lines
+
+
+def _short(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    delta = cell.overall
+    return f"**{100 * delta.quantized:.1f}** {points(delta.delta)} {_interval(delta)}"
+
+
+def _interval(delta: Delta) -> str:
+    return "" if delta.low is None or delta.high is None else f"[{points(delta.low)}, {points(delta.high)}]"
+
+
+def details(members: Sequence[Cell]) -> list[str]:
+    """One row per cell: every task, the average with interval and level, and how far the seeds lie apart."""
+    tasks = [delta.name for delta in members[0].deltas if delta.kind == "task"]
+    header = [
+        "method",
+        "bits",
+        "bits per weight",
+        *tasks,
+        "average",
+        "delta [95 % interval]",
+        "level",
+        "seeds: low, high",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    full = {delta.name: delta for delta in members[0].deltas}
+    values = [f"{100 * full[task].full_precision:.1f}" for task in tasks]
+    average = f"**{100 * members[0].overall.full_precision:.1f}**"
+    lines.append("| " + " | ".join(["full precision", "", "16", *values, average, "", "", ""]) + " |")
+    for cell in members:
+        by_name = {delta.name: delta for delta in cell.deltas}
+        values = [f"{100 * by_name[task].quantized:.1f}" if task in by_name else "" for task in tasks]
+        delta = cell.overall
+        spread = f"{len(cell.seeds)}: {100 * min(cell.by_seed):.1f}, {100 * max(cell.by_seed):.1f}"
+        row = [
+            f"`{cell.method}`",
+            cell.bits,
+            f"{cell.average_bits:.2f}",
+            *values,
+            f"**{100 * delta.quantized:.1f}**",
+            f"{points(delta.delta)} {_interval(delta)}",
+            delta.level or "-",
+            spread,
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def markdown(found: Sequence[Cell]) -> str:
+    """Both tables of every model."""
+    parts = []
+    for model in dict.fromkeys(cell.model for cell in found):
+        members = sorted(
+            (cell for cell in found if cell.model == model), key=lambda cell: natural(cell.bits), reverse=True
+        )
+        parts += [f"### {model}", "", *matrix(members), "", *details(members), ""]
+    return "\n".join(parts)
+
+
+def read(folders: Iterable[str | Path]) -> list[Record]:
+    """The finished runs below the folders."""
+    paths = sorted({path.parent for folder in folders for path in Path(folder).rglob("results.json")})
+    return [RunFolder(path).read() for path in paths]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Markdown tables of all finished runs below the given folders.")
+    parser.add_argument("folders", nargs="+", help="folders of runs or sweeps")
+    arguments = parser.parse_args()
+    records = read(arguments.folders)
+    if not records:
+        Console(stderr=True).print(f"no finished run below {', '.join(arguments.folders)}")
+        sys.exit(2)
+    print(markdown(cells(records)))
+
+
+if __name__ == "__main__":
+    main()
