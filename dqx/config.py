@@ -191,7 +191,7 @@ def half(number: int) -> int:
     return number // 2
 
 
-def bits_name(*, _parent_: DictConfig) -> str:
+def bits_name(*, _parent_: Any) -> str:
     """The name of the widths, formats and overrides it stands beside: `w4a16-down8`."""
     return label(_parent_)
 

@@ -29,6 +29,7 @@ FORMATS = {
     "mxfp4": Format((4,), block=32, scale_bits=8),
     "nvfp4": Format((4,), block=16, scale_bits=8, tensor_bits=32),
 }
+FLOATS = tuple(name for name, format in FORMATS.items() if not format.has_zero_point)
 
 
 @dataclass
@@ -64,6 +65,7 @@ class RoleBits:
     weight: int | None = None
     activation: int | None = None
     group_size: int | None = None
+    format: str | None = None  # of weight and input; its width and group size must be given too where they differ
 
 
 @dataclass
@@ -96,19 +98,26 @@ class BitsConfig:
             self.weight,
             bits=self.weight.bits if own.weight is None else own.weight,
             group_size=self.weight.group_size if own.group_size is None else own.group_size,
+            format=own.format or self.weight.format,
+            symmetric=self.weight.symmetric or own.format in FLOATS,
         )
 
     def activation_of(self, role: str) -> ActivationBits:
         """The grid of a role's input, its overrides applied."""
         own: RoleBits = getattr(self.overrides, role)
-        return replace(self.activation, bits=self.activation.bits if own.activation is None else own.activation)
+        return replace(
+            self.activation,
+            bits=self.activation.bits if own.activation is None else own.activation,
+            format=own.format or self.activation.format,
+            symmetric=self.activation.symmetric or own.format in FLOATS,
+        )
 
 
 def label(bits: BitsConfig) -> str:
     """A short name that tells settings apart: w4a16, w8a8_fp8, w4a16-down8, w4a4kv16-v8a8-down8a8.
 
     Formats follow the widths, those of weights first. An override is the role with its weight's width, `a` and its
-    input's width, `g` and its group size. Group size and symmetry of all roles are not in the name.
+    input's width, `g` and its group size, `_` and its format. Group size and symmetry of all roles are left out.
     """
     kv = "" if bits.kv.bits is None else f"kv{bits.kv.bits}"
     formats = [part.format for part in (bits.weight, bits.activation) if part.bits != UNQUANTIZED]
@@ -116,7 +125,7 @@ def label(bits: BitsConfig) -> str:
     overrides = []
     for role in (f.name for f in fields(RoleOverrides)):
         own = getattr(bits.overrides, role)
-        changes = (("", own.weight), ("a", own.activation), ("g", own.group_size))
+        changes = (("", own.weight), ("a", own.activation), ("g", own.group_size), ("_", own.format))
         if text := "".join(f"{letter}{value}" for letter, value in changes if value is not None):
             overrides.append(f"-{role}{text}")
     return f"w{bits.weight.bits}a{bits.activation.bits}{kv}{suffix}{''.join(overrides)}"

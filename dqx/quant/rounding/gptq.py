@@ -126,6 +126,7 @@ def gptq_round(
     group_index = consecutive_groups(n_in, group_size, w_OI.device)
     n_groups = int(group_index[-1]) + 1
 
+    grid = grid.for_tensor(w_OI)
     w = wide(w_OI).T.clone(memory_format=torch.contiguous_format)  # [I, O]: a column of W is one contiguous row
     hessian = wide(hessian_II).to(w.dtype)
     dead = hessian.diagonal() == 0

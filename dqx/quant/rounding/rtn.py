@@ -41,6 +41,7 @@ class RTN:
 def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | None = None) -> QuantizedWeight:
     """Codes of `w_OI` on one grid per row and group of `group_size` inputs (-1: one group per row)."""
     group_index = consecutive_groups(w_OI.shape[1], group_size, w_OI.device)
+    grid = grid.for_tensor(w_OI)
     lo, hi = group_ranges(w_OI, grid, group_size, clip)
     if clip is not None and clip.clamps:
         w_OI = torch.clamp(w_OI, lo[:, group_index].to(w_OI.dtype), hi[:, group_index].to(w_OI.dtype))
