@@ -294,7 +294,9 @@ class _BlockWork:
             symmetric=symmetric,
             activation_bits=UNQUANTIZED if quantizer is None else group.activation.bits,
             rounding=None if rounded is None else type(group.rounding).__name__,
-            stored_bits=stored_bits(shape, width, n_groups, symmetric=symmetric, scattered=scattered),
+            stored_bits=stored_bits(
+                shape, width, n_groups, symmetric=symmetric, scattered=scattered, format=group.weight.format
+            ),
             weight_error=weight_error,
             output_error=output_error,
             notes=() if rounded is None else rounded.notes,

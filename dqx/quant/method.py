@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import gcd
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dqx.models.transformer import ROLES, SITES, Architecture
-from dqx.quant.bits import UNQUANTIZED, WIDTHS, ActivationBits, BitsConfig
+from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig
+from dqx.quant.bits_problems import bits_problems
 from dqx.quant.protocols import (
     STREAMS,
     Activation,
@@ -72,7 +72,7 @@ class Method:
     def kv_bits(self, bits: BitsConfig) -> ActivationBits:
         """The grid of keys and values: 16 bits in methods that leave them alone."""
         wanted = bits.activation.bits if bits.kv.bits is None else bits.kv.bits
-        return ActivationBits(UNQUANTIZED if self.kv is None else wanted, bits.activation.symmetric)
+        return replace(bits.activation, bits=UNQUANTIZED if self.kv is None else wanted)
 
     @property
     def model_transforms(self) -> dict[str, ModelTransform]:
@@ -119,9 +119,8 @@ class Method:
         return [
             *self._slot_problems(),
             *self._part_problems(Setting(arch, bits, self)),
-            *_width_problems(bits),
             *self._pair_problems(bits),
-            *_group_problems(bits, arch),
+            *bits_problems(bits, arch),
         ]
 
     def _slot_problems(self) -> Iterator[str]:
@@ -191,10 +190,11 @@ class Method:
                 if key in asked
             ]
         if self.activation is None:
+            format = "" if bits.weight.format == "int" else f"{bits.weight.format}_"
             found += [
                 f"{key}={asked[key]}, but method {self.name} quantizes weights only; write "
-                f"{f'bits=w{bits.weight.bits}a16' if key == 'bits.activation.bits' else f'{key}=16'}, or take a method "
-                "that quantizes activations (rtn does)"
+                + (f"bits={format}w{bits.weight.bits}a16" if key == "bits.activation.bits" else f"{key}=16")
+                + ", or take a method that quantizes activations (rtn does)"
                 for key in input_widths
                 if key in asked
             ]
@@ -204,41 +204,3 @@ class Method:
                 "add a part (method.kv=per_head), or write bits.kv.bits=null"
             )
         return found
-
-
-def _width_problems(bits: BitsConfig) -> Iterator[str]:
-    widths: dict[str, int | None] = {
-        "bits.weight.bits": bits.weight.bits,
-        "bits.activation.bits": bits.activation.bits,
-        "bits.kv.bits": bits.kv.bits,
-    }
-    for role, own in vars(bits.overrides).items():
-        widths |= {f"bits.overrides.{role}.weight": own.weight, f"bits.overrides.{role}.activation": own.activation}
-    for key, value in widths.items():
-        if value is not None and (isinstance(value, bool) or value not in WIDTHS):
-            yield f"{key}={value} is no width dqx has; 2, 3, 4, 5, 6, 7, 8 and 16 (not quantized) are"
-
-
-def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
-    common = gcd(*(arch.in_features(role) for role in ROLES))
-    powers = [2**n for n in range(17, 3, -1) if common % 2**n == 0][:3]
-    remedy = ", ".join(map(str, powers)) + " and -1 do" if powers else "-1 (one group per row) does"
-    offenders: dict[tuple[str, int, int], list[str]] = {}
-    for role in ROLES:
-        weight = bits.weight_of(role)
-        if weight.bits == UNQUANTIZED or weight.group_size == -1:
-            continue
-        own = getattr(bits.overrides, role).group_size
-        key = "bits.weight.group_size" if own is None else f"bits.overrides.{role}.group_size"
-        offenders.setdefault((key, weight.group_size, arch.in_features(role)), []).append(role)
-    hopeless = set()
-    for (key, size, width), roles in offenders.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            if key not in hopeless:
-                yield f"{key}={size} is no number of inputs; for this model {remedy}"
-            hopeless.add(key)
-        elif width % size:
-            yield (
-                f"{key}={size} does not divide {width}, the inputs of {', '.join(roles)} "
-                f"({arch.n_blocks} blocks); {remedy}"
-            )

@@ -1,8 +1,9 @@
 """What quantization did: one row per linear, what stayed in 16 bit and why, and the average bits per weight.
 
-Convention for bits per weight: codes at their width, one 16-bit scale per group, for asymmetric grids one b-bit
-zero point per group, and where `act_order` scatters groups one 16-bit group index per input. A linear left alone
-counts 16 whatever dtype the model runs in. Embedding, norms, biases and head are not in the average.
+Convention for bits per weight: codes at their width, one scale per group (16 bits for integers and fp8, 8 for mxfp4 and
+nvfp4, which adds 32 per weight matrix), for asymmetric grids one b-bit zero point per group, and where `act_order`
+scatters groups one 16-bit group index per input. A linear left alone counts 16 whatever dtype the model runs in.
+Embedding, norms, biases and head are not in the average.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dqx.quant.bits import UNQUANTIZED
+from dqx.quant.bits import FORMATS, UNQUANTIZED
 
-SCALE_BITS = 16
 INDEX_BITS = 16
 
 
-def stored_bits(shape: tuple[int, int], bits: int, n_groups: int, *, symmetric: bool, scattered: bool = False) -> int:
+def stored_bits(
+    shape: tuple[int, int], bits: int, n_groups: int, *, symmetric: bool, scattered: bool = False, format: str = "int"
+) -> int:
     """Bits that a weight [O, I] with `n_groups` groups per row takes, by the convention above."""
     n_out, n_in = shape
     if bits == UNQUANTIZED:
         return UNQUANTIZED * n_out * n_in
-    zero_bits = 0 if symmetric else bits
-    return bits * n_out * n_in + (SCALE_BITS + zero_bits) * n_out * n_groups + (INDEX_BITS * n_in if scattered else 0)
+    scales = FORMATS[format]
+    per_group = scales.scale_bits + (0 if symmetric or not scales.has_zero_point else bits)
+    index = INDEX_BITS * n_in if scattered else 0
+    return bits * n_out * n_in + per_group * n_out * n_groups + scales.tensor_bits + index
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""What can be wrong with `bits` on an architecture, whatever the method: formats, widths, symmetry and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd
+
+from dqx.models.transformer import ROLES, Architecture
+from dqx.names import did_you_mean
+from dqx.quant.bits import FORMATS, UNQUANTIZED, WIDTHS, BitsConfig
+
+
+def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
+    """Every setting that cannot work, with its remedy."""
+    formats = list(_format_problems(bits))
+    if formats:
+        return formats
+    return [
+        *_width_problems(bits),
+        *_symmetry_problems(bits),
+        *_group_problems(bits, arch),
+        *_block_problems(bits, arch),
+    ]
+
+
+def _format_problems(bits: BitsConfig) -> Iterator[str]:
+    named = {"bits.weight.format": bits.weight.format, "bits.activation.format": bits.activation.format}
+    named |= {f"bits.overrides.{r}.format": own.format for r, own in vars(bits.overrides).items() if own.format}
+    for key, name in named.items():
+        if name not in FORMATS:
+            yield f"{key}={name} is unknown; {did_you_mean(name, FORMATS)}"
+
+
+def _width_problems(bits: BitsConfig) -> Iterator[str]:
+    """Widths that their format does not have. Overrides are judged with their own format."""
+    weight, activation = bits.weight, bits.activation
+    asked: dict[str, tuple[int, str]] = {
+        "bits.weight.bits": (weight.bits, weight.format),
+        "bits.activation.bits": (activation.bits, activation.format),
+    }
+    if bits.kv.bits is not None:
+        asked["bits.kv.bits"] = (bits.kv.bits, activation.format)
+    for role, own in vars(bits.overrides).items():
+        if own.weight is not None or own.format is not None:
+            asked[f"bits.overrides.{role}.weight"] = (bits.weight_of(role).bits, bits.weight_of(role).format)
+        if own.activation is not None or own.format is not None:
+            found = bits.activation_of(role)
+            asked[f"bits.overrides.{role}.activation"] = (found.bits, found.format)
+    for key, (width, name) in asked.items():
+        known = (*FORMATS[name].widths, UNQUANTIZED)
+        if isinstance(width, bool) or width not in (WIDTHS if name == "int" else known):
+            if name == "int":
+                yield f"{key}={width} is no width dqx has; 2, 3, 4, 5, 6, 7, 8 and 16 (not quantized) are"
+            else:
+                yield f"{key}={width}, but {name} has {known[0]} bits; write {key}={known[0]} or 16 (not quantized)"
+
+
+def _symmetry_problems(bits: BitsConfig) -> Iterator[str]:
+    for key, part in (("weight", bits.weight), ("activation", bits.activation)):
+        if part.bits != UNQUANTIZED and not part.symmetric and not FORMATS[part.format].has_zero_point:
+            yield (
+                f"bits.{key}.symmetric=false, but {part.format} has no zero point; write bits.{key}.symmetric=true, "
+                f"or bits.{key}.format=int"
+            )
+
+
+def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
+    """Group sizes of weights that do not divide the inputs, or are not those of the format."""
+    common = gcd(*(arch.in_features(role) for role in ROLES))
+    powers = [2**n for n in range(17, 3, -1) if common % 2**n == 0][:3]
+    remedy = ", ".join(map(str, powers)) + " and -1 do" if powers else "-1 (one group per row) does"
+    offenders: dict[tuple[str, int, int], list[str]] = {}
+    foreign: dict[str, str] = {}
+    for role in ROLES:
+        weight, own = bits.weight_of(role), getattr(bits.overrides, role)
+        key = "bits.weight.group_size" if own.group_size is None else f"bits.overrides.{role}.group_size"
+        block = FORMATS[weight.format].block
+        if weight.bits == UNQUANTIZED:
+            continue
+        if block is not None and weight.group_size != block:
+            write = f"bits.overrides.{role}.group_size={block}" if own.format else f"{key}={block}"
+            foreign[f"{key}={weight.group_size}, but {weight.format} has a scale per {block} inputs"] = write
+        elif weight.group_size != -1:
+            offenders.setdefault((key, weight.group_size, arch.in_features(role)), []).append(role)
+    yield from (f"{problem}; write {write}" for problem, write in foreign.items())
+    hopeless = set()
+    for (key, size, width), roles in offenders.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if key not in hopeless:
+                yield f"{key}={size} is no number of inputs; for this model {remedy}"
+            hopeless.add(key)
+        elif width % size:
+            fixed = FORMATS[bits.weight_of(roles[0]).format].block is not None
+            yield (
+                f"{key}={size} does not divide {width}, the inputs of {', '.join(roles)} ({arch.n_blocks} blocks); "
+                + (f"{bits.weight_of(roles[0]).format} cannot be had for them" if fixed else remedy)
+            )
+
+
+def _block_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
+    """Activation formats whose blocks do not fill a linear's input."""
+    offenders: dict[tuple[str, int, int], list[str]] = {}
+    for role in ROLES:
+        found, width = bits.activation_of(role), arch.in_features(role)
+        block = FORMATS[found.format].block
+        if found.bits != UNQUANTIZED and block is not None and width % block:
+            offenders.setdefault((found.format, block, width), []).append(role)
+    for (name, block, width), roles in offenders.items():
+        yield (
+            f"bits.activation.format={name} has a scale per {block} channels, which do not divide {width}, the inputs "
+            f"of {', '.join(roles)}; write {' '.join(f'bits.overrides.{role}.activation=16' for role in roles)}"
+        )
