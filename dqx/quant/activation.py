@@ -63,6 +63,8 @@ class PerGroup:
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
         """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
+        if grid.identity:
+            return x
         groups = x.unflatten(-1, (-1, self.group_size))
         return grid.fake(groups, clip_ratio=self.clip_ratio).flatten(-2)
 
