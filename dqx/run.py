@@ -54,7 +54,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("evaluate full precision", timings):
         full_precision, sources = _full_precision(lm, config, cache)
-    with stage("mask the calibration text", timings):
+    with stage("make the calibration states", timings):
         calibration = calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
     statistics = {}
     thresholds = _thresholds(config)

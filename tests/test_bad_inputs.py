@@ -110,6 +110,17 @@ CONFIGURATIONS = [
     ("clip ratio of zero", ["method.activation.clip_ratio=0"], "method.activation.clip_ratio=0 must lie above 0"),
     ("width that does not exist", ["bits.weight.bits=9"], "bits.weight.bits=9 is no width dqx has"),
     ("windows longer than the model", ["calib.length=4096"], "calib.length=4096 is longer than the model's 1024"),
+    (
+        "no room for a prompt",
+        ["calib=trajectory", "calib.gen_length=64"],
+        "calib.gen_length=64 leaves no room for a prompt in windows of calib.length=64",
+    ),
+    (
+        "steps that the calibration's blocks do not divide",
+        ["calib=trajectory", "calib.block_length=16", "calib.steps=33"],
+        r"calib.steps=33 cannot be shared equally by 2 blocks \(gen_length=32, block_length=16\); 32 or 34 can",
+    ),
+    ("a setting of another masking", ["calib=mcs", "calib.steps=8"], "calib.steps=8 does nothing with calib.masking"),
     ("mask outside the vocabulary", ["model.mask_token_id=320"], "320 lies outside the vocabulary of 320; null takes"),
     (
         "unknown remasking",

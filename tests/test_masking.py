@@ -1,5 +1,6 @@
 """Calibration states: densities that can be computed, the sampler's own states, seeds, and what is refused."""
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from dqx.diffusion.noise import SeededNoise, generator
 from dqx.masking import MASKINGS, calibration_states, masking_problems, masks, rollouts, shown_calls, spread
 from dqx.models import inspect, load_weights
 from dqx.quant.loop import Stream
+from dqx.report import header
+from dqx.run import run
+from dqx.store import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = list(MASKINGS)
@@ -364,6 +368,16 @@ def test_every_choice_composes_and_fits_its_windows(kind, name):
 def test_a_trajectory_follows_the_length_of_the_windows():
     config = resolve(compose(["calib=trajectory", "calib.length=512"])).calib
     assert (config.gen_length, config.block_length, config.steps) == (256, 32, 256)
+
+
+def test_the_record_tells_the_masking(tmp_path):
+    overrides = ["calib=trajectory", "calib.rollout=true", "calib.samples=2", "calib.length=64", "calib.block_length=8"]
+    quick = ["task=nano_facts", "task.limit=1", "outliers.samples=1", "wandb.mode=disabled", f"cache_dir={tmp_path}/c"]
+    record = run(resolve(compose([*overrides, *quick])), tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "results.json").read_text())["calibration"]
+    assert (said["masking"], said["rollout"], said["gen_length"], said["steps"]) == ("trajectory", True, 32, 32)
+    assert said["mask_ratio"] == record.mask_ratio == RunFolder(tmp_path / "run").read().mask_ratio == 32 / 128
+    assert "trajectory, 25% masked, 2 x 64 tokens" in header(record)[1]
 
 
 def test_a_sweep_over_the_kinds(tmp_path):
