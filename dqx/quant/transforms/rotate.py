@@ -28,7 +28,7 @@ from dqx.quant.setting import Context, Setting
 Rotation = Callable[[Tensor], Tensor]
 
 KINDS = ("random_hadamard", "hadamard", "orthogonal")
-CHUNK_VALUES = 2**24  # values of a weight in float64 at a time: 128 MiB
+CHUNK_VALUES = 2**18  # values of a weight in float64 at a time: 2 MiB, which stays in the cache
 
 
 @dataclass(frozen=True)
