@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from goldens import awq_dream_block, cases, golden, hub_name, rope, statistics, tiny
+from goldens import Batch, awq_dream_block, cases, golden, hub_name, rope, statistics, tiny
 
 from dqx.models.transformer import SITES
-from dqx.quant import BitsConfig, Method, WeightBits
+from dqx.quant import BitsConfig, Method, WeightBits, quantize
 from dqx.quant.clip import OutputMSE
 from dqx.quant.grid import Grid
+from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
 from dqx.quant.setting import Context
-from dqx.quant.transforms.awq import AWQScale
+from dqx.quant.transforms import awq
+from dqx.quant.transforms.awq import AWQScale, channel_scales
 
 METHOD = Method("awq", RTN(include_zero=False), transforms={"scale": AWQScale()}, clip=OutputMSE())
 SETS = {
@@ -98,3 +102,118 @@ class Bound:
 
     def __call__(self, w_OGW, grid, columns_GW):
         return self.clip(w_OGW, grid, self.stats, columns_GW)
+
+
+def literal_search(block, site, inputs, bits, group_size, n_grid=20):
+    """The search as the paper has it: every candidate through the judge on all tokens."""
+    roles = SITES[site]
+    tables = rope(block.arch, inputs.shape[1], inputs.dtype)
+    judge = {
+        "attn_in": lambda: block.attention(inputs, tables, None),
+        "attn_out": lambda: block.o(inputs),
+        "mlp_in": lambda: block.mlp(inputs),
+        "mlp_out": lambda: block.down(inputs),
+    }[site]
+    target, losses, scales = judge(), [], []
+    original = {role: getattr(block, role).weight.clone() for role in roles}
+    for r in range(n_grid):
+        s = inputs.abs().flatten(0, 1).mean(0).pow(r / n_grid).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        for role in roles:
+            w = (original[role] * s).view(-1, group_size)
+            lo, hi = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+            step = (hi - lo).clamp(min=1e-5) / (2**bits - 1)
+            zero = (-torch.round(lo / step)).clamp(0, 2**bits - 1)
+            q = (torch.clamp(torch.round(w / step) + zero, 0, 2**bits - 1) - zero) * step
+            getattr(block, role).weight.copy_(q.view_as(original[role]) / s)
+        losses.append((judge() - target).pow(2).mean().item())
+        scales.append(s)
+        for role in roles:
+            getattr(block, role).weight.copy_(original[role])
+    return scales[losses.index(min(losses))], losses
+
+
+@pytest.mark.parametrize("tokens", [(1, 9), (5, 40)], ids=["fewer_tokens_than_inputs", "more_tokens_than_inputs"])
+@pytest.mark.parametrize("tile", [2048, 24], ids=["one_tile", "tiles"])
+@torch.no_grad()
+def test_search_is_the_search_written_out(tokens, tile, monkeypatch):
+    """In float64, with grouped heads and biases, whichever way the error of a linear is computed."""
+    monkeypatch.setattr(awq, "TILE", tile)
+    monkeypatch.setattr(awq, "JUDGED_ROWS", tile)
+    model = tiny("dream", torch.float64)
+    block, context = model.blocks[1], context_of(model.blocks[1], 3, 16)
+    hidden = torch.randn(*tokens, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    transform = AWQScale()
+    stats, _ = statistics(block, hidden, transform.needs)
+    for site in SITES:
+        grids = {role: context.grid(role) for role in SITES[site]}
+        expected, expected_losses = literal_search(block, site, torch.cat(stats[site]["inputs"]), 3, 16)
+        scale, losses = transform.search(block, site, stats[site], grids, context, give_up=False)
+        torch.testing.assert_close(losses, expected_losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(scale, expected)
+        assert torch.equal(transform.search(block, site, stats[site], grids, context)[0], scale)
+
+
+@torch.no_grad()
+def test_grouped_heads_leave_attn_out_alone():
+    block = tiny("dream").blocks[0]
+    hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0))
+    stats, _ = statistics(block, hidden, AWQScale().needs)
+    columns = {role: getattr(block, role).weight.clone() for role in ("o", "down")}
+    AWQScale().apply(block, stats, context_of(block, 3))
+    assert torch.equal(block.o.weight, columns["o"])
+    assert not torch.equal(block.down.weight, columns["down"])
+
+
+@torch.no_grad()
+def test_a_site_is_scaled_for_the_roles_that_are_rounded():
+    """q stays in 16 bit: k and v are searched for alone; a site of which nothing is rounded is not scaled."""
+    block = tiny("llada").blocks[0]
+    hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0))
+    stats, _ = statistics(block, hidden, AWQScale().needs)
+    method = replace(METHOD, rounding_by_role={"q": None, "gate": None, "up": None})
+    context = Context(block.arch, BitsConfig("b", WeightBits(3, 32)), method)
+    norm = block.mlp_norm.weight.clone()
+    AWQScale(sites=["attn_in", "mlp_in"]).apply(block, stats, context)
+    assert torch.equal(block.mlp_norm.weight, norm)
+    grids = {role: context.grid(role) for role in ("k", "v")}
+    assert context.grid("q") is None
+    intact = tiny("llada").blocks[0]
+    scale, _ = AWQScale().search(intact, "attn_in", stats["attn_in"], grids, context)
+    torch.testing.assert_close(block.attn_norm.weight, intact.attn_norm.weight / scale)
+
+
+def test_one_candidate_is_rounding_as_it_is():
+    absmean = torch.tensor([0.5, 2.0, 0.0])
+    assert torch.equal(channel_scales(absmean, 1), torch.ones(1, 3))
+    scales = channel_scales(absmean, 20)
+    assert torch.equal(scales[0], torch.ones(3))
+    torch.testing.assert_close(scales.amax(1) * scales.amin(1), torch.ones(20))
+    assert torch.isfinite(scales).all()
+
+
+@pytest.mark.parametrize(
+    "rounding", [RTN(include_zero=False), GPTQ(), GPTQ(act_order=True)], ids=["rtn", "gptq", "gptq_act"]
+)
+@torch.no_grad()
+def test_whole_models(rounding):
+    """Scales and clips under either rounding: less error of the first block than plain rounding, on other tokens."""
+    model = {name: tiny("llada") for name in ("intact", "plain", "awq")}
+    g = torch.Generator().manual_seed(0)
+    calibration, held_out = torch.randint(0, 300, (8, 32), generator=g), torch.randint(0, 300, (4, 32), generator=g)
+    setting = BitsConfig("w3a16", WeightBits(3, 32))
+    methods = {"plain": replace(METHOD, transforms={}, clip=None), "awq": replace(METHOD, rounding=rounding)}
+    for name, method in methods.items():
+        report = quantize(model[name], method, setting, [Batch(calibration)], progress=False)
+        assert len(report.linears) == 7 * 3
+        assert all(row.bits == 3 for row in report.linears)
+    outputs = {name: list(m.hidden_states(held_out))[1] for name, m in model.items()}
+    error = {name: (outputs[name] - outputs["intact"]).square().mean().item() for name in outputs}
+    assert 0 < error["awq"] < error["plain"]
+
+
+def test_settings_are_checked():
+    assert AWQScale().problems("method.transforms.scale", None) == []
+    bad = AWQScale(n_grid=0, judge="model", sites=["attn"]).problems("method.transforms.scale", None)
+    assert len(bad) == 3
+    assert all(p.startswith("method.transforms.scale.") for p in bad)
