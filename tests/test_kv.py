@@ -1,5 +1,6 @@
 """Quantized keys, values and queries: the official tensors of a block, and identities."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ from safetensors.torch import load_file
 
 from dqx.models import inspect, load_weights
 from dqx.models.transformer import apply_rope
-from dqx.quant.bits import ActivationBits
+from dqx.quant.activation import PerToken
+from dqx.quant.bits import ActivationBits, BitsConfig, KVBits
 from dqx.quant.kv import KeysValues
+from dqx.quant.method import Method
+from dqx.quant.setting import Setting
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -97,3 +101,46 @@ def test_rotation_leaves_attention_alone_and_helps_outliers(tile):
         errors.append(F.mse_loss(scores, exact) / exact.square().mean())
     assert errors[0] < 1e-4
     assert errors[0] < errors[1]
+
+
+def test_problems_say_what_to_write():
+    arch = inspect(str(GOLDEN / "dream_tiny")).arch  # two key/value heads of width 8
+
+    def problems(part, kv=4, head_size=8, **activation):
+        bits = BitsConfig(activation=ActivationBits(**({"bits": 4} | activation)), kv=KVBits(kv))
+        shape = replace(arch, hidden_size=head_size * arch.n_heads)
+        return part.problems("method.kv", Setting(shape, bits, Method(name="m", kv=part)))
+
+    assert problems(KeysValues(keys="head", queries=True, rotate=True)) == []
+    for part, expected in (
+        (KeysValues(keys="channel"), "method.kv.keys=channel is unknown; write token, head, or null for 16 bit"),
+        (KeysValues(values="all"), "method.kv.values=all is unknown"),
+        (KeysValues(key_clip_ratio=0.0), "method.kv.key_clip_ratio=0.0 must lie above 0"),
+        (KeysValues(value_clip_ratio=1.5), "method.kv.value_clip_ratio=1.5 must lie above 0"),
+        (KeysValues(keys=None, queries=True), "write method.kv.keys=head, or method.kv.queries=false"),
+        (KeysValues(rotate=True, tile=3), "method.kv.tile=3 does not divide 8, the width of a head"),
+    ):
+        (problem,) = problems(part)
+        assert expected in problem
+    (problem,) = problems(KeysValues(rotate=True), head_size=6)
+    assert "method.kv.tile=null: the width of a head" in problem
+    assert problems(KeysValues(rotate=True), kv=16, head_size=6) == []
+    assert problems(KeysValues(keys="head", values="token"), format="nvfp4") == [
+        "method.kv.keys=head: 8 channels cannot be cut into the blocks of 16 in which nvfp4 shares a scale; "
+        "write method.kv.keys=null, or bits.kv.bits=16"
+    ]
+    assert problems(KeysValues(), format="nvfp4") == problems(KeysValues(keys="head"), kv=16, format="nvfp4") == []
+    (problem,) = problems(KeysValues(), bits=8, format="fp8")
+    assert "bits.kv.bits=4: keys and values have the format of the activations" in problem
+    assert "write bits.kv.bits=8 or bits.kv.bits=16" in problem
+
+
+def test_block_formats_round_keys_and_values():
+    """nvfp4 cuts the channels of a token into blocks of 16, here two heads each."""
+    block = fresh("dream").blocks[0]
+    bits = ActivationBits(4, format="nvfp4")
+    KeysValues().install(block, bits)
+    x = random(2, 2, 5, 8)
+    expected = PerToken()(x.transpose(1, 2).flatten(2), bits).view(2, 5, 2, 8).transpose(1, 2)
+    assert torch.equal(block.heads["k"](x), expected)
+    assert not torch.equal(expected, x)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dqx.models.transformer import Block, compose
-from dqx.quant.bits import ActivationBits
+from dqx.quant.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.quant.grid import Grid, make_grid
 from dqx.quant.hadamard import OnlineHadamard, tile_problems
 from dqx.quant.setting import Setting
@@ -71,8 +71,32 @@ class KeysValues:
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
                 f"write {where}.keys=head, or {where}.queries=false"
             )
-        if self.rotate:
+        if self.rotate and self.keys is not None and setting.method.kv_bits(setting.bits).bits != UNQUANTIZED:
             found += tile_problems(f"{where}.tile", setting.arch.head_size, self.tile, "the width of a head")
+        return found + self._format_problems(where, setting)
+
+    def _format_problems(self, where: str, setting: Setting) -> list[str]:
+        """What keeps the format of the activations, which keys and values share, from being theirs."""
+        bits, arch = setting.method.kv_bits(setting.bits), setting.arch
+        if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
+            return []
+        found = []
+        known = FORMATS[bits.format]
+        if bits.bits not in known.widths:
+            widths = ", ".join(map(str, known.widths))
+            found.append(
+                f"bits.kv.bits={bits.bits}: keys and values have the format of the activations, "
+                f"bits.activation.format={bits.format}, which has {widths} bits; write bits.kv.bits={known.widths[-1]} "
+                "or bits.kv.bits=16"
+            )
+        options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
+        for name, share in options.items():
+            width = arch.head_size if share == "head" else arch.n_kv_heads * arch.head_size
+            if share is not None and known.block and width % known.block:
+                found.append(
+                    f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {known.block} in which "
+                    f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.bits=16"
+                )
         return found
 
 
