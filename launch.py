@@ -13,6 +13,9 @@ import sys
 import textwrap
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import hydra
@@ -22,11 +25,13 @@ from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
 
 if TYPE_CHECKING:
+    from dqx.plan import PlannedRun
     from dqx.store import Record
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 failures: list[BaseException] = []  # of the runs that were started here
 finished: list[Record] = []
+planned: list[tuple[PlannedRun, float]] = []  # with plan=true
 started = 0
 
 
@@ -35,6 +40,11 @@ def main(cfg: DictConfig) -> None:
     """One run, of a sweep perhaps. A run that fails says so at once; in a sweep the others go on."""
     global started
     started += 1
+    if cfg.plan:
+        from dqx.plan import plan_run
+
+        planned.append((plan_run(cfg), cfg.plan_tflops))
+        return
     from dqx.models.checkpoint import CheckpointError
     from dqx.run import run
 
@@ -48,6 +58,19 @@ def main(cfg: DictConfig) -> None:
         failures.append(error)
         log.exception("the run failed")
         raise
+
+
+@contextmanager
+def without_output_folders(argv: list[str]) -> Iterator[None]:
+    """For `plan=true`: Hydra's output folders and messages, which it makes for every job, go to a temporary place."""
+    at = next((i for i, argument in enumerate(argv) if argument.lower() == "plan=true"), None)
+    if at is None:
+        yield
+        return
+    with TemporaryDirectory() as folder:
+        places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra.output_subdir=null"]
+        argv[at:at] = [*places, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+        yield
 
 
 def plain(problems: list[str]) -> str:
@@ -76,13 +99,18 @@ if __name__ == "__main__":
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
     try:
         sys.argv[1:] = normalize(sys.argv[1:])
-        try:
-            main()
-        finally:
-            if len(finished) > 1:
-                from dqx.report import print_sweep
+        with without_output_folders(sys.argv):
+            try:
+                main()
+            finally:
+                if len(finished) > 1:
+                    from dqx.report import print_sweep
 
-                print_sweep(finished)
+                    print_sweep(finished)
+        if planned:
+            from dqx.plan import print_plan
+
+            print_plan([run for run, _ in planned], planned[0][1])
     except Exception as error:
         if developer:
             raise

@@ -19,6 +19,7 @@ from dqx.evaluate.problems import task_problems
 from dqx.masking import masking_problems
 from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect
 from dqx.models.tokenizer import tokenizer_problem
+from dqx.models.transformer import Architecture
 from dqx.names import did_you_mean
 from dqx.parts import build_part, part_problems
 
@@ -28,9 +29,15 @@ EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def problems(config: Config) -> list[str]:
-    """All problems in the order of the config groups, each once; empty when the run can start."""
-    found = [*_number_problems(config), *_name_problems(config), *_device_problems(config.model.device)]
+def problems(config: Config, arch: Architecture | None = None) -> list[str]:
+    """All problems in the order of the config groups, each once; empty when the run can start.
+
+    With `arch` the model is judged by that architecture, and what only the machine that runs it must have, the
+    checkpoint and the device, is not looked at.
+    """
+    found = [*_number_problems(config), *_name_problems(config)]
+    if arch is None:
+        found += _device_problems(config.model.device)
     if not config.model.sampler:
         found.append("model.sampler is empty; choose a model, or set its _target_")
     sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
@@ -53,6 +60,10 @@ def problems(config: Config) -> list[str]:
 
     if not config.model.path.strip():
         return _once(found)
+    if arch is not None:
+        found += _architecture_problems(config, arch)
+        found += [] if method is None else method.problems(config.bits, arch)
+        return _once(found)
     if found and not _is_local(config.model.path):
         found.append(
             f"(model.path={config.model.path} was not looked at, to download nothing for a run that cannot start)"
@@ -63,6 +74,7 @@ def problems(config: Config) -> list[str]:
     except CheckpointError as error:
         return _once([*found, str(error)])
     found += _checkpoint_problems(config, checkpoint)
+    found += _architecture_problems(config, checkpoint.arch)
     if method is not None:
         found += method.problems(config.bits, checkpoint.arch)
     return _once(found)
@@ -141,13 +153,26 @@ def _device_problems(name: str) -> Iterator[str]:
 
 
 def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
-    """What does not fit between the configuration and the checkpoint's config.json and tokenizer files."""
+    """What the folder is not or does not have: another family, no tokenizer, no chat template."""
     model, arch = config.model, checkpoint.arch
     if model.family in FAMILIES and arch.family != model.family:
         yield (
             f"model.family={model.family}, but {checkpoint.folder / 'config.json'} is of family {arch.family}; "
             f"choose a model of that family, for example model={EXAMPLES[arch.family]} model.path={model.path}"
         )
+    missing = tokenizer_problem(checkpoint.folder)
+    if missing:
+        yield missing
+    elif model.chat and not _has_chat_template(checkpoint.folder):
+        yield (
+            f"model.chat=true, but {checkpoint.folder} has no chat template (chat_template in tokenizer_config.json, "
+            f"or {TEMPLATE_FILES[0]}); set model.chat=false for a base model"
+        )
+
+
+def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
+    """Numbers that the model is too small for."""
+    model = config.model
     if model.mask_token_id is not None and model.mask_token_id >= arch.vocab_size:
         yield (
             f"model.mask_token_id={model.mask_token_id} lies outside the vocabulary of {arch.vocab_size}; "
@@ -161,14 +186,6 @@ def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str
     channels = min(arch.hidden_size, arch.mlp_size)
     if model.outliers.channels > channels:
         yield f"model.outliers.channels={model.outliers.channels} is more than the model's {channels} channels"
-    missing = tokenizer_problem(checkpoint.folder)
-    if missing:
-        yield missing
-    elif model.chat and not _has_chat_template(checkpoint.folder):
-        yield (
-            f"model.chat=true, but {checkpoint.folder} has no chat template (chat_template in tokenizer_config.json, "
-            f"or {TEMPLATE_FILES[0]}); set model.chat=false for a base model"
-        )
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dqx.deltas import Delta
 from dqx.evaluate.results import TaskResult
+from dqx.names import method_label
 from dqx.outliers import Thresholds, summary
 from dqx.store import SIDES, Record
 
@@ -89,7 +90,7 @@ def sweep_table(records: Sequence[Record]) -> Table:
             cells = _cells(overall)
             masking = (config.get("calib") or {}).get("masking", "clean")
             table.add_row(
-                f"  {(config.get('method') or {}).get('name')} {(config.get('bits') or {}).get('name')}"
+                f"  {_method(record)} {(config.get('bits') or {}).get('name')}"
                 + (f" {masking}" if masking != "clean" else ""),
                 "-" if record.average_bits is None else f"{record.average_bits:.2f}",
                 *[_accuracy(record.quantized.get(name)) for name in tasks],
@@ -100,6 +101,11 @@ def sweep_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def _method(record: Record) -> str:
+    method = record.config.get("method") or {}
+    return method_label(method.get("name"), method.get("variant"))
+
+
 def _accuracy(result: TaskResult | None) -> str:
     return "-" if result is None else f"{100 * result.value:.1f}"
 
@@ -108,7 +114,7 @@ def header(record: Record) -> list[str]:
     """Model, method and bits; then calibration, steps and seed."""
     config, average = record.config, record.average_bits
     bits = (config.get("bits") or {}).get("name")
-    what = f"{record.model.get('name')}, {(config.get('method') or {}).get('name')} {bits}"
+    what = f"{record.model.get('name')}, {_method(record)} {bits}"
     parts = []
     calib = config.get("calib") or {}
     if calib and record.quantization.get("calibration_tokens") != 0:

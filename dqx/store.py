@@ -83,6 +83,7 @@ class Record:
             "choices": self.choices,
             "model": self.model,
             "method": _at(config, "method", "name"),
+            "variant": _at(config, "method", "variant") or None,
             "bits": _at(config, "bits", "name"),
             "average_bits": self.average_bits,
             "calibration": {**config["calib"], "mask_ratio": self.mask_ratio} if config.get("calib") else None,
