@@ -169,6 +169,6 @@ def test_plan_as_typed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "2 runs planned" in done.stdout
-    rows = [line.split()[:4] for line in done.stdout.splitlines() if line.startswith("dream_7b_base ")]
+    rows = [line.split()[:4] for line in done.stdout.splitlines() if line.startswith("dream_7b_base gptq")]
     assert rows == [["dream_7b_base", "gptq", bits, "4"] for bits in ("w4a16", "w3a16")]
     assert list(tmp_path.iterdir()) == []
