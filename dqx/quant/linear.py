@@ -55,8 +55,8 @@ class QuantLinear(nn.Module):
         return F.linear(self.quantize_input(x), self.weight, self.bias)
 
     def codes(self) -> Tensor:
-        """Integer codes [O, I] as uint8. Exact for float32, bfloat16 and float16 weights up to 8 bits: with zero
-        inside the range a code is at most 255 steps from zero, and half a step is more than bfloat16 rounds off there.
+        """Codes [O, I] as uint8, exact for float32 and float16 weights. bfloat16 rounds off less than half a step up to
+        128 steps from zero: up to 7 bits always, and at 8 bits except in lopsided groups, where a code may be off by 1.
 
         Raises ValueError where the weight is not quantized.
         """
