@@ -6,13 +6,18 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from goldens import FAMILIES, Batch, tiny
 
-from dqx.quant.bits import WeightBits
+from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
+from dqx.quant.activation import Static
+from dqx.quant.bits import RoleBits
+from dqx.quant.clip import OutputMSE, WeightMSE
 from dqx.quant.grid import Grid
-from dqx.quant.rounding.dual_scale import DualScale, column_scale, scaled_statistics
+from dqx.quant.rounding.dual_scale import PRODUCERS, DualScale, column_scale, scaled_statistics
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
+from dqx.quant.transforms.online import HeadRotation, OnlineDown
 
 
 def problem(n_out=40, n_in=96, spread=0.5, seed=0, dtype=torch.float64):
@@ -152,3 +157,158 @@ def test_scaled_statistics():
     for name in ("hessian", "cross"):
         torch.testing.assert_close(ours[name], measured[name])
     assert scaled_statistics({}, s) == {}
+
+
+# ---- in whole models ------------------------------------------------------------------------------------------
+
+
+def bits(weight, **overrides):
+    setting = BitsConfig(f"w{weight}a16", WeightBits(weight, 32), ActivationBits())
+    for role, own in overrides.items():
+        setattr(setting.overrides, role, own)
+    return setting
+
+
+def sequences():
+    return torch.randint(0, 96, (6, 24), generator=torch.Generator().manual_seed(2))
+
+
+def quantized(family, method, setting, dtype=torch.float32):
+    model = tiny(family, dtype)
+    report = quantize(model, method, setting, [Batch(sequences())], progress=False)
+    return model, report
+
+
+@pytest.mark.parametrize(("family", "role"), [("llada", "down"), ("dream", "down"), ("llada", "o")])
+@pytest.mark.parametrize("producer_bits", [16, 3])
+def test_the_fold_preserves_the_function(family, role, producer_bits):
+    """The model computes what it would with the scales left in the weight, whether the producer is rounded or not."""
+    producer = PRODUCERS[role]
+    method = Method("m", RTN(), rounding_by_role={role: DualScale(rounding=RTN())})
+    setting = bits(3, **{producer: RoleBits(weight=producer_bits)})
+    folded, _ = quantized(family, method, setting, torch.float64)
+    plain, _ = quantized(family, Method("m", RTN()), setting, torch.float64)
+    with torch.no_grad():
+        for ours, reference in zip(folded.blocks, plain.blocks, strict=True):
+            ratio = getattr(ours, producer).weight / getattr(reference, producer).weight
+            s = ratio.nanmedian(1).values
+            torch.testing.assert_close(getattr(ours, producer).weight, getattr(reference, producer).weight * s[:, None])
+            assert s.max() > 1.02 * s.min()
+            getattr(reference, role).weight.copy_(getattr(ours, role).weight * s)
+            if producer_bits < 16:
+                assert torch.equal(getattr(ours, producer).codes(), getattr(reference, producer).codes())
+        torch.testing.assert_close(folded(sequences()), plain(sequences()), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_down_is_closer_than_with_one_scale(family):
+    """Judged where only down is rounded, and weight columns differ in size as they do in real models."""
+    original = tiny(family)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in original.blocks:
+            spread = (0.5 * torch.randn(block.down.in_features, generator=g)).exp()
+            block.down.weight *= spread
+            block.up.weight /= spread[:, None]
+    errors = {}
+    for width in (2, 3):
+        for name, part in (("plain", GPTAQ()), ("dual", DualScale())):
+            model = tiny(family)
+            model.load_state_dict(original.state_dict())
+            method = Method("m", None, rounding_by_role={"down": part})
+            report = quantize(model, method, bits(width), [Batch(sequences())], progress=False)
+            with torch.no_grad():
+                errors[name] = (model(sequences()) - original(sequences())).square().mean().item()
+            rows = [row for row in report.linears if row.role == "down"]
+            errors[f"{name} weights"] = sum(row.weight_error for row in rows)
+            errors[f"{name} outputs"] = sum(row.output_error for row in rows)
+        assert errors["dual"] < 0.9 * errors["plain"]
+        assert errors["dual weights"] < 0.9 * errors["plain weights"]
+        assert errors["dual outputs"] < 0.9 * errors["plain outputs"]
+
+
+def test_stored_bits_count_no_column_scale():
+    plain, dual = (
+        quantized("llada", Method("m", RTN(), rounding_by_role={"down": part}), bits(3))[1]
+        for part in (RTN(), DualScale(rounding=RTN()))
+    )
+    assert dual.average_bits == plain.average_bits
+
+
+def test_bfloat16_codes_survive_the_fold():
+    dual = Method("m", RTN(), rounding_by_role={"down": DualScale(rounding=RTN())})
+    folded, plain = (quantized("llada", method, bits(5), torch.bfloat16)[0] for method in (dual, Method("m", RTN())))
+    ours, reference = folded.blocks[0].up, plain.blocks[0].up
+    assert torch.equal(ours.codes(), reference.codes())
+    index = ours.group_index.long()
+    weight = ours.grid.dequantize(ours.codes(), ours.scale[:, index], ours.zero_point[:, index])
+    assert torch.equal(ours.weight, weight.bfloat16())  # rounded to bfloat16 once, not before and after the fold
+    assert not torch.equal(ours.weight, reference.weight)
+
+
+def test_static_ranges_of_the_input_are_those_of_the_scaled_input():
+    setting = replace(bits(3), activation=ActivationBits(8))
+    method = Method("m", RTN(), Static(), rounding_by_role={"down": DualScale(rounding=RTN())})
+    model, _ = quantized("llada", method, setting)
+    found = []
+    down = model.blocks[0].down
+    handle = down.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with torch.no_grad():
+        model(sequences())
+    handle.remove()
+    fresh = Static().fit({"minmax": torch.stack(torch.aminmax(found[0]))})
+    torch.testing.assert_close(down.quantize_input(found[0]), fresh(found[0], setting.activation))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parts"),
+    [
+        ("llada", {"rounding": DualScale()}, ["method.rounding:", "q, k, v, gate, up", "method.rounding_by_role.down"]),
+        ("llada", {"rounding_by_role": {"gate": DualScale()}}, ["gate have no linear before"]),
+        ("dream", {"rounding_by_role": {"o": DualScale()}}, ["grouped heads", "method.rounding_by_role.o=gptaq"]),
+        ("llada", {"rounding_by_role": {"down": DualScale(iterations=-1)}}, ["rounding_by_role.down.iterations=-1"]),
+        (
+            "llada",
+            {"rounding_by_role": {"down": DualScale(rounding=GPTQ(chunk=0))}},
+            ["method.rounding_by_role.down.rounding.chunk=0"],
+        ),
+        (
+            "llada",
+            {"transforms": {"online": OnlineDown(tile=32)}},
+            ["transforms.online mixes", "~method.transforms.online"],
+        ),
+        (
+            "llada",
+            {"rounding_by_role": {"o": DualScale()}, "transforms": {"heads": HeadRotation()}},
+            ["transforms.heads mixes"],
+        ),
+        ("llada", {"clip": OutputMSE()}, ["method.clip judges", "method.clip=weight_mse", "skip_roles"]),
+    ],
+)
+def test_what_cannot_be_folded_is_refused(family, changes, parts):
+    method = replace(Method("m", RTN(), rounding_by_role={"down": DualScale()}), **changes)
+    (problem,) = method.problems(bits(3), tiny(family).arch)
+    assert all(part in problem for part in parts), problem
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("dream", {}),
+        ("llada", {"rounding_by_role": {"o": DualScale(), "down": DualScale()}}),
+        ("llada", {"transforms": {"heads": HeadRotation()}}),
+        ("llada", {"clip": OutputMSE(skip_roles=["q", "k", "down"])}),
+        ("llada", {"clip": WeightMSE()}),
+    ],
+)
+def test_what_can_be_folded_is_not(family, changes):
+    method = replace(Method("m", RTN(), rounding_by_role={"down": DualScale()}), **changes)
+    assert method.problems(bits(3), tiny(family).arch) == []
+
+
+def test_block_formats_cannot_take_over_scales():
+    method = Method("m", RTN(), rounding_by_role={"down": DualScale()})
+    for name, width, size, refused in (("mxfp4", 4, 32, True), ("nvfp4", 4, 16, True), ("fp8", 8, -1, False)):
+        setting = BitsConfig("x", WeightBits(width, size, symmetric=True, format=name), ActivationBits())
+        found = method.problems(setting, tiny("llada").arch)
+        assert any("the scales of" in problem for problem in found) == refused, found

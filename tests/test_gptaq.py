@@ -1,11 +1,18 @@
 """GPTAQ: equal to GPTQ where it must be, to a literal transcription, and to least squares where that can be solved."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
+from goldens import FAMILIES, Batch, tiny
 
+from dqx.models.transformer import SITES
+from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.grid import Grid
-from dqx.quant.rounding.gptaq import carry_matrix, gptaq_round
-from dqx.quant.rounding.gptq import gptq_round, inverse_factor
+from dqx.quant.rounding.gptaq import GPTAQ, carry_matrix, gptaq_round
+from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.gptq import GPTQ, gptq_round
 from dqx.quant.rounding.rtn import rtn_round
 
 ORDERS = [{}, {"act_order": True}, {"static_groups": True}, {"act_order": True, "static_groups": True}]
@@ -79,7 +86,7 @@ def test_each_row_of_p_is_a_least_squares_solution():
     """P[j, >j] is the combination of later quantized inputs closest to the deviation of input j; D^T would not do."""
     _, x_q, x_fp = problem(n_in=24)
     h, d = statistics(x_q, x_fp)
-    u, _ = inverse_factor(h, 0.0)
+    u = triangular_inverse(upper_factor(h, 0.0)[0])
     p = carry_matrix(d, u, 1.0)
     assert torch.equal(p, p.triu(1))
     for j in range(23):
@@ -240,3 +247,87 @@ def test_bad_cross_terms():
     d[0, 0] = float("nan")
     with pytest.raises(ValueError, match="overflowed"):
         gptaq_round(w, h, d, Grid(4))
+
+
+# ---- in whole models ------------------------------------------------------------------------------------------
+
+
+def w(bits):
+    return BitsConfig(f"w{bits}a16", WeightBits(bits, 32), ActivationBits())
+
+
+def sequences(n=6, length=24, seed=2):
+    return torch.randint(0, 96, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(family, method, bits, dtype=torch.float32, ids=None):
+    model = tiny(family, dtype)
+    quantize(model, method, w(bits), [Batch(sequences() if ids is None else ids)], progress=False)
+    return model
+
+
+@torch.no_grad()
+def logits(model, ids=None):
+    return model(sequences() if ids is None else ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_with_alpha_zero_are_gptq(family):
+    ours, plain = quantized(family, Method("m", GPTAQ(alpha=0.0)), 3), quantized(family, Method("m", GPTQ()), 3)
+    assert torch.equal(logits(ours), logits(plain))
+    assert not torch.equal(logits(quantized(family, Method("m", GPTAQ()), 3)), logits(plain))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_are_closer_than_with_gptq(family, bits):
+    """On the calibration tokens, with more of them than a linear has inputs."""
+    many = sequences(10, 32)
+    original = logits(tiny(family), many)
+
+    def error(rounding):
+        return (logits(quantized(family, Method("m", rounding), bits, ids=many), many) - original).square().mean()
+
+    assert error(GPTAQ()) < 0.97 * error(GPTQ())
+
+
+@dataclass(frozen=True)
+class Kept(GPTAQ):
+    """GPTAQ that keeps the statistics it was given."""
+
+    seen: ClassVar[list] = []
+
+    def __call__(self, w_OI, bits, stats, clip=None):
+        self.seen.append(stats)
+        return super().__call__(w_OI, bits, stats, clip)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loop_gives_statistics_of_both_models(family):
+    """Hessian and cross term of every site, recomputed from the finished and the original model."""
+    Kept.seen.clear()
+    finished, original = quantized(family, Method("m", Kept()), 3, torch.float64), tiny(family, torch.float64)
+    at = 0
+    for block in range(len(original.blocks)):
+        for roles in SITES.values():
+            inputs = []
+            for model in (finished, original):
+                found = []
+                linear = getattr(model.blocks[block], roles[0])
+                handle = linear.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
+                logits(model)
+                handle.remove()
+                inputs.append(found[0].flatten(0, 1))
+            x_q, x_fp = inputs
+            torch.testing.assert_close(Kept.seen[at]["hessian"], x_q.T @ x_q / len(x_q))
+            torch.testing.assert_close(Kept.seen[at]["cross"], (x_fp - x_q).T @ x_q / len(x_q))
+            at += 1
+    assert at == len(Kept.seen)
+
+
+def test_settings_are_checked(setting):
+    assert GPTAQ().problems("method.rounding", setting) == []
+    found = GPTAQ(alpha=1.5, damping=-1, chunk=0, static_groups=True, fresh_ranges=True).problems("here", setting)
+    assert len(found) == 4
+    assert all("here." in problem for problem in found)
+    assert any("here.alpha=1.5" in problem for problem in found)

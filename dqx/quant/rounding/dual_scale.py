@@ -64,7 +64,7 @@ class DualScale:
         found = self.rounding.problems(f"{where}.rounding", setting)
         if self.iterations < 0:
             found.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
-        roles = [role for role in ROLES if setting.method.rounding_of(role) == self]
+        roles = [role for role in ROLES if setting.method.rounding_of(role) is self]
         strange = [role for role in roles if role not in PRODUCERS]
         if strange:
             found.append(
