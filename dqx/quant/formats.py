@@ -11,10 +11,10 @@
 Codes are bit patterns (sign, exponent, mantissa), rounding is half to even, -0.0 keeps its code. Grids are symmetric
 around zero; zero points are 0 and mean nothing.
 
-What nvfp4's "tensor" is. Weights: what is rounded in one call, so q, k, v share a tensor scale, and gate and up do.
-Kernels that multiply them in one matmul know a single one. It comes from the weight before any rounding; a block that
-GPTQ's updates push beyond it saturates. Activations: a token, so that a result does not depend on what else is in the
-batch (a scale per activation tensor would).
+What nvfp4's "tensor" is. Weights: what is rounded in one call, so where q, k, v have equal settings they share a
+tensor scale, and gate and up do; kernels that multiply them in one matmul know a single one. It comes from the weight
+before any rounding; a block that GPTQ's updates push beyond it saturates. Activations: a token, so that a result does
+not depend on what else is in the batch (with one scale per activation tensor it would).
 """
 
 from __future__ import annotations

@@ -137,11 +137,12 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Sequence[Ten
     n_in = w_OI.shape[1]
     square = doubled_upper_half(gram(inputs)) if sum(x.shape[:-1].numel() for x in inputs) > n_in // 2 else None
     rows_NI = None if square is not None else torch.cat([wide(x).reshape(-1, n_in) for x in inputs])
+    top_I = largest_columns([w_OI])
 
     def loss(scale_I: Tensor, bound: float) -> float:
-        total = 0.0
+        total, scaled_grid = 0.0, grid.for_tensor(top_I * scale_I)
         for w in w_OI.split(JUDGED_ROWS):
-            change = rescaled_rounding(w, scale_I, grid, group_size) - w
+            change = rescaled_rounding(w, scale_I, scaled_grid, group_size) - w
             if square is not None:
                 total += quadratic_form(change, square)
             elif rows_NI is not None:
@@ -151,6 +152,11 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Sequence[Ten
         return total
 
     return loss
+
+
+def largest_columns(weights_OI: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude in every column [I] of all the weights: what grids with a scale per tensor go by."""
+    return wide(torch.stack([w.abs().amax(0) for w in weights_OI]).amax(0))
 
 
 def gram(inputs: Sequence[Tensor]) -> Tensor:
@@ -200,12 +206,14 @@ def module_judge(
     elif judge == "block":  # what comes before the MLP is the same for all candidates
         inputs = [block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs]
     weights = {role: getattr(block, role).weight for role in grids}
+    top_I = largest_columns(list(weights.values()))
     with _replaced(block, {}, site if transformed else None):
         targets = [forward(x) for x in inputs]
 
     def loss(scale_I: Tensor, bound: float) -> float:
         total = 0.0
-        rounded = {role: rescaled_rounding(w, scale_I, *grids[role]) for role, w in weights.items()}
+        scaled_grids = {role: (grid.for_tensor(top_I * scale_I), size) for role, (grid, size) in grids.items()}
+        rounded = {role: rescaled_rounding(w, scale_I, *scaled_grids[role]) for role, w in weights.items()}
         with _replaced(block, rounded, site if transformed else None):
             for x, target in zip(inputs, targets, strict=True):
                 total += wide(forward(x) - target).square().sum(dtype=torch.float64).item()
