@@ -20,6 +20,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Smallest and largest values along `dim`, which is kept with size 1; `wide`.
+
+    `torch.aminmax` does the same in one pass that is not vectorised along the last dimension: 8 times slower on a CPU.
+    """
+    x = wide(x)
+    return x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Grid:
     """How a range of real numbers becomes integers.
@@ -55,7 +64,7 @@ class Grid:
 
     def fit(self, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
         """Scale and zero_point of the values along `dim`, which is kept with size 1."""
-        return self.from_range(*torch.aminmax(wide(x), dim=dim, keepdim=True))
+        return self.from_range(*extremes(x, dim))
 
     def from_range(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero_point of the ranges lo ... hi, elementwise. An all-zero range is taken as -1 ... 1.
@@ -82,13 +91,13 @@ class Grid:
 
     def codes(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Nearest codes of x, halves to even, still as floating point numbers."""
-        return torch.round(wide(x) / scale).add_(zero_point).clamp_(0, self.max_code)
+        return (wide(x) / scale).round_().add_(zero_point).clamp_(0, self.max_code)
 
     def fake(self, x: Tensor, dim: int = -1, clip_ratio: float = 1.0) -> Tensor:
         """x rounded to its own grid along `dim`, in the dtype of x. `clip_ratio` shrinks the range first."""
         if self.identity:
             return x
-        lo, hi = torch.aminmax(wide(x), dim=dim, keepdim=True)
+        lo, hi = extremes(x, dim)
         scale, zero_point = self.from_range(lo * clip_ratio, hi * clip_ratio)
         return self.nearest(x, scale, zero_point).to(x.dtype)
 
@@ -98,7 +107,7 @@ class Grid:
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """`scale * (codes - zero_point)`, broadcasting."""
-        return scale * (codes.to(scale.dtype) - zero_point)
+        return (codes.to(scale.dtype) - zero_point).mul_(scale)
 
 
 def make_grid(bits: WeightBits | ActivationBits, *, include_zero: bool = True, exact_absmax: bool = False) -> Grid:
@@ -184,5 +193,4 @@ def ranges(w_OGW: Tensor, grid: Grid, clip: BoundClip | None, columns_GW: Tensor
     """The range lo, hi [O, G, 1] of every group: min and max, or what the clip says."""
     if clip is not None:
         return clip(w_OGW, grid, columns_GW)
-    lo, hi = torch.aminmax(wide(w_OGW), dim=-1, keepdim=True)
-    return lo, hi
+    return extremes(w_OGW)
