@@ -141,6 +141,17 @@ def test_quarot_as_published_changes_the_function_and_leaves_keys_alone() -> Non
     assert (kv.keys, kv.values, kv.queries) == (None, "token", False)
 
 
+def test_duquant_as_published_looks_at_rows_and_clips_keys_and_queries() -> None:
+    method = build(resolve(compose("config", ["method=duquant_as_published", "bits=w4a4"])).method)
+    assert (method.transforms["rotate"].index, method.transforms["smooth"].one_linear) == ("row", True)
+    assert (method.kv.queries, method.kv.rotate, method.kv.key_clip_ratio, method.kv.value_clip_ratio) == (
+        True,
+        True,
+        0.9,
+        1.0,
+    )
+
+
 def test_published_data_is_whole() -> None:
     """Row counts and shapes of the tables, and one number of each as printed."""
     cells = published_cells()
