@@ -113,7 +113,8 @@ class BlockRotation(nn.Module):
 def find_rotation(x_NC: Tensor, bases: Sequence[Tensor], steps: int, index: str = "channel") -> BlockRotation:
     """The transform of inputs `x_NC`, one greedy search per base matrix [B, B]; see `greedy_rotation` for the rest.
 
-    Each search, and each permutation before it, works on what the steps before have made of X. Rotations are float64.
+    Each search, and each permutation before it, works on what the steps before have made of X. Rotations have the
+    dtype of the base matrices.
     """
     x_NC = x_NC.float()
     rotations: list[Tensor] = []

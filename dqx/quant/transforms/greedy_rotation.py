@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 INDICES = ("channel", "row")
-ROUNDING = 1e-5  # relative slack of every bound: float32 products of B terms, norms, an inexact base matrix
+ROUNDING = 1e-4  # relative slack of every bound, for products in float32 of hundreds of matrices
 
 
 class Found(NamedTuple):
-    rotation_BB: Tensor  # float64; tiles are multiplied by it from the right
+    rotation_BB: Tensor  # in the dtype of the base matrix; tiles are multiplied by it from the right
     indices: list[int]  # of the steps kept: channels, or positions of tiles for index="row"
 
 
@@ -49,9 +49,9 @@ def greedy_rotation(x_NC: Tensor, base_BB: Tensor, steps: int, index: str = "cha
         raise ValueError(f"tiles of {width} channels do not divide {x_NC.shape[-1]} channels")
     if index not in INDICES:
         raise ValueError(f"index={index!r} is unknown; it is one of {', '.join(INDICES)}")
-    base, x_MB = base_BB.double(), x_NC.reshape(-1, width).float()
-    tiles = (Int8Tiles if len(x_MB) > 2 * chunk and _fast_int8(x_NC.device) else Tiles)(x_MB, base, chunk)
-    product = torch.eye(width, dtype=torch.float64, device=x_NC.device)
+    x_MB = x_NC.reshape(-1, width).float()
+    tiles = (Int8Tiles if len(x_MB) > 2 * chunk and _fast_int8(x_NC.device) else Tiles)(x_MB, base_BB, chunk)
+    product = torch.eye(width, dtype=base_BB.dtype, device=x_NC.device)
     indices: list[int] = []
     smallest, kept, rotation = float("inf"), 0, product
     for step in range(steps + 1):
@@ -60,7 +60,7 @@ def greedy_rotation(x_NC: Tensor, base_BB: Tensor, steps: int, index: str = "cha
             smallest, kept, rotation = highest.value + lowest.value, step, product
         tile, channel = divmod((highest if highest.value > lowest.value else lowest).position, width)
         indices.append(channel if index == "channel" else tile)
-        product = product @ exchanged(base, indices[-1] % width)
+        product = product @ exchanged(base_BB, indices[-1] % width)
     return Found(rotation, indices[:kept])
 
 
@@ -153,32 +153,36 @@ class Int8Tiles(Tiles):
     def __init__(self, x_MB: Tensor, base_BB: Tensor, chunk: int):
         super().__init__(x_MB, base_BB, chunk)
         self.base = base_BB
-        coded = [_int8(tiles @ base_BB.float()) for tiles in self.chunks]
-        self.codes = [codes for codes, _, _ in coded]
-        self.scales = torch.tensor([scale for _, scale, _ in coded])
-        self.errors = torch.tensor([float(torch.linalg.vector_norm(error, dim=1).max()) for _, _, error in coded])
-        self.norm = torch.tensor(self.norms)
-        self.coarse = torch.empty(2, len(coded), self.width, dtype=torch.int32)  # largest and smallest of each column
+        self.codes, steps, errors = [], [], []
+        for tiles in self.chunks:
+            codes, step, missed = _int8(tiles @ base_BB.float())
+            self.codes.append(codes)
+            steps.append(step)
+            errors.append(torch.linalg.vector_norm(missed, dim=1).max())
+        self.steps, self.errors = torch.stack(steps), torch.stack(errors)[:, None]
+        self.norm = torch.tensor(self.norms)[:, None]
+        self.coarse = torch.empty(2, len(steps), self.width, dtype=torch.int32)  # largest, smallest of the columns
 
     def extremes(self, product_BB: Tensor) -> tuple[Extreme, Extreme]:
-        codes, scale, error = _int8((self.base.T @ product_BB).float())
-        length = float(torch.linalg.vector_norm(codes.float(), dim=0).max()) * scale
+        codes, steps, missed = _int8((self.base.T @ product_BB).float(), dim=0)
         # |x q - x' q'| <= |x - x'| |q'| + |x| |q - q'|, where x' and q' are what the codes stand for
-        slack = self.errors * length + self.norm * (float(torch.linalg.vector_norm(error, dim=0).max()) + ROUNDING)
+        lengths = torch.linalg.vector_norm(codes * steps, dim=0)
+        slack = self.errors * lengths + self.norm * (torch.linalg.vector_norm(missed, dim=0) + ROUNDING)
+        units = self.steps[:, None] * steps
         sure = torch.full((2,), -float("inf"))  # the extremes are at least this
         bounds = []  # and the entries of a chunk's columns at most this [2, chunks, B]
         for start in range(0, len(self.chunks), self.GROUP):
             if self.norms[start] < sure.min():
                 break
             group = slice(start, start + self.GROUP)
-            for i in range(len(self.chunks))[group]:
-                rotated = torch._int_mm(self.codes[i], codes)
-                torch.amax(rotated, 0, out=self.coarse[0, i])
-                torch.amin(rotated, 0, out=self.coarse[1, i])
-            values = self.coarse[:, group] * (self.scales[group] * scale)[:, None]
+            for coded, largest, smallest in zip(self.codes[group], *self.coarse[:, group], strict=True):
+                rotated = torch._int_mm(coded, codes)
+                torch.amax(rotated, 0, out=largest)
+                torch.amin(rotated, 0, out=smallest)
+            values = self.coarse[:, group] * units[group]
             values[1].neg_()
-            bounds.append(values + slack[group, None])
-            sure = torch.maximum(sure, (values - slack[group, None]).amax((1, 2)))
+            bounds.append(values + slack[group])
+            sure = torch.maximum(sure, (values - slack[group]).amax((1, 2)))
         highest, lowest = torch.cat(bounds, dim=1)
         product, least = product_BB.float(), sure.tolist()
         return self._exact(1, product, highest, least[0]), self._exact(-1, product, lowest, least[1])
@@ -196,9 +200,10 @@ class Int8Tiles(Tiles):
         return extreme
 
 
-def _int8(x: Tensor) -> tuple[Tensor, float, Tensor]:
-    """int8 codes of x, their step, and what they miss: `x = step * codes + missed`."""
-    step = max(float(x.abs().max()) / 127, torch.finfo(torch.float32).tiny)
+def _int8(x: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes of x, their step (one, or one for each column with dim=0), and the rest: `x = step * codes + rest`."""
+    largest = x.abs().amax(dim) if dim is not None else x.abs().max()
+    step = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
     codes = torch.round(x / step).clamp_(-127, 127)
     return codes.to(torch.int8), step, x - codes * step
 
