@@ -298,6 +298,6 @@ def duration(seconds: float) -> str:
         return "-"
     if seconds < 1:
         return "< 1 s"
-    if seconds < 60:
+    if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

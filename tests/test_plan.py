@@ -152,7 +152,7 @@ def test_amounts(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "-"), (0.2, "< 1 s"), (59, "59 s"), (600, "10 min"), (7200, "2.0 h"), (1e7, "2777.8 h")]
+    ("value", "text"), [(0, "-"), (0.2, "< 1 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (1e7, "2777.8 h")]
 )
 def test_durations(value: float, text: str) -> None:
     assert duration(value) == text
