@@ -2,8 +2,9 @@
 
 Frantar et al. 2023, arXiv:2210.17323, Algorithm 1, with the options of the authors' code. Where we differ:
 
-* The upper factor U of H^-1 = U^T U comes from one Cholesky factorisation of H in reversed order and one triangular
-  inverse, instead of factor, invert, factor again: the same matrix, with less rounding and less work.
+* The paper's loop needs U of H^-1 = U^T U. Ours works with its inverse, R of H = R R^T, which comes straight from H:
+  the errors of the columns before j are E = (W - W_q) R, so a chunk of columns is brought up to date by one product
+  with R and the small inverse of the chunk's own block. The same numbers, with less work, memory and rounding.
 * A dead input (H_ii = 0) counts 0 in the damping's mean and comes last in `act_order`. The authors' code sets
   H_ii = 1 before both, which depends on the units of H.
 
@@ -31,6 +32,7 @@ from dqx.quant.grid import (
     ranges,
     wide,
 )
+from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 from dqx.quant.setting import Setting
 
 STREAMS = ("quantized", "fp")
@@ -150,89 +152,45 @@ def gptq_round(
     else:
         group_of_column = group_index.tolist()
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
-    u, notes = inverse_factor(hessian, damping)
-    diagonal = u.diagonal().tolist()
-    p = None if carry is None else carry(order, u)
+    r, notes = upper_factor(hessian, damping)
+    p = None if carry is None else carry(order, triangular_inverse(r))
 
     clamps = clip is not None and clip.clamps
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
     for start in range(0, n_in, chunk):
-        end = min(start + chunk, n_in)
-        live = w[start:end] if fresh_ranges else w[start:end].clone()
-        errors = torch.empty_like(live)
+        end = reach = min(start + chunk, n_in)
+        if ranges_on_the_way and (begun := (end - 1) // width * width) >= start:
+            reach = max(end, min(begun + width, n_in))  # the last group that begins here may end in a later chunk
+        u = triangular_inverse(r[start:reach, start:reach])
+        diagonal = u.diagonal().tolist()
+        live = torch.addmm(w[start:reach], u.T, r[:start, start:reach].T @ w[:start])  # w[:start] holds W - W_q
+        seen = live if fresh_ranges else live.clone()  # by the ranges
         carried = torch.empty_like(live) if carry_rounded else live
+        inside, updated = end - start, (reach if fresh_ranges else end) - start
         for j in range(start, end):
             i = j - start
             if ranges_on_the_way and j % width == 0:
-                group = w[j : j + width]
-                beyond = j + width - end
-                if fresh_ranges and beyond > 0 and i > 0:  # columns after this chunk lack the chunk's updates so far
-                    pending = u[start:j, end : j + width].T @ errors[:i]
-                    if p is not None:
-                        pending -= p[start:j, end : j + width].T @ carried[:i]
-                    group = torch.cat((group[: end - j], group[end - j :] - pending))
                 g = j // width
-                found = ranges(group.T[:, None], grid, clip, order[None, j : j + width])
+                found = ranges(seen[i : i + width].T[:, None], grid, clip, order[None, j : j + width])
                 lo[g], hi[g] = (bound[:, 0, 0] for bound in found)
                 scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
             g = group_of_column[j]
             wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]
             codes[j] = rounded = grid.codes(wanted, scale[g], zero_point[g])
             nearest = grid.dequantize(rounded, scale[g], zero_point[g])
-            errors[i] = (live[i] - nearest) / diagonal[j]
-            live[i + 1 :].addr_(u[j, j + 1 : end], errors[i], alpha=-1)
+            live[i + 1 : updated].addr_(u[i, i + 1 : updated], (live[i] - nearest) / diagonal[i], alpha=-1)
             if p is not None:
-                live[i + 1 :].addr_(p[j, j + 1 : end], live[i])
                 if carry_rounded:
                     carried[i] = nearest
-        w[end:].addmm_(u[start:end, end:].T, errors, alpha=-1)
+                live[i + 1 : inside].addr_(p[j, j + 1 : end], live[i])
+                live[inside:updated].addr_(p[j, end : start + updated], carried[i])
+                w[j + 1 : end].addr_(p[j, j + 1 : end], live[i])
+            w[j] -= nearest
         if p is not None:
-            w[end:].addmm_(p[start:end, end:].T, carried)
+            w[end:].addmm_(p[start:end, end:].T, carried[:inside])
 
     in_place = torch.empty_like(codes)
     in_place[order] = codes
     return QuantizedWeight(
         in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes
     )
-
-
-def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[str, ...]]:
-    """Upper triangular U [I, I] with (H + damping * mean(diag H) * 1)^-1 = U^T U, and notes on what it took.
-
-    Inputs with H_ii = 0 are decoupled (their diagonal becomes 1). Raises ValueError if H cannot be factored even in
-    float64 with a damping of 1.
-    """
-    mean = hessian_II.diagonal().mean()
-    tries = [(hessian_II.dtype, damping), (torch.float64, damping)]
-    while tries[-1][1] < 1:
-        tries.append((torch.float64, min(1.0, max(10 * tries[-1][1], 1e-3))))
-    for attempt, (dtype, damp) in enumerate(tries):
-        h = hessian_II.to(dtype, copy=True)
-        h.diagonal().masked_fill_(h.diagonal() == 0, 1.0).add_(damp * mean.to(dtype))
-        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
-        if int(info) != 0:
-            continue
-        u = triangular_inverse(lower.flip(0, 1))  # H = R R^T with R upper, so H^-1 = R^-T R^-1
-        notes: tuple[str, ...] = ()
-        if attempt:
-            precision = str(hessian_II.dtype).removeprefix("torch.")
-            change = "" if damp == damping else f" and damping {damp:g} instead of {damping:g}"
-            notes = (f"Cholesky failed in {precision}; solved in float64{change}",)
-        return u.to(hessian_II.dtype), notes
-    raise ValueError(
-        "the Hessian cannot be factored even with a damping of 1; is it symmetric, and are its inputs finite?"
-    )
-
-
-def triangular_inverse(upper_II: Tensor, leaf: int = 256) -> Tensor:
-    """Inverse of an upper triangular matrix, by halves: a third less work than solving against the identity."""
-    n = len(upper_II)
-    if n <= leaf:
-        identity = torch.eye(n, dtype=upper_II.dtype, device=upper_II.device)
-        return torch.linalg.solve_triangular(upper_II, identity, upper=True)
-    half = n // 2
-    inverse = torch.zeros_like(upper_II)
-    first = inverse[:half, :half] = triangular_inverse(upper_II[:half, :half], leaf)
-    last = inverse[half:, half:] = triangular_inverse(upper_II[half:, half:], leaf)
-    inverse[:half, half:] = -(first @ (upper_II[:half, half:] @ last))
-    return inverse
