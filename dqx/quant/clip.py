@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqx.quant.chunks import row_slices
-from dqx.quant.grid import Grid, wide
+from dqx.quant.grid import Grid, extremes, wide
 from dqx.quant.setting import Setting
 
 
@@ -33,7 +33,7 @@ class FixedRatio:
     def __call__(
         self, w_OGW: Tensor, grid: Grid, stats: Mapping[str, Any], columns_GW: Tensor
     ) -> tuple[Tensor, Tensor]:
-        lo, hi = torch.aminmax(wide(w_OGW), dim=-1, keepdim=True)
+        lo, hi = extremes(w_OGW)
         return lo * self.ratio, hi * self.ratio
 
     def problems(self, where: str, setting: Setting) -> list[str]:
@@ -94,21 +94,30 @@ class OutputMSE:
 def weight_mse_range(
     w_OGW: Tensor, grid: Grid, *, n_grid: int = 100, max_shrink: float = 0.8, power: float = 2.4
 ) -> tuple[Tensor, Tensor]:
-    """lo, hi [O, G, 1]: min and max times the first `1 - i/n_grid` with the least `sum |Q(w) - w|^power`."""
+    """lo, hi [O, G, 1]: min and max times the first `1 - i/n_grid` with the least `sum |Q(w) - w|^power`.
+
+    The search ends where the largest weight alone must be further off than a better range leaves all of them together:
+    no grid represents anything two steps beyond its range, and a smaller range only adds to the distance.
+    """
     n_out, n_groups, width = w_OGW.shape
     rows_XW = w_OGW.reshape(-1, width)
     share = torch.ones(len(rows_XW), 1, dtype=wide(w_OGW).dtype, device=w_OGW.device)
     for rows in row_slices(len(rows_XW), width, w_OGW.device):
         w = wide(rows_XW[rows])
-        lo, hi = torch.aminmax(w, dim=-1, keepdim=True)
+        lo, hi = extremes(w)
         best = torch.full_like(lo, float("inf"))
         for i in range(steps(n_grid, max_shrink)):
             kept = 1 - i / n_grid
-            error = (_rounded(w, grid, lo * kept, hi * kept) - w).abs_().pow_(power).sum(-1, keepdim=True)
+            scale, zero_point = grid.from_range(lo * kept, hi * kept)
+            beyond = ((1 - kept) * torch.maximum(-lo, hi) - 2 * scale).clamp_(min=0)
+            if (beyond.pow_(power) > best).all():
+                break
+            change = grid.nearest(w, scale, zero_point).sub_(w)
+            error = change.abs_().pow_(power).sum(-1, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
             share[rows].masked_fill_(better, kept)
-    lo, hi = torch.aminmax(wide(w_OGW), dim=-1, keepdim=True)
+    lo, hi = extremes(w_OGW)
     share = share.view(n_out, n_groups, 1)
     return lo * share, hi * share
 
@@ -133,18 +142,18 @@ def output_mse_range(
         factor_RW = triangle(wide(tokens_NI[:, columns])).to(bound.dtype)
         for rows in row_slices(len(w_OGW), w_OGW.shape[2], w_OGW.device):
             w = wide(w_OGW[rows, g])
-            lo, hi = torch.aminmax(w, dim=-1, keepdim=True)
+            lo, hi = extremes(w)
             absmax = torch.maximum(-lo, hi)
             best = torch.full_like(absmax, float("inf"))
             for i in range(steps(n_grid, max_shrink)):
                 m = absmax * (1 - i / n_grid)
                 low, high = torch.maximum(lo, -m), torch.minimum(hi, m)
-                change = _rounded(torch.clamp(w, low, high), grid, low, high).sub_(w)
+                change = grid.nearest(torch.clamp(w, low, high), *grid.from_range(low, high)).sub_(w)
                 error = (change @ factor_RW.T).square_().sum(-1, keepdim=True)
                 better = error < best
                 best = torch.where(better, error, best)
                 bound[rows, g] = torch.where(better, m, bound[rows, g])
-    lo, hi = torch.aminmax(wide(w_OGW), dim=-1, keepdim=True)
+    lo, hi = extremes(w_OGW)
     return torch.maximum(lo, -bound), torch.minimum(hi, bound)
 
 
@@ -156,11 +165,6 @@ def steps(n_grid: int, max_shrink: float) -> int:
 def triangle(x_NW: Tensor) -> Tensor:
     """R [R, W] with `R^T R = X^T X`: X itself where it has few rows, else the triangle of its QR factorisation."""
     return x_NW if len(x_NW) <= x_NW.shape[1] else torch.linalg.qr(x_NW, mode="r").R
-
-
-def _rounded(w: Tensor, grid: Grid, lo: Tensor, hi: Tensor) -> Tensor:
-    scale, zero_point = grid.from_range(lo, hi)
-    return grid.dequantize(grid.codes(w, scale, zero_point), scale, zero_point)
 
 
 def _search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:

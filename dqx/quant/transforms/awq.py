@@ -37,7 +37,8 @@ from dqx.quant.transforms.smooth import site_problems
 SMALLEST = 1e-4  # scales below are raised to it before they are normalised
 JUDGES = ("sublayer", "block")
 JUDGED_ROWS = 256  # rows of a linear whose error is computed at a time
-TILE = 2048  # columns of X^T X multiplied at a time
+TILE = 512  # columns of X^T X multiplied at a time
+MLP_TOKENS = 256  # tokens that the MLP judges at a time
 
 #: Squared output error of a channel scale [I]; a part of it that exceeds the second argument may be returned instead.
 Judge = Callable[[Tensor, float], float]
@@ -135,7 +136,8 @@ def try_all(judge: Judge, candidates: Tensor, *, give_up: bool = True) -> list[f
 def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Sequence[Tensor]) -> Judge:
     """Judges a linear by its own output on inputs [1, T, I]."""
     n_in = w_OI.shape[1]
-    square = doubled_upper_half(gram(inputs)) if sum(x.shape[:-1].numel() for x in inputs) > n_in // 2 else None
+    n_tokens = sum(x.shape[:-1].numel() for x in inputs)
+    square = doubled_upper_half(gram(inputs)) if n_tokens > (n_in + TILE) / 2 else None
     rows_NI = None if square is not None else torch.cat([wide(x).reshape(-1, n_in) for x in inputs])
     top_I = largest_columns([w_OI])
 
@@ -205,6 +207,8 @@ def module_judge(
         forward = whole_block
     elif judge == "block":  # what comes before the MLP is the same for all candidates
         inputs = [block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs]
+    if site == "mlp_in":  # tokens do not see each other, so a candidate can be given up in the middle of a sequence
+        inputs = [part for x in inputs for part in x.split(MLP_TOKENS, dim=1)]
     weights = {role: getattr(block, role).weight for role in grids}
     top_I = largest_columns(list(weights.values()))
     with _replaced(block, {}, site if transformed else None):
