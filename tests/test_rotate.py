@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dqx.config import build, select
 from dqx.models import inspect, load_weights
 from dqx.models.checkpoint import tensor_names
 from dqx.models.llada import BLOCK_NAMES
@@ -244,6 +245,29 @@ def test_function_stays_in_other_shapes(tiny_checkpoint, family, config):
     before = model(IDS)
     apply(model, FULL)
     torch.testing.assert_close(model(IDS), before, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_method_changes_nothing_at_16_bits(family):
+    model = fresh(family)
+    before = model(IDS)
+    plant_outliers(model, 64.0, 4)
+    quantize(model, build(select(method="quarot", bits="w4a4").method), BitsConfig(), progress=False)
+    torch.testing.assert_close(model(IDS), before, atol=1e-10, rtol=0)
+
+
+def test_the_published_variants_are_settings():
+    """Embedding mean subtracted, keys left alone, weights of down left alone with plain rounding."""
+    chosen = select(method="quarot_as_published", bits="w4a4", overrides=["method.rounding=rtn"])
+    method = build(chosen.method)
+    assert method.transforms["fold"] == FoldNorms(subtract_embedding_mean=True)
+    assert method.kv == KeysValues(keys=None, rotate=True)
+    assert method.rounding == RTN(exact_absmax=True)
+    model = fresh()
+    bits = replace(chosen.bits, overrides=RoleOverrides(down=RoleBits(weight=16)))
+    report = quantize(model, method, bits, progress=False)
+    assert {row.role for row in report.linears if row.bits == 16} == {"down"}
+    assert {row.activation_bits for row in report.linears} == {4}
 
 
 def test_writers_biases_are_rotated_too():
