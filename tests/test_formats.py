@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from test_quant_loop import Batch, ids, logits, tiny, toy
 
+from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
+from dqx.quant.activation import PerToken
+from dqx.quant.clip import FixedRatio, WeightMSE
 from dqx.quant.formats import E2M1, E4M3, FLOAT_GRIDS, FP8, MXFP4, NVFP4, power_of_two
+from dqx.quant.rounding.gptq import GPTQ
+from dqx.quant.rounding.rtn import RTN
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 GRIDS = FLOAT_GRIDS
@@ -181,3 +187,140 @@ def test_clipping_shrinks_the_range_of_every_block(name):
     scale, _ = GRIDS[name].for_tensor(x).from_range(-absmax / 2, absmax / 2)
     clipped = GRIDS[name].for_tensor(x).fake(x, clip_ratio=0.5).view(4, -1, block).abs().amax(-1)
     assert torch.equal(clipped, GRIDS[name].element.largest * scale)
+
+
+# ---- roundings and whole models on these grids -------------------------------------------------------------------
+
+WEIGHTS = {
+    "fp8": WeightBits(8, -1, True, "fp8"),
+    "mxfp4": WeightBits(4, 32, True, "mxfp4"),
+    "nvfp4": WeightBits(4, 16, True, "nvfp4"),
+}
+
+
+def all_points(name: str) -> torch.Tensor:
+    """What an element can stand for, from the specifications: all finite E4M3 numbers, or the sixteen of E2M1."""
+    if name == "fp8":
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        return values[values.isfinite()]
+    return torch.tensor(E2M1_VALUES + [-v for v in E2M1_VALUES])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_rtn_picks_the_nearest_of_all_points(name):
+    w = normal(6, 64, seed=8) * torch.logspace(-4, 0, 6)[:, None]
+    rounded = RTN()(w, WEIGHTS[name], {})
+    points = rounded.scale[:, rounded.group_index, None].double() * all_points(name).double()
+    nearest = (points - w[..., None].double()).abs().amin(-1)
+    torch.testing.assert_close((rounded.dequantize().double() - w).abs(), nearest, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_on_the_grid_survive_rtn(name):
+    first = RTN()(normal(6, 64, seed=9), WEIGHTS[name], {})
+    again = RTN()(first.dequantize(), WEIGHTS[name], {})
+    torch.testing.assert_close(again.dequantize(), first.dequantize(), rtol=1e-6, atol=0)
+    if name != "nvfp4":  # its tensor scale is computed anew, to the last bit of float32
+        assert torch.equal(again.codes, first.codes)
+
+
+def test_rows_that_are_rounded_together_share_nvfp4s_tensor_scale():
+    q, k = normal(4, 64, seed=10), normal(4, 64, seed=11) * 0.3
+    together = RTN()(torch.cat((q, k)), WEIGHTS["nvfp4"], {})
+    tensor_scale = torch.cat((q, k)).abs().max() / (448 * 6)
+    assert together.grid.tensor_scale == tensor_scale
+    for part in together.split([4, 4]):
+        relative = part.scale / tensor_scale
+        torch.testing.assert_close(relative.to(torch.float8_e4m3fn).float(), relative, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"static_groups": True}, {"chunk": 24}], ids=str)
+@pytest.mark.parametrize("name", GRIDS)
+def test_gptq_beats_rtn_on_the_outputs(name, settings):
+    x = normal(512, 64, seed=12) @ normal(64, 64, seed=13)
+    w, hessian = normal(32, 64, seed=14), x.T @ x / 512
+    error = {}
+    for rounding in (RTN(), GPTQ(**settings)):
+        rounded = rounding(w, WEIGHTS[name], {"hessian": hessian})
+        points = rounded.scale[:, rounded.group_index, None] * all_points(name)
+        assert ((points - rounded.dequantize()[..., None]).abs().amin(-1) < 1e-6).all()
+        change = rounded.dequantize() - w
+        error[type(rounding).__name__] = ((change @ hessian) * change).sum().item()
+    assert error["GPTQ"] < 0.8 * error["RTN"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_gptq_with_the_identity_as_hessian_is_rtn(name):
+    w = normal(8, 64, seed=15)
+    ours, expected = GPTQ()(w, WEIGHTS[name], {"hessian": torch.eye(64)}), RTN()(w, WEIGHTS[name], {})
+    assert torch.equal(ours.codes, expected.codes)
+    assert torch.equal(ours.scale, expected.scale)
+
+
+@pytest.mark.parametrize("clip", [FixedRatio(0.8), WeightMSE(n_grid=20)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("name", GRIDS)
+def test_clips_find_ranges_for_formats(name, clip):
+    bits = BitsConfig("", WEIGHTS[name], ActivationBits(16))
+    model, plain = toy(), toy()
+    quantize(model, Method("rtn", RTN(), clip=clip), bits, progress=False)
+    quantize(plain, Method("rtn", RTN()), bits, progress=False)
+    clipped, whole = model.blocks[0].down, plain.blocks[0].down
+    assert (clipped.scale <= whole.scale * 1.001).all()
+    if isinstance(clip, FixedRatio) or name == "nvfp4":  # the search keeps every range of the other two here
+        assert (clipped.scale < whole.scale).any()
+    if isinstance(clip, WeightMSE):
+        original = toy().blocks[0].down.weight
+        assert (clipped.weight - original).square().sum() <= (whole.weight - original).square().sum() * 1.01
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.002), ("mxfp4", 0.04), ("nvfp4", 0.03)])
+def test_how_far_models_move(name, bound):
+    """The bounds are a third above the error of the logits; integers: 0.00008 (8 bits), 0.03 (4 bits, groups of 32)."""
+    model, expected = toy(), logits(toy())
+    activation = ActivationBits(WEIGHTS[name].bits, True, name)
+    quantize(model, Method("m", RTN(), PerToken()), BitsConfig(name, WEIGHTS[name], activation), progress=False)
+    assert bound / 2 < ((logits(model) - expected).square().mean() / expected.var()).item() < bound
+
+
+@pytest.mark.parametrize("rounding", [RTN(), GPTQ()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_whole_models(family, name, rounding):
+    model, original = tiny(family), tiny(family)
+    bits = BitsConfig(name, WEIGHTS[name], ActivationBits(WEIGHTS[name].bits, True, name))
+    report = quantize(model, Method("m", rounding, PerToken()), bits, [Batch(ids(2, 16))], progress=False)
+    assert {row.format for row in report.linears} == {name}
+    for block, intact in zip(model.blocks, original.blocks, strict=True):
+        for role, linear in block.linears().items():
+            assert linear.activation == PerToken()
+            index = linear.group_index
+            again = linear.grid.dequantize(linear.codes(), linear.scale[:, index], linear.zero_point[:, index])
+            assert torch.equal(again, linear.weight), role
+            assert not torch.equal(linear.weight, intact.linears()[role].weight), role
+    with torch.no_grad():
+        together = model(ids(3, 16))
+        alone = torch.cat([model(row) for row in ids(3, 16).split(1)])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_sixteen_bits_of_a_format_changes_nothing(name):
+    model = toy()
+    bits = BitsConfig("", WeightBits(16, -1, True, name), ActivationBits(16, True, name))
+    report = quantize(model, Method("gptq", GPTQ(), PerToken()), bits, progress=False)
+    assert torch.equal(logits(model), logits(toy()))
+    assert report.average_bits == 16
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_are_read_off_the_weight(name, dtype):
+    model = toy(dtype)
+    quantize(model, Method("rtn", RTN()), BitsConfig("", WEIGHTS[name], ActivationBits()), progress=False)
+    for role, linear in toy(dtype).blocks[0].linears().items():
+        expected = RTN()(linear.weight, WEIGHTS[name], {})
+        ours = model.blocks[0].linears()[role]
+        if role in ("o", "down") or name != "nvfp4":  # others share a tensor scale
+            assert torch.equal(ours.codes(), expected.codes), role
+        again = ours.grid.dequantize(ours.codes(), ours.scale[:, ours.group_index], None).to(dtype)
+        assert torch.equal(again, ours.weight), role

@@ -102,6 +102,12 @@ class BitsConfig:
             symmetric=self.weight.symmetric or own.format in FLOATS,
         )
 
+    @property
+    def block_formats(self) -> list[str]:
+        """The formats of weights that fix which inputs share a scale."""
+        used = {w.format for f in fields(RoleOverrides) if (w := self.weight_of(f.name)).bits != UNQUANTIZED}
+        return [name for name, format in FORMATS.items() if name in used and format.block is not None]
+
     def activation_of(self, role: str) -> ActivationBits:
         """The grid of a role's input, its overrides applied."""
         own: RoleBits = getattr(self.overrides, role)

@@ -90,10 +90,11 @@ def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
                 yield f"{key}={size} is no number of inputs; for this model {remedy}"
             hopeless.add(key)
         elif width % size:
-            fixed = FORMATS[bits.weight_of(roles[0]).format].block is not None
+            name = bits.weight_of(roles[0]).format
+            instead = f"{name} cannot be had for them; write {_leave_out(roles, 'weight')}"
             yield (
                 f"{key}={size} does not divide {width}, the inputs of {', '.join(roles)} ({arch.n_blocks} blocks); "
-                + (f"{bits.weight_of(roles[0]).format} cannot be had for them" if fixed else remedy)
+                + (remedy if FORMATS[name].block is None else instead)
             )
 
 
@@ -108,5 +109,9 @@ def _block_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
     for (name, block, width), roles in offenders.items():
         yield (
             f"bits.activation.format={name} has a scale per {block} channels, which do not divide {width}, the inputs "
-            f"of {', '.join(roles)}; write {' '.join(f'bits.overrides.{role}.activation=16' for role in roles)}"
+            f"of {', '.join(roles)}; write {_leave_out(roles, 'activation')}"
         )
+
+
+def _leave_out(roles: list[str], what: str) -> str:
+    return " ".join(f"bits.overrides.{role}.{what}=16" for role in roles)

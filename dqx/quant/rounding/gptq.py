@@ -81,6 +81,11 @@ class GPTQ:
                 f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
                 "group is reached; set one of them to false"
             )
+        for name in setting.bits.block_formats if self.act_order and not self.static_groups else ():
+            found.append(
+                f"{where}.act_order=true groups inputs in the order of their activations, but {name} shares a scale "
+                f"among neighbours; add {where}.static_groups=true"
+            )
         if self.stream not in STREAMS:
             found.append(f"{where}.stream={self.stream} is unknown; write quantized or fp")
         return found
