@@ -137,13 +137,12 @@ def output_mse_range(
     quadratic form of the weight's change in `X^T X`, so per group a triangular R with `R^T R = X^T X` replaces the
     tokens.
     """
-    bound = wide(w_OGW.abs().amax(-1, keepdim=True))
+    all_lo, all_hi = extremes(w_OGW)
+    bound = torch.maximum(-all_lo, all_hi)
     for g, columns in enumerate(columns_GW):
         factor_RW = triangle(wide(tokens_NI[:, columns])).to(bound.dtype)
         for rows in row_slices(len(w_OGW), w_OGW.shape[2], w_OGW.device):
-            w = wide(w_OGW[rows, g])
-            lo, hi = extremes(w)
-            absmax = torch.maximum(-lo, hi)
+            w, lo, hi, absmax = wide(w_OGW[rows, g]), all_lo[rows, g], all_hi[rows, g], bound[rows, g].clone()
             best = torch.full_like(absmax, float("inf"))
             for i in range(steps(n_grid, max_shrink)):
                 m = absmax * (1 - i / n_grid)
@@ -153,8 +152,7 @@ def output_mse_range(
                 better = error < best
                 best = torch.where(better, error, best)
                 bound[rows, g] = torch.where(better, m, bound[rows, g])
-    lo, hi = extremes(w_OGW)
-    return torch.maximum(lo, -bound), torch.minimum(hi, bound)
+    return torch.maximum(all_lo, -bound), torch.minimum(all_hi, bound)
 
 
 def steps(n_grid: int, max_shrink: float) -> int:
