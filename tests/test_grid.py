@@ -7,7 +7,7 @@ from dqx.quant.activation import PerToken
 from dqx.quant.bits import ActivationBits
 from dqx.quant.grid import Grid, group_ranges, group_width
 from dqx.quant.rounding.rtn import rtn_round
-from dqx.quant.stats import CHUNK_TOKENS, Hessian
+from dqx.quant.stats import CHUNK_TOKENS, PANEL, Hessian
 
 GRIDS = [
     Grid(bits, symmetric, include_zero, exact_absmax)
@@ -145,6 +145,14 @@ def test_hessian_is_the_mean_outer_product_however_tokens_arrive():
             hessian.add(piece)
         assert hessian.value().dtype == torch.float32
         torch.testing.assert_close(hessian.value(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_hessian_in_panels():
+    """Wider than two panels: the half that is computed and the half that is copied."""
+    x = values(40, 2 * PANEL + 7)
+    hessian = Hessian()
+    hessian.add(x)
+    torch.testing.assert_close(hessian.value(), (x.double().T @ x.double() / 40).float(), atol=1e-5, rtol=1e-5)
 
 
 def test_hessian_chunks_and_dtypes():

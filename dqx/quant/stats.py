@@ -16,6 +16,7 @@ from dqx.quant.grid import wide
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
+PANEL = 512  # columns of a symmetric product that are computed at a time
 
 
 class Collector(Protocol):
@@ -30,7 +31,10 @@ class Collector(Protocol):
 
 
 class Hessian:
-    """`X^T X / N` [I, I] in float32 (float64 for float64 input); the paper's factor 2 cancels."""
+    """`X^T X / N` [I, I] in float32 (float64 for float64 input); the paper's factor 2 cancels.
+
+    Summed up in panels of columns as far down as the diagonal: little more than half the work.
+    """
 
     def __init__(self, n_tokens: int = 0) -> None:
         self.total: Tensor | None = None
@@ -44,14 +48,22 @@ class Hessian:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=x.device)
         for chunk in rows.split(CHUNK_TOKENS):
             chunk = wide(chunk)
-            self.total.addmm_(chunk.T, chunk)
+            for left, right in _panels(len(self.total)):
+                self.total[:right, left:right].addmm_(chunk[:, :right].T, chunk[:, left:right])
         self.n_tokens += len(rows)
 
     def value(self) -> Tensor:
         """The mean over tokens. Raises ValueError if no token was seen."""
         if self.total is None or self.n_tokens == 0:
             raise ValueError("no calibration token reached this linear; give at least one calibration batch")
-        return self.total / self.n_tokens
+        mean = self.total / self.n_tokens
+        for left, right in _panels(len(mean)):
+            mean[right:, left:right] = mean[left:right, right:].T
+        return mean
+
+
+def _panels(n_columns: int) -> list[tuple[int, int]]:
+    return [(left, min(left + PANEL, n_columns)) for left in range(0, n_columns, PANEL)]
 
 
 class Cross:
