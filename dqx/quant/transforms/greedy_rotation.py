@@ -14,9 +14,10 @@ The search multiplies and scans all tiles at every step in the authors' code. He
 - On CPUs with 8-bit dot products the scan is done on an int8 copy of the tiles, with a bound on the rounding error
   of that copy. Only columns of a chunk of tiles that may hold the extreme within that bound are multiplied exactly.
 
-Both bounds are rigorous, so the extremes are those of the whole matrix in float32; they differ from the authors' by
-the rounding errors that theirs gathers step by step (1e-6, relative). Decisions are therefore the same unless two
-entries come that close, and of equal entries the first in X counts, as in a plain argmax.
+Both bounds are rigorous, so the extremes are those of the whole of `X Q_t` in float32. A plain search has the same
+numbers but for the rounding errors it gathers step by step (about 1e-6, relative): it takes the same decisions unless
+two entries come that close. Of equal entries the first in X counts, as in a plain argmax. With equal decisions the
+rotation is the same to the bit: steps are multiplied from left to right, in the dtype of the base matrix.
 
 N tokens, C channels, B tile width, M = N * C / B tiles.
 """
@@ -192,9 +193,10 @@ class Int8Tiles(Tiles):
         extreme = Extreme()
         per_chunk, order = bounds.amax(1).sort(descending=True)
         for bound, i in zip(per_chunk.tolist(), order.tolist(), strict=True):
-            if bound < extreme.value:
+            least = max(extreme.value, sure)
+            if bound < least:
                 break
-            columns = (bounds[i] >= max(extreme.value, sure)).nonzero()[:, 0]
+            columns = (bounds[i] >= least).nonzero()[:, 0]
             entries = self.chunks[i] @ (sign * product_BB[:, columns])
             extreme = extreme.or_larger(entries, self.starts[i], columns)
         return extreme
