@@ -153,7 +153,7 @@ def test_problems():
         assert problem.startswith("method.activation.clip_ratio=0.0 must lie above 0")
     assert problems(PerGroup(32), a8) == problems(Static(), a8) == problems(PerToken(), a8) == []
     assert problems(PerGroup(48), a8) == [
-        "method.activation.group_size=48 does not divide 64, the inputs of q, k, v, o, gate, up; 64 does, and "
+        "method.activation.group_size=48 does not divide 64, the inputs of q, k, v, o, gate, up; 32 does, and "
         "method.activation=per_token needs no group size",
         "method.activation.group_size=48 does not divide 160, the inputs of down; 32 does, and "
         "method.activation=per_token needs no group size",

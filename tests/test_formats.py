@@ -10,6 +10,7 @@ from dqx.quant.clip import FixedRatio, WeightMSE
 from dqx.quant.formats import E2M1, E4M3, FLOAT_GRIDS, FP8, MXFP4, NVFP4, power_of_two
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN
+from dqx.quant.transforms.awq import linear_judge
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 GRIDS = FLOAT_GRIDS
@@ -255,6 +256,16 @@ def test_gptq_with_the_identity_as_hessian_is_rtn(name):
     ours, expected = GPTQ()(w, WEIGHTS[name], {"hessian": torch.eye(64)}), RTN()(w, WEIGHTS[name], {})
     assert torch.equal(ours.codes, expected.codes)
     assert torch.equal(ours.scale, expected.scale)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_awq_judges_by_the_grid_that_rounding_has(name):
+    """Also where the judge works on parts of the rows: nvfp4's tensor scale is that of the whole weight."""
+    w, x = normal(300, 64, seed=16) * torch.linspace(0.1, 2, 300)[:, None], normal(1, 40, 64, seed=17)
+    scale = torch.linspace(0.5, 3, 64)
+    change = RTN()(w * scale, WEIGHTS[name], {}).dequantize() / scale - w
+    loss = linear_judge(w, GRIDS[name], WEIGHTS[name].group_size, [x])(scale, float("inf"))
+    assert loss == pytest.approx((x[0] @ change.T).square().sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [FixedRatio(0.8), WeightMSE(n_grid=20)], ids=lambda c: type(c).__name__)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, ClassVar
 
 import torch
@@ -80,11 +81,12 @@ class PerGroup:
         for role in ROLES:
             if setting.method.quantizes_input(role) and setting.bits.activation_of(role).bits != UNQUANTIZED:
                 by_width.setdefault(setting.arch.in_features(role), []).append(role)
+        common = gcd(*by_width)
         for width, roles in by_width.items():
             if self.group_size < 1 or width % self.group_size:
                 found.append(
                     f"{where}.group_size={self.group_size} does not divide {width}, the inputs of {', '.join(roles)}; "
-                    f"{largest_power_of_two(width)} does, and method.activation=per_token needs no group size"
+                    f"{common & -common} does, and method.activation=per_token needs no group size"
                 )
         return found
 
@@ -131,11 +133,6 @@ class StaticRange:
         if grid.block is not None:
             return grid.for_tensor(torch.stack((lo, hi))).fake(x)
         return grid.nearest(x, *grid.from_range(lo, hi)).to(x.dtype)
-
-
-def largest_power_of_two(width: int) -> int:
-    """The largest power of two that divides `width`."""
-    return width & -width
 
 
 def _clip_problems(where: str, clip_ratio: float) -> list[str]:
