@@ -76,7 +76,7 @@ def tile_problems(key: str, tile: int, setting: Setting) -> list[str]:
         roles.setdefault(setting.arch.in_features(role), []).append(role)
     offenders = {width: readers for width, readers in roles.items() if width % tile}
     common = gcd(*roles)
-    remedies = [str(2**n) for n in range(9, 2, -1) if common % 2**n == 0] or [str(common)]
+    remedies = [str(2**n) for n in range(9, 2, -1) if common % 2**n == 0][:3] or [str(common)]
     return [
         f"{key}={tile} does not divide {width}, the inputs of {', '.join(readers)}; write {' or '.join(remedies)}"
         for width, readers in offenders.items()
