@@ -22,6 +22,7 @@ from dqx.models.tokenizer import tokenizer_problem
 from dqx.models.transformer import Architecture
 from dqx.names import did_you_mean
 from dqx.parts import build_part, part_problems
+from dqx.quant.method import Method
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -56,7 +57,8 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
         chat=config.model.chat,
     )
     found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
-    found += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
+    if method is None or reads_text(config, method):
+        found += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
 
     if not config.model.path.strip():
         return _once(found)
@@ -78,6 +80,11 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
     if method is not None:
         found += method.problems(config.bits, checkpoint.arch)
     return _once(found)
+
+
+def reads_text(config: Config, method: Method) -> bool:
+    """Whether a run needs calibration text: for its method, or to measure outliers."""
+    return method.needs_data or config.outliers.samples > 0
 
 
 def _once(found: list[str]) -> list[str]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dqx import baselines, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
-from dqx.calib import calibration_windows
+from dqx.calib import CalibBatch, calibration_windows
+from dqx.checks import reads_text
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
@@ -54,11 +55,13 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("evaluate full precision", timings):
         full_precision, sources = _full_precision(lm, config, cache)
-    with stage("make the calibration states", timings):
-        calibration = calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
+    calibration: list[CalibBatch] = []
+    if windows is not None:
+        with stage("make the calibration states", timings):
+            calibration = calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
     statistics = {}
     thresholds = _thresholds(config)
-    watched = [calibration[i] for i in spread(min(config.outliers.samples, len(windows)), len(windows))]
+    watched = [calibration[i] for i in spread(min(config.outliers.samples, len(calibration)), len(calibration))]
     if watched:
         with stage("outliers at full precision", timings):
             statistics["full_precision"] = outliers.measure(lm.model, watched, thresholds)
@@ -67,14 +70,15 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantization = quantize(
             lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed
         )
-    changed = any(row.bits < 16 or row.activation_bits < 16 for row in quantization.linears)
     if watched:
         with stage("outliers after quantization", timings):
             statistics["quantized"] = (
-                outliers.measure(lm.model, watched, thresholds) if changed else statistics["full_precision"]
+                outliers.measure(lm.model, watched, thresholds)
+                if quantization.changed
+                else statistics["full_precision"]
             )
     with stage("evaluate quantized", timings):
-        quantized = _evaluate(lm, config, config.task.suite) if changed else full_precision
+        quantized = _evaluate(lm, config, config.task.suite) if quantization.changed else full_precision
 
     record = store.Record(
         config=asdict(config),
@@ -91,7 +95,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantized=quantized,
         quantization=quantization.to_dict(),
         outliers=statistics,
-        mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()),
+        mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
         baselines=sources,
         choices=_choices(),
@@ -115,15 +119,17 @@ def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     timings[name] = time.perf_counter() - started
 
 
-def _data(config: Config) -> Tensor:
-    """The calibration text [N, T]. What it and the tasks need from the hub is fetched here, before any weight is read.
+def _data(config: Config) -> Tensor | None:
+    """The calibration text [N, T], None for runs that read none.
 
-    Raises ConfigProblems for what cannot be had.
+    What it and the tasks need from the hub is fetched here, before any weight is read. Raises ConfigProblems for what
+    cannot be had.
     """
-    windows, problems = torch.empty(0), []
+    windows, problems = None, []
     tokenizer = load_tokenizer(inspect(config.model.path, config.model.revision))
     try:
-        windows = calibration_windows(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
+        if reads_text(config, build(config.method)):
+            windows = calibration_windows(config.calib, tokenizer, seed=config.seed, data_root=config.data_root)
     except (ValueError, OSError) as error:
         offline = isinstance(error, ConnectionError)
         remedy = "; without a network, give data_root=FOLDER with a copy, or calib.text=FILE" if offline else ""

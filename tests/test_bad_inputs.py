@@ -413,6 +413,12 @@ def test_calibration_text_shorter_than_a_window(problems: Problems, tmp_path: Pa
     assert "only 5 tokens, fewer than one window of calib.length=64; choose less" in found
 
 
+def test_text_that_nothing_reads_may_be_missing(problems: Problems) -> None:
+    assert problems("method=rtn", "outliers.samples=0", "calib.text=nowhere.txt") == []
+    assert len(problems("method=rtn", "calib.text=nowhere.txt")) == 1
+    assert len(problems("method=gptq", "outliers.samples=0", "calib.text=nowhere.txt")) == 1
+
+
 def test_no_network_and_no_copy(problems: Problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

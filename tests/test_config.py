@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from dqx.config import (
     resolve,
     select,
     suite,
+    validate,
 )
 from dqx.models.checkpoint import read_config
 from dqx.parts import RESERVED, fits, locate, part_problems
 from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
-from dqx.quant.rounding import Rounding
+from dqx.quant.protocols import Rounding
 
 ROOT = CONF_DIR.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -93,13 +95,19 @@ def test_tasks_stay_a_sweep_in_a_multirun(flag: str) -> None:
 # ---- what the choices mean -----------------------------------------------------------------------------------
 
 
+STUDIED = ("w8a8", "w4a8", "w4a4", "w4a16", "w3a16", "w2a16", "w16a16")
+
+
 def pairs() -> list[tuple[str, str]]:
-    return [(method, bits) for method in choices("method") for bits in choices("bits")]
+    """Every method at the study's widths, and every width with a method for activations and one for weights only."""
+    methods = [name for name in choices("method") if not name.endswith("_as_published")]
+    others = [bits for bits in choices("bits") if bits not in STUDIED]
+    return [(m, b) for m in methods for b in STUDIED] + [(m, b) for m in ("rtn", "awq") for b in others]
 
 
 @pytest.mark.parametrize(("method", "bits"), pairs())
 def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: str) -> None:
-    """All pairs work on a model that 128 divides, except that fp16 has one width."""
+    """On a model that 128 divides all pairs work, except that fp16 has one width and some methods round no inputs."""
     config = resolve(compose([f"method={method}", f"bits={bits}"]))
     _, arch = read_config(GOLDEN / "llada_tiny")
     arch = type(arch)(**{**vars(arch), "hidden_size": 256, "mlp_size": 384})
@@ -107,6 +115,9 @@ def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: st
     if method == "fp16" and bits != "w16a16":
         (problem,) = problems
         assert problem.startswith(f"bits={config.bits.name}: fp16 quantizes nothing; bits must be w16a16")
+    elif method in ("awq", "d2quant") and config.bits.activation.bits < 16:
+        (problem,) = problems
+        assert "quantizes weights only; write bits=" in problem
     else:
         assert problems == []
 
@@ -184,10 +195,17 @@ def parts() -> list[Any]:
         for name in choices(group):
             config = resolve(compose([f"{group}={name}"]))
             nodes = as_part(config.method) if group == "method" else {"sampler": config.model.sampler}
-            found += [
-                pytest.param(node, id=f"{name}.{key}") for key, node in nodes.items() if isinstance(node, dict) and node
-            ]
+            found += [pytest.param(part, id=f"{name}.{key}") for key, part in parts_in(nodes)]
     return found
+
+
+def parts_in(nodes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts among some keys, those inside mappings and parts included."""
+    for key, node in nodes.items():
+        if isinstance(node, dict):
+            if "_target_" in node:
+                yield key, node
+            yield from ((f"{key}.{name}", part) for name, part in parts_in(node))
 
 
 @pytest.mark.parametrize("part", parts())
@@ -298,8 +316,8 @@ def test_sweep_experiment_launches_its_runs_and_each_fails_in_plain_words(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["method=gptx"], "method=gptx is no choice; did you mean gptq?"),
-        (["-m", "method=rtn,gptx"], "method=gptx is no choice; did you mean gptq?"),
+        (["method=gptx"], "method=gptx is no choice; did you mean gptq or gptaq?"),
+        (["-m", "method=rtn,gptx"], "method=gptx is no choice; did you mean gptq or gptaq?"),
         (["-m", "--cfg", "job"], "Only one of"),
         (["bits=[w4a4]"], "bits=[w4a4]: a run has one choice of this group"),
     ],
@@ -322,3 +340,45 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_problems_are_numbered() -> None:
     assert str(ConfigProblems(["one", "two"])) == "1. one\n2. two"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("method.rounding=gptaq", "method/rounding=gptaq"),
+        ("method.clip=weight_mse,null", "method.clip=weight_mse,null"),
+        ("method.kv=null", "method.kv=null"),
+        ("+method.transforms.smooth=smooth", "+method/transforms@method.transforms.smooth=smooth"),
+        ("+method.rounding_by_role.down=rtn", "+method/rounding@method.rounding_by_role.down=rtn"),
+        ("method.rounding.alpha=1", "method.rounding.alpha=1"),
+        ("method.name=mine", "method.name=mine"),
+    ],
+)
+def test_parts_by_name(typed: str, expected: str) -> None:
+    assert normalize([typed]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=quarot", "method.rounding=gptaq"], {"rounding": "GPTAQ", "kv": "KeysValues"}),
+        (["method=quarot", "method.rounding=rtn", "method.kv=null", "method.clip=null"], {"rounding": "RTN"}),
+        (["method=gptq", "+method.transforms.smooth=smooth"], {"transforms": {"smooth": "Smooth"}}),
+        (["method=awq", "method.rounding=gptq"], {"rounding": "GPTQ", "clip": "OutputMSE"}),
+        (["method=awq", "~method.transforms.scale"], {"transforms": {}, "rounding": "RTN"}),
+        (["method=rtn", "method.clip=weight_mse", "method.clip.power=2"], {"clip": "WeightMSE"}),
+        (["method=gptq", "+method.rounding_by_role.down=rtn"], {"rounding_by_role": {"down": "RTN"}}),
+        (["method=smoothquant", "method.activation=static"], {"activation": "Static"}),
+    ],
+)
+def test_methods_are_recombined_on_the_command_line(overrides: list[str], expected: dict[str, Any]) -> None:
+    """Every part of a method can be exchanged, added and taken away, and the result is a method that can run."""
+    config = resolve(compose([*overrides, "bits=w4a16" if "method=awq" in overrides else "bits=w4a4"]))
+    method = build(config.method)
+    for slot, names in expected.items():
+        found = getattr(method, slot)
+        if isinstance(names, dict):
+            assert {key: type(part).__name__ for key, part in found.items()} == names
+        else:
+            assert type(found).__name__ == names
+    assert validate(config) == []

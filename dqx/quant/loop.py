@@ -75,6 +75,7 @@ def quantize(
     report.calibration_sequences = sum(len(rows) for rows in ids)
     report.calibration_tokens = sum(rows.numel() for rows in ids)
     report.kv_bits = method.kv_bits(bits).bits
+    report.transforms = list(method.transforms)
     context = Context(model.arch, bits, method, seed)
     for name, transform in method.model_transforms.items():
         transform.apply(model, context.at(name=name))

@@ -72,6 +72,7 @@ class QuantReport:
     seed: int
     variant: str = ""
     kv_bits: int = UNQUANTIZED  # keys and values
+    transforms: list[str] = field(default_factory=list)  # by name, in order
     linears: list[LinearRow] = field(default_factory=list)
     kept: list[KeptRow] = field(default_factory=list)
     calibration_sequences: int = 0
@@ -83,6 +84,12 @@ class QuantReport:
         """Bits per weight over the seven linears of all blocks, scales and zero points included."""
         weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
         return sum(row.stored_bits for row in self.linears) / weights if weights else float(UNQUANTIZED)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model computes anything else than before, be it only in the last digits."""
+        rounded = any(row.bits < UNQUANTIZED or row.activation_bits < UNQUANTIZED for row in self.linears)
+        return rounded or self.kv_bits < UNQUANTIZED or bool(self.transforms)
 
     @property
     def notes(self) -> list[str]:
@@ -97,6 +104,7 @@ class QuantReport:
             "bits": self.bits,
             "variant": self.variant,
             "kv_bits": self.kv_bits,
+            "transforms": self.transforms,
             "seed": self.seed,
             "average_bits": self.average_bits,
             "calibration_sequences": self.calibration_sequences,

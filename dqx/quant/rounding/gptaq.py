@@ -38,6 +38,7 @@ class GPTAQ:
     act_order: bool = False  # columns by descending diag H instead of left to right
     static_groups: bool = False  # all ranges from the weight before any column is rounded
     fresh_ranges: bool = False  # a group's range from fully updated columns
+    include_zero: bool = True  # ranges hold zero; false: plain min ... max
     exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
     stream: ClassVar[str] = "both"
@@ -78,6 +79,7 @@ class GPTAQ:
             act_order=self.act_order,
             static_groups=self.static_groups,
             fresh_ranges=self.fresh_ranges,
+            include_zero=self.include_zero,
             exact_absmax=self.exact_absmax,
         )
 

@@ -47,12 +47,13 @@ class GPTQ:
     act_order: bool = False  # columns by descending diag H instead of left to right
     static_groups: bool = False  # all ranges from the weight before any column is rounded
     fresh_ranges: bool = False  # a group's range from fully updated columns
+    include_zero: bool = True  # ranges hold zero; false: plain min ... max
     exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
     stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def grid(self, bits: WeightBits) -> Grid:
-        return make_grid(bits, exact_absmax=self.exact_absmax)
+        return make_grid(bits, include_zero=self.include_zero, exact_absmax=self.exact_absmax)
 
     def __call__(
         self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
