@@ -14,7 +14,7 @@ from dqx.quant.clip import OutputMSE
 from dqx.quant.grid import Grid
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
-from dqx.quant.setting import Context
+from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms import awq
 from dqx.quant.transforms.awq import AWQScale, channel_scales
 
@@ -213,8 +213,23 @@ def test_whole_models(rounding):
     assert 0 < error["awq"] < error["plain"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_models_of_16_bit_numbers(dtype):
+    model = tiny("dream", dtype)
+    report = quantize(
+        model, METHOD, BitsConfig("w4a16", WeightBits(4, 32)), [Batch(torch.arange(64).view(2, 32))], progress=False
+    )
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert all(0 < row.weight_error < 0.02 for row in report.linears)
+
+
 def test_settings_are_checked():
-    assert AWQScale().problems("method.transforms.scale", None) == []
-    bad = AWQScale(n_grid=0, judge="model", sites=["attn"]).problems("method.transforms.scale", None)
+    arch = tiny("llada").arch
+    setting = Setting(arch, BitsConfig(), METHOD)
+    assert AWQScale().problems("method.transforms.scale", setting) == []
+    bad = AWQScale(n_grid=0, judge="model", sites=["attn"]).problems("method.transforms.scale", setting)
     assert len(bad) == 3
     assert all(p.startswith("method.transforms.scale.") for p in bad)
+    (problem,) = AWQScale().problems("method.transforms.scale", Setting(arch, BitsConfig(), Method("m")))
+    assert "method.rounding is null" in problem
