@@ -48,6 +48,7 @@ def test_equals_official(name, case):
     stats, outputs = statistics(block, hidden, transform.needs)
     torch.testing.assert_close(outputs[:1], data["block_output"], atol=2e-4, rtol=0)
 
+    scales = []
     for i, (site, group) in enumerate(zip(SITES, case["scale_groups"], strict=True)):
         assert [hub_name(family, role) for role in SITES[site]] == group["layers"]
         grids = {role: context.grid(role) for role in SITES[site]}
@@ -56,10 +57,12 @@ def test_equals_official(name, case):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
         assert ours.argmin() == round(group["best_ratio"] * 20)
         torch.testing.assert_close(scale, expected[f"scale.{i}"], rtol=1e-5, atol=0)
-        quick, _ = transform.search(block, site, stats[site], grids, context)
-        assert torch.equal(quick, scale)
+        scales.append(scale)
 
-    transform.apply(block, stats, context)
+    gains = [block.attn_norm.weight / scales[0], block.mlp_norm.weight / scales[2]]
+    transform.apply(block, stats, context)  # searches again, and gives up hopeless candidates
+    assert torch.equal(block.attn_norm.weight, gains[0])
+    assert torch.equal(block.mlp_norm.weight, gains[1])
     stats, scaled = statistics(block, hidden, dict.fromkeys(SITES, frozenset({"tokens"})))
     torch.testing.assert_close(scaled, outputs, atol=2e-4, rtol=0)
     assert len(stats["attn_in"]["tokens"]) == 600
@@ -193,15 +196,13 @@ def test_one_candidate_is_rounding_as_it_is():
     assert torch.isfinite(scales).all()
 
 
-@pytest.mark.parametrize(
-    "rounding", [RTN(include_zero=False), GPTQ(), GPTQ(act_order=True)], ids=["rtn", "gptq", "gptq_act"]
-)
+@pytest.mark.parametrize("rounding", [RTN(include_zero=False), GPTQ(act_order=True)], ids=["rtn", "gptq"])
 @torch.no_grad()
 def test_whole_models(rounding):
     """Scales and clips under either rounding: less error of the first block than plain rounding, on other tokens."""
     model = {name: tiny("llada") for name in ("intact", "plain", "awq")}
     g = torch.Generator().manual_seed(0)
-    calibration, held_out = torch.randint(0, 300, (8, 32), generator=g), torch.randint(0, 300, (4, 32), generator=g)
+    calibration, held_out = torch.randint(0, 300, (4, 32), generator=g), torch.randint(0, 300, (4, 32), generator=g)
     setting = BitsConfig("w3a16", WeightBits(3, 32))
     methods = {"plain": replace(METHOD, transforms={}, clip=None), "awq": replace(METHOD, rounding=rounding)}
     for name, method in methods.items():

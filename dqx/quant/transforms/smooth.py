@@ -8,8 +8,8 @@ takes q alone and up alone (`one_linear`), raises scales below 0.01 to it (`floo
 the input of o at run time, because a factor per query head does not fit into the shared v (`grouped_heads: run_time`).
 With `grouped_heads: shared` the heads that read one value head get one factor, from the largest of their inputs and
 weights, which costs nothing at run time. On the bundled models neither choice matters at W8A8 (divergence from full
-precision 0.007 and 0.003 nats per token on nano_llada and nano_dream, 0.037 and 0.021 unsmoothed); at W4A4, where all of
-them fail, one linear does a little better (1.7 against 1.9; 1.31 against 1.39), run-time division a little worse.
+precision 0.007 and 0.003 nats per token on nano_llada and nano_dream, 0.037 and 0.021 unsmoothed); at W4A4, where all
+of them fail, one linear does a little better (1.7 against 1.9; 1.31 against 1.39), run-time division a little worse.
 
 O = outputs, I = inputs.
 """
