@@ -202,7 +202,7 @@ def test_whole_models(rounding):
     """Scales and clips under either rounding: less error of the first block than plain rounding, on other tokens."""
     model = {name: tiny("llada") for name in ("intact", "plain", "awq")}
     g = torch.Generator().manual_seed(0)
-    calibration, held_out = torch.randint(0, 300, (4, 32), generator=g), torch.randint(0, 300, (4, 32), generator=g)
+    calibration, held_out = torch.randint(0, 300, (12, 32), generator=g), torch.randint(0, 300, (4, 32), generator=g)
     setting = BitsConfig("w3a16", WeightBits(3, 32))
     methods = {"plain": replace(METHOD, transforms={}, clip=None), "awq": replace(METHOD, rounding=rounding)}
     for name, method in methods.items():
