@@ -36,3 +36,17 @@ def test_dream_padding_matches_official():
     # the first real position of a padded row reads its prediction from padding: not comparable
     real = mask.bool() & torch.cat((mask[:, :1], mask[:, :-1]), 1).bool()
     torch.testing.assert_close(ours[real], shift_logits(golden["padded.logits"])[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_logits_of_some_positions_are_those_of_the_whole_sequence(family, padded):
+    model = load_weights(inspect(str(GOLDEN / f"{family}_tiny")))
+    ids = torch.randint(0, model.arch.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [7]]) if padded else None
+    where = torch.zeros(3, 9, dtype=torch.bool)
+    where[0, [0, 1, 4]] = where[2, [0, 6]] = True  # Dream reads tokens 0 and 1 at one row; row 1 asks for nothing
+    with torch.no_grad():
+        expected = model(ids, mask)[where]
+        torch.testing.assert_close(model.logits_where(ids, where, mask), expected, atol=1e-5, rtol=0)
+        assert model.logits_where(ids, torch.zeros_like(where), mask).shape == (0, model.arch.vocab_size)

@@ -201,14 +201,19 @@ class MaskedDiffusionTransformer(nn.Module):
             )  # a padded row attends to itself: softmax over nothing is NaN
         return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, wide), mask
 
-    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the input of each block [B, T, D], then the output of the final norm."""
+    def residual_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the input of each block [B, T, D], then the output of the last one."""
         rope, mask = self.context(ids, attention_mask)
         x = self.embed(ids)
         for block in self.blocks:
             yield x
             x = block(x, rope, mask)
-        yield self.norm(x)
+        yield x
+
+    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the input of each block [B, T, D], then the output of the final norm."""
+        for i, x in enumerate(self.residual_states(ids, attention_mask)):
+            yield x if i < len(self.blocks) else self.norm(x)
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] for ids [B, T]; row i predicts token i."""
@@ -216,6 +221,18 @@ class MaskedDiffusionTransformer(nn.Module):
             pass
         logits = self.head(x)
         return shift_logits(logits) if self.arch.logit_shift else logits
+
+    def logits_where(self, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [n, V] of the positions marked in `where` [B, T], row by row: `forward(ids, attention_mask)[where]`.
+
+        The final norm and the head see only the rows that predict these positions.
+        """
+        for x in self.residual_states(ids, attention_mask):  # noqa: B007  the last one leaves the last block
+            pass
+        row, column = where.nonzero(as_tuple=True)
+        if self.arch.logit_shift:  # see `shift_logits`
+            column = (column - 1).clamp(min=0)
+        return self.head(self.norm(x[row, column]))
 
 
 def shift_logits(logits: Tensor) -> Tensor:
