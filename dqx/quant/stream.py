@@ -36,7 +36,9 @@ class Stream:
         self.inputs = [model.embed(row) for row in self.ids]
         if mean:
             if len({x.shape for x in self.inputs}) > 1:
-                raise ValueError("the mean over calibration sequences needs sequences of one length")
+                raise ValueError(
+                    "stream=mean needs calibration sequences of one length; make them equal, or set stream=quantized"
+                )
             self.ids, self.inputs = self.ids[:1], [torch.cat(self.inputs).mean(0, keepdim=True)]
         self.outputs: list[Tensor] | None = None
 
