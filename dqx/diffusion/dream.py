@@ -16,8 +16,9 @@ ran temperature 0 with top_p 0.95. Choose knowingly.
 There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
 likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
-M is the mean over the batch, which is each row's own count unless a model predicts the mask token; only then do
-rows of a batch influence each other, and `suppress_mask` rules it out. We differ in three things:
+In `generate`, M is the mean over the batch, which is each row's own count unless a model predicts the mask token;
+only then do rows of a batch influence each other, and `suppress_mask` rules it out. In `due`, and so in the batches
+of `engine.py`, M is the row's own count. We differ in three more things:
 - a row with fewer masks than n writes those it has (theirs also puts masks back over tokens);
 - masks inside the prompt are part of the prompt and stay (theirs get filled in, and count in M);
 - equal confidences go to the leftmost position.
@@ -25,7 +26,10 @@ rows of a batch influence each other, and `suppress_mask` rules it out. We diffe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +50,7 @@ from dqx.diffusion.sampler import (
     raise_if,
     write,
 )
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
@@ -73,6 +77,8 @@ class DreamSampler:
     top_k: int | None = None
     eps: float = 1e-3
     suppress_mask: bool = False
+
+    cfg_scale: ClassVar[float] = 0.0
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
         """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
@@ -105,7 +111,7 @@ class DreamSampler:
         """
         raise_if(self.problems(gen_length, block_length, steps))
         masked, found = gen_length, []
-        for step, fraction in enumerate(self._fractions(steps)):
+        for step, fraction in enumerate(fractions(steps, self.eps)):
             if self.alg == "origin":
                 count = int((torch.rand(masked, generator=random) < fraction).sum())
             else:
@@ -114,11 +120,6 @@ class DreamSampler:
                 found.append(Call(step, 0, gen_length, masked))
             masked -= count
         return found
-
-    def _fractions(self, steps: int) -> Tensor:
-        """The share of the masked positions that each step writes [steps], float32: 1 - s/t, and 1 at the last."""
-        times = torch.linspace(1, self.eps, steps + 1, dtype=torch.float32)
-        return torch.cat((1 - times[1:-1] / times[:-2], torch.ones(1)))
 
     @torch.no_grad()
     def generate(
@@ -150,36 +151,56 @@ class DreamSampler:
             real = attention_mask.to(ids.device)
             attention_mask = torch.cat((real, real.new_ones(answer.shape)), dim=1)
         n_forwards = 0
-        for step, fraction in enumerate(self._fractions(steps)):
+        for step, fraction in enumerate(fractions(steps, self.eps)):
             if on_step:
                 on_step(ids.clone())
-            last = step == steps - 1
+            at = [step] * len(ids)
             masked = answer == model.arch.mask_token_id
-            if self.alg == "origin" and not last:
-                chosen = masked.clone()
-                chosen[masked] = draw(noise, "order", step, masked)[:, 0] < fraction.item()
-                masked = chosen  # logits are needed where a token is revealed, nowhere else
-            if self.alg == "origin":
-                counts = masked.sum(1)
-            else:  # the mean over the batch, like theirs; a row with fewer masks writes what it has
+            look, counts = self.due(masked, at, block_length=block_length, steps=steps, noise=noise)
+            if self.alg != "origin":  # the mean over the batch, like theirs; a row with fewer masks writes what it has
                 counts = torch.full((len(ids),), n_written(masked.sum(1).cpu(), fraction))
             if not counts.any():
                 continue
-            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), masked), dim=1)
+            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
             logits = logits_at(model, ids, where, prompt_length=prompt_length, attention_mask=attention_mask)
             n_forwards += len(ids)
-            if self.suppress_mask:
-                logits[:, model.arch.mask_token_id] = -torch.inf
-            tokens, confidence = self._candidates(logits, step, masked, noise)
-            write(answer, masked, tokens, most_confident(confidence, masked, counts))
+            tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
+            write(answer, look, tokens, most_confident(confidence, look, counts))
         return Generation(answer, n_forwards)
 
-    def _candidates(self, logits: Tensor, step: int, masked: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        """A token and a confidence, both [n], for each masked position, from its logits [n, V]."""
+    def due(
+        self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """The positions [B, G] of `masked` [B, G] that each row looks at in its step `at` [B], and how many it writes.
+
+        They are all masks; with `origin` those that are revealed in this step, which is drawn from `noise`. The
+        numbers [B] are on the CPU.
+        """
+        shares = fractions(steps, self.eps)[list(at)]
+        if self.alg != "origin":
+            pairs = zip(masked.sum(1).cpu(), shares, strict=True)
+            return masked, torch.tensor([n_written(count[None], share) for count, share in pairs])
+        look = masked.clone()
+        revealed = draw(noise, "order", at, masked)[:, 0] < shares.repeat_interleave(masked.sum(1).cpu())
+        look[masked] = revealed.to(masked.device)
+        return look, look.sum(1).cpu()
+
+    def candidates(
+        self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
+    ) -> tuple[Tensor, Tensor]:
+        """A token and a confidence, both [n], for each position of `where` [B, G], from its logits [n, V].
+
+        Row b is at step at[b]. `logits` is overwritten.
+        """
+        if self.suppress_mask:
+            logits[:, arch.mask_token_id] = -torch.inf
         if self.temperature > 0:
             logits = logits / self.temperature
         probs = filter_logits(logits, self.top_p, self.top_k).softmax(-1)
-        tokens = draw_tokens(probs, draw(noise, "token", step, masked)) if self.temperature > 0 else probs.argmax(-1)
+        if self.temperature > 0:
+            tokens = draw_tokens(probs, draw(noise, "token", at, where).to(probs.device))
+        else:
+            tokens = probs.argmax(-1)
         if self.alg == "topk_margin":
             top = probs.topk(2, dim=-1).values
             confidence = top[:, 0] - top[:, 1]
@@ -188,8 +209,16 @@ class DreamSampler:
         else:
             confidence = probs.gather(-1, tokens[:, None])[:, 0]
         if self.alg_temp:  # Gumbel noise turns a ranking into draws without replacement
-            confidence = confidence.double() / self.alg_temp + gumbel(draw(noise, "order", step, masked)[:, 0])
+            uniforms = draw(noise, "order", at, where)[:, 0].to(confidence.device)
+            confidence = confidence.double() / self.alg_temp + gumbel(uniforms)
         return tokens, confidence
+
+
+@lru_cache
+def fractions(steps: int, eps: float) -> Tensor:
+    """The share of the masked positions that each step writes [steps], float32: 1 - s/t, and 1 at the last."""
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
+    return torch.cat((1 - times[1:-1] / times[:-2], torch.ones(1)))
 
 
 def n_written(masks: Tensor, fraction: Tensor) -> int:

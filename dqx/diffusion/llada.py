@@ -10,6 +10,7 @@ differ in four things that the published settings never show:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ from dqx.diffusion.sampler import (
     raise_if,
     write,
 )
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 REMASKING = ("low_confidence", "random")
 
@@ -137,51 +138,61 @@ class LLaDASampler:
         """
         raise_if(self.problems(gen_length, block_length, steps) + self._token_problems(model.arch.vocab_size))
         noise = noise or SeededNoise(0, range(len(prompt)))
-        block_length = block_length or gen_length
-        n_blocks = gen_length // block_length
+        prompt_length = prompt.shape[1]
         ids = append_masks(model, prompt, gen_length)
+        answer = ids[:, prompt_length:]
         n_forwards = 0
         for step in range(steps):
-            block, step_in_block = divmod(step, steps // n_blocks)
-            count = share(block_length, steps // n_blocks, step_in_block)
             if on_step:
                 on_step(ids.clone())
-            if count:
-                self._denoise(model, ids, prompt.shape[1], (block + 1) * block_length, count, step, noise)
-                n_forwards += len(ids) * (2 if self.cfg_scale > 0 else 1)
-        return Generation(ids[:, prompt.shape[1] :], n_forwards)
+            at = [step] * len(ids)
+            masked = answer == model.arch.mask_token_id
+            look, counts = self.due(masked, at, block_length=block_length, steps=steps, noise=noise)
+            if not counts.any():
+                continue
+            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
+            logits = logits_at(model, ids, where, prompt_length=prompt_length, cfg_scale=self.cfg_scale)
+            n_forwards += len(ids) * (2 if self.cfg_scale > 0 else 1)
+            tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
+            write(answer, look, tokens, most_confident(confidence, look, counts))
+        return Generation(answer, n_forwards)
 
-    def _denoise(
-        self,
-        model: MaskedDiffusionTransformer,
-        ids: Tensor,
-        prompt_length: int,
-        visible: int,
-        count: int,
-        step: int,
-        noise: Noise,
-    ) -> None:
-        """One step: write `count` tokens per row into the first `visible` tokens of the answer, in place."""
-        mask_id = model.arch.mask_token_id
-        where = ids == mask_id
-        where[:, :prompt_length] = False
-        where[:, prompt_length + visible :] = False
-        masked = where[:, prompt_length:]
-        logits = logits_at(model, ids, where, prompt_length=prompt_length, cfg_scale=self.cfg_scale)
-        eos = model.arch.eos_token_id if self.eos_token_id is None else self.eos_token_id
+    def due(
+        self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """The positions [B, G] of `masked` [B, G] that each row looks at in its step `at` [B], and how many it writes.
+
+        They are the masks up to the end of the current block. Nothing is drawn from `noise`. The numbers [B] are on
+        the CPU.
+        """
+        gen_length = masked.shape[1]
+        length = block_length or gen_length
+        per_block = steps // (gen_length // length)
+        visible = torch.tensor([(step // per_block + 1) * length for step in at], device=masked.device)
+        counts = torch.tensor([share(length, per_block, step % per_block) for step in at])
+        return masked & (torch.arange(gen_length, device=masked.device) < visible[:, None]), counts
+
+    def candidates(
+        self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
+    ) -> tuple[Tensor, Tensor]:
+        """A token and a confidence, both [n], for each position of `where` [B, G], from its logits [n, V].
+
+        Row b is at step at[b]. `logits` is overwritten.
+        """
+        eos = arch.eos_token_id if self.eos_token_id is None else self.eos_token_id
         if self.suppress_mask:
-            logits[:, mask_id] = -torch.inf
+            logits[:, arch.mask_token_id] = -torch.inf
         if self.suppress_eos_logits:
             logits[:, eos] = -torch.inf
 
         if self.temperature > 0:  # the argmax of exp(l) / (-log u)^t, without its overflow
-            uniforms = draw(noise, "token", step, masked, logits.shape[-1])
+            uniforms = draw(noise, "token", at, where, logits.shape[-1]).to(logits.device)
             tokens = (logits.double() + self.temperature * gumbel(uniforms)).argmax(-1)
         else:
             tokens = logits.argmax(-1)
 
         if self.remasking == "random":
-            confidence = draw(noise, "order", step, masked)[:, 0]
+            confidence = draw(noise, "order", at, where)[:, 0].to(logits.device)
         if self.suppress_eos_confidence:
             ends = [eos] if self.eot_token_id is None else [eos, self.eot_token_id]
             logits[:, ends] = -torch.inf
@@ -189,8 +200,7 @@ class LLaDASampler:
             confidence = logits.softmax(-1).gather(-1, tokens[:, None])[:, 0]
         elif self.suppress_eos_confidence:
             confidence = confidence.masked_fill(torch.isin(tokens, torch.tensor(ends, device=tokens.device)), 0.0)
-        counts = torch.full((len(ids),), count)
-        write(ids[:, prompt_length:], masked, tokens, most_confident(confidence, masked, counts))
+        return tokens, confidence
 
 
 def share(total: int, parts: int, i: int) -> int:

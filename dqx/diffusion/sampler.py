@@ -1,5 +1,9 @@
 """What both samplers share: the result type, logits at masked positions, noise, ranking, setting checks.
 
+A sampler is two pure functions: `due` says which masked positions a step looks at and how many of them it writes,
+`candidates` turns their logits into tokens and confidences. The plain `generate` and the batches of `engine.py` are
+two loops around them. Rows may be at different steps.
+
 Shapes: B rows, P prompt tokens, G new tokens, T = P + G, V vocabulary, n masked positions over all rows in
 row-major order.
 """
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Noise
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 OnStep = Callable[[Tensor], None]
 
@@ -45,6 +49,9 @@ class Call:
 class Sampler(Protocol):
     """What evaluation and calibration need from a sampler; see `LLaDASampler` for the meaning of each argument."""
 
+    @property
+    def cfg_scale(self) -> float: ...
+
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]: ...
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]: ...
@@ -60,6 +67,14 @@ class Sampler(Protocol):
         noise: Noise | None = None,
         on_step: OnStep | None = None,
     ) -> Generation: ...
+
+    def due(
+        self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def candidates(
+        self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def append_masks(model: MaskedDiffusionTransformer, prompt: Tensor, gen_length: int) -> Tensor:
@@ -83,25 +98,34 @@ def logits_at(
     prompt_length: int,
     cfg_scale: float = 0.0,
     attention_mask: Tensor | None = None,
+    whole: bool = True,
 ) -> Tensor:
     """Logits [n, V], at least float32, of the positions marked in `where` [B, T], for ids [B, T].
+
+    `whole` is the plain way: the head runs on every position. Without it, it runs only where it is asked for.
 
     With `cfg_scale` w > 0 (classifier-free guidance as in LLaDA's generate.py) a second pass sees masks in
     place of the prompt, and the result is `u + (w + 1) * (l - u)`.
     """
-    logits = at_least_float32(model(ids, attention_mask)[where])
+
+    def read(ids: Tensor) -> Tensor:
+        if whole:
+            return at_least_float32(model(ids, attention_mask)[where])
+        return at_least_float32(model.logits_where(ids, where, attention_mask))
+
+    logits = read(ids)
     if cfg_scale > 0:
         blind = ids.clone()
         blind[:, :prompt_length] = model.arch.mask_token_id
-        without = at_least_float32(model(blind, attention_mask)[where])
+        without = read(blind)
         logits = without + (cfg_scale + 1) * (logits - without)
     return logits
 
 
-def draw(noise: Noise, kind: str, step: int, masked: Tensor, width: int = 1) -> Tensor:
-    """Uniforms [n, width], float64, for the positions marked in `masked` [B, G], on its device."""
-    rows = [noise.uniform(kind, step, b, row.nonzero()[:, 0].cpu(), width) for b, row in enumerate(masked)]
-    return torch.cat(rows).to(masked.device)
+def draw(noise: Noise, kind: str, at: Sequence[int], masked: Tensor, width: int = 1) -> Tensor:
+    """Uniforms [n, width], float64, on the CPU, for the positions marked in `masked` [B, G]; row b is at step at[b]."""
+    rows = [noise.uniform(kind, at[b], b, row.nonzero()[:, 0].cpu(), width) for b, row in enumerate(masked)]
+    return torch.cat(rows)
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
