@@ -31,6 +31,7 @@ from dqx.quant.report import KeptRow, LinearRow, QuantReport, stored_bits
 from dqx.quant.setting import Context
 from dqx.quant.stream import Stream, as_is, collect_paired, snapshot
 
+JUDGED_OUTPUTS = 512  # at least so many outputs of a linear, where there are, make its output error
 PRODUCER = {"mlp_out": "up", "attn_out": "v"}  # whose output channels are a site's input channels
 
 
@@ -320,7 +321,10 @@ class _BoundClip:
 
 
 def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tuple[float, float | None]:
-    """Squared error of the weight relative to its squared norm, and the same of the outputs under the Hessian."""
+    """Squared error of the weight relative to its squared norm, and the same of the outputs under the Hessian.
+
+    The outputs are sampled where there are many: all of them would take longer than the rounding.
+    """
     w, change = wide(w_OI), wide(quantized_OI) - wide(w_OI)
 
     def ratio(part: Tensor, whole: Tensor) -> float:
@@ -329,6 +333,8 @@ def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tu
     weight_error = ratio(change.square().sum(), w.square().sum())
     if hessian_II is None:
         return weight_error, None
+    every = max(1, len(w) // JUDGED_OUTPUTS)
+    w, change = w[::every], change[::every]
     return weight_error, ratio(((change @ hessian_II) * change).sum(), ((w @ hessian_II) * w).sum())
 
 

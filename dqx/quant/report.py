@@ -44,7 +44,7 @@ class LinearRow:
     rounding: str | None  # the part that rounded the weight
     stored_bits: int
     weight_error: float  # ||W_q - W||^2 / ||W||^2
-    output_error: float | None  # the same of the outputs on the calibration tokens; None without data
+    output_error: float | None  # the same of (at least 512) outputs on the calibration tokens; None without data
     format: str = "int"
     notes: tuple[str, ...] = ()  # where the rounding could not do exactly what was asked
 
