@@ -10,8 +10,8 @@ from goldens import FAMILIES, Batch, tiny
 from dqx.models.transformer import SITES
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.grid import Grid
-from dqx.quant.rounding.gptaq import GPTAQ, carry_matrix, gptaq_round
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.gptaq import GPTAQ, carry_matrix, gptaq_round
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
 from dqx.quant.rounding.rtn import rtn_round
 
