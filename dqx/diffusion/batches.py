@@ -1,0 +1,146 @@
+"""Masked sequences of many requests, put together to go through the model: each once, longest first, in batches.
+
+A group holds what requests with one prefix and one target length need, a batch the rows of consecutive groups. Both
+follow from the tokens alone. Shorter sequences of a batch are padded on the right.
+
+Shapes: P prefix, L target, T = P + L, U different sequences of a group, D pairs of a request and a state of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.noise import Key
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+#: Tokens of a batch: on the CPU, where larger ones gain nothing, and the most on a GPU.
+CPU_TOKENS = 2048
+GPU_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Request:
+    """A target [L] after a prefix [P], and the name of its noise; see `likelihood.log_likelihood`."""
+
+    prefix: Tensor
+    target: Tensor
+    key: tuple[Key, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + len(self.target)
+
+
+@dataclass
+class Group:
+    """The sequences that requests with one prefix and targets of one length need, each once.
+
+    `rows` [U, L] are the targets with masks, `wanted` [U, L] the positions whose logits are needed. Pair d reads
+    sequence `row[d]` (rising), and scores its own `tokens` [D, L] where `scored` [D, L].
+    """
+
+    prefix: Tensor
+    rows: Tensor
+    wanted: Tensor
+    row: Tensor
+    scored: Tensor
+    tokens: Tensor
+    pairs: dict[int, Tensor]  # of each request, in the order of its states
+    log_probs: Tensor = field(init=False)  # [D], summed over the scored tokens of a pair
+
+    def __post_init__(self) -> None:
+        self.log_probs = torch.zeros(len(self.row), dtype=torch.float64)
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + self.rows.shape[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a group."""
+
+    group: Group
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+#: A request with its index, and the masks [S, L] of the states it needs.
+Needed = tuple[int, Request, Tensor]
+
+
+def group(needed: Sequence[Needed], mask_token_id: int) -> Group:
+    """The group of requests that have one prefix and targets of one length."""
+    masked = torch.cat([masks for _, _, masks in needed])
+    tokens = torch.cat([request.target.expand(len(masks), -1) for _, request, masks in needed])
+    rows, row = tokens.masked_fill(masked, mask_token_id).unique(dim=0, return_inverse=True)
+    scored = masked & (tokens != mask_token_id)
+    order = row.argsort(stable=True)
+    pairs = order.argsort().split([len(masks) for _, _, masks in needed])
+    return Group(
+        prefix=needed[0][1].prefix,
+        rows=rows,
+        wanted=torch.zeros(rows.shape, dtype=torch.long).index_add_(0, row, scored.long()) > 0,
+        row=row[order],
+        scored=scored[order],
+        tokens=tokens[order],
+        pairs={i: own for (i, _, _), own in zip(needed, pairs, strict=True)},
+    )
+
+
+def batches(groups: Iterable[Group], tokens: Callable[[], int]) -> Iterator[list[Part]]:
+    """Rows of consecutive groups: as many as have at most `tokens()` if all are as long as the first; one at least."""
+    batch: list[Part] = []
+    room = 0
+    for group in groups:
+        start = 0
+        while start < len(group.rows):
+            if not batch:
+                room = max(1, tokens() // group.length)
+            part = Part(group, start, min(start + room, len(group.rows)))
+            batch.append(part)
+            start = part.stop
+            room -= len(part)
+            if not room:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def halves(batch: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """A batch of two or more rows cut in the middle."""
+    left: list[Part] = []
+    right: list[Part] = []
+    room = sum(map(len, batch)) // 2
+    for part in batch:
+        cut = part.start + min(room, len(part))
+        room -= cut - part.start
+        left += [Part(part.group, part.start, cut)] if cut > part.start else []
+        right += [Part(part.group, cut, part.stop)] if part.stop > cut else []
+    return left, right
+
+
+def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[Request]) -> int:
+    """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere.
+
+    Counted per token: a dozen vectors of the hidden width and four of the MLP's, a row of the attention mask, and,
+    for the share of target tokens, logits in the model's type and twice in float32.
+    """
+    if model.device.type != "cuda" or not requests:
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    arch, size = model.arch, model.embed.weight.element_size()
+    longest = max(request.length for request in requests)
+    share = max(len(request.target) / max(1, request.length) for request in requests)
+    per_token = size * (12 * arch.hidden_size + 4 * arch.mlp_size + 2 * longest)
+    per_token += int(share * arch.vocab_size * (size + 8))
+    return max(1, min(GPU_TOKENS, int(free * 2 / 3) // per_token))
