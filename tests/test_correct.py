@@ -8,6 +8,7 @@ import torch
 from goldens import FAMILIES, Batch, tiny
 from torch import nn
 
+from dqx.models.transformer import compose
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.correct import MeanShift, expected_reduction, mean_shift
 from dqx.quant.rounding.rtn import RTN
@@ -154,6 +155,14 @@ def test_a_second_correction_finds_nothing_left():
         quantize(model, method, bits(3), [Batch(sequences())], progress=False)
     for a, b in zip(one.blocks, two.blocks, strict=True):
         torch.testing.assert_close(a.mlp_norm.bias, b.mlp_norm.bias, atol=1e-5, rtol=0)
+
+
+def test_a_transform_between_norm_and_linears_is_refused(setting):
+    block = tiny("llada").blocks[0]
+    compose(block.inputs, "mlp_in", nn.Dropout())
+    with pytest.raises(ValueError, match="at run time"):
+        MeanShift().apply(block, {"shift": torch.zeros(2, 64)}, None)
+    assert MeanShift().problems("method.corrections.s", setting) == []
 
 
 def test_the_report_names_the_bias():

@@ -33,6 +33,8 @@ class MeanShift:
     needs: ClassVar[frozenset[str]] = frozenset({"shift"})
 
     def apply(self, block: Block, stats: Mapping[str, Any], context: Context) -> None:
+        if not isinstance(block.inputs[self.site], nn.Identity):
+            raise ValueError("the mean shift is that of the norm's output, but a transform changes it at run time")
         norm = block.mlp_norm
         shift_I = mean_shift(stats["shift"], shrink=self.shrink).to(norm.weight)
         norm.bias = nn.Parameter(shift_I if norm.bias is None else norm.bias + shift_I, requires_grad=False)
