@@ -29,6 +29,7 @@ from dqx.calib import CalibBatch, calibration_windows
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.noise import SeededNoise
 from dqx.evaluate.results import TaskResult
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.masking import calibration_states
@@ -184,6 +185,7 @@ class DiffusionLM:
         steps: int | None = None,
         seed: int = 0,
         data_root: str | None = None,
+        likelihood: LikelihoodSettings | None = None,
     ) -> dict[str, TaskResult]:
         """`evaluate` for task settings of one's own."""
         return evaluate(
@@ -196,6 +198,7 @@ class DiffusionLM:
             limit=limit,
             data_root=data_root,
             chat=self.config.chat,
+            likelihood=likelihood,
         )
 
 

@@ -5,7 +5,8 @@ all that the result depends on, and the same facts stand inside in plain text:
 
 - the checkpoint: fingerprint of config and weights, content of the other data files (tokenizer, chat template);
 - dtype, device (the GPU's name, or the CPU's vector instructions), planted outliers, mask token, chat template use;
-- the task's whole spec, the number of denoising steps it takes, the sampler, the seed, the limit;
+- the task's whole spec, how likelihoods are estimated or the number of denoising steps, the sampler, the seed, the
+  limit;
 - data_root by relative path, size and time of change of its files, not by their content. Without data_root the
   data come from the hub's cache, of which nothing is checked: delete the baselines after a dataset has changed;
 - the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from dqx.evaluate.results import TaskResult
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.store import file_name, jsonable, package_version, write_json
 
@@ -84,10 +86,17 @@ def code_version(package: Path | None = None) -> str:
 class Baselines:
     """The cache: `get` before evaluating a task at full precision, `put` after."""
 
-    def __init__(self, cache_dir: str | Path, facts: Mapping[str, Any], steps: int | None = None):
+    def __init__(
+        self,
+        cache_dir: str | Path,
+        facts: Mapping[str, Any],
+        steps: int | None = None,
+        likelihood: LikelihoodSettings | None = None,
+    ):
         self.folder = Path(cache_dir)
         self.facts: dict[str, Any] = jsonable(facts)
         self.steps = steps  # the run's own number of denoising steps; None: the task's
+        self.likelihood = likelihood or LikelihoodSettings()
         self.warnings: list[str] = []  # damaged files met, for the record
 
     def get(self, name: str, spec: TaskSpec) -> TaskResult | None:
@@ -120,6 +129,8 @@ class Baselines:
 
     def _place(self, name: str, spec: TaskSpec) -> tuple[dict[str, Any], Path]:
         task = jsonable(spec) | {"name": name, "steps": steps_of(spec, self.steps)}
+        if spec.kind == "likelihood":
+            task["likelihood"] = self.likelihood.deciding()
         wanted = self.facts | {"task": task}
         return wanted, self.folder / f"{file_name(name)}-{_digest(wanted)[:20]}.json"
 

@@ -55,6 +55,7 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
         sampler=sampler,
         limit=task.limit,
         chat=config.model.chat,
+        likelihood=config.likelihood,
     )
     found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
     if method is None or reads_text(config, method):

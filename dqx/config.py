@@ -27,6 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.names import did_you_mean, method_label, natural
 from dqx.parts import build_part, part_problems
@@ -158,6 +159,7 @@ class Config:
     calib: CalibConfig = field(default_factory=CalibConfig)
     steps: StepsConfig = field(default_factory=StepsConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
     outliers: OutlierConfig = field(default_factory=OutlierConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

@@ -186,8 +186,10 @@ def _changes(method: Method, bits: BitsConfig) -> bool:
 
 def _baseline_key(config: Config, spec: TaskSpec) -> str:
     model = {key: value for key, value in asdict(config.model).items() if not key.startswith("calib_")}
+    likelihood = config.likelihood.deciding() if spec.kind == "likelihood" else None
+    steps = steps_of(spec, config.steps.count)
     return json.dumps(
-        [model, asdict(spec), steps_of(spec, config.steps.count), config.task.limit, config.seed, config.data_root],
+        [model, asdict(spec), steps, likelihood, config.task.limit, config.seed, config.data_root],
         sort_keys=True,
         default=str,
     )

@@ -143,7 +143,12 @@ def _data(config: Config) -> Tensor | None:
 
 def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:
     return lm.evaluate_suite(
-        suite, limit=config.task.limit, steps=config.steps.count, seed=config.seed, data_root=config.data_root
+        suite,
+        limit=config.task.limit,
+        steps=config.steps.count,
+        seed=config.seed,
+        data_root=config.data_root,
+        likelihood=config.likelihood,
     )
 
 
@@ -158,7 +163,7 @@ def _baseline_cache(lm: DiffusionLM, config: Config) -> baselines.Baselines:
         limit=config.task.limit,
         data_root=config.data_root,
     )
-    return baselines.Baselines(config.cache_dir, facts, config.steps.count)
+    return baselines.Baselines(config.cache_dir, facts, config.steps.count, config.likelihood)
 
 
 def _full_precision(

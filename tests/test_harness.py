@@ -84,7 +84,7 @@ def test_likelihoods_are_those_of_the_estimator_whatever_the_order(parts) -> Non
     ]
     harness = DiffusionHarness(model, tokenizer, LLaDASampler(), seed=3, mc_samples=4, progress=False)
     values = harness.loglikelihood(requests)
-    assert harness.n_forwards == 16
+    assert harness.n_forwards < 16  # some draws of a choice mask the same tokens
     again = DiffusionHarness(model, tokenizer, LLaDASampler(), seed=3, mc_samples=4, progress=False)
     assert again.loglikelihood(requests[::-1])[::-1] == values
     prefix, target = (torch.tensor(tokenizer(text).input_ids) for text in ("Question 1:", " no"))
@@ -97,7 +97,7 @@ def test_greedy_flag_only_on_request(parts) -> None:
     model, tokenizer = parts
     model.head.weight.zero_()  # all tokens are equally likely, and the first one, "!", wins
     requests = [request("Question:", answer, "loglikelihood") for answer in ("!!", "!?")]
-    for greedy, flags, forwards in [(False, [False, False], 2), (True, [True, False], 6)]:
+    for greedy, flags, forwards in [(False, [False, False], 1), (True, [True, False], 5)]:
         harness = DiffusionHarness(model, tokenizer, LLaDASampler(), mc_samples=1, greedy=greedy, progress=False)
         assert [flag for _, flag in harness.loglikelihood(requests)] == flags
         assert harness.n_forwards == forwards

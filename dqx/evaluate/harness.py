@@ -1,7 +1,8 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
-Plain: no shortcuts, whole-sequence logits; only prompts of equal length are generated together. A request's noise is
-a function of (seed, task, document, choice), so neither the order nor the number of documents matters.
+Likelihoods are computed in batches over all requests (`dqx/diffusion/scoring.py`); only prompts of equal length are
+generated together. A request's noise is a function of (seed, task, document, choice), so neither the order nor the
+number of documents matters.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
 metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
@@ -11,7 +12,7 @@ tokens and keeps what follows them).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -22,10 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dqx.diffusion.batches import Request
 from dqx.diffusion.dream import DreamSampler
-from dqx.diffusion.likelihood import greedy_matches, log_likelihood
+from dqx.diffusion.likelihood import greedy_matches
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.sampler import Sampler
+from dqx.diffusion.scoring import Scorer
+from dqx.diffusion.stopping import Question
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
@@ -36,12 +41,14 @@ class DiffusionHarness(LM):
     """An lm-eval model around a mask predictor, its tokenizer and a sampler.
 
     Lengths and steps of a generation come with each request, as `max_gen_toks`, `block_length` and `steps` of its
-    generation settings. `mc_samples` draws per choice serve likelihood. `batch_size` draws, or prompts of equal
-    length, go through the model at a time. With `greedy` the second value of a likelihood says whether greedy
-    decoding writes the target, else it is False.
+    generation settings, and `batch_size` prompts of equal length go through the model at a time. `mc_samples` draws
+    per choice serve likelihood, with the options of `likelihood`; a choice's likelihood is divided by its `scale` where
+    adaptive draws compare the choices of a document. With `greedy` the second value of a likelihood says whether
+    greedy decoding writes the target, else it is False.
 
     Over all calls, `n_forwards` counts sequences through the model, `generated` the tokens written (prompts never
-    count), and `truncated` has the tokens cut from the left of prompts that did not fit, by (task, document).
+    count), `truncated` has the tokens cut from the left of prompts that did not fit, by (task, document), and `notes`
+    what a reader of the results should know.
     """
 
     def __init__(
@@ -56,14 +63,18 @@ class DiffusionHarness(LM):
         greedy: bool = False,
         progress: bool = True,
         label: str = "",
+        likelihood: LikelihoodSettings | None = None,
+        scale: Callable[[Instance], float] = lambda request: 1.0,
     ):
         super().__init__()
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.seed, self.mc_samples, self.batch_size, self.greedy = seed, mc_samples, batch_size, greedy
         self.progress, self.label = progress, label
+        self.likelihood, self.scale = likelihood or LikelihoodSettings(), scale
         self.n_forwards = 0
         self.generated = 0
         self.truncated: dict[tuple[str, int], int] = {}
+        self.notes: list[str] = []
         self.end_tokens = end_tokens(model, tokenizer)
 
     # what lm-eval asks of a model
@@ -110,33 +121,24 @@ class DiffusionHarness(LM):
     @torch.no_grad()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(nats, greedy flag) of each request's continuation after its context."""
-        answers = []
-        bar = self._progress_bar(len(requests))
-        for request in requests:
-            context, continuation = request.args[:2]
-            prefix, target = encode_pair(self.tokenizer, context, continuation, self.model.arch.eos_token_id)
-            if not target:
-                raise ValueError(f"{request.task_name}: the continuation {continuation!r} has no token of its own")
-            prefix = self._fit(request, prefix, len(target))
-            prefix_ids, target_ids = self._tensor(prefix), self._tensor(target)
-            result = log_likelihood(
-                self.model,
-                prefix_ids,
-                target_ids,
-                samples=self.mc_samples,
-                seed=self.seed,
-                key=(*document_key(request), request.idx),
-                batch_size=self.batch_size,
-            )
-            self.n_forwards += result.n_forwards
-            matches = False
-            if self.greedy:
-                matches = greedy_matches(self.model, prefix_ids, target_ids)
-                self.n_forwards += len(target)
-            answers.append((result.value, matches))
-            bar.update()
-        bar.close()
-        return answers
+        scorer = Scorer(
+            self.model,
+            samples=self.mc_samples,
+            seed=self.seed,
+            exact=self.likelihood.exact,
+            error_level=self.likelihood.error_level if self.likelihood.adaptive else None,
+            batch_tokens=self.likelihood.batch_tokens,
+        )
+        asked = self._likelihood_requests(requests)
+        with self._progress_bar(sum(map(scorer.work, asked)), unit="tokens") as bar:
+            values = scorer.score(asked, self._questions(requests), progress=bar.update)
+        self.n_forwards += scorer.n_forwards
+        self.notes += scorer.notes + self._draws_note(scorer)
+        if not self.greedy:
+            return [(value, False) for value in values]
+        self.n_forwards += sum(len(request.target) for request in asked)
+        matches = [greedy_matches(self.model, request.prefix, request.target) for request in asked]
+        return list(zip(values, matches, strict=True))
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -168,11 +170,52 @@ class DiffusionHarness(LM):
 
     # the pieces
 
-    def _progress_bar(self, total: int) -> tqdm[NoReturn]:
+    def _progress_bar(self, total: int, unit: str = "requests") -> tqdm[NoReturn]:
         seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
         return tqdm(
-            total=total, desc=self.label or None, disable=not self.progress, unit=" requests", mininterval=seconds
+            total=total,
+            desc=self.label or None,
+            disable=not self.progress,
+            unit=f" {unit}",
+            unit_scale=unit == "tokens",
+            mininterval=seconds,
         )
+
+    def _likelihood_requests(self, requests: Sequence[Instance]) -> list[Request]:
+        """Prefix, target and noise of each request. A context that successive requests share is encoded once."""
+        found: list[Request] = []
+        encoded: tuple[str, list[int]] = ("", [])
+        last: tuple[list[int], Tensor] = ([], torch.tensor([], dtype=torch.long))
+        for request in requests:
+            context, continuation = request.args[:2]
+            bare = context.rstrip()
+            if bare != encoded[0]:
+                encoded = (bare, encode(self.tokenizer, bare))
+            prefix, target = encode_pair(
+                self.tokenizer, context, continuation, self.model.arch.eos_token_id, prefix=encoded[1]
+            )
+            if not target:
+                raise ValueError(f"{request.task_name}: the continuation {continuation!r} has no token of its own")
+            prefix = self._fit(request, prefix, len(target))
+            if prefix != last[0]:
+                last = (prefix, torch.tensor(prefix))
+            found.append(Request(last[1], torch.tensor(target), (*document_key(request), request.idx)))
+        return found
+
+    def _questions(self, requests: Sequence[Instance]) -> list[Question]:
+        if not self.likelihood.adaptive:
+            return []
+        documents: dict[tuple[str, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            documents.setdefault(document_key(request), []).append(i)
+        return [Question(own, [self.scale(requests[i]) for i in own]) for own in documents.values()]
+
+    def _draws_note(self, scorer: Scorer) -> list[str]:
+        if not scorer.draws:
+            return []
+        total = sum(scorer.draws.values())
+        counts = ", ".join(f"{scorer.draws[n]} by {n}" for n in sorted(scorer.draws))
+        return [f"draws until a question was decided at level {self.likelihood.error_level:g}: of {total}, {counts}"]
 
     def _alike(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, list[int]]]]:
         """Batches of (index, prompt) with equal prompt lengths and generation settings, in order of appearance."""
@@ -239,18 +282,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, start: int
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    continuation: str,
+    start: int,
+    prefix: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Context and continuation as ids, split as lm-eval does.
 
     Spaces at the end of the context belong to the continuation; the whole text is encoded once and cut at the
     length of the encoded context, so that the continuation's first token is the one the model sees in running
-    text. An empty context becomes the token `start`.
+    text. An empty context becomes the token `start`. `prefix`: the encoded context, where it is known already.
     """
     if not context:
         target = encode(tokenizer, continuation)
         return ([start], target) if target[:1] != [start] else (target[:1], target[1:])
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
-    prefix = encode(tokenizer, bare)
+    if prefix is None:
+        prefix = encode(tokenizer, bare)
     return prefix or [start], encode(tokenizer, bare + continuation)[len(prefix) :]

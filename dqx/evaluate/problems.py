@@ -10,8 +10,11 @@ from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
 from dqx.evaluate.harness import block_length
 from dqx.evaluate.local_data import data_files
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
 
+#: Metrics of multiple choice whose answer is the choice with the largest likelihood, as it is or by length.
+DECIDED_BY = ("acc", "acc_norm")
 OUTPUT_TYPES = {"likelihood": ("multiple_choice", "loglikelihood"), "generation": ("generate_until",)}
 
 
@@ -23,6 +26,7 @@ def task_problems(
     sampler: Sampler | None = None,
     limit: int | None = None,
     chat: bool = False,
+    likelihood: LikelihoodSettings | None = None,
 ) -> list[str]:
     """All problems of the suite's settings and of the local data it needs; empty when it can run.
 
@@ -38,6 +42,7 @@ def task_problems(
             f"data_root={data_root} is no folder; give the folder that holds the dataset copies, or null for the hub"
         )
         data_root = None
+    found += [] if likelihood is None else list(likelihood.problems())
     for name, spec in suite.items():
         found += _setting_problems(name, spec)
         if spec.kind == "generation" and sampler is not None:
@@ -48,6 +53,8 @@ def task_problems(
             found.append(f"task.suite.{name}.harness: {error}")
             continue
         found += _harness_problems(name, spec, members[0])
+        if likelihood is not None and likelihood.adaptive:
+            found += _adaptive_problems(name, spec, members[0])
         if data_root is not None:
             found += _data_problems(name, members[:limit], Path(data_root).expanduser())
     return list(dict.fromkeys(found))
@@ -130,6 +137,18 @@ def _harness_problems(name: str, spec: TaskSpec, leaf: Leaf) -> Iterator[str]:
     filters = [f["name"] for f in leaf.raw.get("filter_list") or [{"name": "none"}]]
     if spec.filter not in filters:
         yield f"{prefix}.filter={spec.filter!r} is no answer filter of {leaf.name}, which has {', '.join(filters)}"
+
+
+def _adaptive_problems(name: str, spec: TaskSpec, leaf: Leaf) -> Iterator[str]:
+    if spec.kind != "likelihood":
+        return
+    metrics = [m["metric"] for m in leaf.raw.get("metric_list") or ()]
+    choices = leaf.raw.get("output_type") == "multiple_choice" and "acc_mutual_info" not in metrics
+    if not choices or spec.metric not in DECIDED_BY:
+        yield (
+            f"likelihood.adaptive=true stops when a question's answer by {' or '.join(DECIDED_BY)} is decided; "
+            f"task.suite.{name} is scored otherwise, so set likelihood.adaptive=false or leave it out"
+        )
 
 
 def _data_problems(name: str, members: list[Leaf], data_root: Path) -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval import evaluator
+from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
 from dqx.diffusion.dream import DreamSampler
@@ -16,6 +17,7 @@ from dqx.evaluate.harness import DiffusionHarness
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.sandbox import isolation
+from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -34,16 +36,20 @@ def evaluate(
     data_root: str | None = None,
     chat: bool = False,
     progress: bool = True,
+    likelihood: LikelihoodSettings | None = None,
 ) -> dict[str, TaskResult]:
     """One result per task of `suite`, by its name there, with one row per document.
 
     `steps` replaces the generation tasks' own number of denoising steps. `limit` is the number of documents of a
     task; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a folder with copies of the
-    datasets in the hub's layout. A document's result depends on neither the other documents nor the other tasks.
+    datasets in the hub's layout. A document's result depends on neither the other documents nor the other tasks,
+    but for the rounding of likelihoods.
 
     Raises ValueError with `task_problems` of the suite.
     """
-    problems = task_problems(suite, data_root=data_root, steps=steps, sampler=sampler, limit=limit, chat=chat)
+    problems = task_problems(
+        suite, data_root=data_root, steps=steps, sampler=sampler, limit=limit, chat=chat, likelihood=likelihood
+    )
     if problems:
         raise ValueError("; ".join(problems))
     results = {}
@@ -60,6 +66,8 @@ def evaluate(
             greedy=any(task.OUTPUT_TYPE == "loglikelihood" for task in chosen),
             progress=progress,
             label=name,
+            likelihood=likelihood,
+            scale=choice_scale(chosen, spec.metric),
         )
         samples = _run(harness, chosen, chat)
         rows = [
@@ -78,7 +86,7 @@ def evaluate(
             seconds=time.perf_counter() - started,
             n_forwards=harness.n_forwards,
             tokens=harness.generated,
-            notes=_notes(chosen, rows, spec, sampler),
+            notes=_notes(chosen, rows, spec, sampler) + harness.notes,
         )
     return results
 
@@ -93,6 +101,18 @@ def _documents(
     sizes = [len(task.eval_docs) for task in tasks]
     counts = sizes if limit is None else in_turn(sizes, limit)
     return {task: count for task, count in zip(tasks, counts, strict=True) if count}
+
+
+def choice_scale(tasks: Iterable[LocalTask], metric: str) -> Callable[[Instance], float]:
+    """What the metric divides the likelihood of a request's choice by before choices are compared."""
+    by_name = {task.task_name: task for task in tasks}
+
+    def scale(request: Instance) -> float:
+        if metric != "acc_norm":
+            return 1.0
+        return float(len(by_name[request.task_name].doc_to_choice(request.doc)[request.idx]))
+
+    return scale
 
 
 def in_turn(sizes: Sequence[int], limit: int) -> list[int]:
