@@ -42,7 +42,8 @@ OUTLIER_COLUMNS = (
 )  # fmt: skip
 DELTA_COLUMNS = (
     "name", "kind", "category", "metric", "n", "full_precision", "quantized", "delta", "low", "high",
-    "relative_drop", "level", "lost", "gained",
+    "relative_drop", "level", "lost", "gained", "bootstrap_low", "bootstrap_high", "p_value", "p_adjusted",
+    "resolvable", "verdict",
 )  # fmt: skip
 
 
@@ -122,6 +123,9 @@ def summary(record: Record) -> dict[str, Any]:
             "delta": row.delta,
         }
         values |= {"delta_low": row.low, "delta_high": row.high, "relative_drop": row.relative_drop, "level": row.level}
+        values |= {"p_adjusted": row.p_adjusted, "resolvable": row.resolvable, "verdict": row.verdict}
+        if row.lower_is_better:  # nats per token
+            values["nll"], values["nll_full_precision"] = values.pop("accuracy"), values.pop("accuracy_full_precision")
         found |= {f"{key}/{row.name}": value for key, value in values.items()}
     for side, stats in record.outliers.items():
         for site in SITES:

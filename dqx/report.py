@@ -1,7 +1,7 @@
 """A run's record as tables in the terminal: what it cost, where the outliers sit, where the record lies.
 
 Everything is ASCII with colour as a hint only, so that a log file reads like the screen. The usual table fits
-80 columns; a wider one is left to the terminal to wrap, nothing is cut.
+84 columns; a wider one is left to the terminal to wrap, nothing is cut.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dqx.deltas import Delta
+from dqx import statistics
+from dqx.deltas import Delta, headline, judged
 from dqx.evaluate.results import TaskResult
+from dqx.evaluate.spec import NLL
 from dqx.names import method_label
 from dqx.outliers import Thresholds, summary
 from dqx.store import SIDES, Record
@@ -26,11 +28,7 @@ from dqx.store import SIDES, Record
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
 COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
-DELTA_LEGEND = (
-    "In percent, deltas in points. Every task counts the same in an average.",
-    "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above",
-    "significant; whether the difference could be chance is the interval's to say.",
-)
+VERDICTS = {statistics.UNDECIDED: "unclear"}
 
 
 def print_table(record: Record, folder: str | Path | None = None, file: TextIO | None = None) -> None:
@@ -43,7 +41,7 @@ def print_table(record: Record, folder: str | Path | None = None, file: TextIO |
         console.print(Text(line, style="bold"), soft_wrap=True)
     console.print()
     wide.print(delta_table(record))
-    for line in DELTA_LEGEND:
+    for line in delta_legend(record.deltas):
         console.print(Text(line, style="dim"), soft_wrap=True)
     if record.outliers:
         console.print()
@@ -62,7 +60,11 @@ def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
     console.print()
     wide = Console(file=file, highlight=False, emoji=False, width=max(200, console.width))
     wide.print(sweep_table(records))
-    console.print(Text("Accuracies in percent, deltas in points; - where a run has no such task.", style="dim"))
+    for line in (
+        "In percent, deltas in points; texts in nats per token; - where a run has no such task.",
+        "Verdict: unclear where chance could explain the delta; corrected for the number of runs in the table.",
+    ):
+        console.print(Text(line, style="dim"))
 
 
 def sweep_table(records: Sequence[Record]) -> Table:
@@ -74,29 +76,31 @@ def sweep_table(records: Sequence[Record]) -> Table:
     table.add_column("average", justify="right", no_wrap=True)
     table.add_column("delta\n[95 % interval]", justify="right", no_wrap=True)
     table.add_column("level", no_wrap=True)
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
+    table.add_column("verdict", no_wrap=True)
+    deltas = judged([headline(record.deltas) for record in records])
+    groups: dict[tuple[object, ...], list[tuple[Record, Delta]]] = {}
+    for record, delta in zip(records, deltas, strict=True):
         steps = (record.config.get("steps") or {}).get("count")
         values = tuple((name, result.value) for name, result in record.full_precision.items())
-        groups.setdefault((record.model.get("name"), steps, *values), []).append(record)
+        groups.setdefault((record.model.get("name"), steps, *values), []).append((record, delta))
     for (model, steps, *_), members in groups.items():
         table.add_section()
-        first = members[0]
-        accuracies = [_accuracy(first.full_precision.get(name)) for name in tasks]
+        first, first_delta = members[0]
+        scores = [_score(first.full_precision.get(name)) for name in tasks]
         label = f"{model}, {steps} steps" if steps else str(model)
-        table.add_row(label, "16", *accuracies, f"{100 * first.deltas[-1].full_precision:.1f}", style="bold")
-        for record in members:
-            config, overall = record.config, record.deltas[-1]
-            cells = _cells(overall)
+        table.add_row(label, "16", *scores, _cells(first_delta)[2], style="bold")
+        for record, delta in members:
+            config, cells = record.config, _cells(delta)
             masking = (config.get("calib") or {}).get("masking", "clean")
             table.add_row(
                 f"  {_method(record)} {(config.get('bits') or {}).get('name')}"
                 + (f" {masking}" if masking != "clean" else ""),
                 "-" if record.average_bits is None else f"{record.average_bits:.2f}",
-                *[_accuracy(record.quantized.get(name)) for name in tasks],
+                *[_score(record.quantized.get(name)) for name in tasks],
                 cells[3],
                 cells[4],
                 cells[6],
+                cells[8],
             )
     return table
 
@@ -106,8 +110,8 @@ def _method(record: Record) -> str:
     return method_label(method.get("name"), method.get("variant"))
 
 
-def _accuracy(result: TaskResult | None) -> str:
-    return "-" if result is None else f"{100 * result.value:.1f}"
+def _score(result: TaskResult | None) -> str:
+    return "-" if result is None else value(result.value, result.metric)
 
 
 def header(record: Record) -> list[str]:
@@ -131,11 +135,12 @@ def header(record: Record) -> list[str]:
 
 
 def delta_table(record: Record) -> Table:
-    """Full precision against quantized: per task, per category, on average. In percent; deltas in points."""
+    """Full precision against quantized: per task, per category, on average."""
     table = _table(("task", "left"), ("docu-\nments", "right"), ("full\nprec.", "right"), ("quan-\ntized", "right"))
-    for name, side in (("delta\n[95 % interval]", "right"), ("relative\ndrop", "right"), ("\nlevel", "left")):
+    for name, side in (("delta\n[95 % interval]", "right"), ("rel.\ndrop", "right"), ("\nlevel", "left")):
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("lost/\ngained", justify="right", no_wrap=True)
+    table.add_column("\nverdict", no_wrap=True)
     kind = record.deltas[0].kind
     for row in record.deltas:
         if row.kind != kind:
@@ -146,18 +151,55 @@ def delta_table(record: Record) -> Table:
 
 
 def _cells(row: Delta) -> list[str | Text]:
-    interval = "" if row.low is None or row.high is None else f" [{points(row.low)}, {points(row.high)}]"
+    interval = ""
+    if row.low is not None and row.high is not None:
+        interval = f" [{difference(row.low, row.metric)}, {difference(row.high, row.metric)}]"
     drop = None if row.relative_drop is None else points(row.relative_drop).removeprefix("+")
     return [
         f"{row.category} average" if row.kind == "category" else row.name,
         str(row.n),
-        f"{100 * row.full_precision:.1f}",
-        f"{100 * row.quantized:.1f}",
-        points(row.delta) + interval,
+        value(row.full_precision, row.metric),
+        value(row.quantized, row.metric),
+        difference(row.delta, row.metric) + interval,
         "-" if drop is None else drop,
         Text(row.level or "-", style=COLOURS.get(row.level or "", "")),
         f"{row.lost}/{row.gained}",
+        VERDICTS.get(row.verdict, row.verdict),
     ]
+
+
+def delta_legend(rows: Sequence[Delta]) -> list[str]:
+    """What the table's words mean, and what the sample could have shown."""
+    lines = []
+    if any(not row.lower_is_better for row in rows):
+        lines.append("In percent, deltas in points. Every task counts the same in an average.")
+    if any(row.lower_is_better for row in rows):
+        lines.append("Texts: nats per token, lower is better; a delta is the log of the ratio of perplexities.")
+    lines += [
+        "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above",
+        "significant. Verdict: unclear where chance could explain the difference; tested over",
+        "documents and corrected for the number of tasks, which the intervals are not.",
+    ]
+    first = headline(rows)
+    if first.resolvable is not None:
+        least = difference(first.resolvable, first.metric).removeprefix("+")
+        unit = "nats" if first.lower_is_better else "points"
+        where = "on average" if first.kind == "overall" else f"in {first.name}"
+        lines.append(f"A sample like this finds a difference of {least} {unit} {where} four times in five.")
+    return lines
+
+
+def value(score: float, metric: str | None) -> str:
+    """A score in percent, or in nats per token with three digits after the point."""
+    return f"{score:.3f}" if metric == NLL else f"{100 * score:.1f}"
+
+
+def difference(fraction: float, metric: str | None) -> str:
+    """A difference of scores in points or nats, always signed except for zero."""
+    if metric != NLL:
+        return points(fraction)
+    text = f"{fraction:+.3f}"
+    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def points(fraction: float) -> str:

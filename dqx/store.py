@@ -35,7 +35,8 @@ from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.outliers import OutlierStats
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # version 1 had deltas without tests; they are computed again from the documents
 PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
 SIDES = ("full_precision", "quantized")
 
@@ -131,10 +132,11 @@ class RunFolder:
     def read(self) -> Record:
         """The record that `write` wrote. Raises OSError or ValueError for a folder without a finished run."""
         results = self._json("results.json")
-        if results.get("schema_version") != SCHEMA_VERSION:
+        version = results.get("schema_version")
+        if version not in READABLE:
             raise ValueError(
-                f"{self.path / 'results.json'} has schema version {results.get('schema_version')}; "
-                f"this version of dqx reads {SCHEMA_VERSION}"
+                f"{self.path / 'results.json'} has schema version {version}; "
+                f"this version of dqx reads {' and '.join(map(str, READABLE))}"
             )
         sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
         for name, task in results["tasks"].items():
@@ -166,7 +168,7 @@ class RunFolder:
             created=results["created"],
             warnings=results["warnings"],
             mirror=results["mirror"],
-            deltas=[Delta(**row) for row in results["deltas"]],
+            deltas=[Delta(**row) for row in results["deltas"]] if version == SCHEMA_VERSION else [],
             **sides,
         )
 

@@ -18,10 +18,10 @@ from statistics import fmean
 
 from rich.console import Console
 
-from dqx.deltas import Delta, compare
+from dqx.deltas import Delta, compare, headline, judged
 from dqx.evaluate.results import TaskResult
 from dqx.names import method_label, natural
-from dqx.report import points
+from dqx.report import difference, value
 from dqx.store import Record, RunFolder
 
 
@@ -39,7 +39,7 @@ class Cell:
 
     @property
     def overall(self) -> Delta:
-        return self.deltas[-1]
+        return headline(self.deltas)
 
 
 def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
@@ -72,13 +72,13 @@ def cells(records: Iterable[Record]) -> list[Cell]:
             for side in ("full_precision", "quantized")
         ]
         average_bits = fmean(float(run.average_bits or 16) for run in runs)
-        alone = tuple(run.deltas[-1].quantized for run in runs)
+        alone = tuple(headline(run.deltas).quantized for run in runs)
         found.append(Cell(model, method, bits, average_bits, tuple(sorted(by_seed)), compare(*sides), alone))
     return found
 
 
 def matrix(members: Sequence[Cell]) -> list[str]:
-    """Methods by widths: the average accuracy in percent and its delta in points."""
+    """Methods by widths: the average accuracy in percent and its delta in points (of a text alone: nats per token)."""
     widths = sorted({cell.bits for cell in members}, key=natural, reverse=True)
     methods = list(dict.fromkeys(cell.method for cell in members))
     lines = ["| method | " + " | ".join(widths) + " |", "|---" * (len(widths) + 1) + "|"]
@@ -92,15 +92,20 @@ def _short(cell: Cell | None) -> str:
     if cell is None:
         return ""
     delta = cell.overall
-    return f"**{100 * delta.quantized:.1f}** {points(delta.delta)} {_interval(delta)}"
+    return f"**{value(delta.quantized, delta.metric)}** {difference(delta.delta, delta.metric)} {_interval(delta)}"
 
 
 def _interval(delta: Delta) -> str:
-    return "" if delta.low is None or delta.high is None else f"[{points(delta.low)}, {points(delta.high)}]"
+    if delta.low is None or delta.high is None:
+        return ""
+    return f"[{difference(delta.low, delta.metric)}, {difference(delta.high, delta.metric)}]"
 
 
 def details(members: Sequence[Cell]) -> list[str]:
-    """One row per cell: every task, the average with interval and level, and how far the seeds lie apart."""
+    """One row per cell: every task, the average with interval, level and verdict, and how far the seeds lie apart.
+
+    The verdicts are corrected for the number of rows.
+    """
     tasks = [delta.name for delta in members[0].deltas if delta.kind == "task"]
     header = [
         "method",
@@ -110,27 +115,28 @@ def details(members: Sequence[Cell]) -> list[str]:
         "average",
         "delta [95 % interval]",
         "level",
+        "verdict",
         "seeds: low, high",
     ]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     full = {delta.name: delta for delta in members[0].deltas}
-    values = [f"{100 * full[task].full_precision:.1f}" for task in tasks]
-    average = f"**{100 * members[0].overall.full_precision:.1f}**"
-    lines.append("| " + " | ".join(["full precision", "", "16", *values, average, "", "", ""]) + " |")
-    for cell in members:
+    values = [value(full[task].full_precision, full[task].metric) for task in tasks]
+    average = f"**{value(members[0].overall.full_precision, members[0].overall.metric)}**"
+    lines.append("| " + " | ".join(["full precision", "", "16", *values, average, "", "", "", ""]) + " |")
+    for cell, delta in zip(members, judged([cell.overall for cell in members]), strict=True):
         by_name = {delta.name: delta for delta in cell.deltas}
-        values = [f"{100 * by_name[task].quantized:.1f}" if task in by_name else "" for task in tasks]
-        delta = cell.overall
-        spread = f"{len(cell.seeds)}: {100 * min(cell.by_seed):.1f}, {100 * max(cell.by_seed):.1f}"
+        values = [value(by_name[t].quantized, by_name[t].metric) if t in by_name else "" for t in tasks]
+        lowest, highest = (value(side(cell.by_seed), delta.metric) for side in (min, max))
         row = [
             f"`{cell.method}`",
             cell.bits,
             f"{cell.average_bits:.2f}",
             *values,
-            f"**{100 * delta.quantized:.1f}**",
-            f"{points(delta.delta)} {_interval(delta)}",
+            f"**{value(delta.quantized, delta.metric)}**",
+            f"{difference(delta.delta, delta.metric)} {_interval(delta)}",
             delta.level or "-",
-            spread,
+            delta.verdict,
+            f"{len(cell.seeds)}: {lowest}, {highest}",
         ]
         lines.append("| " + " | ".join(row) + " |")
     return lines

@@ -1,11 +1,12 @@
 """Paired deltas: hand-computed values, exact zero, pairing errors, and coverage counted over all outcomes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dqx import deltas
+from dqx import deltas, statistics
 from dqx.evaluate.results import DocumentRow, TaskResult
 
 
@@ -46,6 +47,8 @@ def test_identical_runs_give_exactly_zero(scores):
         assert row.level == "negligible"
         assert row.lost == row.gained == 0
         assert row.low <= 0 <= row.high
+        assert row.bootstrap_low is None or row.bootstrap_low <= 0 <= row.bootstrap_high
+        assert (row.p_value, row.p_adjusted, row.verdict) == (1.0, 1.0, "not distinguishable")
 
 
 def test_no_flips_still_leaves_a_width():
@@ -65,12 +68,6 @@ def test_one_document():
         {"a": result("a", [12.0]), "b": result("b", [1])}, {"a": result("a", [11.0]), "b": result("b", [1])}
     )
     assert average[-1].low is None  # an unknown interval stays unknown in the average
-
-
-def test_t_interval_known_value():
-    # mean 2, deviation 1, n 3: t(0.975, 2) = 4.302653
-    low, high = deltas.t_interval([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +109,8 @@ def test_averages_count_every_task_the_same():
     # MOVER by hand from the three rows above
     below = sum((r.delta - r.low) ** 2 for r in rows[:3]) ** 0.5 / 3
     assert rows[4].low == pytest.approx(-0.25 - below)
+    above = sum((r.bootstrap_high - r.delta) ** 2 for r in rows[:3]) ** 0.5 / 3
+    assert rows[4].bootstrap_high == pytest.approx(-0.25 + above)
 
 
 def test_unpaired_documents_are_named():
@@ -157,17 +156,86 @@ def test_coverage_of_the_average_over_ten_tasks(n, p_lost, p_gained):
     draws = torch.rand(600, 10, n, generator=generator)
     covered = 0
     for trial in draws:
-        rows = []
+        parts = []
         for task in trial:
             lost, gained = int((task < p_lost).sum()), int((task > 1 - p_gained).sum())
-            low, high = deltas.paired_interval([-1.0] * lost + [1.0] * gained + [0.0] * (n - lost - gained))
-            rows.append(_delta(n, (gained - lost) / n, low, high))
-        average = deltas.macro_average(rows, "average", "overall", None)
-        covered += average.low <= p_gained - p_lost <= average.high
+            limits = deltas.paired_interval([-1.0] * lost + [1.0] * gained + [0.0] * (n - lost - gained))
+            parts.append(((gained - lost) / n, *limits))
+        low, high = deltas.mover(parts)
+        covered += low <= p_gained - p_lost <= high
     assert 0.90 < covered / len(draws) < 0.995
 
 
-def _delta(n, delta, low, high):
-    return deltas.Delta(
-        "t", "task", "math", "acc", n, 1.0, 1.0 + delta, delta, low, high, -delta, None, 0, 0, "bonett-price"
+def test_both_intervals_of_decisions_agree():
+    row = deltas.compare_task(result("t", [1] * 60 + [0] * 40), result("t", [1] * 45 + [0] * 50 + [1] * 5))
+    assert row.bootstrap_low == pytest.approx(row.low, abs=0.015)
+    assert row.bootstrap_high == pytest.approx(row.high, abs=0.015)
+
+
+def test_verdicts_are_corrected_for_the_number_of_tasks():
+    fp = {name: result(name, [1] * 40, category) for name, category in zip("abcd", ("x", "x", "y", "y"), strict=True)}
+    q = {
+        "a": result("a", [0] * 7 + [1] * 33, "x"),
+        "b": result("b", [0] * 9 + [1] * 31, "x"),
+        "c": result("c", [1] * 40, "y"),
+        "d": result("d", [0] + [1] * 39, "y"),
+    }
+    rows = {row.name: row for row in deltas.compare(fp, q)}
+    assert rows["a"].p_value == statistics.mcnemar(7, 0) < 0.05
+    tasks = [rows[name] for name in "abcd"]
+    assert [row.p_adjusted for row in tasks] == statistics.holm([row.p_value for row in tasks])
+    assert [row.verdict for row in tasks] == ["worse", "worse", "not distinguishable", "not distinguishable"]
+    # seven flips would not do as the better of eight tasks
+    assert deltas.judged([rows["a"]] * 8)[0].verdict == "not distinguishable"
+    categories = [rows["x"], rows["y"]]
+    assert [row.p_adjusted for row in categories] == statistics.holm([row.p_value for row in categories])
+    assert rows["x"].verdict == rows["average"].verdict == "worse"
+    assert rows["average"].p_adjusted == rows["average"].p_value
+
+
+def test_what_a_sample_could_have_shown():
+    rows = deltas.compare(
+        {"a": result("a", [1] * 50), "b": result("b", [1] * 200)},
+        {"a": result("a", [1] * 50), "b": result("b", [0] * 20 + [1] * 180)},
     )
+    assert rows[0].resolvable == statistics.resolvable_decision(50, 0)
+    assert rows[1].resolvable == statistics.resolvable_decision(200, 20)
+    assert rows[2].resolvable == pytest.approx(math.hypot(rows[0].resolvable, rows[1].resolvable) / 2)
+    assert deltas.compare_task(result("t", [1]), result("t", [1])).resolvable is None
+
+
+def nats(name, scores):
+    return replace(result(name, scores, "text"), metric="nll")
+
+
+def test_less_is_better_for_nats():
+    before, after = [2.1, 0.4, 0.8, 1.9, 0.7, 0.6], [2.2, 0.6, 0.9, 2.3, 0.7, 0.9]
+    row = deltas.compare_task(nats("t", before), nats("t", after))
+    assert (row.delta, row.lost, row.gained) == (pytest.approx(1.1 / 6), 5, 0)
+    assert (row.relative_drop, row.level) == (None, None)
+    assert row.interval == "studentised bootstrap"
+    assert (row.low, row.high) == (row.bootstrap_low, row.bootstrap_high)
+    assert 0 < row.low < row.delta < row.high
+    assert row.p_value == pytest.approx(2 / 2**5)
+    assert deltas.compare_task(nats("t", after), nats("t", before)).gained == 5
+    longer = deltas.compare_task(nats("t", before * 4), nats("t", after * 4))
+    assert longer.verdict == "worse"
+    assert deltas.compare_task(nats("t", after * 4), nats("t", before * 4)).verdict == "better"
+
+
+def test_nats_below_one_are_not_taken_for_fractions():
+    row = deltas.compare_task(nats("t", [0.1, 0.9]), nats("t", [0.2, 0.9]))
+    assert (row.interval, row.bootstrap_low) == ("paired t", None)
+    assert row.resolvable is not None
+
+
+def test_nats_are_in_no_average():
+    both = {"a": result("a", [1, 0]), "text": nats("text", [2.0, 3.0])}
+    rows = deltas.compare(both, both)
+    assert [row.name for row in rows] == ["a", "text"]
+    assert deltas.headline(rows).name == "a"
+    assert deltas.headline(rows[1:]).name == "text"
+    three = both | {"b": result("b", [1, 1])}
+    rows = deltas.compare(three, three)
+    assert [row.name for row in rows] == ["a", "text", "b", "average"]
+    assert deltas.headline(rows).full_precision == 0.75

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import rich.console
@@ -26,16 +27,17 @@ def test_every_number_of_the_comparison_is_there():
     assert "calibrated on nano (clean, 128 x 256 tokens), each task's own steps, seed 0" in text
     (line,) = [x for x in text.split("\n") if x.startswith("nano_sums")]
     assert re.split(r"\s+", line.strip()) == [
-        "nano_sums", "4", "75.0", "25.0", "-50.0", "[-93.0,", "+26.3]", "66.7", "significant", "2/0"
+        "nano_sums", "4", "75.0", "25.0", "-50.0", "[-93.0,", "+26.3]", "66.7", "significant", "2/0", "unclear"
     ]  # fmt: skip
     (line,) = [x for x in text.split("\n") if x.startswith("average")]
     assert re.split(r"\s+", line.strip())[1:5] == ["6", "87.5", "37.5", "-50.0"]
 
 
 def test_levels_are_not_taken_for_a_test_of_chance():
-    """A "significant" drop whose interval holds 0 needs a word; the limits it names are those in use."""
+    """A "significant" drop that could be chance needs a word; the limits it names are those in use."""
     text = " ".join(printed(record()).split())
     assert "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above significant" in text
+    assert "Verdict: unclear where chance could explain the difference" in text
     assert [level(drop) for drop in (0.0099, 0.01, 0.04, 0.0401)] == [
         "negligible",
         "moderate",
@@ -106,8 +108,23 @@ def test_a_sweep_is_one_table_below_its_full_precision():
     assert rows[0][1] == ["16", "75.0", "75.0", "-", "-", "75.0"]
     assert rows[1][1][1:5] == ["75.0", "75.0", "-", "-"]
     assert rows[2][1][1:7] == ["25.0", "25.0", "-", "-", "25.0", "-50.0"]
-    assert rows[2][1][-1] == "significant"
+    assert rows[2][1][-2:] == ["significant", "unclear"]
     assert rows[3][1][1:5] == ["-", "-", "75.0", "100.0"]
+
+
+def test_texts_are_in_nats_and_what_the_sample_could_show_is_said():
+    fp = {"a": task_result("a", [1] * 50), "text": replace(task_result("text", [2.0, 3.0] * 5, "text"), metric="nll")}
+    worse = replace(task_result("text", [2.1, 3.3] * 5, "text"), metric="nll")
+    text = printed(record(full_precision=fp, quantized=fp | {"text": worse}, outliers={}))
+    assert re.search(r"^text +10 +2\.500 +2\.700 +\+0\.200 \[\+0\.1\d\d, \+0\.2\d\d\] +- +- +10/0 worse", text, re.M)
+    assert "Texts: nats per token, lower is better" in text
+    assert "A sample like this finds a difference of 15.4 points in a four times in five." in text
+    alone = printed(record(full_precision={"text": fp["text"]}, quantized={"text": worse}, outliers={}))
+    assert "In percent" not in alone
+    assert re.search(r"finds a difference of 0\.1\d\d nats in text four times", alone)
+    out = io.StringIO()
+    print_sweep([record(full_precision=fp, quantized=fp | {"text": worse}, command=None)], file=out)
+    assert re.search(r"gptq w3a16 +\S+ +100\.0 +2\.700 +100\.0", out.getvalue())
 
 
 def test_what_is_missing_is_said():
@@ -118,7 +135,7 @@ def test_what_is_missing_is_said():
         command=None,
     )
     text = printed(run, None)
-    assert re.search(r"^a +2 +0\.0 +50\.0 +\+50\.0 \[.*\] +- +- +0/1", text, re.M)
+    assert re.search(r"^a +2 +0\.0 +50\.0 +\+50\.0 \[.*\] +- +- +0/1 unclear", text, re.M)
     assert "W&B:     not written, the package wandb cannot be imported; the record is complete without it" in text
     assert "Record:" not in text
     assert "Again:" not in text

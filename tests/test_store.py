@@ -130,6 +130,17 @@ def test_another_schema_version_is_refused(tmp_path):
         folder.read()
 
 
+def test_records_of_the_first_schema_version_are_read(tmp_path):
+    """They had deltas without tests, which the documents give."""
+    folder, run = RunFolder(tmp_path), record()
+    folder.write(run)
+    results = json.loads((tmp_path / "results.json").read_text())
+    later = ("bootstrap_low", "bootstrap_high", "p_value", "p_adjusted", "resolvable", "verdict")
+    old = [{key: value for key, value in row.items() if key not in later} for row in results["deltas"]]
+    store.write_json(tmp_path / "results.json", results | {"schema_version": 1, "deltas": old})
+    assert folder.read().deltas == run.deltas
+
+
 def test_environment_names_versions_and_no_person():
     found = store.environment("cpu")
     assert (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 CATEGORIES = ("general", "math", "code")
 KINDS = ("likelihood", "generation")
+NLL = "nll"  # the metric that is better when lower: nats per token of a text
 
 
 @dataclass
