@@ -104,6 +104,10 @@ class DreamSampler:
             )
         return found
 
+    def token_problems(self, vocab_size: int) -> list[str]:
+        """Nothing: no setting names a token."""
+        return []
+
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer, in order. Only the schedule of `origin` draws from `random`.
 

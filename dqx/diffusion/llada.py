@@ -103,7 +103,8 @@ class LLaDASampler:
                 masked -= count
         return found
 
-    def _token_problems(self, vocab_size: int) -> list[str]:
+    def token_problems(self, vocab_size: int) -> list[str]:
+        """What is wrong with the end tokens for a model with `vocab_size` tokens."""
         ids = {}
         if self.suppress_eos_logits or self.suppress_eos_confidence:
             ids["eos_token_id"] = self.eos_token_id
@@ -136,7 +137,7 @@ class LLaDASampler:
 
         Raises ValueError with the `problems` of the settings.
         """
-        raise_if(self.problems(gen_length, block_length, steps) + self._token_problems(model.arch.vocab_size))
+        raise_if(self.problems(gen_length, block_length, steps) + self.token_problems(model.arch.vocab_size))
         noise = noise or SeededNoise(0, range(len(prompt)))
         prompt_length = prompt.shape[1]
         ids = append_masks(model, prompt, gen_length)
