@@ -20,6 +20,7 @@ A question that no look decides gets all draws and with them the plain estimate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +49,6 @@ def decided(draws_CN: Tensor, *, looks: int, error_level: float) -> bool:
 
     Draws that do not differ at all are exact likelihoods, of which the larger one is larger.
     """
-    from scipy.stats import t
-
     n_choices, n_draws = draws_CN.shape
     if n_choices == 1:
         return True
@@ -57,5 +56,13 @@ def decided(draws_CN: Tensor, *, looks: int, error_level: float) -> bool:
     rest = [c for c in range(n_choices) if c != leader]
     ahead = draws_CN[leader] - draws_CN[rest]
     error = ahead.std(1) / n_draws**0.5
-    needed = float(t.isf(error_level / (looks * len(rest)), n_draws - 1))
+    needed = critical(error_level / (looks * len(rest)), n_draws - 1)
     return bool((ahead.mean(1) >= needed * error).all())
+
+
+@functools.cache
+def critical(level: float, degrees: int) -> float:
+    """The value that a t statistic exceeds with probability `level`."""
+    from scipy.stats import t
+
+    return float(t.isf(level, degrees))
