@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -11,30 +10,15 @@ from conftest import TinyCheckpoint
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dqx.diffusion import DreamSampler, Generation, LLaDASampler, log_likelihood
-from dqx.evaluate.harness import DiffusionHarness, encode_pair
+from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, log_likelihood
+from dqx.evaluate.ending import Ending
+from dqx.evaluate.harness import DiffusionHarness, block_length, encode_pair, end_tokens
 from dqx.models import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
 END = 256
-
-
-@dataclass
-class Dictated:
-    """A sampler that writes given tokens and remembers what it was asked for."""
-
-    ids: list[int]
-    asked: list[dict] = field(default_factory=list)
-
-    def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
-        return []
-
-    def generate(self, model: object, prompt: Tensor, **settings: object) -> Generation:
-        self.asked += [{"prompt": row, **settings} for row in prompt.tolist()]
-        return Generation(torch.tensor([self.ids] * len(prompt)), 7 * len(prompt))
 
 
 def request(context: str, second: object, kind: str = "generate_until", doc: int = 0, choice: int = 0) -> Instance:
@@ -43,6 +27,19 @@ def request(context: str, second: object, kind: str = "generate_until", doc: int
 
 def generation(context: str, doc: int = 0, n: int = 8, until: tuple[str, ...] = ()) -> Instance:
     return request(context, {"until": list(until), "max_gen_toks": n, "block_length": 4, "steps": n}, doc=doc)
+
+
+def recorded(model) -> list[list[list[int]]]:
+    """The token ids of every forward from now on."""
+    seen: list[list[list[int]]] = []
+    whole = model.logits_where
+
+    def logits_where(ids, *rest):
+        seen.append(ids.tolist())
+        return whole(ids, *rest)
+
+    model.logits_where = logits_where
+    return seen
 
 
 @pytest.fixture
@@ -117,20 +114,50 @@ def test_greedy_flag_only_on_request(parts) -> None:
     ],
 )
 def test_answers_end_at_stop_strings_and_end_tokens(parts, written: str, until: tuple[str, ...], text: str) -> None:
+    """And from the moment that the beginning of an answer settles it, the rest changes nothing."""
     model, tokenizer = parts
     ids = tokenizer(written, add_special_tokens=False).input_ids
-    harness = DiffusionHarness(model, tokenizer, Dictated(ids), progress=False)
-    assert harness.generate_until([generation("Q", n=len(ids), until=until)]) == [text]
-    assert (harness.n_forwards, harness.generated) == (7, len(ids))
+    ending = Ending(tokenizer, end_tokens(model, tokenizer), until)
+    assert ending.text(ids) == text
+    settled = [n for n in range(len(ids) + 1) if ending.settled(ids[:n])]
+    assert {ending.text(ids[:n]) for n in settled} <= {text}
+    assert bool(settled) == (written not in ("one<|mdm_mask|>two", "one") or "<|mdm_mask|>" in until)
+
+
+@pytest.mark.parametrize(
+    ("written", "until", "settled"),
+    [
+        ("a stop", ("stop",), True),
+        ("a sto", ("stop",), False),
+        ("one two", ("wo", "two three"), False),  # "two three" began earlier and may become complete
+        ("one two th.", ("wo", "two three"), True),
+        ("two one two", ("two", "one"), True),
+        ("one<|endoftext|>", (), True),
+        ("one<|mdm_mask|>", (), False),
+        ("one<|mdm_mask|>", ("<|mdm_mask|>",), True),
+        ("anything", ("",), False),
+    ],
+)
+def test_when_an_answer_is_settled(parts, written: str, until: tuple[str, ...], settled: bool) -> None:
+    model, tokenizer = parts
+    ending = Ending(tokenizer, end_tokens(model, tokenizer), until)
+    assert ending.settled(tokenizer(written, add_special_tokens=False).input_ids) == settled
+
+
+def test_half_a_character_settles_nothing(parts) -> None:
+    model, tokenizer = parts
+    ids = tokenizer("aé.", add_special_tokens=False).input_ids
+    ending = Ending(tokenizer, end_tokens(model, tokenizer), ("é", "\ufffd"))
+    assert [ending.settled(ids[:n]) for n in range(5)] == [False, False, False, True, True]
 
 
 def test_long_prompts_lose_their_beginning_and_this_is_recorded(parts) -> None:
     model, tokenizer = parts  # 64 tokens fit
-    sampler = Dictated([65] * 8)
-    harness = DiffusionHarness(model, tokenizer, sampler, mc_samples=1, progress=False)
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), mc_samples=1, progress=False)
+    asked = recorded(model)
     text = "".join(chr(97 + i % 26) for i in range(70))
     harness.generate_until([generation(text, doc=0), generation(text[:56], doc=1)])
-    assert [tokenizer.decode(a["prompt"]) for a in sampler.asked] == [text[-56:], text[:56]]
+    assert [tokenizer.decode(row[:56]) for row in asked[0]] == [text[-56:], text[:56]]
     assert harness.truncated == {("task", 0): 14}
     harness.loglikelihood([request(text, " yes", "loglikelihood", doc=2)])
     assert harness.truncated == {("task", 0): 14, ("task", 2): 10}
@@ -154,29 +181,41 @@ def test_generation_noise_belongs_to_the_document(parts) -> None:
 
 
 @pytest.mark.parametrize("sampler", [LLaDASampler(temperature=0.7), LLaDASampler(), DreamSampler(temperature=0.4)])
-def test_generation_in_batches_is_generation_one_by_one(tiny_checkpoint: TinyCheckpoint, sampler) -> None:
-    """Prompts of several lengths, some of them equal: the same answers in the order of the requests."""
+def test_texts_are_those_of_the_plain_sampler(tiny_checkpoint: TinyCheckpoint, sampler) -> None:
+    """Prompts of several lengths, stop strings in the middle of blocks: answers in the order of the requests."""
     checkpoint = inspect(str(tiny_checkpoint("dream" if isinstance(sampler, DreamSampler) else "llada")))
     model, tokenizer = load_weights(checkpoint), load_tokenizer(checkpoint)
-    texts = ["one", "three", "two", "seven", "six", "eight", "", "ten", "four"]
-    requests = [generation(text, doc=i) for i, text in enumerate(texts)]
-
-    def answers(batch_size: int) -> list[str]:
-        harness = DiffusionHarness(model, tokenizer, sampler, batch_size=batch_size, progress=False)
-        found = harness.generate_until(requests)
-        assert harness.generated == 8 * len(texts)
-        return found
-
-    alone = answers(1)
-    assert len(set(alone)) > 3
-    assert answers(3) == answers(8) == alone
+    questions = ["one", "three", "two", "seven", "six", "eight", "", "ten", "four"]
+    plain = [
+        sampler.generate(
+            model,
+            torch.tensor([tokenizer(text, add_special_tokens=False).input_ids or [END]]),
+            gen_length=8,
+            block_length=block_length(sampler, 4),
+            steps=8,
+            noise=SeededNoise(0, [("task", i)]),
+        )
+        for i, text in enumerate(questions)
+    ]
+    whole = [tokenizer.decode(out.ids[0], skip_special_tokens=True) for out in plain]
+    until = tuple(letter for text in whole for letter in text[3:] if letter.isascii())[:3]
+    ending = Ending(tokenizer, end_tokens(model, tokenizer), until)
+    expected = [ending.text(out.ids[0].tolist()) for out in plain]
+    assert len(set(expected)) > 3
+    requests = [generation(text, doc=i, until=until) for i, text in enumerate(questions)]
+    for size in (1, 3, None):
+        harness = DiffusionHarness(model, tokenizer, sampler, batch_size=size, progress=False)
+        assert harness.generate_until(requests) == expected
+        assert harness.n_forwards + harness.n_saved == sum(out.n_forwards for out in plain)
+        assert harness.n_saved > 0
+        assert harness.generated < 8 * len(questions)
 
 
 def test_an_empty_prompt_starts_from_the_end_token(parts) -> None:
     model, tokenizer = parts
-    sampler = Dictated([65])
-    DiffusionHarness(model, tokenizer, sampler, progress=False).generate_until([generation("", n=1)])
-    assert sampler.asked[0]["prompt"] == [END]
+    asked = recorded(model)
+    DiffusionHarness(model, tokenizer, LLaDASampler(), progress=False).generate_until([generation("", n=4)])
+    assert asked[0] == [[END] + 4 * [model.arch.mask_token_id]]
 
 
 def test_a_continuation_without_tokens_is_refused(parts) -> None:

@@ -1,8 +1,8 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
-Likelihoods are computed in batches over all requests (`dqx/diffusion/scoring.py`); only prompts of equal length are
-generated together. A request's noise is a function of (seed, task, document, choice), so neither the order nor the
-number of documents matters.
+Likelihoods are computed in batches over all requests (`dqx/diffusion/scoring.py`), and so are answers written
+(`dqx/diffusion/engine.py`). A request's noise is a function of (seed, task, document, choice), so neither the order
+nor the number of documents matters.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
 metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
@@ -25,11 +25,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dqx.diffusion.batches import Request
 from dqx.diffusion.dream import DreamSampler
+from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import greedy_matches
-from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.sampler import Sampler
 from dqx.diffusion.scoring import Scorer
 from dqx.diffusion.stopping import Question
+from dqx.evaluate.ending import Ending
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -41,14 +42,14 @@ class DiffusionHarness(LM):
     """An lm-eval model around a mask predictor, its tokenizer and a sampler.
 
     Lengths and steps of a generation come with each request, as `max_gen_toks`, `block_length` and `steps` of its
-    generation settings, and `batch_size` prompts of equal length go through the model at a time. `mc_samples` draws
-    per choice serve likelihood, with the options of `likelihood`; a choice's likelihood is divided by its `scale` where
-    adaptive draws compare the choices of a document. With `greedy` the second value of a likelihood says whether
-    greedy decoding writes the target, else it is False.
+    generation settings, and `batch_size` answers are written at a time (null: as many as keep the device busy and fit
+    into its memory). `mc_samples` draws per choice serve likelihood, with the options of `likelihood`; a choice's
+    likelihood is divided by its `scale` where adaptive draws compare the choices of a document. With `greedy` the
+    second value of a likelihood says whether greedy decoding writes the target, else it is False.
 
-    Over all calls, `n_forwards` counts sequences through the model, `generated` the tokens written (prompts never
-    count), `truncated` has the tokens cut from the left of prompts that did not fit, by (task, document), and `notes`
-    what a reader of the results should know.
+    Over all calls, `n_forwards` counts sequences through the model, `n_saved` those that were not needed because an
+    answer had ended, `generated` the tokens written (prompts never count), `truncated` has the tokens cut from the
+    left of prompts that did not fit, by (task, document), and `notes` what a reader of the results should know.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class DiffusionHarness(LM):
         *,
         seed: int = 0,
         mc_samples: int = 128,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         greedy: bool = False,
         progress: bool = True,
         label: str = "",
@@ -72,6 +73,7 @@ class DiffusionHarness(LM):
         self.progress, self.label = progress, label
         self.likelihood, self.scale = likelihood or LikelihoodSettings(), scale
         self.n_forwards = 0
+        self.n_saved = 0
         self.generated = 0
         self.truncated: dict[tuple[str, int], int] = {}
         self.notes: list[str] = []
@@ -140,33 +142,35 @@ class DiffusionHarness(LM):
         matches = [greedy_matches(self.model, request.prefix, request.target) for request in asked]
         return list(zip(values, matches, strict=True))
 
-    @torch.no_grad()
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The generated text of each request, cut before its first stop string or end token.
 
-        Requests with prompts of one length and equal settings go through the sampler together, `batch_size` at a
-        time; its rows do not influence each other.
+        No more of an answer is written than this text needs.
         """
-        answers = [""] * len(requests)
+        texts = [""] * len(requests)
         with self._progress_bar(len(requests)) as bar:
-            for batch in self._alike(requests):
-                settings = requests[batch[0][0]].args[1]
-                gen_length = settings["max_gen_toks"]
-                generation = self.sampler.generate(
-                    self.model,
-                    torch.stack([self._tensor(prompt) for _, prompt in batch]),
-                    gen_length=gen_length,
-                    block_length=block_length(self.sampler, settings.get("block_length")),
-                    steps=settings.get("steps") or gen_length,
-                    noise=SeededNoise(self.seed, [document_key(requests[i]) for i, _ in batch]),
-                )
-                self.n_forwards += generation.n_forwards
-                self.generated += gen_length * len(batch)
+            for indices, prompts in self._alike(requests):
+                settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
-                for (i, _), ids in zip(batch, generation.ids.tolist(), strict=True):
-                    answers[i] = self._text(ids, [until] if isinstance(until, str) else until)
-                bar.update(len(batch))
-        return answers
+                ending = Ending(self.tokenizer, self.end_tokens, [until] if isinstance(until, str) else until)
+                engine = Engine(
+                    self.model,
+                    self.sampler,
+                    gen_length=settings["max_gen_toks"],
+                    block_length=block_length(self.sampler, settings.get("block_length")),
+                    steps=settings.get("steps") or settings["max_gen_toks"],
+                    seed=self.seed,
+                    settled=ending.settled,
+                    batch_size=self.batch_size,
+                )
+                for i, answer in engine.stream(prompts):
+                    texts[indices[i]] = ending.text(answer.ids)
+                    self.n_forwards += answer.n_forwards
+                    self.n_saved += answer.n_saved
+                    self.generated += answer.n_written
+                    bar.update()
+                self.notes += engine.notes
+        return texts
 
     # the pieces
 
@@ -217,20 +221,16 @@ class DiffusionHarness(LM):
         counts = ", ".join(f"{scorer.draws[n]} by {n}" for n in sorted(scorer.draws))
         return [f"draws until a question was decided at level {self.likelihood.error_level:g}: of {total}, {counts}"]
 
-    def _alike(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, list[int]]]]:
-        """Batches of (index, prompt) with equal prompt lengths and generation settings, in order of appearance."""
-        groups: dict[tuple[int, str], list[tuple[int, list[int]]]] = {}
+    def _alike(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], list[Prompt]]]:
+        """The requests with equal generation settings, by index, and their prompts, in order of appearance."""
+        groups: dict[str, tuple[list[int], list[Prompt]]] = {}
         for i, request in enumerate(requests):
             context, settings = request.args[:2]
-            prompt = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
-            prompt = prompt or [self.model.arch.eos_token_id]
-            groups.setdefault((len(prompt), repr(sorted(settings.items()))), []).append((i, prompt))
-        for group in groups.values():
-            for start in range(0, len(group), self.batch_size):
-                yield group[start : start + self.batch_size]
-
-    def _tensor(self, ids: list[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+            ids = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
+            indices, prompts = groups.setdefault(repr(sorted(settings.items())), ([], []))
+            indices.append(i)
+            prompts.append(Prompt(ids or [self.model.arch.eos_token_id], document_key(request)))
+        yield from groups.values()
 
     def _fit(self, request: Instance, prompt: list[int], n_new: int) -> list[int]:
         """The end of `prompt` that leaves room for `n_new` tokens. What is cut is kept in `truncated`."""
@@ -246,15 +246,6 @@ class DiffusionHarness(LM):
         document = document_key(request)
         self.truncated[document] = max(cut, self.truncated.get(document, 0))
         return prompt[cut:]
-
-    def _text(self, ids: list[int], until: Sequence[str]) -> str:
-        """The answer's text: up to the first end token and the first stop string, special tokens left out."""
-        special = self.tokenizer.get_added_vocab()
-        stops = self.end_tokens | {special[stop] for stop in until if stop in special}
-        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        found = [at for stop in until if stop and (at := text.find(stop)) >= 0]
-        return text[: min(found)] if found else text
 
 
 def document_key(request: Instance) -> tuple[str, int]:
