@@ -131,6 +131,8 @@ class Baselines:
         task = jsonable(spec) | {"name": name, "steps": steps_of(spec, self.steps)}
         if spec.kind == "likelihood":
             task["likelihood"] = self.likelihood.deciding()
+        if spec.text is not None and Path(spec.text).expanduser().is_file():
+            task["content"] = _content([Path(spec.text).expanduser()])
         wanted = self.facts | {"task": task}
         return wanted, self.folder / f"{file_name(name)}-{_digest(wanted)[:20]}.json"
 

@@ -7,7 +7,6 @@ cut one after the other.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dqx.data.texts import TextSource, find_text, load_texts, text_problems
 from dqx.diffusion.noise import generator
-from dqx.evaluate.local_data import load_local
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -27,26 +24,6 @@ class CalibBatch:
 
     ids: Tensor
     mask_ratio: Tensor
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Where a calibration text lies and how it is cut."""
-
-    path: str  # hub dataset id or local file
-    config: str | None = None
-    split: str = "train"
-    field: str = "text"
-    documents: bool = False
-    separator: str = ""  # between documents; "<eos>" is the tokenizer's end token
-
-
-TEXTS: dict[str, TextSource] = {
-    "nano": TextSource(str(ASSETS / "nano" / "corpus.txt"), documents=True, separator="<eos>"),
-    "wikitext2": TextSource("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "pile": TextSource("mit-han-lab/pile-val-backup", split="validation", documents=True),
-}
-LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 class CalibSettings(Protocol):
@@ -62,87 +39,12 @@ class CalibSettings(Protocol):
 
 def source(calib: CalibSettings, data_root: str | None = None) -> TextSource:
     """The text that `calib.text` names: a registered name, a local file, or a dataset id (under `data_root` if set)."""
-    found = TEXTS.get(calib.text)
-    if found is None:
-        local = Path(calib.text).suffix in LOCAL_SUFFIXES
-        found = TextSource(
-            str(Path(calib.text).expanduser()) if local else calib.text,
-            calib.config,
-            calib.split or "train",
-            calib.field,
-            documents=local and not calib.text.endswith(".txt"),
-        )
-    if data_root and Path(found.path).suffix not in LOCAL_SUFFIXES and not Path(found.path).is_dir():
-        found = TextSource(**{**vars(found), "path": str(Path(data_root).expanduser() / found.path)})
-    return found
+    return find_text(calib.text, config=calib.config, split=calib.split, field=calib.field, data_root=data_root)
 
 
 def calib_problems(calib: CalibSettings, data_root: str | None = None) -> list[str]:
     """What config alone can tell is wrong with the calibration text."""
-    text = source(calib, data_root)
-    path = Path(text.path)
-    if path.suffix in LOCAL_SUFFIXES:
-        if not path.is_file():
-            return [
-                f"calib.text={calib.text}: the file does not exist; give an existing {', '.join(LOCAL_SUFFIXES)} file"
-            ]
-        if path.stat().st_size == 0:
-            return [f"calib.text={calib.text}: the file is empty"]
-        return []
-    if data_root and not path.is_dir():
-        return [
-            f"calib.text={calib.text}: {path} does not exist; put a copy of the dataset there, "
-            f"choose another text ({', '.join(TEXTS)} or a local file), or unset data_root to fetch it from the hub"
-        ]
-    if not data_root and calib.text not in TEXTS and calib.text.count("/") != 1 and not path.is_dir():
-        return [
-            f"calib.text={calib.text} is neither one of {', '.join(TEXTS)}, nor a local file "
-            f"({', '.join(LOCAL_SUFFIXES)}), nor a dataset id such as Salesforce/wikitext"
-        ]
-    return []
-
-
-def load_texts(text: TextSource) -> list[str]:
-    """The rows of a text source that hold more than white space. Raises ValueError naming the file or the field."""
-    path = Path(text.path)
-    if path.suffix == ".txt":
-        content = path.read_text(encoding="utf-8")
-        rows: list[Any] = content.split("\n\n") if text.documents else [content]
-    elif path.suffix == ".jsonl":
-        rows = [
-            _field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    else:
-        data = _table(text)
-        if text.field not in data.column_names:
-            raise ValueError(
-                f"{text.path} has no field {text.field!r}; it has {', '.join(data.column_names)}: set calib.field"
-            )
-        column: Any = data[text.field]
-        rows = column.to_pylist() if path.suffix == ".parquet" else column
-    return [row for row in rows if row.strip()]
-
-
-def _table(text: TextSource) -> Any:
-    """The rows of a Parquet file, a local dataset folder or a hub dataset, by column."""
-    if text.path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(text.path)
-    import datasets
-
-    if not Path(text.path).is_dir():
-        return datasets.load_dataset(text.path, name=text.config, split=text.split)
-    splits = load_local(text.path, text.config)
-    if text.split not in splits:
-        raise ValueError(f"{text.path} has no split {text.split!r}; it has {', '.join(splits)}: set calib.split")
-    return splits[text.split]
-
-
-def _field(row: dict[str, Any], text: TextSource) -> str:
-    if text.field not in row:
-        raise ValueError(f"{text.path}: a line has no field {text.field!r}; it has {', '.join(row)}: set calib.field")
-    return row[text.field]
+    return text_problems(calib.text, source(calib, data_root), data_root)
 
 
 def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:

@@ -191,6 +191,12 @@ def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
             f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "
             f"choose {arch.max_length} or less"
         )
+    for name, spec in config.task.suite.items():
+        if spec.kind == "text" and spec.length is not None and spec.length >= arch.max_length:
+            yield (
+                f"task.suite.{name}.length={spec.length} and a start token are more than the model's "
+                f"{arch.max_length} positions; choose {arch.max_length - 1} or less"
+            )
     channels = min(arch.hidden_size, arch.mlp_size)
     if model.outliers.channels > channels:
         yield f"model.outliers.channels={model.outliers.channels} is more than the model's {channels} channels"

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from dqx.checks import problems
 from dqx.config import Config, ConfigProblems, build, resolve
-from dqx.evaluate.sizes import SIZES
+from dqx.evaluate.sizes import SIZES, TEXT_TOKENS
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.models.checkpoint import PACKAGED, CheckpointError, locate, read_config
 from dqx.models.published import of_family
@@ -136,6 +136,8 @@ def task_cost(
     spec: TaskSpec, *, limit: int | None = None, steps: int | None = None, passes: int = 1
 ) -> TaskCost | None:
     """One evaluation of a task; None where its size is not known. `passes`: forwards per model call (guidance: 2)."""
+    if spec.kind == "text":
+        return _text_cost(spec, limit)
     size = SIZES.get(spec.harness)
     if size is None:
         return None
@@ -149,6 +151,15 @@ def task_cost(
         what, length = f"{per_document} steps", size.prompt(spec) + (spec.gen_length or 0)
         per_document *= passes
     return TaskCost(documents, what, documents * per_document, length)
+
+
+def _text_cost(spec: TaskSpec, limit: int | None) -> TaskCost | None:
+    tokens = TEXT_TOKENS.get(spec.text or "")
+    if tokens is None or not spec.length or not spec.mc_samples:
+        return None
+    windows = min(n for n in (tokens // spec.length, spec.windows, limit) if n is not None)
+    draws = f"{spec.mc_samples} draw{'s' if spec.mc_samples > 1 else ''}"
+    return TaskCost(windows, draws, windows * spec.mc_samples, spec.length + 1)
 
 
 def block_parameters(arch: Architecture) -> int:

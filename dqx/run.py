@@ -25,6 +25,7 @@ from dqx.config import GROUPS, Config, ConfigProblems, build, validate
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
+from dqx.evaluate.text import text_windows
 from dqx.masking import calibration_states, spread
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
@@ -134,6 +135,16 @@ def _data(config: Config) -> Tensor | None:
         offline = isinstance(error, ConnectionError)
         remedy = "; without a network, give data_root=FOLDER with a copy, or calib.text=FILE" if offline else ""
         problems.append(f"calib.text={config.calib.text}: {error}{remedy}")
+    for name, spec in config.task.suite.items():
+        if spec.kind == "text":
+            try:
+                text_windows(name, spec, tokenizer, limit=config.task.limit, data_root=config.data_root)
+            except (ValueError, OSError) as error:
+                offline = isinstance(error, ConnectionError)
+                remedy = (
+                    f"; without a network, give data_root=FOLDER, or task.suite.{name}.text=FILE" if offline else ""
+                )
+                problems.append(f"task {name}: {error}{remedy}")
     if config.data_root is None:
         problems += hub_problems(config.task.suite, limit=config.task.limit, chat=config.model.chat)
     if problems:

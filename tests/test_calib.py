@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dqx.calib import TextSource, calib_problems, calibration_windows, load_texts, source, windows
+from dqx.calib import calib_problems, calibration_windows, source, windows
+from dqx.data.texts import TextSource, load_texts
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Data that the project makes itself."""
+"""Data that the project makes itself, and where texts come from."""

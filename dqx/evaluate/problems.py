@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dqx.data.texts import text_problems
 from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
 from dqx.evaluate.harness import block_length
 from dqx.evaluate.local_data import data_files
 from dqx.evaluate.settings import LikelihoodSettings
-from dqx.evaluate.spec import CATEGORIES, KINDS, TaskSpec, steps_of
+from dqx.evaluate.spec import CATEGORIES, KINDS, NLL, TaskSpec, steps_of
+from dqx.evaluate.text import text_of
 
 #: Metrics of multiple choice whose answer is the choice with the largest likelihood, as it is or by length.
 DECIDED_BY = ("acc", "acc_norm")
+#: Numbers that a kind of task cannot do without.
+NEEDED = {"likelihood": ("mc_samples",), "generation": ("gen_length",), "text": ("mc_samples", "length")}
 OUTPUT_TYPES = {"likelihood": ("multiple_choice", "loglikelihood"), "generation": ("generate_until",)}
 
 
@@ -47,6 +51,9 @@ def task_problems(
         found += _setting_problems(name, spec)
         if spec.kind == "generation" and sampler is not None:
             found += _schedule_problems(name, spec, steps, sampler)
+        if spec.kind == "text":
+            found += _text_problems(name, spec, data_root)
+            continue
         try:
             members = leaves(spec.harness, chat=chat)
         except UnknownTaskError as error:
@@ -61,12 +68,14 @@ def task_problems(
 
 
 def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, chat: bool = False) -> list[str]:
-    """Fetch what the suite needs from the hub, into its cache, and say what cannot be had.
+    """Fetch what the suite's lm-eval tasks need from the hub, into its cache, and say what cannot be had.
 
     Without a network the first dataset that is not in the cache ends the search: each would cost half a minute.
     """
     found: dict[str, str] = {}  # by dataset
     for name, spec in suite.items():
+        if spec.kind == "text":  # `text_windows` fetches it
+            continue
         for leaf in leaves(spec.harness, chat=chat)[:limit]:
             if leaf.dataset is None or leaf.dataset in found:
                 continue
@@ -92,13 +101,22 @@ def _setting_problems(name: str, spec: TaskSpec) -> Iterator[str]:
         yield f"{prefix}.kind={spec.kind!r} is none of {', '.join(KINDS)}"
     if spec.fewshot < 0:
         yield f"{prefix}.fewshot={spec.fewshot} is negative; 0 means no examples"
-    needed = ("mc_samples", "batch_size") if spec.kind == "likelihood" else ("gen_length",)
-    for field in needed:
+    if (spec.kind == "text") != (spec.metric == NLL):
+        yield f"{prefix}.metric={spec.metric!r} does not fit kind={spec.kind}; texts, and only they, have metric={NLL}"
+    needed = NEEDED.get(spec.kind, ())
+    for field in (*needed, "batch_size", "windows"):
         value = getattr(spec, field)
         if value is None:
-            yield f"{prefix}.{field} is not set; a {spec.kind} task needs it"
+            if field in needed:
+                yield f"{prefix}.{field} is not set; a {spec.kind} task needs it"
         elif value < 1:
             yield f"{prefix}.{field}={value} must be 1 or more"
+
+
+def _text_problems(name: str, spec: TaskSpec, data_root: str | None) -> list[str]:
+    if spec.text is None or not spec.text.strip():
+        return [f"task.suite.{name}.text is not set; give a name, a file or a dataset id"]
+    return text_problems(spec.text, text_of(name, spec, data_root), data_root)
 
 
 def _schedule_problems(name: str, spec: TaskSpec, steps: int | None, sampler: Sampler) -> Iterator[str]:

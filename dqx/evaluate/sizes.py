@@ -43,3 +43,6 @@ SIZES = {
     "nano_sums": BenchmarkSize(128, question=20),
     "nano_code": BenchmarkSize(128, question=27),
 }
+
+#: Tokens of texts, by `TaskSpec.text`.
+TEXT_TOKENS = {"Salesforce/wikitext": 290_000, "nano": 52_817}

@@ -1,4 +1,7 @@
-"""Run a suite of tasks through lm-eval: prompts, filters and metrics are lm-eval's, the model is ours."""
+"""Run a suite of tasks through lm-eval: prompts, filters and metrics are lm-eval's, the model is ours.
+
+Texts, which lm-eval has no counterpart for, are measured by `dqx/evaluate/text.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.sandbox import isolation
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
+from dqx.evaluate.text import evaluate_text
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 __all__ = ["evaluate", "task_problems"]
@@ -41,9 +45,9 @@ def evaluate(
     """One result per task of `suite`, by its name there, with one row per document.
 
     `steps` replaces the generation tasks' own number of denoising steps. `limit` is the number of documents of a
-    task; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a folder with copies of the
-    datasets in the hub's layout. A document's result depends on neither the other documents nor the other tasks,
-    but for the rounding of likelihoods.
+    task, or windows of a text; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a
+    folder with copies of the datasets in the hub's layout. A document's result depends on neither the other
+    documents nor the other tasks, but for the rounding of likelihoods.
 
     Raises ValueError with `task_problems` of the suite.
     """
@@ -54,6 +58,19 @@ def evaluate(
         raise ValueError("; ".join(problems))
     results = {}
     for name, spec in suite.items():
+        if spec.kind == "text":
+            results[name] = evaluate_text(
+                model,
+                tokenizer,
+                name,
+                spec,
+                seed=seed,
+                limit=limit,
+                data_root=data_root,
+                progress=progress,
+                likelihood=likelihood,
+            )
+            continue
         started = time.perf_counter()
         chosen = _documents(spec, limit=limit, data_root=data_root, steps=steps, chat=chat)
         harness = DiffusionHarness(

@@ -1,0 +1,126 @@
+"""Texts by name, file or dataset id: where they lie, what can be wrong with them, and their rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dqx.evaluate.local_data import load_local
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where a text lies and how its rows become one."""
+
+    path: str  # hub dataset id or local file
+    config: str | None = None
+    split: str = "train"
+    field: str = "text"
+    documents: bool = False
+    separator: str = ""  # between documents; "<eos>" is the tokenizer's end token
+    where: str = "calib"  # the section of the config that names it, for messages
+
+
+TEXTS: dict[str, TextSource] = {
+    "nano": TextSource(str(ASSETS / "nano" / "corpus.txt"), documents=True, separator="<eos>"),
+    "wikitext2": TextSource("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "pile": TextSource("mit-han-lab/pile-val-backup", split="validation", documents=True),
+}
+LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def find_text(
+    text: str,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    field: str = "text",
+    data_root: str | None = None,
+    where: str = "calib",
+) -> TextSource:
+    """The text of a registered name, a local file, or a dataset id (under `data_root` if set).
+
+    `config`, `split` and `field` are of a dataset id or file; a registered name has its own. `where` is the section
+    of the configuration that names the text.
+    """
+    found = TEXTS.get(text)
+    if found is None:
+        local = Path(text).suffix in LOCAL_SUFFIXES
+        path = str(Path(text).expanduser()) if local else text
+        documents = local and not text.endswith(".txt")
+        found = TextSource(path, config, split or "train", field, documents=documents)
+    if data_root and Path(found.path).suffix not in LOCAL_SUFFIXES and not Path(found.path).is_dir():
+        found = replace(found, path=str(Path(data_root).expanduser() / found.path))
+    return replace(found, where=where)
+
+
+def text_problems(text: str, found: TextSource, data_root: str | None = None) -> list[str]:
+    """What config alone can tell is wrong with a text; `found` is what `find_text` made of it."""
+    path, key = Path(found.path), f"{found.where}.text={text}"
+    if path.suffix in LOCAL_SUFFIXES:
+        if not path.is_file():
+            return [f"{key}: the file does not exist; give an existing {', '.join(LOCAL_SUFFIXES)} file"]
+        if path.stat().st_size == 0:
+            return [f"{key}: the file is empty"]
+        return []
+    if data_root and not path.is_dir():
+        return [
+            f"{key}: {path} does not exist; put a copy of the dataset there, "
+            f"choose another text ({', '.join(TEXTS)} or a local file), or unset data_root to fetch it from the hub"
+        ]
+    if not data_root and text not in TEXTS and text.count("/") != 1 and not path.is_dir():
+        return [
+            f"{key} is neither one of {', '.join(TEXTS)}, nor a local file "
+            f"({', '.join(LOCAL_SUFFIXES)}), nor a dataset id such as Salesforce/wikitext"
+        ]
+    return []
+
+
+def load_texts(text: TextSource) -> list[str]:
+    """The rows of a text source that hold more than white space. Raises ValueError naming the file or the field."""
+    path = Path(text.path)
+    if path.suffix == ".txt":
+        content = path.read_text(encoding="utf-8")
+        rows: list[Any] = content.split("\n\n") if text.documents else [content]
+    elif path.suffix == ".jsonl":
+        rows = [
+            _field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    else:
+        data = _table(text)
+        if text.field not in data.column_names:
+            raise ValueError(
+                f"{text.path} has no field {text.field!r}; it has {', '.join(data.column_names)}: "
+                f"set {text.where}.field"
+            )
+        column: Any = data[text.field]
+        rows = column.to_pylist() if path.suffix == ".parquet" else column
+    return [row for row in rows if row.strip()]
+
+
+def _table(text: TextSource) -> Any:
+    """The rows of a Parquet file, a local dataset folder or a hub dataset, by column."""
+    if text.path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(text.path)
+    import datasets
+
+    if not Path(text.path).is_dir():
+        return datasets.load_dataset(text.path, name=text.config, split=text.split)
+    splits = load_local(text.path, text.config)
+    if text.split not in splits:
+        raise ValueError(f"{text.path} has no split {text.split!r}; it has {', '.join(splits)}: set {text.where}.split")
+    return splits[text.split]
+
+
+def _field(row: dict[str, Any], text: TextSource) -> str:
+    if text.field not in row:
+        raise ValueError(
+            f"{text.path}: a line has no field {text.field!r}; it has {', '.join(row)}: set {text.where}.field"
+        )
+    return row[text.field]

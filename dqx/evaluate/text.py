@@ -1,0 +1,111 @@
+"""Negative log-likelihood per token of a text: the diffusion counterpart of the perplexity that papers report.
+
+The text is cut from its start into windows of as many tokens, without overlap; what is left over is dropped, as are
+blank rows. Each window follows the model's end token, as a prompt without context does, and its likelihood is the
+Monte-Carlo bound of `dqx/diffusion/likelihood.py`, all of its tokens being the target. Masks are a function of (seed,
+text, window, draw), so that full precision and every quantized model are asked the same questions, and the windows
+pair. A bound, and by another factorisation: the numbers compare with each other and not with those of autoregressive
+models. The exponential of a difference is the ratio of two perplexities.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dqx.data.texts import TextSource, find_text, load_texts
+from dqx.diffusion.batches import Request
+from dqx.diffusion.scoring import Scorer
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.spec import NLL, TaskSpec
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+
+def text_of(name: str, spec: TaskSpec, data_root: str | None = None) -> TextSource:
+    """Where the text of a task lies."""
+    assert spec.text is not None
+    return find_text(
+        spec.text,
+        config=spec.config,
+        split=spec.split,
+        field=spec.field,
+        data_root=data_root,
+        where=f"task.suite.{name}",
+    )
+
+
+def text_windows(
+    name: str, spec: TaskSpec, tokenizer: Any, *, limit: int | None = None, data_root: str | None = None
+) -> Tensor:
+    """The first `limit` (and at most `spec.windows`) windows of a task's text, [N, spec.length].
+
+    Raises ValueError for a text of fewer tokens than a window, OSError where it cannot be had.
+    """
+    assert spec.length is not None
+    text = text_of(name, spec, data_root)
+    rows = load_texts(text)
+    if text.documents:
+        gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
+        ids = [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]
+    else:
+        ids = tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids
+    counts = [len(ids) // spec.length, *(n for n in (limit, spec.windows) if n is not None)]
+    if not counts[0]:
+        raise ValueError(
+            f"task.suite.{name}.length={spec.length} is more than the {len(ids)} tokens of {text.path}; choose less"
+        )
+    return torch.tensor(ids[: min(counts) * spec.length]).view(-1, spec.length)
+
+
+def evaluate_text(
+    model: MaskedDiffusionTransformer,
+    tokenizer: Any,
+    name: str,
+    spec: TaskSpec,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    data_root: str | None = None,
+    progress: bool = True,
+    likelihood: LikelihoodSettings | None = None,
+) -> TaskResult:
+    """Nats per token, with a row for each window. Guidance plays no part: it is the model that is measured."""
+    started = time.perf_counter()
+    windows = text_windows(name, spec, tokenizer, limit=limit, data_root=data_root)
+    start = torch.tensor([model.arch.eos_token_id])
+    label = Path(text_of(name, spec).path).name
+    requests = [Request(start, window, (label, i)) for i, window in enumerate(windows)]
+    assert spec.mc_samples is not None
+    batch_tokens = None if likelihood is None else likelihood.batch_tokens
+    scorer = Scorer(model, samples=spec.mc_samples, seed=seed, batch_tokens=batch_tokens)
+    with tqdm(
+        total=sum(map(scorer.work, requests)),
+        desc=name,
+        disable=not progress,
+        unit=" tokens",
+        unit_scale=True,
+        mininterval=1.0 if sys.stderr.isatty() else 60.0,  # a log file keeps every update
+    ) as bar:
+        values = scorer.score(requests, progress=bar.update)
+    rows = [
+        DocumentRow(f"{name}/{i}", -value / windows.shape[1], log_likelihoods=[value]) for i, value in enumerate(values)
+    ]
+    return TaskResult(
+        name=name,
+        category=spec.category,
+        metric=NLL,
+        value=fmean(row.score for row in rows),
+        n=len(rows),
+        documents=rows,
+        seconds=time.perf_counter() - started,
+        n_forwards=scorer.n_forwards,
+        notes=scorer.notes,
+    )
