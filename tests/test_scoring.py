@@ -10,14 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DATA, TinyCheckpoint
 from torch import Tensor
 
+from dqx.baselines import Baselines
 from dqx.diffusion.batches import Part, Request, halves
 from dqx.diffusion.likelihood import log_likelihood, mask_states, masked_log_probs
+from dqx.diffusion.llada import LLaDASampler
 from dqx.diffusion.scoring import Scorer
 from dqx.diffusion.states import make_estimate
 from dqx.diffusion.stopping import Question, decided, stages
+from dqx.evaluate.problems import task_problems
+from dqx.evaluate.results import TaskResult
+from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.spec import TaskSpec
+from dqx.evaluate.tasks import evaluate
 from dqx.models import inspect, load_weights
+from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -294,3 +303,57 @@ def test_exact_likelihoods_need_no_test() -> None:
     assert decided(torch.tensor([[-1.0] * 16, [-2.0] * 16]).double(), **level)
     assert decided(torch.tensor([[-1.0] * 16]).double(), **level)
     assert not decided(torch.tensor([[-1.0] * 15 + [-3.0], [-1.2] * 16]).double(), **level)
+
+
+# through the evaluation
+
+
+def test_settings_reach_the_result_and_its_baseline(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """A document of ARC with all draws and decided early; each way has its own place in the cache."""
+    checkpoint = inspect(str(tiny_checkpoint("llada", n_layers=1)))
+    model, tokenizer = load_weights(checkpoint), load_tokenizer(checkpoint)
+    spec = TaskSpec("arc_easy", "general", "likelihood", "acc_norm", mc_samples=32)
+
+    def run(**settings: bool | float) -> tuple[TaskResult, Path]:
+        likelihood = LikelihoodSettings(**settings)
+        found = evaluate(
+            model,
+            tokenizer,
+            {"arc": spec},
+            sampler=LLaDASampler(),
+            limit=1,
+            data_root=str(DATA),
+            progress=False,
+            likelihood=likelihood,
+        )
+        return found["arc"], Baselines(tmp_path, {}, likelihood=likelihood)._place("arc", spec)[1]
+
+    (plain, place), (hasty, of_hasty), (fast, of_fast) = (
+        run(),
+        run(adaptive=True, error_level=0.6),
+        run(batch_tokens=100),
+    )
+    of_exact = Baselines(tmp_path, {}, likelihood=LikelihoodSettings(exact=True))._place("arc", spec)[1]
+    assert fast.documents[0].log_likelihoods == pytest.approx(plain.documents[0].log_likelihoods, rel=1e-5)
+    assert place == of_fast
+    assert len({place, of_exact, of_hasty}) == 3
+    assert hasty.n_forwards < plain.n_forwards
+    assert plain.notes == []
+    assert [note.split(": of ")[0] for note in hasty.notes] == ["draws until a question was decided at level 0.6"]
+
+
+def test_adaptive_needs_a_metric_that_decides() -> None:
+    on = LikelihoodSettings(adaptive=True)
+    arc = TaskSpec("arc_easy", "general", "likelihood", "acc_norm", mc_samples=32)
+    sums = TaskSpec("nano_sums", "math", "generation", "exact_match", filter="none", gen_length=4)
+    assert task_problems({"arc": arc}, likelihood=on) == []
+    assert not any("adaptive" in p for p in task_problems({"sums": sums}, likelihood=on))
+    assert any(
+        "task.suite.arc is scored otherwise" in p
+        for p in task_problems({"arc": replace(arc, metric="f1")}, likelihood=on)
+    )
+    wrong = LikelihoodSettings(error_level=1.0, batch_tokens=0)
+    assert [p.split(" must")[0] for p in task_problems({"arc": arc}, likelihood=wrong)] == [
+        "likelihood.error_level=1.0",
+        "likelihood.batch_tokens=0",
+    ]
