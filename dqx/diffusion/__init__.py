@@ -5,6 +5,10 @@
     llada.py       LLaDASampler: blocks from left to right, most confident tokens first
     dream.py       DreamSampler: the whole answer at once on a time grid, four orders
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
+    scoring.py     the same for many targets at once: every masked sequence once, in batches over all requests
+    states.py      which masked states a likelihood needs, with what weight; the exact expectation by enumeration
+    batches.py     masked sequences of many requests, sorted by length and cut into batches
+    stopping.py    when a question needs no more draws
 
 Data flow of generation, for B prompts of P tokens and G new tokens: append G masks; then at each step
 `model(ids)` gives logits [B, T, V] (row i predicts token i in every family), a candidate token and a
@@ -12,10 +16,12 @@ confidence come out for each masked position of the answer, and the schedule say
 confident ones are written. Nothing written is ever changed again, and prompts are only read.
 
 Data flow of likelihood: draw which target tokens to mask (`mask_states`), run the masked sequences,
-read the log-probabilities of the true tokens (`masked_log_probs`), weight and average.
+read the log-probabilities of the true tokens (`masked_log_probs`), weight and average. Plainly, one target at
+a time, by `log_likelihood`; in evaluations by `Scorer`, which is proven equal to it.
 
 `n_forwards` counts sequences through the model: a batch of 8 counts 8, guidance doubles it.
-This is the plain implementation against which anything faster has to be proven equal.
+The samplers' `generate` on one prompt and `log_likelihood` are the plain implementation against which anything faster
+has to be proven equal.
 """
 
 from dqx.diffusion.dream import DreamSampler
