@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
-import torch
 import yaml
 from conftest import DATA, TinyCheckpoint
 from lm_eval import evaluator
 from lm_eval.api.group import Group
 from lm_eval.config.group import AggMetricConfig
-from torch import Tensor
 
-from dqx.diffusion import DreamSampler, Generation, LLaDASampler
+from dqx.diffusion import DreamSampler, LLaDASampler
+from dqx.diffusion.engine import Answer, Prompt
 from dqx.evaluate.catalogue import build, leaves
 from dqx.evaluate.harness import DiffusionHarness
 from dqx.evaluate.math_check import equal_answers
@@ -59,23 +59,38 @@ def parts(tiny_checkpoint: TinyCheckpoint) -> dict[str, Any]:
 
 
 def widen(parts: dict[str, Any]) -> None:
-    """Let prompts of any length in (for samplers that do not look at the model)."""
+    """Let prompts of any length in (where answers do not come from the model)."""
     parts["model"].arch = replace(parts["model"].arch, max_length=10**5)
 
 
 class WellRead:
-    """A sampler that knows the answer to each prompt, or says something else."""
+    """An engine that knows the answer to each prompt, or says something else."""
 
     def __init__(self, tokenizer: Any, answers: list[str]):
         self.tokenizer, self.answers, self.prompts = tokenizer, answers, []
 
-    def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
-        return []
+    def __call__(self, model: object, sampler: object, **_: object) -> WellRead:
+        return self
 
-    def generate(self, model: object, prompt: Tensor, *, gen_length: int, **_: object) -> Generation:
-        answer = self.tokenizer(self.answers[len(self.prompts)], add_special_tokens=False).input_ids
-        self.prompts.append(self.tokenizer.decode(prompt[0]))
-        return Generation(torch.tensor([answer + [256] * (gen_length - len(answer))]), 1)
+    notes = ()
+
+    def stream(self, prompts: list[Prompt]) -> Iterator[tuple[int, Answer]]:
+        for i, prompt in enumerate(prompts):
+            self.prompts.append(self.tokenizer.decode(prompt.ids))
+            ids = self.tokenizer(self.answers[i], add_special_tokens=False).input_ids
+            yield i, Answer([*ids, 256], n_written=len(ids), n_forwards=1, n_saved=0)
+
+
+@pytest.fixture
+def well_read(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], WellRead]:
+    """From now on answers are the given ones, in the order of the requests."""
+
+    def make(answers: list[str]) -> WellRead:
+        engine = WellRead(parts["tokenizer"], answers)
+        monkeypatch.setattr("dqx.evaluate.harness.Engine", engine)
+        return engine
+
+    return make
 
 
 # settings
@@ -158,22 +173,24 @@ def test_dream_runs_generation_and_likelihood(tiny_checkpoint: TinyCheckpoint) -
         ("nano_code", None, "    return None"),
     ],
 )
-def test_right_answers_score_one(name: str, right: str | None, wrong: str, parts: dict[str, Any]) -> None:
+def test_right_answers_score_one(name: str, right: str | None, wrong: str, parts: dict[str, Any], well_read) -> None:
     widen(parts)
     task = build(leaves(spec(name).harness)[0], spec(name), data_root=str(DATA), steps=None)
     doc = task.eval_docs[0]
     if right is None:
         right = {"mbpp": doc.get("code"), "nano_sums": doc.get("solution")}.get(name) or doc["canonical_solution"]
     for answer, score in ((right, 1.0), (wrong, 0.0), ("", 0.0)):
-        parts["sampler"] = WellRead(parts["tokenizer"], [answer])
+        well_read([answer])
         assert evaluate(**parts, suite={name: spec(name)}, limit=1)[name].value == score
 
 
-def test_gsm8k_filters_differ(parts: dict[str, Any]) -> None:
+def test_gsm8k_filters_differ(parts: dict[str, Any], well_read) -> None:
     values = {}
     for name in ("flexible-extract", "strict-match"):
-        parts["sampler"] = WellRead(parts["tokenizer"], ["The answer is 18"])
-        result = evaluate(**parts, suite={"gsm8k": short("gsm8k", filter=name, gen_length=20)}, limit=1)["gsm8k"]
+        well_read(["The answer is 18"])
+        result = evaluate(**parts, suite={"gsm8k": short("gsm8k", filter=name, gen_length=20, steps=20)}, limit=1)[
+            "gsm8k"
+        ]
         values[result.metric] = result.value
     assert values == {"exact_match,flexible-extract": 1.0, "exact_match,strict-match": 0.0}
 
@@ -196,19 +213,19 @@ def test_mathematical_answers(solution: str, answer: str, equal: bool) -> None:
 # prompts
 
 
-def prompt_of(name: str, parts: dict[str, Any], chat: bool = False, **changes: Any) -> str:
+def prompt_of(name: str, parts: dict[str, Any], well_read, chat: bool = False, **changes: Any) -> str:
     widen(parts)
-    parts["sampler"] = sampler = WellRead(parts["tokenizer"], [""])
+    engine = well_read([""])
     evaluate(**parts, suite={name: short(name, **changes)}, limit=1, chat=chat)
-    return sampler.prompts[0]
+    return engine.prompts[0]
 
 
-def test_prompts(parts: dict[str, Any]) -> None:
-    gsm8k = prompt_of("gsm8k", parts)
+def test_prompts(parts: dict[str, Any], well_read) -> None:
+    gsm8k = prompt_of("gsm8k", parts, well_read)
     assert gsm8k.count("Question: ") == 5
     assert gsm8k.count("\n#### ") == 4
     assert gsm8k.endswith("How much in dollars does she make every day at the farmers' market?\nAnswer:")
-    mbpp = prompt_of("mbpp", parts)
+    mbpp = prompt_of("mbpp", parts, well_read)
     assert mbpp.startswith(
         "You are an expert Python programmer, and here is your task: Write a function to find the similar elements "
         "from the given two tuple lists. Your code should pass these tests:\n\nassert similar_elements("
@@ -216,19 +233,19 @@ def test_prompts(parts: dict[str, Any]) -> None:
     assert mbpp.count("\n[BEGIN]\n") == 4
     assert mbpp.count("\n[DONE]\n\n") == 3
     assert mbpp.endswith('assert remove_Occ("PHP","P") == "H"\n[BEGIN]\n')
-    assert prompt_of("humaneval", parts).startswith("from typing import List\n\n\ndef has_close_elements(")
-    assert prompt_of("math", parts) == "Problem:\nSolve $3x + 5 = 20$ for $x$.\n\nSolution:"
+    assert prompt_of("humaneval", parts, well_read).startswith("from typing import List\n\n\ndef has_close_elements(")
+    assert prompt_of("math", parts, well_read) == "Problem:\nSolve $3x + 5 = 20$ for $x$.\n\nSolution:"
 
 
-def test_chat_models_get_their_template_and_a_begun_answer(parts: dict[str, Any]) -> None:
-    gsm8k = prompt_of("gsm8k", parts, chat=True, fewshot=1)
+def test_chat_models_get_their_template_and_a_begun_answer(parts: dict[str, Any], well_read) -> None:
+    gsm8k = prompt_of("gsm8k", parts, well_read, chat=True, fewshot=1)
     assert gsm8k.startswith("<user>Question: ")
     assert gsm8k.count("<|eot_id|>") == 3  # one example is two turns
     assert gsm8k.endswith("Answer:<|eot_id|><assistant>")
-    humaneval = prompt_of("humaneval", parts, chat=True)
+    humaneval = prompt_of("humaneval", parts, well_read, chat=True)
     assert humaneval.startswith("<user>Write a solution to the following problem")
     assert "<assistant>Here is the completed function:\n```python\nfrom typing" in humaneval
-    assert prompt_of("mbpp", parts, chat=True).endswith("<|eot_id|><assistant>\n```python\n")
+    assert prompt_of("mbpp", parts, well_read, chat=True).endswith("<|eot_id|><assistant>\n```python\n")
 
 
 def test_examples_come_from_validation_where_train_is_missing(parts: dict[str, Any]) -> None:
@@ -267,7 +284,7 @@ def test_steps_of_the_run_replace_the_tasks(parts: dict[str, Any]) -> None:
     assert evaluate(**parts, suite={"math": short("math")}, limit=1, steps=2)["math"].n_forwards == 2
 
 
-def test_values_are_those_of_lm_eval(parts: dict[str, Any]) -> None:
+def test_values_are_those_of_lm_eval(parts: dict[str, Any], well_read) -> None:
     """A single task, and a group weighted by size."""
     harness = DiffusionHarness(parts["model"], parts["tokenizer"], LLaDASampler(), mc_samples=2, progress=False)
 
@@ -289,7 +306,7 @@ def test_values_are_those_of_lm_eval(parts: dict[str, Any]) -> None:
         name: {"math_verify,none": sum(right.get(name, [0.0])) / len(right.get(name, [0.0])), "sample_len": n}
         for name, n in ((name, len(task.eval_docs)) for name, task in tasks.items())
     }
-    parts["sampler"] = WellRead(parts["tokenizer"], ["$5$", "$12$"] + ["no"] * 6)
+    well_read(["$5$", "$12$"] + ["no"] * 6)
     mine = evaluate(**parts, suite={"math": short("math")})["math"]
     assert mine.value == pytest.approx(2 / 8)
     assert mine.value == pytest.approx(group.aggregate(metrics)["math_verify,none"])
