@@ -1,7 +1,7 @@
 """How long quantizing takes: GPTQ, AWQ and DuQuant on one block, by dqx and by a plain transcription of the papers.
 
-    python -m dqx.benchmarks.quantize                          both models, all methods: about an hour on one core
-    python -m dqx.benchmarks.quantize --scale 4                all widths divided by 4: about two minutes
+    python -m dqx.benchmarks.quantize                          both models, all methods: about forty minutes of one core
+    python -m dqx.benchmarks.quantize --scale 4                all widths divided by 4: about six minutes
     python -m dqx.benchmarks.quantize --model dream_7b --methods gptq,duquant --json figures.json
 
 The block has a model's real shapes and random weights; its input has planted outliers. Each side runs in a process of
