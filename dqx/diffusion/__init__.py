@@ -4,6 +4,7 @@
     sampler.py     what samplers share: guided logits at masked positions, ranking, commits
     llada.py       LLaDASampler: blocks from left to right, most confident tokens first
     dream.py       DreamSampler: the whole answer at once on a time grid, four orders
+    engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
     scoring.py     the same for many targets at once: every masked sequence once, in batches over all requests
     states.py      which masked states a likelihood needs, with what weight; the exact expectation by enumeration
@@ -13,7 +14,8 @@
 Data flow of generation, for B prompts of P tokens and G new tokens: append G masks; then at each step
 `model(ids)` gives logits [B, T, V] (row i predicts token i in every family), a candidate token and a
 confidence come out for each masked position of the answer, and the schedule says how many of the most
-confident ones are written. Nothing written is ever changed again, and prompts are only read.
+confident ones are written. Nothing written is ever changed again, and prompts are only read. Plainly, by the samplers'
+`generate`; in evaluations by `Engine`, which is proven to write the same tokens.
 
 Data flow of likelihood: draw which target tokens to mask (`mask_states`), run the masked sequences,
 read the log-probabilities of the true tokens (`masked_log_probs`), weight and average. Plainly, one target at
