@@ -18,7 +18,7 @@ from dqx.diffusion.noise import Key
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: Tokens of a batch: on the CPU, where larger ones gain nothing, and the most on a GPU.
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 GPU_TOKENS = 16384
 
 
@@ -96,14 +96,20 @@ def group(needed: Sequence[Needed], mask_token_id: int) -> Group:
 
 
 def batches(groups: Iterable[Group], tokens: Callable[[], int]) -> Iterator[list[Part]]:
-    """Rows of consecutive groups: as many as have at most `tokens()` if all are as long as the first; one at least."""
+    """Rows of consecutive groups: as many as have at most `tokens()` if all are as long as the first; one at least.
+
+    A batch that is half full ends where the length changes, so that most need no padding.
+    """
     batch: list[Part] = []
-    room = 0
+    size = room = 0
     for group in groups:
+        if batch and group.length < batch[0].group.length and 2 * room <= size:
+            yield batch
+            batch = []
         start = 0
         while start < len(group.rows):
             if not batch:
-                room = max(1, tokens() // group.length)
+                size = room = max(1, tokens() // group.length)
             part = Part(group, start, min(start + room, len(group.rows)))
             batch.append(part)
             start = part.stop
