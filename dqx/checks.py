@@ -105,6 +105,9 @@ def _number_problems(config: Config) -> Iterator[str]:
         "model.mask_token_id": (config.model.mask_token_id, 0),
         "model.outliers.channels": (config.model.outliers.channels, 0),
         "outliers.samples": (config.outliers.samples, 0),
+        "fidelity.samples": (config.fidelity.samples, 0),
+        "fidelity.length": (config.fidelity.length, 16),
+        "fidelity.gen_length": (config.fidelity.gen_length, 1),
     }
     if config.seed >= 2**63:
         yield f"seed={config.seed} must be below 2^63"
@@ -190,6 +193,13 @@ def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
         yield (
             f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "
             f"choose {arch.max_length} or less"
+        )
+    fidelity = config.fidelity
+    positions = max(fidelity.length, fidelity.length // 2 + fidelity.gen_length)
+    if fidelity.samples > 0 and positions > arch.max_length:
+        yield (
+            f"fidelity.length={fidelity.length} and fidelity.gen_length={fidelity.gen_length} take {positions} "
+            f"positions, more than the model's {arch.max_length}; choose less, or fidelity.samples=0"
         )
     for name, spec in config.task.suite.items():
         if spec.kind == "text" and spec.length is not None and spec.length >= arch.max_length:

@@ -135,6 +135,15 @@ class OutlierConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """How predictions are compared with full precision (`dqx/fidelity.py`); nothing else depends on it."""
+
+    samples: int = 4  # windows of the bundled text; 0: not measured
+    length: int = 128  # tokens per window
+    gen_length: int = 16  # tokens of the answers written after half a window
+
+
+@dataclass
 class WandbConfig:
     mode: str = "auto"  # online where a login exists, else offline; or online, offline, disabled
     project: str = "dqx"
@@ -161,6 +170,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
     outliers: OutlierConfig = field(default_factory=OutlierConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

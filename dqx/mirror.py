@@ -127,6 +127,10 @@ def summary(record: Record) -> dict[str, Any]:
         if row.lower_is_better:  # nats per token
             values["nll"], values["nll_full_precision"] = values.pop("accuracy"), values.pop("accuracy_full_precision")
         found |= {f"{key}/{row.name}": value for key, value in values.items()}
+    for measured in record.fidelity.get("by_mask_ratio", ()):
+        found |= {f"fidelity/{key}/{measured['mask_ratio']:g}": measured[key] for key in ("divergence", "agreement")}
+    if record.fidelity:
+        found["fidelity/answers"] = record.fidelity["answers"]["agreement"]
     for side, stats in record.outliers.items():
         for site in SITES:
             worst = stats.worst(site)

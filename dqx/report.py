@@ -43,6 +43,10 @@ def print_table(record: Record, folder: str | Path | None = None, file: TextIO |
     wide.print(delta_table(record))
     for line in delta_legend(record.deltas):
         console.print(Text(line, style="dim"), soft_wrap=True)
+    if record.fidelity:
+        console.print()
+        for line in fidelity_lines(record.fidelity):
+            console.print(Text(line), soft_wrap=True)
     if record.outliers:
         console.print()
         wide.print(outlier_table(record))
@@ -206,6 +210,20 @@ def points(fraction: float) -> str:
     """A difference of fractions in percentage points, always signed except for zero."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def fidelity_lines(found: dict[str, Any]) -> list[str]:
+    """How far predictions on a few fixed windows have moved from full precision."""
+    rows, answers = found["by_mask_ratio"], found["answers"]
+    steps = [step for step in answers["first_diverging_step"] if step is not None]
+    first = f"; the first differs after step {min(steps)} of {answers['steps']}" if steps else ""
+    return [
+        "Against full precision     masked: " + " ".join(f"{100 * row['mask_ratio']:6.0f} %" for row in rows),
+        "divergence, nats per masked token  " + " ".join(f"{short(float(row['divergence'])):>8}" for row in rows),
+        "same token most probable           " + " ".join(f"{100 * row['agreement']:6.0f} %" for row in rows),
+        f"Answers of {answers['tokens']} tokens: {100 * answers['agreement']:.0f} % of the tokens are the same, "
+        f"{len(steps)} of {answers['documents']} answers differ{first}.",
+    ]
 
 
 def outlier_table(record: Record) -> Table:

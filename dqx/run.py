@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from torch import Tensor
 
-from dqx import baselines, mirror, outliers, report, store
+from dqx import baselines, fidelity, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
@@ -66,6 +66,10 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     if watched:
         with stage("outliers at full precision", timings):
             statistics["full_precision"] = outliers.measure(lm.model, watched, thresholds)
+    predictions = None
+    if config.fidelity.samples:
+        with stage("predictions of full precision", timings):
+            predictions = _predict(lm, config)
 
     with stage("quantize", timings):
         quantization = quantize(
@@ -78,6 +82,10 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
                 if quantization.changed
                 else statistics["full_precision"]
             )
+    moved = {}
+    if predictions is not None:
+        with stage("predictions after quantization", timings):
+            moved = fidelity.compare(predictions, _predict(lm, config) if quantization.changed else predictions)
     with stage("evaluate quantized", timings):
         quantized = _evaluate(lm, config, config.task.suite) if quantization.changed else full_precision
 
@@ -96,6 +104,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantized=quantized,
         quantization=quantization.to_dict(),
         outliers=statistics,
+        fidelity=moved,
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
         baselines=sources,
@@ -193,6 +202,12 @@ def _full_precision(
     if reused:
         log.info(f"  reused from {config.cache_dir}: {', '.join(reused)}")
     return results, sources
+
+
+def _predict(lm: DiffusionLM, config: Config) -> fidelity.Predictions:
+    settings = config.fidelity
+    tokens = fidelity.windows(lm.tokenizer, settings.samples, settings.length)
+    return fidelity.predict(lm.model, lm.sampler, tokens, gen_length=settings.gen_length, seed=config.seed)
 
 
 def _thresholds(config: Config) -> outliers.Thresholds:

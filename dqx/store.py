@@ -52,6 +52,7 @@ class Record:
     quantized: dict[str, TaskResult]
     quantization: dict[str, Any]  # QuantReport.to_dict()
     outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
+    fidelity: dict[str, Any] = field(default_factory=dict)  # predictions against full precision; empty: not measured
     mask_ratio: float | None = None  # share of masked tokens in the calibration windows
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     baselines: dict[str, str] = field(default_factory=dict)  # task -> computed or reused
@@ -94,6 +95,7 @@ class Record:
             "tasks": tasks,
             "deltas": [row.to_dict() for row in self.deltas],
             "outliers": {side: outliers.summary(stats) for side, stats in self.outliers.items()},
+            "fidelity": self.fidelity,
             "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
             "timings": self.timings,
             "warnings": self.warnings,
@@ -161,6 +163,7 @@ class RunFolder:
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
             mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
+            fidelity=results.get("fidelity", {}),
             timings=results["timings"],
             baselines={name: task["full_precision"]["source"] for name, task in results["tasks"].items()},
             choices=results["choices"],

@@ -74,6 +74,19 @@ def record(**changes):
             "linears": [{"name": "blocks.0.q"}],
         },
         "outliers": {"full_precision": outlier_stats(), "quantized": outlier_stats(gain=30.0)},
+        "fidelity": {
+            "by_mask_ratio": [
+                {"mask_ratio": 0.1, "positions": 32, "divergence": 0.0123, "agreement": 0.96875},
+                {"mask_ratio": 0.9, "positions": 32, "divergence": 1.5, "agreement": 0.5},
+            ],
+            "answers": {
+                "documents": 3,
+                "tokens": 16,
+                "steps": 16,
+                "agreement": 0.75,
+                "first_diverging_step": [4, None, 9],
+            },
+        },
         "timings": {"load": 0.5, "quantize": 1.5},
         "baselines": {"nano_sums": "reused"},
         "choices": {"model": "nano_llada", "method": "gptq", "bits": "w3"},

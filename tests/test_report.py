@@ -57,6 +57,18 @@ def test_outliers_of_both_models_are_there():
     assert rows["mlp_in", "before"][6] == "0/16"
 
 
+def test_predictions_against_full_precision_are_there():
+    lines = [re.sub(r" +", " ", line) for line in printed(record()).split("\n")]
+    assert "Against full precision masked: 10 % 90 %" in lines
+    assert "divergence, nats per masked token 0.0123 1.5" in lines
+    assert "same token most probable 97 % 50 %" in lines
+    assert (
+        "Answers of 16 tokens: 75 % of the tokens are the same, 2 of 3 answers differ; "
+        "the first differs after step 4 of 16." in lines
+    )
+    assert "Against full precision" not in printed(record(fidelity={}))
+
+
 def test_category_averages_are_rows():
     names = {"a": "general", "b": "general", "c": "code"}
     fp = {n: task_result(n, [1, 1, 0, 1], c) for n, c in names.items()}
@@ -80,7 +92,7 @@ def test_nothing_is_cut_or_folded(width, monkeypatch):
     assert "a long warning " * 12 in text
     assert "Again:   python launch.py method=gptq bits=3\n" in text
     assert printed(run, "runs/" + "x" * 120) == text  # the same at every width
-    tables = [x for x in text.split("\n") if x and not x.startswith(("Note", "Record", "W&B"))]
+    tables = [x for x in text.split("\n") if x and not x.startswith(("Note", "Record", "W&B", "Answers"))]
     assert max(len(x.rstrip()) for x in tables) <= 84
 
 

@@ -14,7 +14,7 @@ from dqx.config import CONF_DIR, compose, resolve
 from dqx.run import run
 from dqx.store import RunFolder
 
-SMALL = ["task.limit=2", "calib.samples=2", "calib.length=64", "outliers.samples=2"]
+SMALL = ["task.limit=2", "calib.samples=2", "calib.length=64", "outliers.samples=2", "fidelity.samples=1"]
 
 
 @pytest.fixture

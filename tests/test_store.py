@@ -65,7 +65,7 @@ def test_results_fit_their_schema(tmp_path):
     schema = json.loads(store.SCHEMA.read_text())
     checker = jsonschema.Draft202012Validator(schema)
     checker.check_schema(schema)
-    bare = record(outliers={}, quantization={}, command=None)
+    bare = record(outliers={}, fidelity={}, quantization={}, command=None)
     broken = {k: replace(v, value=math.nan) for k, v in record().full_precision.items()}
     mirrored = {"state": "failed", "mode": "online", "folder": None, "url": None, "message": "no network"}
     for i, case in enumerate((record(), bare, record(full_precision=broken), record(mirror=mirrored))):

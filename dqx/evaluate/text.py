@@ -42,6 +42,15 @@ def text_of(name: str, spec: TaskSpec, data_root: str | None = None) -> TextSour
     )
 
 
+def token_stream(text: TextSource, tokenizer: Any) -> list[int]:
+    """All tokens of a text, its rows joined as its kind wants it."""
+    rows = load_texts(text)
+    if not text.documents:
+        return list(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
+    return [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]
+
+
 def text_windows(
     name: str, spec: TaskSpec, tokenizer: Any, *, limit: int | None = None, data_root: str | None = None
 ) -> Tensor:
@@ -51,12 +60,7 @@ def text_windows(
     """
     assert spec.length is not None
     text = text_of(name, spec, data_root)
-    rows = load_texts(text)
-    if text.documents:
-        gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
-        ids = [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]
-    else:
-        ids = tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids
+    ids = token_stream(text, tokenizer)
     counts = [len(ids) // spec.length, *(n for n in (limit, spec.windows) if n is not None)]
     if not counts[0]:
         raise ValueError(
