@@ -89,7 +89,7 @@ CONFIGURATIONS = [
     ("text for a width", ["bits.weight.bits=four"], "bits.weight.bits: Value 'four'"),
     ("null for a number", ["calib.length=null"], "calib.length: it cannot be null"),
     ("text for an option", ["model.sampler.temperature=hot"], "model.sampler.temperature='hot' is not of type float"),
-    ("a number for a part", ["method.rounding=5"], "method.rounding=5 is not a part"),
+    ("a number for a part", ["method.rounding=5"], "method.rounding=5 is not of type Rounding or null"),
     (
         "a class that is not there",
         ["method.rounding._target_=dqx.quant.rounding.gptq.GPTX"],
