@@ -12,23 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dqx.models.plant import outlier_channels
+from dqx.models.published import PUBLISHED
 from dqx.models.transformer import ROLES, SITES, Architecture, Block, rope_tables
 
 LENGTH = 512  # tokens per sequence
 HEAD = 128  # head width of both models; also the group size of weights and DuQuant's tile
 
-MODELS: dict[str, Architecture] = {
-    "llada_8b": Architecture(
-        family="llada", hidden_size=4096, mlp_size=12288, n_blocks=32, n_heads=32, n_kv_heads=32,
-        rope_theta=500000.0, norm_eps=1e-5, qkv_bias=False, logit_shift=False,
-        vocab_size=1, mask_token_id=0, eos_token_id=0, max_length=4096,
-    ),
-    "dream_7b": Architecture(
-        family="dream", hidden_size=3584, mlp_size=18944, n_blocks=28, n_heads=28, n_kv_heads=4,
-        rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, logit_shift=True,
-        vocab_size=1, mask_token_id=0, eos_token_id=0, max_length=4096,
-    ),
-}  # fmt: skip
+MODELS = {"llada_8b": PUBLISHED["LLaDA-8B"], "dream_7b": PUBLISHED["Dream-7B"]}
 
 
 def scaled(arch: Architecture, scale: int) -> Architecture:

@@ -21,10 +21,8 @@ from dqx.benchmarks import plain
 from dqx.benchmarks.cases import Case
 from dqx.models.transformer import SITES, RMSNorm
 from dqx.quant.bits import BitsConfig
-from dqx.quant.clip import FixedRatio
-from dqx.quant.grid import Grid
+from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
-from dqx.quant.protocols import Clip
 from dqx.quant.setting import Context
 from dqx.quant.stats import COLLECTORS
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, zigzag_permutation
@@ -102,26 +100,11 @@ def statistics(x: Tensor, needs: frozenset[str]) -> dict[str, Any]:
     return {need: collector.value() for need, collector in collectors.items()}
 
 
-@dataclass(frozen=True)
-class BoundClip:
-    """A clip with the statistics of its site."""
-
-    clip: Clip
-    stats: Mapping[str, Any]
-
-    @property
-    def clamps(self) -> bool:
-        return self.clip.clamps
-
-    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.clip(w_OGW, grid, self.stats, columns_GW)
-
-
 def round_stacked(job: Job, roles: tuple[str, ...], weights: list[Tensor], stats: dict[str, Any]) -> None:
     """Round weights that read the same input in one call, and note the results."""
     part, clip = job.method.rounding_of(roles[0]), job.method.clip_of(roles[0])
     assert part is not None
-    bound = None if clip is None else BoundClip(clip, stats)
+    bound = None if clip is None else ClipAtSite(clip, stats)
     rounded = part(torch.cat(weights), job.bits.weight_of(roles[0]), stats, bound)
     job.outcome.keep(roles, rounded.split([len(w) for w in weights]))
 

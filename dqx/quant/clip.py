@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dqx.quant.chunks import row_slices
 from dqx.quant.grid import Grid, extremes, wide
+from dqx.quant.protocols import Clip
 from dqx.quant.setting import Setting
 
 
@@ -174,3 +175,18 @@ def _search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:
     elif n_grid >= 1 and steps(n_grid, max_shrink) < 1:
         found.append(f"{where}.max_shrink={max_shrink} of {where}.n_grid={n_grid} steps is none; raise either")
     return found
+
+
+@dataclass(frozen=True)
+class ClipAtSite:
+    """A clip with the statistics of its site."""
+
+    clip: Clip
+    stats: Mapping[str, Any]
+
+    @property
+    def clamps(self) -> bool:
+        return self.clip.clamps
+
+    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
+        return self.clip(w_OGW, grid, self.stats, columns_GW)

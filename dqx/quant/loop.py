@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
 from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits
-from dqx.quant.grid import Grid, QuantizedWeight, wide
+from dqx.quant.clip import ClipAtSite
+from dqx.quant.grid import QuantizedWeight, wide
 from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
 from dqx.quant.protocols import Clip, Quantizer, Rounding
@@ -217,7 +218,7 @@ class _BlockWork:
         stats: dict[str, Any] = {}
         if group.rounding is not None and group.rounds:
             stats, clip_stats = self._statistics(site, group, seen)
-            clip = None if group.clip is None else _BoundClip(group.clip, clip_stats)
+            clip = None if group.clip is None else ClipAtSite(group.clip, clip_stats)
             stacked = torch.cat([linear.weight for linear in linears.values()])
             try:
                 result = group.rounding(stacked, group.weight, stats, clip)
@@ -303,21 +304,6 @@ class _BlockWork:
             output_error=output_error,
             notes=() if rounded is None else rounded.notes,
         )
-
-
-@dataclass(frozen=True)
-class _BoundClip:
-    """A clip with the statistics of its site."""
-
-    clip: Clip
-    stats: Mapping[str, Any]
-
-    @property
-    def clamps(self) -> bool:
-        return self.clip.clamps
-
-    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.clip(w_OGW, grid, self.stats, columns_GW)
 
 
 def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tuple[float, float | None]:
