@@ -163,6 +163,84 @@ def test_progress_ends_at_the_announced_work(models) -> None:
         assert min(told) > 0
 
 
+# continued after an interruption
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(scorer: Scorer, requests: list[Request], questions: list[Question], after: int) -> dict[int, float]:
+    """The values that were handed over until the scorer was stopped, after so many portions."""
+    known: dict[int, float] = {}
+    portions = iter(range(after))
+
+    def finished(values: dict[int, float]) -> None:
+        if next(portions, None) is None:
+            raise Killed
+        assert not known.keys() & values.keys()
+        known.update(values)
+
+    with pytest.raises(Killed):
+        scorer.score(requests, questions, finished=finished)
+    return known
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_a_continued_run_has_the_same_bits_and_repeats_no_finished_batch(
+    family, models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, requests = models[family], ragged()
+    ran: list[bytes] = []
+    forward = model.logits_where
+
+    def recorded(ids: Tensor, *others: Tensor) -> Tensor:
+        ran.append(ids.numpy().tobytes())
+        return forward(ids, *others)
+
+    monkeypatch.setattr(model, "logits_where", recorded)
+
+    def scorer() -> Scorer:
+        ran.clear()
+        return Scorer(model, samples=SAMPLES, seed=0, batch_tokens=40)
+
+    portions: list[dict[int, float]] = []
+    expected = scorer().score(requests, finished=portions.append)
+    planned = list(ran)
+    assert sorted(i for portion in portions for i in portion) == list(range(len(requests)))
+    assert {i: value for portion in portions for i, value in portion.items()} == dict(enumerate(expected))
+    for after in range(len(portions)):
+        known = killed(scorer(), requests, [], after)
+        told: dict[int, float] = {}
+        assert scorer().score(requests, known=known, finished=told.update) == expected
+        assert told == {i: value for i, value in enumerate(expected) if i not in known}
+        assert ran == planned[len(planned) - len(ran) :]  # the rest of the plan, batch by batch
+        assert len(ran) <= len(planned) - after + 2  # again: what held a part of an unfinished request
+    assert scorer().score(requests, known=dict(enumerate(expected))) == expected
+    assert ran == []
+
+
+def test_a_continued_adaptive_run_scores_what_is_missing(models) -> None:
+    model = models["llada"]
+    clear = question(model)
+    requests = [*clear, *(replace(r, key=("task", 1, i)) for i, r in enumerate(clear)), Request(ids(3, 5), ids(7, 6))]
+    questions = [Question([0, 1, 2], [1.0] * 3), Question([3, 4, 5], [1.0] * 3)]
+
+    def scorer() -> Scorer:
+        return Scorer(model, samples=64, seed=0, error_level=0.01)
+
+    whole = scorer()
+    expected = whole.score(requests, questions)
+    known = {i: expected[i] for i in (0, 1, 2, 6)}
+    rest = scorer()
+    assert rest.score(requests, questions, known=known) == pytest.approx(expected, rel=1e-5)
+    assert rest.draws == {16: 1}
+    assert 0 < rest.n_forwards < whole.n_forwards / 2
+    first = killed(scorer(), requests, questions, 1)
+    assert first == pytest.approx({6: expected[6]})
+    assert scorer().score(requests, questions, known=first) == pytest.approx(expected, rel=1e-5)
+
+
 def test_nan_and_bad_settings_are_errors(models, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["llada"]
     with pytest.raises(ValueError, match=r"samples=0 .*batch_tokens=0 .*error_level=2 is not a number above 0"):

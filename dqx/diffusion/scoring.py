@@ -11,15 +11,18 @@ As options, the expectation itself by enumeration (`states.enumerated`), and dra
 (`stopping.py`).
 
 Sequences are put in an order that depends on nothing but their tokens, cut into batches in that order and never
-regrouped: neither the order of the requests nor timing changes anything at all. Running out of GPU memory halves the
-batches, which may change rounding and is noted.
+regrouped: neither the order of the requests nor timing changes anything at all. For the same reason a run that is
+continued plans its batches from all requests, leaves out those in which everything is known and takes the others
+whole: to the last bit the values of a run without interruption. (With adaptive draws, where batches depend on what is
+decided, only what is missing is scored.) Running out of GPU memory halves the batches, which may change rounding and is
+noted.
 
 Shapes as in `batches.py`; B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ from dqx.diffusion.stopping import Question, decided, stages
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 Progress = Callable[[int], object]
+Finished = Callable[[dict[int, float]], object]
 
 
 class Scorer:
@@ -75,16 +79,21 @@ class Scorer:
         requests: Sequence[Request],
         questions: Sequence[Question] = (),
         *,
+        known: Mapping[int, float] | None = None,
         progress: Progress | None = None,
+        finished: Finished | None = None,
     ) -> list[float]:
         """Nats of each request. With an error level, those that belong to a question may get fewer draws.
 
-        `progress` is told of finished `work` in portions. Raises FloatingPointError on NaN.
+        `known` values, by index, are taken as they are (of a question, all or none). `progress` is told of finished
+        `work` in portions, that of the known ones first; `finished` of new values in portions, each once.
+        Raises FloatingPointError on NaN.
         """
         requests = [Request(r.prefix.cpu(), r.target.cpu(), r.key) for r in requests]
-        undecided = [] if self.error_level is None else list(questions)
-        run = _Run(self, requests, progress)
-        run.stage(set(range(len(requests))) - {i for question in undecided for i in question.requests}, 1)
+        run = _Run(self, requests, known or {}, progress, finished)
+        compared = [] if self.error_level is None else list(questions)
+        undecided = [question for question in compared if not run.known.keys() >= set(question.requests)]
+        run.stage(set(range(len(requests))) - {i for question in compared for i in question.requests}, 1)
         strides = stages(self.samples)
         for stride in strides if undecided else ():
             run.stage({i for question in undecided for i in question.requests}, stride)
@@ -97,6 +106,7 @@ class Scorer:
                 self.draws[n] = self.draws.get(n, 0) + 1
                 for i in question.requests:
                     run.close(i)
+            run.hand_over()
             undecided = still
         return run.values
 
@@ -111,30 +121,55 @@ class Scorer:
 class _Run:
     """The state of one call of `Scorer.score`."""
 
-    def __init__(self, scorer: Scorer, requests: Sequence[Request], progress: Progress | None):
-        self.scorer, self.model, self.requests, self.progress = scorer, scorer.model, requests, progress
+    def __init__(
+        self,
+        scorer: Scorer,
+        requests: Sequence[Request],
+        known: Mapping[int, float],
+        progress: Progress | None,
+        finished: Finished | None,
+    ):
+        self.scorer, self.model, self.requests, self.known = scorer, scorer.model, requests, known
+        self.progress, self.finished = progress, finished
         self.estimates: dict[int, Estimate] = {}  # of requests that are not finished
-        self.values = [0.0] * len(requests)
+        self.values = [known.get(i, 0.0) for i in range(len(requests))]
+        self.final = set(known)
+        self.fresh: dict[int, float] = {}  # values that became final and are not handed over
         self.told = [0] * len(requests)
         self.batch_tokens = scorer.batch_tokens or default_batch_tokens(self.model, requests)
+        for i in known:
+            self._tell(i, scorer.work(requests[i]))
 
     def stage(self, members: Iterable[int], stride: int) -> None:
         """Bring requests to every `stride`-th draw: their values are those of these draws. 1 finishes them."""
         for batch in batches(self._groups(members, stride), lambda: self.batch_tokens):
-            self._forward(batch)
+            if any(part.group.pairs.keys() - self.known.keys() for part in batch):
+                self._forward(batch)
             for part in batch:
                 if part.stop == len(part.group.rows):
                     for i, pairs in part.group.pairs.items():
                         self.estimates[i].enter(self.estimates[i].missing(stride), part.group.log_probs[pairs])
                         self._reached(i, stride)
+            self.hand_over()
+        self.hand_over()
 
     def close(self, i: int) -> None:
         """No more draws for a request: its value stays."""
         self.estimates.pop(i, None)
-        self._tell(i, self.scorer.work(self.requests[i]))
+        if i not in self.final:
+            self.final.add(i)
+            self.fresh[i] = self.values[i]
+            self._tell(i, self.scorer.work(self.requests[i]))
+
+    def hand_over(self) -> None:
+        """Tell of the values that became final."""
+        if self.finished and self.fresh:
+            self.finished(self.fresh)
+        self.fresh = {}
 
     def _reached(self, i: int, stride: int) -> None:
-        self.values[i] = self.estimates[i].value(stride)
+        if i not in self.known:
+            self.values[i] = self.estimates[i].value(stride)
         if stride == 1:
             self.close(i)
         else:
@@ -150,9 +185,11 @@ class _Run:
         together: dict[tuple[int, int, bytes], list[int]] = {}
         for i in members:
             request = self.requests[i]
-            if len(request.target):
-                key = (-request.length, len(request.target), request.prefix.numpy().tobytes())
-                together.setdefault(key, []).append(i)
+            if not len(request.target):
+                self.close(i)
+                continue
+            key = (-request.length, len(request.target), request.prefix.numpy().tobytes())
+            together.setdefault(key, []).append(i)
         for _, alike in sorted(together.items()):
             needed = []
             for i in alike:
