@@ -25,6 +25,7 @@ FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
 INDEX = "model.safetensors.index.json"
+QUANTIZED = "quantized.json"  # in the folder of a quantized checkpoint, see dqx/quant/saved.py
 
 
 class CheckpointError(ValueError):
@@ -88,6 +89,8 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
 def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     """Parse and check `config.json`. Raises CheckpointError naming the key."""
     path = folder / "config.json"
+    if (folder / QUANTIZED).is_file():
+        raise CheckpointError(f"{folder} holds a quantized model; read it with dqx.quant.load_quantized")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a checkpoint folder holds config.json and *.safetensors")
     try:

@@ -14,10 +14,26 @@ if TYPE_CHECKING:
     from dqx.quant.loop import quantize
     from dqx.quant.method import Method
     from dqx.quant.report import QuantReport
+    from dqx.quant.saved import load_quantized, save_quantized
 
-__all__ = ["ActivationBits", "BitsConfig", "Method", "QuantReport", "WeightBits", "quantize"]
+__all__ = [
+    "ActivationBits",
+    "BitsConfig",
+    "Method",
+    "QuantReport",
+    "WeightBits",
+    "load_quantized",
+    "quantize",
+    "save_quantized",
+]
 
-_LAZY = {"Method": "method", "QuantReport": "report", "quantize": "loop"}
+_LAZY = {
+    "Method": "method",
+    "QuantReport": "report",
+    "load_quantized": "saved",
+    "quantize": "loop",
+    "save_quantized": "saved",
+}
 
 
 def __getattr__(name: str) -> Any:

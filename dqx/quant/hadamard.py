@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,10 @@ class OnlineHadamard(nn.Module):
         super().__init__()
         self.tile, self.matrix_KK = tile, matrix_KK
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"tile": self.tile, "matrix_KK": self.matrix_KK}
+
     def forward(self, x: Tensor) -> Tensor:
         return transform(x, self.tile, self.matrix_KK)
 
@@ -159,6 +164,10 @@ class OnlineHeads(nn.Module):
     def __init__(self, n_heads: int, matrix_KK: Tensor | None = None):
         super().__init__()
         self.n_heads, self.matrix_KK = n_heads, matrix_KK
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"n_heads": self.n_heads, "matrix_KK": self.matrix_KK}
 
     def forward(self, x: Tensor) -> Tensor:
         return transform_heads(x, self.n_heads, self.matrix_KK)

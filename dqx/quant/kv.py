@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -113,6 +114,10 @@ class HeadQuantizer(nn.Module):
         tokens = x.transpose(1, 2)  # [B, T, H, E]
         rounded = self.grid.fake(tokens.flatten(2), clip_ratio=self.clip_ratio)
         return rounded.view(tokens.shape).transpose(1, 2)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"grid": self.grid, "share": self.share, "clip_ratio": self.clip_ratio}
 
     def extra_repr(self) -> str:
         return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"

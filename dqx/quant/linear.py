@@ -5,6 +5,8 @@ O = outputs, I = inputs, G = groups per row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +48,34 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale", None if rounded is None else rounded.scale.clone())
         self.register_buffer("zero_point", None if rounded is None else rounded.zero_point.clone())
         self.register_buffer("group_index", None if rounded is None else rounded.group_index.to(torch.int32))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `restored` needs to build this again."""
+        names = ("weight", "bias", "weight_bits", "grid", "activation", "activation_bits")
+        return {name: getattr(self, name) for name in (*names, "scale", "zero_point", "group_index")}
+
+    @classmethod
+    def restored(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_bits: WeightBits,
+        grid: Grid | None,
+        activation: Quantizer | None,
+        activation_bits: ActivationBits,
+        **grids: Tensor | None,
+    ) -> QuantLinear:
+        """The linear with these `options`; `grids` are the buffers that describe its grid."""
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        module = cls(linear, weight_bits, None, activation, activation_bits)
+        module.grid = grid
+        for name, tensor in grids.items():
+            setattr(module, name, tensor)
+        return module
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input the matmul really sees."""

@@ -8,7 +8,8 @@ Embedding, norms, biases and head are not in the average.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dqx.quant.bits import FORMATS, UNQUANTIZED
@@ -95,6 +96,14 @@ class QuantReport:
     def notes(self) -> list[str]:
         """Every departure from what was asked, by linear."""
         return [f"{row.name}: {note}" for row in self.linears for note in row.notes]
+
+    @classmethod
+    def from_dict(cls, report: Mapping[str, Any]) -> QuantReport:
+        """The report that `to_dict` turned into JSON."""
+        own = {f.name: report[f.name] for f in fields(cls)}
+        rows = [row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])} for row in own["linears"]]
+        kept = [KeptRow(**row) for row in own["kept"]]
+        return cls(**own | {"linears": [LinearRow(**row) for row in rows], "kept": kept})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, for JSON."""

@@ -104,6 +104,10 @@ class BlockRotation(nn.Module):
             values = _rotate_tiles(values[..., permutation], rotation)
         return values.to(x.dtype)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"rotations_RBB": self.rotations, "permutations_RC": self.permutations}
+
     def extra_repr(self) -> str:
         count, tile, _ = self.rotations.shape
         return f"{count} rotations of tiles of {tile}"

@@ -9,6 +9,8 @@ I = inputs, K key/value heads, H heads, E head width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,10 @@ class Divide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / self.channel_scale.to(x.dtype)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"channel_scale": self.channel_scale}
 
     def extra_repr(self) -> str:
         return f"{len(self.channel_scale)} channels"
