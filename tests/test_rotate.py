@@ -19,6 +19,7 @@ from dqx.quant.clip import WeightMSE
 from dqx.quant.kv import KeysValues
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
+from dqx.quant.protocols import ModelChange
 from dqx.quant.rounding.rtn import RTN
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms import rotate
@@ -26,14 +27,16 @@ from dqx.quant.transforms.online import HeadRotation, OnlineDown, rotate_down, r
 from dqx.quant.transforms.rotate import (
     FoldNorms,
     ResidualRotation,
-    fold_norms,
+    fold_block,
+    fold_final_norm,
     make_rotation,
     random_orthogonal,
-    rotate_residual,
+    residual_rotation,
     subtract_embedding_mean,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
+FOLD = ModelChange(fold_final_norm, fold_block)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,11 @@ def fresh(family="llada", dtype=torch.float64):
 def rotated(golden, matrix="hadamard", mean=False, dtype=torch.float32):
     """The official rotation of `llada_tiny`, with its random matrix and its core of order 12."""
     model = fresh(dtype=dtype)
-    fold_norms(model)
+    FOLD.apply(model)
     if mean:
         subtract_embedding_mean(model)
     q_DD = golden[f"Q_{matrix}"]
-    rotate_residual(model, lambda x: x @ q_DD)
+    residual_rotation(lambda x: x @ q_DD).apply(model)
     for block in model.blocks:
         rotate_heads(block)
         rotate_down(block, matrix_KK=golden["had_matrix_mlp"])
@@ -198,7 +201,7 @@ def apply(model, transforms, seed=0):
     method = Method(name="rotations", transforms=transforms)
     context = Context(model.arch, BitsConfig(), method, seed)
     for name, transform in transforms.items():
-        transform.apply(model, context.at(name=name))
+        transform.prepare(context.at(name=name), model.device).apply(model)
     return model
 
 
@@ -285,8 +288,8 @@ def test_tied_head_is_untied(tiny_checkpoint):
     model = load_weights(inspect(str(tiny_checkpoint("llada", weight_tying=True))), torch.float64)
     assert model.head.weight is model.embed.weight
     with pytest.raises(ValueError, match="shares the embedding's tensor; fold norms first"):
-        rotate_residual(model, lambda x: x)
-    fold_norms(model)
+        residual_rotation(lambda x: x).apply(model)
+    FOLD.apply(model)
     assert model.head.weight is not model.embed.weight
 
 
@@ -300,7 +303,7 @@ def test_subtracting_the_embedding_mean_changes_the_function():
 
 def test_rotation_needs_folded_norms():
     with pytest.raises(ValueError, match=r"a norm has a gain or a bias, .* fold norms first"):
-        rotate_residual(fresh(), lambda x: x)
+        residual_rotation(lambda x: x).apply(fresh())
 
 
 def test_rotation_depends_on_the_seed_only():

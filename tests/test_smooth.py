@@ -139,7 +139,7 @@ def test_the_function_stays(name, family, planted):
     before, changed = model(ids), 0
     for transform in transforms:
         if transform.scope == "model":
-            transform.apply(model, context)
+            transform.prepare(context, model.device).apply(model)
             continue
         for index, block in enumerate(model.blocks):
             stats, _ = statistics(block, list(model.hidden_states(ids))[index], transform.needs)

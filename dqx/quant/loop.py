@@ -79,13 +79,16 @@ def quantize(
     report.kv_bits = method.kv_bits(bits).bits
     report.transforms = list(method.transforms)
     context = Context(model.arch, bits, method, seed)
-    for name, transform in method.model_transforms.items():
-        transform.apply(model, context.at(name=name))
+    changes = [part.prepare(context.at(name=name), model.device) for name, part in method.model_transforms.items()]
+    for change in changes:
+        change.outer(model)
     streams = {name: Stream(model, ids, mean=name == "mean") for name in sorted(needed)}
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"{method.name} {bits.name}", total=len(model.blocks) * len(SITES))
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
+            for change in changes:
+                change.block(block)
             work = _BlockWork(block, streams, context.at(index=index))
             for rows in work.quantize():
                 report.linears += rows

@@ -13,9 +13,11 @@ B batch, T tokens, O outputs, I inputs, G groups of W inputs, H heads, E head wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
@@ -42,10 +44,24 @@ class Transform(Part, Protocol):
     scope: ClassVar[str]
 
 
-class ModelTransform(Transform, Protocol):
-    """`scope = "model"`: on the whole model, before any data."""
+@dataclass(frozen=True)
+class ModelChange:
+    """What a model transform does to what stands outside the blocks, and to each block by itself, in place."""
 
-    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None: ...
+    outer: Callable[[MaskedDiffusionTransformer], None]
+    block: Callable[[Block], None]
+
+    def apply(self, model: MaskedDiffusionTransformer) -> None:
+        """Change a model that is in memory as a whole."""
+        self.outer(model)
+        for block in model.blocks:
+            self.block(block)  # type: ignore[arg-type]
+
+
+class ModelTransform(Transform, Protocol):
+    """`scope = "model"`: the same change everywhere, before any data. Blocks come one at a time."""
+
+    def prepare(self, context: Context, device: torch.device) -> ModelChange: ...
 
 
 class BlockTransform(Transform, Protocol):

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dqx.models.transformer import Block, MaskedDiffusionTransformer, compose
+from dqx.models.transformer import Block, compose
 from dqx.quant.hadamard import OnlineHadamard, OnlineHeads, core, no_matrix, tile_problems, transform, transform_heads
+from dqx.quant.protocols import ModelChange
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms.rotate import map_columns, map_rows
 
@@ -29,10 +30,8 @@ class HeadRotation:
     online: bool = True  # false: only inside the heads, which costs nothing at run time
     scope: ClassVar[str] = "model"
 
-    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
-        for block in model.blocks:
-            assert isinstance(block, Block)
-            rotate_heads(block, online=self.online)
+    def prepare(self, context: Context, device: torch.device) -> ModelChange:
+        return ModelChange(lambda model: None, lambda block: rotate_heads(block, online=self.online))
 
     def problems(self, where: str, setting: Setting) -> list[str]:
         found = []
@@ -51,10 +50,8 @@ class OnlineDown:
     tile: int | None = None  # transform every `tile` neighbouring channels by themselves; null: all channels together
     scope: ClassVar[str] = "model"
 
-    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
-        for block in model.blocks:
-            assert isinstance(block, Block)
-            rotate_down(block, self.tile)
+    def prepare(self, context: Context, device: torch.device) -> ModelChange:
+        return ModelChange(lambda model: None, lambda block: rotate_down(block, self.tile))
 
     def problems(self, where: str, setting: Setting) -> list[str]:
         return tile_problems(f"{where}.tile", setting.arch.mlp_size, self.tile, "the inputs of down")

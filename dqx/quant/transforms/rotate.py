@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
 from dqx.quant.hadamard import tile_problems, transform
+from dqx.quant.protocols import ModelChange
 from dqx.quant.setting import Context, Setting
 
 #: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
@@ -38,10 +39,13 @@ class FoldNorms:
     subtract_embedding_mean: bool = False  # as published; NOT function-preserving, see above
     scope: ClassVar[str] = "model"
 
-    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
-        fold_norms(model)
-        if self.subtract_embedding_mean:
-            subtract_embedding_mean(model)
+    def prepare(self, context: Context, device: torch.device) -> ModelChange:
+        def outer(model: MaskedDiffusionTransformer) -> None:
+            fold_final_norm(model)
+            if self.subtract_embedding_mean:
+                subtract_embedding_mean(model)
+
+        return ModelChange(outer, fold_block)
 
     def problems(self, where: str, setting: Setting) -> list[str]:
         return []
@@ -55,9 +59,9 @@ class ResidualRotation:
     tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; null: all channels together
     scope: ClassVar[str] = "model"
 
-    def apply(self, model: MaskedDiffusionTransformer, context: Context) -> None:
-        width = model.arch.hidden_size
-        rotate_residual(model, make_rotation(self.kind, width, self.tile, context.generator(), model.device))
+    def prepare(self, context: Context, device: torch.device) -> ModelChange:
+        width = context.arch.hidden_size
+        return residual_rotation(make_rotation(self.kind, width, self.tile, context.generator(), device))
 
     def problems(self, where: str, setting: Setting) -> list[str]:
         found = []
@@ -79,15 +83,25 @@ class ResidualRotation:
 
 
 @torch.no_grad()
-def fold_norms(model: MaskedDiffusionTransformer) -> None:
-    """Multiply the columns of the linears behind every norm by its gain, which becomes 1. Unties a tied head."""
+def fold_final_norm(model: MaskedDiffusionTransformer) -> None:
+    """Multiply the columns of the output head by the final norm's gain, which becomes 1. Unties a tied head."""
     if model.head.weight is model.embed.weight:
         model.head.weight = nn.Parameter(model.head.weight.clone(), requires_grad=False)
-    for norm, readers in readers_of_norms(model):
-        gain = norm.weight.double()
-        for linear in readers:
-            map_rows(linear.weight, lambda rows, gain=gain: rows * gain)  # type: ignore[misc]
-        norm.weight.fill_(1)
+    _fold(model.norm, [model.head])
+
+
+@torch.no_grad()
+def fold_block(block: Block) -> None:
+    """Multiply the columns of the linears behind both norms by their gains, which become 1."""
+    for norm, readers in readers_of_norms(block):
+        _fold(norm, readers)
+
+
+def _fold(norm: RMSNorm, readers: Iterable[nn.Linear]) -> None:
+    gain = norm.weight.double()
+    for linear in readers:
+        map_rows(linear.weight, lambda rows: rows * gain)
+    norm.weight.fill_(1)
 
 
 @torch.no_grad()
@@ -96,36 +110,42 @@ def subtract_embedding_mean(model: MaskedDiffusionTransformer) -> None:
     map_rows(model.embed.weight, lambda rows: rows - rows.mean(-1, keepdim=True))
 
 
-@torch.no_grad()
-def rotate_residual(model: MaskedDiffusionTransformer, rotate: Rotation) -> None:
+def residual_rotation(rotate: Rotation) -> ModelChange:
     """The same function with residual stream x Q: `W Q` for every reader, `Q^T W` and `bias Q` for o and down.
 
-    `rotate` maps rows x [..., D] to x Q; for a matrix, `lambda x: x @ Q`. Raises ValueError if a norm has a gain or
-    a bias, or the head shares the embedding's tensor: `fold_norms` comes first.
+    `rotate` maps rows x [..., D] to x Q; for a matrix, `lambda x: x @ Q`. The change raises ValueError if a norm has a
+    gain or a bias, or the head shares the embedding's tensor: norms are folded first.
     """
-    for norm, readers in readers_of_norms(model):
-        if norm.bias is not None or not bool((norm.weight == 1).all()):
-            raise ValueError("a norm has a gain or a bias, which a rotation would not leave alone; fold norms first")
-        for linear in readers:
-            map_rows(linear.weight, rotate)
-    if model.head.weight is model.embed.weight:
-        raise ValueError("the head shares the embedding's tensor; fold norms first, which unties it")
-    map_rows(model.embed.weight, rotate)
-    for block in model.blocks:
-        assert isinstance(block, Block)
+
+    @torch.no_grad()
+    def outer(model: MaskedDiffusionTransformer) -> None:
+        _rotate_readers(model.norm, [model.head], rotate)
+        if model.head.weight is model.embed.weight:
+            raise ValueError("the head shares the embedding's tensor; fold norms first, which unties it")
+        map_rows(model.embed.weight, rotate)
+
+    @torch.no_grad()
+    def within(block: Block) -> None:
+        for norm, readers in readers_of_norms(block):
+            _rotate_readers(norm, readers, rotate)
         for writer in (block.o, block.down):
             map_columns(writer.weight, rotate)
             if writer.bias is not None:
                 map_rows(writer.bias[None], rotate)
 
+    return ModelChange(outer, within)
 
-def readers_of_norms(model: MaskedDiffusionTransformer) -> Iterable[tuple[RMSNorm, list[nn.Linear]]]:
-    """Every norm with the linears that read its output."""
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        yield block.attn_norm, [block.q, block.k, block.v]
-        yield block.mlp_norm, [block.gate, block.up]
-    yield model.norm, [model.head]
+
+def _rotate_readers(norm: RMSNorm, readers: Iterable[nn.Linear], rotate: Rotation) -> None:
+    if norm.bias is not None or not bool((norm.weight == 1).all()):
+        raise ValueError("a norm has a gain or a bias, which a rotation would not leave alone; fold norms first")
+    for linear in readers:
+        map_rows(linear.weight, rotate)
+
+
+def readers_of_norms(block: Block) -> list[tuple[RMSNorm, list[nn.Linear]]]:
+    """Both norms of a block with the linears that read their outputs."""
+    return [(block.attn_norm, [block.q, block.k, block.v]), (block.mlp_norm, [block.gate, block.up])]
 
 
 def make_rotation(
