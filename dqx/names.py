@@ -24,3 +24,12 @@ def natural(name: str) -> list[tuple[int, str]]:
 def method_label(name: str | None, variant: str | None) -> str:
     """A method in tables and folder names: `gptq`, or `gptq_as_published` where it is a variant."""
     return f"{name}_{variant}" if variant else str(name)
+
+
+def approximations(threshold: float | None, cache: str | None) -> tuple[str, ...]:
+    """What makes a sampler approximate, in its name and in folder names: `threshold0.9`, `dual_cache`."""
+    parts = (
+        None if threshold is None else f"threshold{threshold}",
+        None if cache is None else f"{cache}_cache",
+    )
+    return tuple(part for part in parts if part)

@@ -13,6 +13,8 @@ tokens several at the end): the result is as published, and a step that writes n
 (81.8 to 35.0), and at 0.1 many confidences tie at 1.0, so that ties decide the order. The study nevertheless
 ran temperature 0 with top_p 0.95. Choose knowingly.
 
+The approximations of `llada.py` go block by block; Dream's models run with that sampler too (`model.sampler=llada`).
+
 There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
 likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
@@ -79,6 +81,13 @@ class DreamSampler:
     suppress_mask: bool = False
 
     cfg_scale: ClassVar[float] = 0.0
+    threshold: ClassVar[float | None] = None
+    approximations: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """The order, `entropy`."""
+        return self.alg
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
         """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
@@ -154,7 +163,7 @@ class DreamSampler:
         if attention_mask is not None:
             real = attention_mask.to(ids.device)
             attention_mask = torch.cat((real, real.new_ones(answer.shape)), dim=1)
-        n_forwards = 0
+        n_forwards = n_tokens = 0
         for step, fraction in enumerate(fractions(steps, self.eps)):
             if on_step:
                 on_step(ids.clone())
@@ -168,9 +177,10 @@ class DreamSampler:
             where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
             logits = logits_at(model, ids, where, prompt_length=prompt_length, attention_mask=attention_mask)
             n_forwards += len(ids)
+            n_tokens += ids.numel()
             tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
             write(answer, look, tokens, most_confident(confidence, look, counts))
-        return Generation(answer, n_forwards)
+        return Generation(answer, n_forwards, n_tokens)
 
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
@@ -188,6 +198,9 @@ class DreamSampler:
         revealed = draw(noise, "order", at, masked)[:, 0] < shares.repeat_interleave(masked.sum(1).cpu())
         look[masked] = revealed.to(masked.device)
         return look, look.sum(1).cpu()
+
+    def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> None:
+        """Nothing is reused: every step computes all."""
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture

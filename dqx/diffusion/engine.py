@@ -12,6 +12,11 @@ What saves time, and why it changes no token:
   whatever they decide (an end token, a complete stop string) is decided, and the rest of the answer cannot matter.
 - Batches are as large as memory allows, and are halved when it was not enough; a step that failed left no trace.
 
+A sampler with a cache (an approximation, see `llada.py`) makes two forwards of a step: rows that begin a block are
+computed whole and leave their keys and values behind, the others attend to theirs and compute a window. What a row
+reuses is its own, so here too it writes what it writes alone. A row that has to leave the batch for lack of memory
+begins its block again.
+
 Equal up to rounding: a matrix product may round differently in another batch, so two confidences closer than that
 could change places.
 
@@ -22,13 +27,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.sampler import Sampler, count_problems, logits_at, most_confident, raise_if, write
+from dqx.models.cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 #: Tokens per forward that keep a device busy; more of them cost memory and gain nothing.
@@ -53,21 +59,25 @@ class Answer:
     ids: the new tokens; where the row stopped early, those before the first mask.
     n_written: tokens written, also behind the place where the row stopped.
     n_forwards: sequences that went through the model (guidance doubles them).
-    n_saved: those that stopping made unnecessary (of Dream's `origin`, whose schedule is drawn, an estimate).
+    n_tokens: the tokens of those that were computed, padding not counted.
+    n_saved: sequences that stopping made unnecessary (of Dream's `origin`, whose schedule is drawn, an estimate; with a
+        threshold at most so many).
     """
 
     ids: list[int]
     n_written: int
     n_forwards: int
+    n_tokens: int
     n_saved: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A prompt under way. All tensors are on the CPU.
 
-    `look` [G] and `count` are what its step `step` looks at and how many tokens it writes; the first `settled` tokens
-    of the answer are written without a gap.
+    `look` [G], `count` and `window` are what its step `step` looks at, how many tokens it writes and which it computes;
+    the first `settled` tokens of the answer are written without a gap. `begun` is the row as it was before the block
+    whose keys and values are kept.
     """
 
     index: int
@@ -76,9 +86,17 @@ class Row:
     answer: Tensor  # [G]
     look: Tensor
     count: int = 0
+    window: tuple[int, int] | None = None
     step: int = -1
     settled: int = 0
     n_forwards: int = 0
+    n_tokens: int = 0
+    begun: Row | None = None
+
+    @property
+    def reuses(self) -> bool:
+        """Whether keys and values are kept for the step's block."""
+        return self.window is not None and self.begun is not None and self.begun.window == self.window
 
 
 class Engine:
@@ -111,6 +129,7 @@ class Engine:
         self.settled, self.batch_size = settled, batch_size
         self.passes = 2 if sampler.cfg_scale > 0 else 1
         self.notes: list[str] = []
+        self._kept: tuple[list[Row], KVCache] | None = None
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The answers in the order of the prompts."""
@@ -145,7 +164,8 @@ class Engine:
                 torch.cuda.empty_cache()
                 largest = len(batch) // 2
                 self.notes.append(f"out of memory with {len(batch)} sequences at a time; went on with {largest}")
-                waiting.extendleft(reversed(batch[largest:]))
+                out = [row.begun if row.reuses and row.begun else row for row in batch[largest:]]
+                waiting.extendleft(reversed(out))
                 batch = batch[:largest]
                 continue
             going = []
@@ -170,49 +190,97 @@ class Engine:
                 masked, [step], block_length=self.block_length, steps=self.steps, noise=noise
             )
             row.step, row.look, row.count = step, look[0], int(counts)
+            row.window = self._window(step)
             if row.count:
                 return True
         return False
 
+    def _window(self, step: int) -> tuple[int, int] | None:
+        return self.sampler.window(step, gen_length=self.gen_length, block_length=self.block_length, steps=self.steps)
+
     def _step(self, batch: list[Row]) -> bool:
         """One step of every row, each at its own. False, and nothing has changed: out of memory."""
+        whole = [row for row in batch if not row.reuses]
+        inside = [row for row in batch if row.reuses]
+        try:
+            old, new = self._reused(inside), self._to_fill(whole)
+            answers = [*self._forward(whole, new), *self._forward(inside, old)]
+            caches = [cache for cache in (new, old) if cache is not None]
+            joined = KVCache.join(caches) if caches else None
+        except torch.cuda.OutOfMemoryError:
+            return False
+        self._kept = None if joined is None else ([*whole, *inside], joined)
+        for row in whole:
+            row.begun = None if row.window is None else replace(row, begun=None)
+        for row, answer in zip((*whole, *inside), answers, strict=True):
+            row.answer = answer.clone()
+            row.n_forwards += self.passes
+            row.n_tokens += self.passes * self._computed(row)
+        return True
+
+    def _computed(self, row: Row) -> int:
+        """The tokens of a row's last forward."""
+        if row.begun is None or row.step == row.begun.step or row.window is None:
+            return len(row.prompt) + self.gen_length
+        return row.window[1] - row.window[0] + self.model.arch.logit_shift
+
+    def _to_fill(self, rows: list[Row]) -> KVCache | None:
+        if not rows or rows[0].window is None:
+            return None
+        return self.model.empty_cache(len(rows), self._width(rows) + self.gen_length)
+
+    def _reused(self, rows: list[Row]) -> KVCache | None:
+        """What is kept of these rows, and of no others from now on, for a forward of their windows."""
+        if not rows or self._kept is None:
+            self._kept = None
+            return None
+        owners, cache = self._kept
+        width = self._width(rows)
+        cache = cache.take([owners.index(row) for row in rows], width + self.gen_length)
+        self._kept = rows, cache
+        windows = [row.window for row in rows if row.window is not None]
+        shift = self.model.arch.logit_shift  # the first token is predicted one column before it
+        return cache.window([width + first - shift for first, _ in windows], [width + stop for _, stop in windows])
+
+    def _width(self, rows: Sequence[Row]) -> int:
+        return max(len(row.prompt) for row in rows)
+
+    def _forward(self, rows: list[Row], cache: KVCache | None) -> list[Tensor]:
+        """The answers of rows after their step, on the CPU."""
+        if not rows:
+            return []
         arch, device = self.model.arch, self.model.device
-        width = max(len(row.prompt) for row in batch)
-        ids = torch.full((len(batch), width + self.gen_length), arch.eos_token_id)
+        width = self._width(rows)
+        ids = torch.full((len(rows), width + self.gen_length), arch.eos_token_id)
         real = torch.zeros(ids.shape, dtype=torch.bool)
         where = torch.zeros(ids.shape, dtype=torch.bool)
-        for b, row in enumerate(batch):
+        for b, row in enumerate(rows):
             start = width - len(row.prompt)
             ids[b, start:] = torch.cat((row.prompt, row.answer))
             real[b, start:] = True
             where[b, width:] = row.look
         look = where[:, width:]
-        try:
-            logits = logits_at(
-                self.model,
-                ids.to(device),
-                where.to(device),
-                prompt_length=width,
-                cfg_scale=self.sampler.cfg_scale,
-                attention_mask=None if real.all() else real.to(device),
-                whole=False,
-            )
-            tokens, confidence = self.sampler.candidates(
-                logits,
-                look,
-                [row.step for row in batch],
-                noise=SeededNoise(self.seed, [row.document for row in batch]),
-                arch=arch,
-            )
-            tokens, confidence = tokens.cpu(), confidence.cpu()
-        except torch.cuda.OutOfMemoryError:
-            return False
-        counts = torch.tensor([row.count for row in batch])
-        write(ids[:, width:], look, tokens, most_confident(confidence, look, counts))
-        for row, answer in zip(batch, ids[:, width:], strict=True):
-            row.answer = answer.clone()
-            row.n_forwards += self.passes
-        return True
+        logits = logits_at(
+            self.model,
+            ids.to(device),
+            where.to(device),
+            prompt_length=width,
+            cfg_scale=self.sampler.cfg_scale,
+            attention_mask=None if real.all() else real.to(device),
+            whole=False,
+            cache=cache,
+        )
+        tokens, confidence = self.sampler.candidates(
+            logits,
+            look,
+            [row.step for row in rows],
+            noise=SeededNoise(self.seed, [row.document for row in rows]),
+            arch=arch,
+        )
+        counts = torch.tensor([row.count for row in rows])
+        chosen = most_confident(confidence.cpu(), look, counts, self.sampler.threshold)
+        write(ids[:, width:], look, tokens.cpu(), chosen)
+        return list(ids[:, width:])
 
     def _is_settled(self, row: Row) -> bool:
         masks = (row.answer == self.model.arch.mask_token_id).nonzero()
@@ -227,11 +295,12 @@ class Engine:
         if stopped:
             schedule = generator(self.seed, "schedule")
             planned = self.sampler.calls(self.gen_length, self.block_length, self.steps, schedule)
-            saved = max(0, len(planned) - row.n_forwards)
+            saved = sum(call.step > row.step for call in planned)
         return Answer(
             ids=row.answer[: row.settled if stopped else self.gen_length].tolist(),
             n_written=int((row.answer != self.model.arch.mask_token_id).sum()),
             n_forwards=row.n_forwards,
+            n_tokens=row.n_tokens,
             n_saved=saved,
         )
 
@@ -239,10 +308,13 @@ class Engine:
         """`batch_size`, or how many rows of the greatest length keep the device busy and fit into `free` bytes."""
         if self.batch_size:
             return self.batch_size
-        length = max(len(row.prompt) for row in rows) + self.gen_length
-        busy = BUSY.get(self.model.device.type, BUSY["cpu"]) // length
-        read = self.block_length or self.gen_length
-        return max(1, int(min(busy, SHARE * free / row_bytes(self.model.arch, length, read))))
+        arch, length = self.model.arch, self._width(rows) + self.gen_length
+        needed = row_bytes(arch, length, self.block_length or self.gen_length)
+        window = self._window(0)
+        if window is not None:
+            needed += cache_bytes(arch, length, self.model.dtype.itemsize)
+        busy = BUSY.get(self.model.device.type, BUSY["cpu"]) // (length if window is None else window[1] - window[0])
+        return max(1, int(min(busy, SHARE * free / needed)))
 
 
 def free_memory(device: torch.device) -> float:
@@ -259,3 +331,11 @@ def row_bytes(arch: Architecture, length: int, read: int) -> int:
     The wide tensors of a block in float32, its attention mask, and eight numbers per logit (sorting, float64).
     """
     return length * (8 * arch.hidden_size + 4 * arch.mlp_size) * 4 + length**2 * 4 + read * arch.vocab_size * 32
+
+
+def cache_bytes(arch: Architecture, length: int, item: int) -> int:
+    """What the keys and values of one sequence of `length` tokens take, with `item` bytes per number.
+
+    Twice their own size: rows that join or leave make a new copy.
+    """
+    return 2 * 2 * arch.n_blocks * arch.n_kv_heads * arch.head_size * length * item

@@ -6,6 +6,18 @@ differ in four things that the published settings never show:
 - equal confidences go to the leftmost position (theirs: whatever topk returns);
 - a step in which nothing is written costs no forward;
 - `suppress_eos_confidence` acts at every temperature (theirs, EOS: only at 0) and under random remasking.
+
+It runs with models of every family: row i of the logits predicts token i in all of them.
+
+**Approximations**, off by default, are those of Fast-dLLM (Wu et al. 2025, arXiv:2505.22618):
+- `threshold`: a step writes what is due and, besides, every token of the block whose confidence is at least that, so
+  that a block may need fewer steps than it has. With one step per token this is theirs; with fewer, the schedule still
+  bounds the number of steps.
+- `cache`: in the first step of a block everything is computed and keys and values are kept. In the block's other steps
+  those before the block are reused (`prefix`), or those behind it too (`dual`), and only the rest is computed.
+We differ in two things. A block's steps look at that block only, so a mask that the model wrote into an earlier one
+stays (theirs never end). In models whose row i-1 predicts token i, the column before the block is computed with it;
+theirs writes the block's first token in its first step, whatever its confidence.
 """
 
 from __future__ import annotations
@@ -33,8 +45,10 @@ from dqx.diffusion.sampler import (
     write,
 )
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.names import approximations
 
 REMASKING = ("low_confidence", "random")
+CACHES = ("prefix", "dual")
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class LLaDASampler:
     eos_token_id: the end token; null takes the model's own. eot_token_id: end of turn (LLaDA-8B: 126348).
     suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
         predicts it (trained ones do not) writes a mask, which later steps may fill, or which stays.
+    threshold: approximate; tokens of this confidence are written at once. Null is off.
+    cache: approximate; `prefix` or `dual`, which keys and values are reused within a block. Null is off.
     """
 
     remasking: str = "low_confidence"
@@ -59,12 +75,25 @@ class LLaDASampler:
     eos_token_id: int | None = None
     eot_token_id: int | None = None
     suppress_mask: bool = False
+    threshold: float | None = None
+    cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`low_confidence`, or `low_confidence+threshold0.9+dual_cache`."""
+        return "+".join((self.remasking, *self.approximations))
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What makes the sampler another one than the authors', in short names; empty by default."""
+        return approximations(self.threshold, self.cache)
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
         """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
         found = choice_problems("sampler.remasking", self.remasking, REMASKING)
         found += number_problems("sampler.temperature", self.temperature, 0)
         found += number_problems("sampler.cfg_scale", self.cfg_scale, 0)
+        found += self._approximation_problems()
         block_length = gen_length if block_length is None else block_length
         wrong = count_problems(gen_length=gen_length, block_length=block_length, steps=steps)
         if wrong:
@@ -86,7 +115,7 @@ class LLaDASampler:
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer, in order. They follow from the schedule alone; nothing is drawn.
 
-        Raises ValueError with the `problems` of the settings.
+        With a threshold these are the most there can be. Raises ValueError with the `problems` of the settings.
         """
         raise_if(self.problems(gen_length, block_length, steps))
         length = block_length or gen_length
@@ -99,8 +128,27 @@ class LLaDASampler:
                 count = share(length, per_block, i)
                 if count:
                     step = start // length * per_block + i
-                    found += [Call(step, start, start + length, masked, blind) for blind in passes]
+                    window = self.window(step, gen_length=gen_length, block_length=length, steps=steps) if i else None
+                    found += [Call(step, start, start + length, masked, blind, window) for blind in passes]
                 masked -= count
+        return found
+
+    def _approximation_problems(self) -> list[str]:
+        found = []
+        if self.threshold is not None:
+            found += number_problems("sampler.threshold", self.threshold, 0, 1, above=True)
+            if self.remasking == "random":
+                found.append(
+                    f"sampler.threshold={self.threshold!r} has no meaning with sampler.remasking=random, whose order "
+                    "does not look at confidences; write sampler.remasking=low_confidence, or sampler.threshold=null"
+                )
+        if self.cache is not None:
+            found += choice_problems("sampler.cache", self.cache, CACHES)
+            if isinstance(self.cfg_scale, int | float) and self.cfg_scale > 0:
+                found.append(
+                    f"sampler.cache={self.cache!r} cannot be used with sampler.cfg_scale={self.cfg_scale!r}: the "
+                    "second pass of guidance sees another prompt; write sampler.cache=null, or sampler.cfg_scale=0"
+                )
         return found
 
     def token_problems(self, vocab_size: int) -> list[str]:
@@ -142,7 +190,9 @@ class LLaDASampler:
         prompt_length = prompt.shape[1]
         ids = append_masks(model, prompt, gen_length)
         answer = ids[:, prompt_length:]
-        n_forwards = 0
+        kept = None if self.cache is None else model.empty_cache(*ids.shape)
+        of: tuple[int, int] | None = None  # the window of the block whose keys and values are kept
+        passes, n_forwards, n_tokens = 2 if self.cfg_scale > 0 else 1, 0, 0
         for step in range(steps):
             if on_step:
                 on_step(ids.clone())
@@ -152,26 +202,53 @@ class LLaDASampler:
             if not counts.any():
                 continue
             where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
-            logits = logits_at(model, ids, where, prompt_length=prompt_length, cfg_scale=self.cfg_scale)
-            n_forwards += len(ids) * (2 if self.cfg_scale > 0 else 1)
+            window = self.window(step, gen_length=gen_length, block_length=block_length, steps=steps)
+            cache, computed = kept, ids.shape[1]
+            if kept is not None and window is not None and window == of:
+                first = prompt_length + window[0] - model.arch.logit_shift  # the column that predicts it
+                cache, computed = kept.window(first, prompt_length + window[1]), prompt_length + window[1] - first
+            of = window
+            logits = logits_at(
+                model,
+                ids,
+                where,
+                prompt_length=prompt_length,
+                cfg_scale=self.cfg_scale,
+                whole=cache is None,
+                cache=cache,
+            )
+            n_forwards += len(ids) * passes
+            n_tokens += len(ids) * passes * computed
             tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
-            write(answer, look, tokens, most_confident(confidence, look, counts))
-        return Generation(answer, n_forwards)
+            write(answer, look, tokens, most_confident(confidence, look, counts, self.threshold))
+        return Generation(answer, n_forwards, n_tokens)
 
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """The positions [B, G] of `masked` [B, G] that each row looks at in its step `at` [B], and how many it writes.
 
-        They are the masks up to the end of the current block. Nothing is drawn from `noise`. The numbers [B] are on
-        the CPU.
+        They are the masks up to the end of the current block, with a cache those of the block alone. Nothing is drawn
+        from `noise`. The numbers [B] are on the CPU; where a threshold has written more before, they are smaller.
         """
         gen_length = masked.shape[1]
         length = block_length or gen_length
         per_block = steps // (gen_length // length)
-        visible = torch.tensor([(step // per_block + 1) * length for step in at], device=masked.device)
+        visible = torch.tensor([(step // per_block + 1) * length for step in at], device=masked.device)[:, None]
         counts = torch.tensor([share(length, per_block, step % per_block) for step in at])
-        return masked & (torch.arange(gen_length, device=masked.device) < visible[:, None]), counts
+        position = torch.arange(gen_length, device=masked.device)
+        look = masked & (position < visible)
+        if self.cache is not None:
+            look &= position >= visible - length
+        return look, torch.minimum(counts, look.sum(1).cpu())
+
+    def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int] | None:
+        """The tokens [first, stop) of the answer that a step computes where its block has had its first; null: all."""
+        if self.cache is None:
+            return None
+        length = block_length or gen_length
+        start = step // (steps // (gen_length // length)) * length
+        return start, gen_length if self.cache == "prefix" else start + length
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture

@@ -2,7 +2,8 @@
 
 A sampler is two pure functions: `due` says which masked positions a step looks at and how many of them it writes,
 `candidates` turns their logits into tokens and confidences. The plain `generate` and the batches of `engine.py` are
-two loops around them. Rows may be at different steps.
+two loops around them. Rows may be at different steps. Two choices make a sampler approximate, and part of its `name`:
+a `threshold` writes more than is due, a `window` leaves the keys and values of other tokens as they were.
 
 Shapes: B rows, P prompt tokens, G new tokens, T = P + G, V vocabulary, n masked positions over all rows in
 row-major order.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Noise
+from dqx.models.cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 OnStep = Callable[[Tensor], None]
@@ -25,10 +27,11 @@ OnStep = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """New tokens `ids` [B, G] on the model's device, and the sequences that went through the model for them."""
+    """New tokens `ids` [B, G] on the model's device, and what they took: sequences through the model, their tokens."""
 
     ids: Tensor
     n_forwards: int
+    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Call:
 
     Those before `start` are written, of those in [start, stop) `masked` are masks, and all from `stop` on. `step` is
     the step it belongs to, from 0. `blind`: the second pass of guidance, which sees masks in place of the prompt.
+    `window`: the tokens [first, stop) of the answer that are computed; null: all, the prompt's too.
     """
 
     step: int
@@ -44,13 +48,23 @@ class Call:
     stop: int
     masked: int
     blind: bool = False
+    window: tuple[int, int] | None = None
 
 
 class Sampler(Protocol):
     """What evaluation and calibration need from a sampler; see `LLaDASampler` for the meaning of each argument."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
+    def approximations(self) -> tuple[str, ...]: ...
+
+    @property
     def cfg_scale(self) -> float: ...
+
+    @property
+    def threshold(self) -> float | None: ...
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]: ...
 
@@ -73,6 +87,8 @@ class Sampler(Protocol):
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
     ) -> tuple[Tensor, Tensor]: ...
+
+    def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int] | None: ...
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
@@ -101,10 +117,12 @@ def logits_at(
     cfg_scale: float = 0.0,
     attention_mask: Tensor | None = None,
     whole: bool = True,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """Logits [n, V], at least float32, of the positions marked in `where` [B, T], for ids [B, T].
 
-    `whole` is the plain way: the head runs on every position. Without it, it runs only where it is asked for.
+    `whole` is the plain way: the head runs on every position. Without it, it runs only where it is asked for, and a
+    `cache` may say which columns are computed at all; it serves one pass, so there is no guidance with it.
 
     With `cfg_scale` w > 0 (classifier-free guidance as in LLaDA's generate.py) a second pass sees masks in
     place of the prompt, and the result is `u + (w + 1) * (l - u)`.
@@ -113,6 +131,8 @@ def logits_at(
     def read(ids: Tensor) -> Tensor:
         if whole:
             return at_least_float32(model(ids, attention_mask)[where])
+        if cache is not None:
+            return at_least_float32(model.logits_where(ids, where, attention_mask, cache))
         return at_least_float32(model.logits_where(ids, where, attention_mask))
 
     logits = read(ids)
@@ -135,19 +155,22 @@ def gumbel(uniforms: Tensor) -> Tensor:
     return -(-uniforms.log()).log()
 
 
-def most_confident(confidence: Tensor, masked: Tensor, counts: Tensor) -> Tensor:
+def most_confident(confidence: Tensor, masked: Tensor, counts: Tensor, threshold: float | None = None) -> Tensor:
     """Mark [B, G] the `counts` [B] masked positions of each row with the highest `confidence` [n].
 
-    Equal confidences go to the leftmost position, so the order is the same on every device and in every
-    batch (`torch.topk` leaves it open). Raises FloatingPointError on NaN.
+    With a `threshold`, all others that reach it too, in rows where anything is due. Equal confidences go to the
+    leftmost position, so the order is the same on every device and in every batch (`torch.topk` leaves it open).
+    Raises FloatingPointError on NaN.
     """
     if confidence.isnan().any():
         raise FloatingPointError("the model's logits hold NaN: nothing can be generated from them")
     table = torch.full(masked.shape, -torch.inf, dtype=confidence.dtype, device=masked.device)
     table[masked] = confidence
     order = table.sort(dim=1, descending=True, stable=True).indices
-    first = torch.arange(masked.shape[1], device=masked.device) < counts.to(masked.device)[:, None]
-    return torch.zeros_like(masked).scatter(1, order, first) & masked
+    counts = counts.to(masked.device)[:, None]
+    first = torch.arange(masked.shape[1], device=masked.device) < counts
+    chosen = torch.zeros_like(masked).scatter(1, order, first) & masked
+    return chosen if threshold is None else chosen | (table >= threshold) & (counts > 0)
 
 
 def write(answer: Tensor, masked: Tensor, tokens: Tensor, chosen: Tensor) -> None:

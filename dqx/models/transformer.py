@@ -10,12 +10,15 @@ Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, E head width, F
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dqx.models.cache import KVCache
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -28,6 +31,9 @@ SITES: dict[str, tuple[str, ...]] = {
 }
 
 SITE_OF_ROLE = {role: site for site, roles in SITES.items() for role in roles}
+
+#: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E].
+Reuse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,20 @@ class Block(nn.Module):
         """The block's linears by role, in data-flow order."""
         return {role: getattr(self, role) for role in ROLES}
 
-    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token."""
+    def attention(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, reuse: Reuse | None = None
+    ) -> Tensor:
+        """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
+
+        With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds.
+        """
         batch, length, _ = x.shape
         head = self.arch.head_size
         x = self.inputs["attn_in"](x)
         q, k, v = (getattr(self, r)(x).view(batch, length, -1, head).transpose(1, 2) for r in ("q", "k", "v"))
         q, k, v = self.heads["q"](apply_rope(q, *rope)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
+        if reuse is not None:
+            k, v = reuse(k, v)
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -148,8 +161,10 @@ class Block(nn.Module):
         x = self.inputs["mlp_in"](x)
         return self.down(self.inputs["mlp_out"](F.silu(self.gate(x)) * self.up(x)))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.attn_norm(x), rope, mask)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, reuse: Reuse | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attn_norm(x), rope, mask, reuse)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -184,11 +199,14 @@ class MaskedDiffusionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def context(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    def context(
+        self, ids: Tensor, attention_mask: Tensor | None = None, columns: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """What every block needs besides its input: rope tables, and a [B, 1, T, T] mask or None.
 
         `attention_mask` [B, T] marks real tokens with 1. A pair attends iff both are real; positions count
-        real tokens only, and padded positions get 1 (Dream's convention).
+        real tokens only, and padded positions get 1 (Dream's convention). With `columns` [B, W], all of them real, the
+        tables are theirs, and the mask [B, 1, 1, T] says what they attend to.
         """
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if attention_mask is None:
@@ -199,16 +217,31 @@ class MaskedDiffusionTransformer(nn.Module):
             mask = (real[:, None, :, None] & real[:, None, None, :]) | torch.eye(
                 ids.shape[1], dtype=torch.bool, device=ids.device
             )  # a padded row attends to itself: softmax over nothing is NaN
+        if columns is not None:
+            positions = positions.expand(len(ids), -1).gather(1, columns)
+            mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, wide), mask
 
-    def residual_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the input of each block [B, T, D], then the output of the last one."""
-        rope, mask = self.context(ids, attention_mask)
-        x = self.embed(ids)
-        for block in self.blocks:
+    def residual_states(
+        self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the input of each block [B, T, D], then the output of the last one.
+
+        With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
+        """
+        columns = None if cache is None else cache.columns
+        rope, mask = self.context(ids, attention_mask, columns)
+        x = self.embed(ids if columns is None else ids.gather(1, columns))
+        for i, block in enumerate(self.blocks):
             yield x
-            x = block(x, rope, mask)
+            x = block(x, rope, mask) if cache is None else block(x, rope, mask, partial(cache.update, i))
         yield x
+
+    def empty_cache(self, rows: int, length: int) -> KVCache:
+        """A cache for `rows` sequences of `length` tokens, to be filled by a forward."""
+        arch = self.arch
+        shape = (arch.n_blocks, 2, rows, arch.n_kv_heads, length, arch.head_size)
+        return KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
 
     def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the final norm."""
@@ -222,16 +255,21 @@ class MaskedDiffusionTransformer(nn.Module):
         logits = self.head(x)
         return shift_logits(logits) if self.arch.logit_shift else logits
 
-    def logits_where(self, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits_where(
+        self, ids: Tensor, where: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Logits [n, V] of the positions marked in `where` [B, T], row by row: `forward(ids, attention_mask)[where]`.
 
-        The final norm and the head see only the rows that predict these positions.
+        The final norm and the head see only the rows that predict these positions. A forward with a cache that names
+        columns computes those alone: the rows that predict `where` must be among them, and adjacent.
         """
-        for x in self.residual_states(ids, attention_mask):  # noqa: B007  the last one leaves the last block
+        for x in self.residual_states(ids, attention_mask, cache):  # noqa: B007  the last one leaves the last block
             pass
         row, column = where.nonzero(as_tuple=True)
         if self.arch.logit_shift:  # see `shift_logits`
             column = (column - 1).clamp(min=0)
+        if cache is not None and cache.columns is not None:
+            column = column - cache.columns[row, 0]
         return self.head(self.norm(x[row, column]))
 
 
