@@ -11,6 +11,7 @@ leaves everything else alone:
     +experiment=NAME    ->  experiment=NAME       the group has a place already (it is null), where + adds one
     method.rounding=rtn ->  method/rounding=rtn   a part by its name: a file in conf/method/rounding
     +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
+    model.sampler=llada ->  model/sampler=llada   likewise: a file in conf/model/sampler
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from dqx.names import did_you_mean, natural
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
 HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
-PART = re.compile(r"(\+{0,2})method\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
+PART = re.compile(r"(\+{0,2})(method|model)\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
-PARTS = ("rounding", "clip", "activation", "kv")
+PARTS = ("method.rounding", "method.clip", "method.activation", "method.kv", "model.sampler")
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
 
 
@@ -71,13 +72,13 @@ def _normalize(argument: str, sweep: bool) -> str:
     return f"{plus}steps={','.join(files)}"
 
 
-def _part(argument: str, plus: str, slot: str, name: str | None, values: str) -> str:
+def _part(argument: str, plus: str, group: str, slot: str, name: str | None, values: str) -> str:
     """A part that is given by the name of its file instead of as a mapping; null and true are values."""
     if {"null", "true", "false"} & set(values.split(",")):
         return argument
-    if slot in PARTS and name is None:
-        return f"{plus}method/{slot}={values}"
-    if slot in NAMED_PARTS and name is not None:
+    if f"{group}.{slot}" in PARTS and name is None:
+        return f"{plus}{group}/{slot}={values}"
+    if group == "method" and slot in NAMED_PARTS and name is not None:
         return f"{plus}method/{NAMED_PARTS[slot]}@method.{slot}{name}={values}"
     return argument
 

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
-from dqx.names import did_you_mean, method_label, natural
+from dqx.names import approximations, did_you_mean, method_label, natural
 from dqx.parts import build_part, part_problems
 from dqx.quant.bits import BitsConfig, label
 
@@ -209,11 +209,15 @@ def bits_name(*, _parent_: Any) -> str:
 
 
 def run_name(*, _root_: DictConfig) -> str:
-    """A run's folder name, `nano_llada-gptq-w4a16`, with the masking and the number of steps where they are set."""
+    """A run's folder name, `nano_llada-gptq-w4a16`.
+
+    With what makes its sampler approximate, the masking and the number of steps where they are set.
+    """
     model, name, variant, bits = (
         OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "method.variant", "bits.name")
     )
     parts: list[str | None] = [model, method_label(name, variant), bits]
+    parts += approximations(*(OmegaConf.select(_root_, f"model.sampler.{key}") for key in ("threshold", "cache")))
     masking, count = OmegaConf.select(_root_, "calib.masking"), OmegaConf.select(_root_, "steps.count")
     parts += [None if masking == "clean" else masking, f"{count}steps" if count else None]
     return "-".join(str(p) for p in parts if p is not None)
