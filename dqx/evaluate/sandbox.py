@@ -1,14 +1,15 @@
 """Run programs that a model wrote, in a process that can do nothing but compute.
 
 Each program gets a fresh Python process (`sandbox_child.py`) in an empty temporary folder, without our environment,
-under limits on CPU time, memory, file size, open files and processes. On Linux it also loses, as far as the system
-allows: its user (root becomes nobody), the network (own network namespace), files outside the temporary folder and
-Python's own (Landlock), and the system calls for processes, signals and sockets (seccomp). `Outcome.isolation` says
-what was in force.
+under limits on CPU time, memory, file size, open files and processes; what its files take together is watched from
+here. On Linux it also loses, as far as the system allows: its user (root becomes nobody), the network (own network
+namespace), files outside the temporary folder and Python's own (Landlock), and the system calls for processes, their
+priorities and limits, signals, sockets, folders, links and file attributes (seccomp). `Outcome.isolation` says what
+was in force.
 
 A program has passed when it ran to its end: only then does the child send back a token drawn for this run. Exiting
 early, with whatever status, is no pass. What this does not stop is a program that searches the interpreter it runs
-in for the token.
+in for the token: it could as well return objects that equal everything.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 TIMEOUT = 3.0  # seconds of CPU time, as in HumanEval's scorer
 MEMORY = 1 << 30  # bytes of address space
 MAX_REPORT = 1 << 16  # bytes that are read from a child
+MAX_FILES, MAX_BYTES = 1000, 1 << 24  # in the folder, together
+WATCH = 0.1  # seconds between looks at the folder
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -73,7 +76,8 @@ def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, 
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(order.encode("utf-8", "surrogatepass"))
-            report, in_time = _read(report_end, time.monotonic() + (5 * timeout + 5 if wall is None else wall))
+            deadline = time.monotonic() + (5 * timeout + 5 if wall is None else wall)
+            report, stopped = _read(report_end, folder, deadline)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -82,8 +86,9 @@ def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, 
         os.close(report_end)
         if child_end >= 0:
             os.close(child_end)
-        shutil.rmtree(folder, ignore_errors=True)
-    return _outcome(report, token, in_time, status)
+        with contextlib.suppress(RecursionError):  # folders in folders, where they cannot be forbidden
+            shutil.rmtree(folder, ignore_errors=True)
+    return _outcome(report, token, stopped, status)
 
 
 @functools.cache
@@ -92,22 +97,39 @@ def isolation() -> tuple[str, ...]:
     return run_program("").isolation
 
 
-def _read(pipe: int, deadline: float) -> tuple[bytes, bool]:
-    """Everything from `pipe` until it is closed; False where the deadline or the size limit came first."""
-    report = b""
+def _read(pipe: int, folder: str, deadline: float) -> tuple[bytes, str]:
+    """Everything from `pipe` until it is closed, and "" or why it was read no further."""
+    report, look = b"", time.monotonic() + WATCH
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while len(report) < MAX_REPORT:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                return report, False
-            part = os.read(pipe, 4096)
-            if not part:
-                return report, True
-            report += part
-    return report, False
+            if selector.select(max(0.0, min(look, deadline) - time.monotonic())):
+                part = os.read(pipe, 4096)
+                if not part:
+                    return report, ""
+                report += part
+            elif time.monotonic() >= deadline:
+                return report, "took too long"
+            if time.monotonic() >= look:
+                if _is_full(folder):
+                    return report, "wrote too much"
+                look = time.monotonic() + WATCH
+    return report, "wrote too much"
 
 
-def _outcome(report: bytes, token: str, in_time: bool, status: int) -> Outcome:
+def _is_full(folder: str) -> bool:
+    """Whether the files in `folder` are too many or too large."""
+    n, size = 0, 0
+    with os.scandir(folder) as files:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                n, size = n + 1, size + file.stat(follow_symlinks=False).st_size
+            if n > MAX_FILES or size > MAX_BYTES:
+                return True
+    return False
+
+
+def _outcome(report: bytes, token: str, stopped: str, status: int) -> Outcome:
     head, _, rest = report.decode(errors="replace").partition("\n")
     kind, _, layers = head.partition(" ")
     if kind != "ready":
@@ -115,10 +137,10 @@ def _outcome(report: bytes, token: str, in_time: bool, status: int) -> Outcome:
             f"the sandbox process could not be set up (exit status {status}): {head[:300] or 'no report'}"
         )
     isolation = tuple(layers.split(","))
-    if in_time and rest == f"passed {token}\n":
+    if stopped:
+        return Outcome(False, stopped, isolation)
+    if rest == f"passed {token}\n":
         return Outcome(True, "passed", isolation)
-    if not in_time:
-        return Outcome(False, "took too long" if len(report) < MAX_REPORT else "wrote too much", isolation)
     if rest.startswith("raised ") and len(rest) < 100:
         return Outcome(False, rest[len("raised ") :].strip(), isolation)
     if status in (-signal.SIGXCPU, -signal.SIGKILL):

@@ -33,12 +33,31 @@ FORBIDDEN = {
     "mount": (165, 40), "umount2": (166, 39), "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51),
     "open_by_handle_at": (304, 265), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # limits and shares of the processor, also those of other processes
+    "prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
+    # what Landlock lets pass: attributes of any file that the user owns, and in its first versions its length
+    "chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, 0), "fchown": (93, 55), "lchown": (94, 0), "fchownat": (260, 54),
+    "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0), "utimensat": (280, 88), "truncate": (76, 45),
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    # anything but plain files: what is left behind is removed easily
+    "mkdir": (83, 0), "mkdirat": (258, 34), "mknod": (133, 0), "mknodat": (259, 33),
+    "link": (86, 0), "linkat": (265, 37), "symlink": (88, 0), "symlinkat": (266, 36),
 }  # fmt: skip
+
+#: Calls forbidden with one value of their second argument: signals of a descriptor go to another process.
+FORBIDDEN_REQUESTS = [
+    ((72, 25), 8), ((72, 25), 15),  # fcntl: F_SETOWN, F_SETOWN_EX
+    ((16, 29), 0x8901), ((16, 29), 0x8902),  # ioctl: FIOSETOWN, SIOCSPGRP
+]  # fmt: skip
 
 #: Functions taken away where the system itself offers no protection, as HumanEval's own scorer does.
 GUARDED = {
     "os": "kill killpg fork forkpty posix_spawn posix_spawnp system popen execv execve remove unlink rmdir removedirs "
-    "rename renames replace truncate ftruncate chmod fchmod chown lchown fchown fchdir link symlink putenv",
+    "rename renames replace truncate ftruncate chmod fchmod chown lchown fchown fchdir link symlink mkdir makedirs "
+    "mkfifo mknod utime setpriority putenv",
     "shutil": "rmtree move chown copytree",
     "subprocess": "Popen run call check_call check_output",
 }
@@ -105,7 +124,7 @@ def restrict_files(folder: str) -> bool:
     if rules < 0:
         return False
     reading = (1 << 2 | 1 << 3) & files  # read a file, list a folder
-    allowed = dict.fromkeys((sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64"), reading)
+    allowed = dict.fromkeys((sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64"), reading)
     allowed |= {"/etc/ld.so.cache": 1 << 2, "/dev/null": 1 << 1 | 1 << 2, "/dev/urandom": 1 << 2, folder: files & ~1}
     for path, access in allowed.items():
         if path in ("", "/") or not os.path.exists(path):
@@ -123,18 +142,21 @@ def restrict_files(folder: str) -> bool:
 
 
 def filter_system_calls() -> bool:
-    """seccomp: the calls in FORBIDDEN fail with "not permitted"."""
+    """seccomp: what FORBIDDEN and FORBIDDEN_REQUESTS list fails with "not permitted"."""
     column, audit_arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(os.uname().machine, (0, 0))
     if not audit_arch:
         return False
     numbers = [pair[column] for pair in FORBIDDEN.values() if pair[column]]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-    n = len(numbers)
     code = [(load, 0, 0, 4), (equal, 1, 0, audit_arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    code += [(at_least, n + 1, 0, 0x40000000)]  # the x32 calls
-    code += [(equal, n - i, 0, number) for i, number in enumerate(numbers)]
-    code += [(answer, 0, 0, allow), (answer, 0, 0, deny)]
+    code += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, deny)]  # the x32 calls
+    for number in numbers:
+        code += [(equal, 0, 1, number), (answer, 0, 0, deny)]
+    for pair, value in FORBIDDEN_REQUESTS:
+        code += [(equal, 0, 4, pair[column]), (load, 0, 0, 24), (equal, 0, 1, value), (answer, 0, 0, deny)]
+        code += [(load, 0, 0, 0)]
+    code += [(answer, 0, 0, allow)]
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
     program = struct.pack("@HP", len(code), ctypes.addressof(buffer))
     return libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_char_p(program), 0, 0) == 0

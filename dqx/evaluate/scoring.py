@@ -11,15 +11,16 @@ from typing import Any
 from datasets import Dataset
 
 from dqx.evaluate.math_check import equal_answers
-from dqx.evaluate.sandbox import run_program
+from dqx.evaluate.sandbox import TIMEOUT, run_program
 
 MBPP_EXAMPLES = (2, 3, 4)  # task ids, as in Austin et al. 2021
+MBPP_TIMEOUT = 10.0  # seconds of CPU time: the solution of task 123 takes 2.5, and scores are not to depend on the CPU
 
 Document = Mapping[str, Any]
 
 
-def _passes(*parts: str) -> dict[str, float]:
-    return {"pass@1": float(run_program("\n".join(parts)).passed)}
+def _passes(*parts: str, timeout: float = TIMEOUT) -> dict[str, float]:
+    return {"pass@1": float(run_program("\n".join(parts), timeout=timeout).passed)}
 
 
 def before_fence(text: str) -> str:
@@ -34,7 +35,7 @@ def humaneval(doc: Document, answers: Sequence[str]) -> dict[str, float]:
 
 def mbpp(doc: Document, answers: Sequence[str]) -> dict[str, float]:
     """Run the program, the document's set-up (one test document has one; lm-eval leaves it out), then its asserts."""
-    return _passes(before_fence(answers[0]), doc["test_setup_code"], *doc["test_list"])
+    return _passes(before_fence(answers[0]), doc["test_setup_code"], *doc["test_list"], timeout=MBPP_TIMEOUT)
 
 
 def mbpp_examples(documents: Dataset) -> Dataset:
