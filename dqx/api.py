@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dqx import config as configuration
+from dqx import processes
+from dqx.cache.journal import Journal
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.noise import SeededNoise
@@ -46,7 +47,7 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the GPU that accelerate gave this process, or the CPU (not Apple's GPU: it has no float64)."""
     if name != "auto":
         return torch.device(name)
-    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+    return processes.state().device if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass
@@ -186,8 +187,9 @@ class DiffusionLM:
         seed: int = 0,
         data_root: str | None = None,
         likelihood: LikelihoodSettings | None = None,
+        journal: Journal | None = None,
     ) -> dict[str, TaskResult]:
-        """`evaluate` for task settings of one's own."""
+        """`evaluate` for task settings of one's own; with a `journal`, of a single task."""
         return evaluate(
             self.model,
             self.tokenizer,
@@ -199,6 +201,7 @@ class DiffusionLM:
             data_root=data_root,
             chat=self.config.chat,
             likelihood=likelihood,
+            journal=journal,
         )
 
 

@@ -158,7 +158,8 @@ class Config:
 
     seed: int = 0  # of calibration windows, sampling and Monte-Carlo masks
     data_root: str | None = None  # a folder with local copies of hub datasets: data_root/openai/gsm8k ...
-    cache_dir: str = "runs/cache"  # full-precision baselines, reused between runs
+    cache_dir: str = "runs/cache"  # results of both sides, reused between runs; what a killed run had finished
+    reuse: bool = True  # false: compute everything afresh, and keep it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/plan.py)
     plan_tflops: float = 200.0  # sustained speed that hours are estimated for, in 10^12 operations per second

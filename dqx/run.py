@@ -1,4 +1,8 @@
-"""One run, stage by stage: load, baseline, quantize, evaluate, compare, record. The file to read first."""
+"""One run, stage by stage: load, evaluate, quantize, evaluate again, compare, record. The file to read first.
+
+Several processes may share a run (`dqx/processes.py`): all of them do everything but for the documents they share, and
+the main one alone keeps, prints and records.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from torch import Tensor
 
-from dqx import baselines, fidelity, mirror, outliers, report, store
+from dqx import fidelity, mirror, outliers, report, store
 from dqx.api import DiffusionLM, load_configured
+from dqx.cache import keys
+from dqx.cache.journal import Journal
+from dqx.cache.results import Results
+from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
@@ -29,6 +38,7 @@ from dqx.evaluate.text import text_windows
 from dqx.masking import calibration_states, spread
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
+from dqx.processes import main_first, one_model, processes
 from dqx.quant import quantize
 
 log = logging.getLogger(__name__)
@@ -42,20 +52,24 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     problems = validate(config)
     if problems:
         raise ConfigProblems(problems)
+    main = processes().main
     output = store.RunFolder(folder or HydraConfig.get().runtime.output_dir)
     timings: dict[str, float] = {}
 
-    with stage("read the data", timings):
+    with stage("read the data", timings), main_first():
         windows = _data(config)
     with stage("load the model", timings):
         lm = load_configured(config.model)
         method = build(config.method)
     environment = store.environment(lm.model.device)
-    output.start(config, environment)
-    cache = _baseline_cache(lm, config)
+    if main:
+        output.start(config, environment)
+    cache = Store(config.cache_dir)
+    facts = _facts(lm, config)
 
     with stage("evaluate full precision", timings):
-        full_precision, sources = _full_precision(lm, config, cache)
+        full_precision, source = _evaluate(lm, config, cache, facts)
+    sources = {"full_precision": source, "quantized": source}
     calibration: list[CalibBatch] = []
     if windows is not None:
         with stage("make the calibration states", timings):
@@ -75,6 +89,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         quantization = quantize(
             lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed
         )
+        differences = one_model(lm.model, keys.model_digest)
     if watched:
         with stage("outliers after quantization", timings):
             statistics["quantized"] = (
@@ -86,8 +101,18 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     if predictions is not None:
         with stage("predictions after quantization", timings):
             moved = fidelity.compare(predictions, _predict(lm, config) if quantization.changed else predictions)
-    with stage("evaluate quantized", timings):
-        quantized = _evaluate(lm, config, config.task.suite) if quantization.changed else full_precision
+    quantized = full_precision
+    if quantization.changed:
+        with stage("evaluate quantized", timings):
+            facts["quantization"] = keys.quantization_facts(
+                method=config.method,
+                bits=config.bits,
+                calib=config.calib if method.needs_data else None,
+                calibration=calibration if method.needs_data else (),
+                seed=config.seed,
+                model=lm.model,
+            )
+            quantized, sources["quantized"] = _evaluate(lm, config, cache, facts)
 
     record = store.Record(
         config=asdict(config),
@@ -107,11 +132,13 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         fidelity=moved,
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
-        baselines=sources,
+        sources=sources,
         choices=_choices(),
         command=_command(),
-        warnings=[*cache.warnings, *_notes(quantized), *quantization.notes],
+        warnings=[*cache.warnings, *_notes(quantized), *quantization.notes, *differences],
     )
+    if not main:
+        return record
     report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
     output.write(record)
     record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
@@ -123,7 +150,8 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 @contextmanager
 def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     """Say what is going on, and note how many seconds it took."""
-    log.info(name)
+    if processes().main:
+        log.info(name)
     started = time.perf_counter()
     yield
     timings[name] = time.perf_counter() - started
@@ -161,19 +189,9 @@ def _data(config: Config) -> Tensor | None:
     return windows
 
 
-def _evaluate(lm: DiffusionLM, config: Config, suite: dict[str, TaskSpec]) -> dict[str, TaskResult]:
-    return lm.evaluate_suite(
-        suite,
-        limit=config.task.limit,
-        steps=config.steps.count,
-        seed=config.seed,
-        data_root=config.data_root,
-        likelihood=config.likelihood,
-    )
-
-
-def _baseline_cache(lm: DiffusionLM, config: Config) -> baselines.Baselines:
-    facts = baselines.facts(
+def _facts(lm: DiffusionLM, config: Config) -> dict[str, Any]:
+    """What results at full precision depend on."""
+    return keys.evaluation_facts(
         checkpoint=lm.checkpoint.folder,
         fingerprint=lm.checkpoint.fingerprint(),
         model=config.model,
@@ -183,23 +201,30 @@ def _baseline_cache(lm: DiffusionLM, config: Config) -> baselines.Baselines:
         limit=config.task.limit,
         data_root=config.data_root,
     )
-    return baselines.Baselines(config.cache_dir, facts, config.steps.count, config.likelihood)
 
 
-def _full_precision(
-    lm: DiffusionLM, config: Config, cache: baselines.Baselines
+def _evaluate(
+    lm: DiffusionLM, config: Config, cache: Store, facts: dict[str, Any]
 ) -> tuple[dict[str, TaskResult], dict[str, str]]:
-    """Every task at full precision, from the cache where it is there; kept task by task, so none is lost later."""
+    """The result of every task, and whether it was reused or computed."""
+    known = Results(cache, facts, steps=config.steps.count, likelihood=config.likelihood, reuse=config.reuse)
+
+    def compute(name: str, spec: TaskSpec, journal: Journal) -> TaskResult:
+        return lm.evaluate_suite(
+            {name: spec},
+            limit=config.task.limit,
+            steps=config.steps.count,
+            seed=config.seed,
+            data_root=config.data_root,
+            likelihood=config.likelihood,
+            journal=journal,
+        )[name]
+
     results, sources = {}, {}
     for name, spec in config.task.suite.items():
-        found = cache.get(name, spec)
-        sources[name] = "reused" if found else "computed"
-        if found is None:
-            found = _evaluate(lm, config, {name: spec})[name]
-            cache.put(name, spec, found)
-        results[name] = found
+        results[name], sources[name] = known.get(name, spec, compute)
     reused = [name for name, source in sources.items() if source == "reused"]
-    if reused:
+    if reused and processes().main:
         log.info(f"  reused from {config.cache_dir}: {', '.join(reused)}")
     return results, sources
 

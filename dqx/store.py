@@ -35,8 +35,8 @@ from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.outliers import OutlierStats
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-SCHEMA_VERSION = 2
-READABLE = (1, 2)  # version 1 had deltas without tests; they are computed again from the documents
+SCHEMA_VERSION = 3
+READABLE = (1, 2, 3)  # version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source
 PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
 SIDES = ("full_precision", "quantized")
 
@@ -55,7 +55,7 @@ class Record:
     fidelity: dict[str, Any] = field(default_factory=dict)  # predictions against full precision; empty: not measured
     mask_ratio: float | None = None  # share of masked tokens in the calibration windows
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
-    baselines: dict[str, str] = field(default_factory=dict)  # task -> computed or reused
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)  # side -> task -> computed or reused
     choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
     command: str | None = None  # how to run it again
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -74,8 +74,10 @@ class Record:
         """What results.json says."""
         tasks = {}
         for name, before in self.full_precision.items():
-            sides = {side: _cost(getattr(self, side)[name]) for side in SIDES}
-            sides["full_precision"]["source"] = self.baselines.get(name, "computed")
+            sides = {
+                side: _cost(getattr(self, side)[name]) | {"source": self.sources.get(side, {}).get(name, "computed")}
+                for side in SIDES
+            }
             tasks[name] = {"category": before.category, "metric": before.metric, "n": before.n, **sides}
         config = self.config
         return {
@@ -131,8 +133,11 @@ class RunFolder:
         """Write results.json alone, again where it exists (after the mirror has reported)."""
         write_json(self.path / "results.json", record.results())
 
-    def read(self) -> Record:
-        """The record that `write` wrote. Raises OSError or ValueError for a folder without a finished run."""
+    def read(self, documents: bool = True) -> Record:
+        """The record that `write` wrote, without its documents where a table is all that is wanted.
+
+        Raises OSError or ValueError for a folder without a finished run.
+        """
         results = self._json("results.json")
         version = results.get("schema_version")
         if version not in READABLE:
@@ -142,10 +147,8 @@ class RunFolder:
             )
         sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
         for name, task in results["tasks"].items():
-            lines = (self.path / "documents" / f"{file_name(name)}.jsonl").read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines if line]
+            rows = self._rows(name) if documents or version != SCHEMA_VERSION else []
             for side, found in sides.items():
-                documents = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
                 cost = {k: v for k, v in task[side].items() if k != "source"}
                 cost["value"] = float(cost["value"])
                 found[name] = TaskResult(
@@ -153,7 +156,7 @@ class RunFolder:
                     category=task["category"],
                     metric=task["metric"],
                     n=task["n"],
-                    documents=documents,
+                    documents=[DocumentRow.from_dict({**row, **row[side]}) for row in rows],
                     **cost,
                 )
         return Record(
@@ -165,22 +168,29 @@ class RunFolder:
             mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
             fidelity=results.get("fidelity", {}),
             timings=results["timings"],
-            baselines={name: task["full_precision"]["source"] for name, task in results["tasks"].items()},
+            sources={
+                side: {name: task[side].get("source", "computed") for name, task in results["tasks"].items()}
+                for side in SIDES
+            },
             choices=results["choices"],
             command=results["command"],
             created=results["created"],
             warnings=results["warnings"],
             mirror=results["mirror"],
-            deltas=[Delta(**row) for row in results["deltas"]] if version == SCHEMA_VERSION else [],
+            deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
             **sides,
         )
+
+    def _rows(self, task: str) -> list[dict[str, Any]]:
+        lines = (self.path / "documents" / f"{file_name(task)}.jsonl").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
 
     def _json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
 def _cost(result: TaskResult) -> dict[str, Any]:
-    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "tokens", "notes")}
+    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_saved", "tokens", "notes")}
 
 
 def _at(config: Mapping[str, Any], group: str, key: str) -> Any:

@@ -88,7 +88,7 @@ def record(**changes):
             },
         },
         "timings": {"load": 0.5, "quantize": 1.5},
-        "baselines": {"nano_sums": "reused"},
+        "sources": {"full_precision": {"nano_sums": "reused"}},
         "choices": {"model": "nano_llada", "method": "gptq", "bits": "w3"},
         "command": "python launch.py method=gptq bits=3",
     }

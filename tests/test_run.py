@@ -64,26 +64,21 @@ def test_results_that_cannot_be_written_are_printed(launch, tmp_path, capsys):
     assert "nano_facts" in capsys.readouterr().out
 
 
-def test_the_baseline_is_computed_once(launch, monkeypatch):
+def test_the_baseline_is_computed_once(launch):
     first, _ = launch("first", "method=rtn", "bits=4")
-    evaluated = []
-    evaluate = stages._evaluate
-    monkeypatch.setattr(
-        stages, "_evaluate", lambda lm, config, suite: evaluated.append(1) or evaluate(lm, config, suite)
-    )
     second, _ = launch("second", "method=rtn", "bits=2")
-    assert set(first.baselines.values()) == {"computed"}
-    assert set(second.baselines.values()) == {"reused"}
-    assert len(evaluated) == 1  # the quantized model alone
+    assert set(first.sources["full_precision"].values()) == {"computed"}
+    assert set(second.sources["full_precision"].values()) == {"reused"}
+    assert set(second.sources["quantized"].values()) == {"computed"}
     assert second.full_precision == first.full_precision
 
 
 def test_another_seed_or_limit_has_a_baseline_of_its_own(launch):
     launch("first", "method=rtn", "bits=4", "task=nano_facts")
-    assert launch("seed", "method=rtn", "bits=4", "task=nano_facts", "seed=1")[0].baselines == {
+    assert launch("seed", "method=rtn", "bits=4", "task=nano_facts", "seed=1")[0].sources["full_precision"] == {
         "nano_facts": "computed"
     }
-    assert launch("limit", "method=rtn", "bits=4", "task=nano_facts", "task.limit=3")[0].baselines == {
+    assert launch("limit", "method=rtn", "bits=4", "task=nano_facts", "task.limit=3")[0].sources["full_precision"] == {
         "nano_facts": "computed"
     }
 
@@ -108,7 +103,7 @@ def test_the_same_configuration_gives_the_same_results(launch):
 def test_planted_outliers_reach_the_record_and_no_answer(launch):
     plain, _ = launch("plain", "method=fp16", "task=nano_facts")
     planted, _ = launch("planted", "method=fp16", "task=nano_facts", "model.outliers.gain=64")
-    assert planted.baselines == {"nano_facts": "computed"}
+    assert planted.sources["full_precision"] == {"nano_facts": "computed"}
     before, after = plain.outliers["full_precision"], planted.outliers["full_precision"]
     assert after.at(1, "attn_in").outlier_channels >= before.at(1, "attn_in").outlier_channels + 4
     for old, new in zip(
@@ -159,7 +154,7 @@ def test_a_sweep_from_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     folders = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/results.json"))
     assert folders == ["0-nano_llada-rtn-w2a16", "1-nano_llada-rtn-w4a16"]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("results/*.json"))) == 3  # of full precision, and of each width
     closing = done.stdout.rpartition("Again:")[2]
     assert all(words in closing for words in ("nano_llada", "rtn w2a16", "rtn w4a16", "95 % interval"))
     rows = (tmp_path / "sweep" / folders[1] / "documents" / "nano_sums.jsonl").read_text().splitlines()

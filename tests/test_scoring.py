@@ -13,7 +13,8 @@ import torch
 from conftest import DATA, TinyCheckpoint
 from torch import Tensor
 
-from dqx.baselines import Baselines
+from dqx.cache.results import Results
+from dqx.cache.store import Store
 from dqx.diffusion.batches import Part, Request, halves
 from dqx.diffusion.likelihood import log_likelihood, mask_states, masked_log_probs
 from dqx.diffusion.llada import LLaDASampler
@@ -404,14 +405,14 @@ def test_settings_reach_the_result_and_its_baseline(tiny_checkpoint: TinyCheckpo
             progress=False,
             likelihood=likelihood,
         )
-        return found["arc"], Baselines(tmp_path, {}, likelihood=likelihood)._place("arc", spec)[1]
+        return found["arc"], Results(Store(tmp_path), {}, likelihood=likelihood).key("arc", spec).path
 
     (plain, place), (hasty, of_hasty), (fast, of_fast) = (
         run(),
         run(adaptive=True, error_level=0.6),
         run(batch_tokens=100),
     )
-    of_exact = Baselines(tmp_path, {}, likelihood=LikelihoodSettings(exact=True))._place("arc", spec)[1]
+    of_exact = Results(Store(tmp_path), {}, likelihood=LikelihoodSettings(exact=True)).key("arc", spec).path
     assert fast.documents[0].log_likelihoods == pytest.approx(plain.documents[0].log_likelihoods, rel=1e-5)
     assert place == of_fast
     assert len({place, of_exact, of_hasty}) == 3

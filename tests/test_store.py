@@ -1,20 +1,17 @@
-"""The run folder: written whole, valid by its schema, readable back; the cache of baselines: exact keys, no trust."""
+"""The run folder: written whole, valid by its schema, readable back."""
 
 import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from records import record, task_result
+from records import record
 
-from dqx import baselines, store
-from dqx.baselines import Baselines
-from dqx.evaluate.spec import TaskSpec
+from dqx import store
 from dqx.store import RunFolder
 
 
@@ -38,7 +35,10 @@ def test_folder_reads_back_equal(tmp_path):
         assert getattr(back, name) == getattr(written, name), name
     assert back.full_precision == written.full_precision
     assert back.quantized == written.quantized
-    assert back.baselines == {"nano_sums": "reused", "group/code": "computed"}
+    assert back.sources == {
+        "full_precision": {"nano_sums": "reused", "group/code": "computed"},
+        "quantized": {"nano_sums": "computed", "group/code": "computed"},
+    }
     assert sorted(p.name for p in folder.path.rglob("*") if p.is_file()) == [
         "config.yaml", "environment.json", "group-code.jsonl", "nano_sums.jsonl",
         "outliers.json", "quantization.json", "results.json",
@@ -150,137 +150,3 @@ def test_environment_names_versions_and_no_person():
     assert str(Path.home()) not in text
     assert not any(key in text for key in ("API_KEY", "TOKEN", "hostname"))
     assert found["device"] == "cpu"
-
-
-# ---- baselines -----------------------------------------------------------------------------------------------
-
-SPEC = TaskSpec(
-    harness="nano_sums",
-    category="math",
-    kind="generation",
-    metric="exact_match",
-    gen_length=16,
-    block_length=8,
-    steps=16,
-)
-LIKELY = TaskSpec(harness="nano_facts", category="general", kind="likelihood", metric="acc", mc_samples=4)
-RESULT = task_result("nano_sums", [1, 0, 1])
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint's text files, a data folder, and a place for the cache."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    (tmp_path / "data" / "openai").mkdir(parents=True)
-    (tmp_path / "data" / "openai" / "test.jsonl").write_text("{}\n")
-    return tmp_path
-
-
-def facts(folder, **changes):
-    model = {
-        "outliers": {"gain": 1.0, "channels": 4},
-        "mask_token_id": None,
-        "chat": False,
-        "sampler": {"temperature": 0.0},
-    }
-    model |= changes.pop("model", {})
-    basics = {
-        "checkpoint": folder / "model", "fingerprint": "abc", "dtype": torch.float32, "device": "cpu", "seed": 0,
-        "limit": None, "data_root": str(folder / "data"), "model": SimpleNamespace(**model),
-    }  # fmt: skip
-    return baselines.facts(**(basics | changes))
-
-
-def test_a_baseline_is_computed_once(folder):
-    cache = Baselines(folder / "cache", facts(folder))
-    assert cache.get("nano_sums", SPEC) is None
-    cache.put("nano_sums", SPEC, RESULT)
-    assert Baselines(folder / "cache", facts(folder)).get("nano_sums", SPEC) == RESULT
-    assert Baselines(folder / "cache", facts(folder)).get("nano_facts", LIKELY) is None
-    assert cache.warnings == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"fingerprint": "abd"}, {"dtype": torch.bfloat16}, {"seed": 1}, {"limit": 2}, {"data_root": None},
-        {"model": {"chat": True}}, {"model": {"mask_token_id": 3}}, {"model": {"sampler": {"temperature": 0.5}}},
-        {"model": {"outliers": {"gain": 8.0, "channels": 4}}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_another_setting_is_another_baseline(folder, change):
-    Baselines(folder / "cache", facts(folder)).put("nano_sums", SPEC, RESULT)
-    assert Baselines(folder / "cache", facts(folder, **change)).get("nano_sums", SPEC) is None
-
-
-@pytest.mark.parametrize("change", [{"fewshot": 2}, {"gen_length": 32}, {"metric": "other"}, {"harness": "x"}], ids=str)
-def test_another_spec_is_another_baseline(folder, change):
-    cache = Baselines(folder / "cache", facts(folder))
-    cache.put("nano_sums", SPEC, RESULT)
-    assert cache.get("nano_sums", replace(SPEC, **change)) is None
-
-
-def test_steps_count_where_they_matter(folder):
-    own, same, other = (Baselines(folder / "cache", facts(folder), steps=steps) for steps in (None, 16, 8))
-    own.put("nano_sums", SPEC, RESULT)
-    own.put("nano_facts", LIKELY, RESULT)
-    assert same.get("nano_sums", SPEC) == RESULT  # the task's own number, said explicitly
-    assert other.get("nano_sums", SPEC) is None
-    assert other.get("nano_facts", LIKELY) == RESULT  # likelihood takes no denoising steps
-
-
-@pytest.mark.parametrize(
-    "file", ["model/tokenizer.json", "model/chat_template.jinja", "data/openai/test.jsonl", "data/new.txt"]
-)
-def test_changed_files_make_another_baseline(folder, file):
-    Baselines(folder / "cache", facts(folder)).put("nano_sums", SPEC, RESULT)
-    (folder / file).write_text("changed")
-    assert Baselines(folder / "cache", facts(folder)).get("nano_sums", SPEC) is None
-
-
-def test_code_version_follows_the_sources_that_evaluate(tmp_path):
-    for name in ("models", "quant", "evaluate/tasks"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "models" / "a.py").write_text("x = 1")
-    versions = [baselines.code_version(tmp_path)]
-    for file, text in (("quant/b.py", "y"), ("models/a.py", "x = 2"), ("evaluate/tasks/t.yaml", "k: v")):
-        (tmp_path / file).write_text(text)
-        versions.append(baselines.code_version(tmp_path))
-    assert versions[0] == versions[1]
-    assert len(set(versions)) == 3
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: "[]",
-        lambda text: text.replace('"score": 1.0', '"score": 0.0'),
-        lambda text: text.replace('"seed": 0', '"seed": 7'),
-        lambda text: text.replace('"doc_id"', '"id"'),
-    ],
-    ids=["cut", "empty", "other JSON", "score changed", "facts changed", "key renamed"],
-)
-def test_a_damaged_baseline_is_reported_and_not_used(folder, damage):
-    cache = Baselines(folder / "cache", facts(folder))
-    cache.put("nano_sums", SPEC, RESULT)
-    (path,) = (folder / "cache").iterdir()
-    whole = path.read_text()
-    path.write_text(damage(whole))
-    assert path.read_text() != whole
-    assert cache.get("nano_sums", SPEC) is None
-    assert len(cache.warnings) == 1
-    assert "damaged" in cache.warnings[0]
-    assert str(path) in cache.warnings[0]
-    cache.put("nano_sums", SPEC, RESULT)
-    assert cache.get("nano_sums", SPEC) == RESULT
-
-
-def test_a_cache_that_cannot_be_written_stops_nothing(folder):
-    (folder / "cache").write_text("a file where the folder should be")
-    cache = Baselines(folder / "cache", facts(folder))
-    cache.put("nano_sums", SPEC, RESULT)
-    assert "could not be kept" in cache.warnings[0]

@@ -1,8 +1,8 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
 Likelihoods are computed in batches over all requests (`dqx/diffusion/scoring.py`), and so are answers written
-(`dqx/diffusion/engine.py`). A request's noise is a function of (seed, task, document, choice), so neither the order
-nor the number of documents matters.
+(`dqx/diffusion/engine.py`), over several processes and sittings (`sitting.py`). A request's noise is a function of
+(seed, task, document, choice), so neither the order nor the number of documents matters.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
 metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
@@ -12,8 +12,8 @@ tokens and keeps what follows them).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -23,19 +23,28 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dqx.cache.journal import Journal
+from dqx.cache.keys import digest
 from dqx.diffusion.batches import Request
 from dqx.diffusion.dream import DreamSampler
 from dqx.diffusion.engine import Engine, Prompt
-from dqx.diffusion.likelihood import greedy_matches
+from dqx.diffusion.llada import LLaDASampler
 from dqx.diffusion.sampler import Sampler
 from dqx.diffusion.scoring import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.sitting import Document, Sitting, score
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.processes import processes
+from dqx.store import jsonable
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
 END_TOKENS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
+
+
+class Answered(Exception):
+    """All requests are answered, and this is not the main process, which alone goes on to scores."""
 
 
 class DiffusionHarness(LM):
@@ -45,11 +54,14 @@ class DiffusionHarness(LM):
     generation settings, and `batch_size` answers are written at a time (null: as many as keep the device busy and fit
     into its memory). `mc_samples` draws per choice serve likelihood, with the options of `likelihood`; a choice's
     likelihood is divided by its `scale` where adaptive draws compare the choices of a document. With `greedy` the
-    second value of a likelihood says whether greedy decoding writes the target, else it is False.
+    second value of a likelihood says whether greedy decoding writes the target, else it is False. Finished documents
+    go to the `journal`, and those found there are not computed again. With several processes each has its share of a
+    call; then all answers are returned in the main one, and the others raise Answered.
 
-    Over all calls, `n_forwards` counts sequences through the model, `n_saved` those that were not needed because an
-    answer had ended, `generated` the tokens written (prompts never count), `truncated` has the tokens cut from the
-    left of prompts that did not fit, by (task, document), and `notes` what a reader of the results should know.
+    Over all calls, processes and sittings, `n_forwards` counts sequences through the model, `n_saved` those that were
+    not needed because an answer had ended, `generated` the tokens written (prompts never count). `earlier` has the
+    seconds of earlier sittings, `truncated` the tokens cut from the left of prompts that did not fit, by (task,
+    document), and `notes` what a reader of the results should know.
     """
 
     def __init__(
@@ -66,15 +78,18 @@ class DiffusionHarness(LM):
         label: str = "",
         likelihood: LikelihoodSettings | None = None,
         scale: Callable[[Instance], float] = lambda request: 1.0,
+        journal: Journal | None = None,
     ):
         super().__init__()
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.seed, self.mc_samples, self.batch_size, self.greedy = seed, mc_samples, batch_size, greedy
         self.progress, self.label = progress, label
         self.likelihood, self.scale = likelihood or LikelihoodSettings(), scale
+        self.journal = journal
         self.n_forwards = 0
         self.n_saved = 0
         self.generated = 0
+        self.earlier = 0.0
         self.truncated: dict[tuple[str, int], int] = {}
         self.notes: list[str] = []
         self.end_tokens = end_tokens(model, tokenizer)
@@ -132,24 +147,34 @@ class DiffusionHarness(LM):
             batch_tokens=self.likelihood.batch_tokens,
         )
         asked = self._likelihood_requests(requests)
-        with self._progress_bar(sum(map(scorer.work, asked)), unit="tokens") as bar:
-            values = scorer.score(asked, self._questions(requests), progress=bar.update)
-        self.n_forwards += scorer.n_forwards
-        self.notes += scorer.notes + self._draws_note(scorer)
-        if not self.greedy:
-            return [(value, False) for value in values]
-        self.n_forwards += sum(len(request.target) for request in asked)
-        matches = [greedy_matches(self.model, request.prefix, request.target) for request in asked]
-        return list(zip(values, matches, strict=True))
+        sitting = Sitting(documents(requests), [scorer.work(request) for request in asked], self.journal)
+
+        def answers(values: dict[int, float]) -> dict[int, tuple[float, bool]]:
+            flags = self._greedy({i: asked[i] for i in values}, sitting) if self.greedy else {}
+            return {i: (nats, flags.get(i, False)) for i, nats in values.items()}
+
+        with self._progress_bar(sum(scorer.work(asked[i]) for i in sitting.mine), unit="tokens") as bar:
+            score(
+                scorer,
+                asked,
+                sitting,
+                self._questions(requests),
+                answers=answers,
+                known=lambda answer: float(answer[0]),
+                progress=bar.update,
+            )
+        return [(float(nats), bool(flag)) for nats, flag in self._gather(sitting)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The generated text of each request, cut before its first stop string or end token.
 
         No more of an answer is written than this text needs.
         """
-        texts = [""] * len(requests)
-        with self._progress_bar(len(requests)) as bar:
-            for indices, prompts in self._alike(requests):
+        prompts = [self._prompt(request) for request in requests]
+        work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
+        sitting = Sitting(documents(requests), work, self.journal)
+        with self._progress_bar(len(sitting.todo)) as bar:
+            for indices in alike(requests, sitting.todo):
                 settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
                 ending = Ending(self.tokenizer, self.end_tokens, [until] if isinstance(until, str) else until)
@@ -163,23 +188,46 @@ class DiffusionHarness(LM):
                     settled=ending.settled,
                     batch_size=self.batch_size,
                 )
-                for i, answer in engine.stream(prompts):
-                    texts[indices[i]] = ending.text(answer.ids)
-                    self.n_forwards += answer.n_forwards
-                    self.n_saved += answer.n_saved
-                    self.generated += answer.n_written
+                for at, answer in engine.stream([prompts[i] for i in indices]):
+                    sitting.spend(n_forwards=answer.n_forwards, n_saved=answer.n_saved, tokens=answer.n_written)
+                    sitting.note(engine.notes)
+                    sitting.enter({indices[at]: ending.text(answer.ids)})
                     bar.update()
-                self.notes += engine.notes
-        return texts
+        return [str(text) for text in self._gather(sitting)]
 
     # the pieces
+
+    def _gather(self, sitting: Sitting) -> list[Any]:
+        """The answers to all requests, and what they cost. Raises Answered in all processes but the main one."""
+        answers = sitting.gather()
+        self.n_forwards += sitting.spent["n_forwards"]
+        self.n_saved += sitting.spent["n_saved"]
+        self.generated += sitting.spent["tokens"]
+        self.earlier += sitting.past.spent["nanoseconds"] / 1e9
+        self.notes += sitting.notes + self._draws_note(sitting)
+        if not sitting.processes.main:
+            raise Answered
+        return answers
+
+    def _greedy(self, asked: Mapping[int, Request], sitting: Sitting) -> dict[int, bool]:
+        """`likelihood.greedy_matches` of each request, in batches of targets of one length."""
+        flags = {}
+        lengths = sorted({len(request.target) for request in asked.values()})
+        for length in lengths:
+            indices = [i for i, request in asked.items() if len(request.target) == length]
+            engine = Engine(self.model, LLaDASampler(), gen_length=length, steps=length, batch_size=self.batch_size)
+            for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
+                sitting.spend(n_forwards=answer.n_forwards)
+                flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
+            sitting.note(engine.notes)
+        return flags
 
     def _progress_bar(self, total: int, unit: str = "requests") -> tqdm[NoReturn]:
         seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
         return tqdm(
             total=total,
             desc=self.label or None,
-            disable=not self.progress,
+            disable=not (self.progress and processes().main),
             unit=f" {unit}",
             unit_scale=unit == "tokens",
             mininterval=seconds,
@@ -209,28 +257,20 @@ class DiffusionHarness(LM):
     def _questions(self, requests: Sequence[Instance]) -> list[Question]:
         if not self.likelihood.adaptive:
             return []
-        documents: dict[tuple[str, int], list[int]] = {}
-        for i, request in enumerate(requests):
-            documents.setdefault(document_key(request), []).append(i)
-        return [Question(own, [self.scale(requests[i]) for i in own]) for own in documents.values()]
+        return [Question(d.requests, [self.scale(requests[i]) for i in d.requests]) for d in documents(requests)]
 
-    def _draws_note(self, scorer: Scorer) -> list[str]:
-        if not scorer.draws:
+    def _draws_note(self, sitting: Sitting) -> list[str]:
+        draws = {int(what.split()[1]): n for what, n in sitting.spent.items() if what.startswith("draws ")}
+        if not draws:
             return []
-        total = sum(scorer.draws.values())
-        counts = ", ".join(f"{scorer.draws[n]} by {n}" for n in sorted(scorer.draws))
-        return [f"draws until a question was decided at level {self.likelihood.error_level:g}: of {total}, {counts}"]
+        counts = ", ".join(f"{draws[n]} by {n}" for n in sorted(draws))
+        level = self.likelihood.error_level
+        return [f"draws until a question was decided at level {level:g}: of {sum(draws.values())}, {counts}"]
 
-    def _alike(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], list[Prompt]]]:
-        """The requests with equal generation settings, by index, and their prompts, in order of appearance."""
-        groups: dict[str, tuple[list[int], list[Prompt]]] = {}
-        for i, request in enumerate(requests):
-            context, settings = request.args[:2]
-            ids = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
-            indices, prompts = groups.setdefault(repr(sorted(settings.items())), ([], []))
-            indices.append(i)
-            prompts.append(Prompt(ids or [self.model.arch.eos_token_id], document_key(request)))
-        yield from groups.values()
+    def _prompt(self, request: Instance) -> Prompt:
+        context, settings = request.args[:2]
+        ids = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
+        return Prompt(ids or [self.model.arch.eos_token_id], document_key(request))
 
     def _fit(self, request: Instance, prompt: list[int], n_new: int) -> list[int]:
         """The end of `prompt` that leaves room for `n_new` tokens. What is cut is kept in `truncated`."""
@@ -246,6 +286,31 @@ class DiffusionHarness(LM):
         document = document_key(request)
         self.truncated[document] = max(cut, self.truncated.get(document, 0))
         return prompt[cut:]
+
+
+def documents(requests: Sequence[Instance]) -> list[Document]:
+    """The documents that requests are of, in order of appearance."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for i, request in enumerate(requests):
+        found.setdefault(document_key(request), []).append(i)
+    return [
+        Document(f"{task}/{doc}", own, digest([jsonable(requests[i].args) for i in own]))
+        for (task, doc), own in found.items()
+    ]
+
+
+def alike(requests: Sequence[Instance], indices: Sequence[int]) -> list[list[int]]:
+    """Generation requests with equal settings, by index, in order of appearance."""
+    groups: dict[str, list[int]] = {}
+    for i in indices:
+        groups.setdefault(repr(sorted(requests[i].args[1].items())), []).append(i)
+    return list(groups.values())
+
+
+def writing(prompt: Prompt, settings: Mapping[str, Any]) -> int:
+    """Tokens through the model that an answer takes at most."""
+    length = settings["max_gen_toks"]
+    return (len(prompt.ids) + length) * (settings.get("steps") or length)
 
 
 def document_key(request: Instance) -> tuple[str, int]:

@@ -50,6 +50,7 @@ class TaskResult:
     seconds: float = 0.0
     n_forwards: int = 0  # sequences that went through the model
     tokens: int = 0  # tokens generated; prompts never count
+    n_saved: int = 0  # sequences that were not needed because an answer's text was settled
     notes: list[str] = field(default_factory=list)  # what a reader of the number should know, in plain words
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,5 +69,6 @@ class TaskResult:
             seconds=float(data["seconds"]),
             n_forwards=int(data["n_forwards"]),
             tokens=int(data["tokens"]),
+            n_saved=int(data.get("n_saved", 0)),
             notes=[str(note) for note in data.get("notes", [])],
         )

@@ -13,10 +13,11 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
+from dqx.cache.journal import Journal
 from dqx.diffusion.dream import DreamSampler
 from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
-from dqx.evaluate.harness import DiffusionHarness
+from dqx.evaluate.harness import Answered, DiffusionHarness
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.sandbox import isolation
@@ -24,6 +25,7 @@ from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import evaluate_text
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.processes import processes
 
 __all__ = ["evaluate", "task_problems"]
 
@@ -41,13 +43,18 @@ def evaluate(
     chat: bool = False,
     progress: bool = True,
     likelihood: LikelihoodSettings | None = None,
+    journal: Journal | None = None,
 ) -> dict[str, TaskResult]:
     """One result per task of `suite`, by its name there, with one row per document.
 
     `steps` replaces the generation tasks' own number of denoising steps. `limit` is the number of documents of a
     task, or windows of a text; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a
-    folder with copies of the datasets in the hub's layout. A document's result depends on neither the other
-    documents nor the other tasks, but for the rounding of likelihoods.
+    folder with copies of the datasets in the hub's layout. With a `journal` (of a suite of one task), documents that
+    are found there are not computed again, and finished ones are kept in it. A document's result depends on neither
+    the other documents nor the other tasks, but for the rounding of likelihoods.
+
+    Several processes (`dqx/processes.py`) share the documents; programs run and scores are computed in the main one,
+    and all get the same results.
 
     Raises ValueError with `task_problems` of the suite.
     """
@@ -58,8 +65,9 @@ def evaluate(
         raise ValueError("; ".join(problems))
     results = {}
     for name, spec in suite.items():
+        result: TaskResult | None
         if spec.kind == "text":
-            results[name] = evaluate_text(
+            result = evaluate_text(
                 model,
                 tokenizer,
                 name,
@@ -69,43 +77,57 @@ def evaluate(
                 data_root=data_root,
                 progress=progress,
                 likelihood=likelihood,
+                journal=journal,
             )
-            continue
-        started = time.perf_counter()
-        chosen = _documents(spec, limit=limit, data_root=data_root, steps=steps, chat=chat)
-        harness = DiffusionHarness(
-            model,
-            tokenizer,
-            sampler,
-            seed=seed,
-            mc_samples=spec.mc_samples or 1,
-            batch_size=spec.batch_size,
-            greedy=any(task.OUTPUT_TYPE == "loglikelihood" for task in chosen),
-            progress=progress,
-            label=name,
-            likelihood=likelihood,
-            scale=choice_scale(chosen, spec.metric),
-        )
-        samples = _run(harness, chosen, chat)
-        rows = [
-            _row(task, sample, spec, harness)
-            for task in chosen
-            for sample in samples[task.task_name]
-            if sample["filter"] == spec.filter
-        ]
-        results[name] = TaskResult(
-            name=name,
-            category=spec.category,
-            metric=spec.metric if spec.filter == "none" else f"{spec.metric},{spec.filter}",
-            value=sum(row.score for row in rows) / len(rows),
-            n=len(rows),
-            documents=rows,
-            seconds=time.perf_counter() - started,
-            n_forwards=harness.n_forwards,
-            tokens=harness.generated,
-            notes=_notes(chosen, rows, spec, sampler) + harness.notes,
-        )
+        else:
+            started = time.perf_counter()
+            chosen = _documents(spec, limit=limit, data_root=data_root, steps=steps, chat=chat)
+            harness = DiffusionHarness(
+                model,
+                tokenizer,
+                sampler,
+                seed=seed,
+                mc_samples=spec.mc_samples or 1,
+                batch_size=spec.batch_size,
+                greedy=any(task.OUTPUT_TYPE == "loglikelihood" for task in chosen),
+                progress=progress,
+                label=name,
+                likelihood=likelihood,
+                scale=choice_scale(chosen, spec.metric),
+                journal=journal,
+            )
+            result = _scored(name, spec, harness, chosen, chat, started)
+        results[name] = processes().broadcast(result)
     return results
+
+
+def _scored(
+    name: str, spec: TaskSpec, harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool, started: float
+) -> TaskResult | None:
+    """The result of a task of lm-eval's; None in all processes but the main one."""
+    try:
+        samples = _run(harness, chosen, chat)
+    except Answered:
+        return None
+    rows = [
+        _row(task, sample, spec, harness)
+        for task in chosen
+        for sample in samples[task.task_name]
+        if sample["filter"] == spec.filter
+    ]
+    return TaskResult(
+        name=name,
+        category=spec.category,
+        metric=spec.metric if spec.filter == "none" else f"{spec.metric},{spec.filter}",
+        value=sum(row.score for row in rows) / len(rows),
+        n=len(rows),
+        documents=rows,
+        seconds=time.perf_counter() - started + harness.earlier,
+        n_forwards=harness.n_forwards,
+        tokens=harness.generated,
+        n_saved=harness.n_saved,
+        notes=_notes(chosen, rows, spec, harness.sampler) + harness.notes,
+    )
 
 
 def _documents(

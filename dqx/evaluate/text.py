@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dqx.cache.journal import Journal
+from dqx.cache.keys import digest
 from dqx.data.texts import TextSource, find_text, load_texts
 from dqx.diffusion.batches import Request
 from dqx.diffusion.scoring import Scorer
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.sitting import Document, Sitting, score
 from dqx.evaluate.spec import NLL, TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -80,6 +83,7 @@ def evaluate_text(
     data_root: str | None = None,
     progress: bool = True,
     likelihood: LikelihoodSettings | None = None,
+    journal: Journal | None = None,
 ) -> TaskResult:
     """Nats per token, with a row for each window. Guidance plays no part: it is the model that is measured."""
     started = time.perf_counter()
@@ -90,15 +94,18 @@ def evaluate_text(
     assert spec.mc_samples is not None
     batch_tokens = None if likelihood is None else likelihood.batch_tokens
     scorer = Scorer(model, samples=spec.mc_samples, seed=seed, batch_tokens=batch_tokens)
+    documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
+    sitting = Sitting(documents, [scorer.work(request) for request in requests], journal)
     with tqdm(
-        total=sum(map(scorer.work, requests)),
+        total=sum(scorer.work(requests[i]) for i in sitting.mine),
         desc=name,
-        disable=not progress,
+        disable=not (progress and sitting.processes.main),
         unit=" tokens",
         unit_scale=True,
         mininterval=1.0 if sys.stderr.isatty() else 60.0,  # a log file keeps every update
     ) as bar:
-        values = scorer.score(requests, progress=bar.update)
+        score(scorer, requests, sitting, progress=bar.update)
+    values = [float(nats) for nats in sitting.gather()]
     rows = [
         DocumentRow(f"{name}/{i}", -value / windows.shape[1], log_likelihoods=[value]) for i, value in enumerate(values)
     ]
@@ -109,7 +116,7 @@ def evaluate_text(
         value=fmean(row.score for row in rows),
         n=len(rows),
         documents=rows,
-        seconds=time.perf_counter() - started,
-        n_forwards=scorer.n_forwards,
-        notes=scorer.notes,
+        seconds=time.perf_counter() - started + sitting.past.spent["nanoseconds"] / 1e9,
+        n_forwards=sitting.spent["n_forwards"],
+        notes=sitting.notes,
     )

@@ -1,0 +1,87 @@
+"""Artefacts as JSON files, one per key: facts, checksum, content. They appear whole or not at all.
+
+A file that is damaged, or whose facts are not those of its name, is reported, ignored and written anew. Who computes an
+artefact holds its lock, which the system frees when the holder dies; a second run of the same waits and then reuses.
+Where the folder cannot be written, this is reported and the run goes on, without keeping anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from dqx.cache.journal import Journal
+from dqx.cache.keys import Key, digest
+from dqx.store import jsonable, write_json
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Store:
+    """A folder of artefacts. `warnings` has what went wrong with its files, for the record."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.warnings: list[str] = []
+
+    def read(self, key: Key, parse: Callable[[Any], T]) -> T | None:
+        """The artefact as `parse` makes it of its content; None where it has to be computed."""
+        path = self._place(key, ".json")
+        if not path.exists():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["facts"] != key.facts:
+                raise ValueError("it was made with other settings than its name says")
+            if stored["digest"] != digest(stored["content"]):
+                raise ValueError("its content does not match its checksum")
+            return parse(stored["content"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            self.warn(f"{path} is damaged and was computed again ({reason})")
+            return None
+
+    def write(self, key: Key, content: Any) -> None:
+        """Keep an artefact."""
+        path, stored = self._place(key, ".json"), jsonable(content)
+        try:
+            write_json(path, {"facts": key.facts, "digest": digest(stored), "content": stored})
+        except OSError as error:
+            self.warn(f"{path} could not be kept ({error})")
+
+    @contextmanager
+    def lock(self, key: Key) -> Iterator[None]:
+        """Be the only one to compute an artefact; waits, and says so, while another run does."""
+        lock = FileLock(self._place(key, ".lock"))
+        try:
+            self._place(key, ".lock").parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                log.info(f"  another run computes {key.name}, with the same settings: waiting for it")
+                lock.acquire()
+        except OSError as error:
+            self.warn(f"{lock.lock_file} cannot be locked: other runs may compute the same ({error})")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def journal(self, key: Key, rank: int = 0) -> Journal:
+        """What is finished of an artefact that is being computed."""
+        return Journal(self._place(key), key, rank, self.warn)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        log.warning(message)
+
+    def _place(self, key: Key, suffix: str = "") -> Path:
+        path = self.folder / key.path
+        return path.with_name(path.name + suffix)
