@@ -78,7 +78,7 @@ class WellRead:
         for i, prompt in enumerate(prompts):
             self.prompts.append(self.tokenizer.decode(prompt.ids))
             ids = self.tokenizer(self.answers[i], add_special_tokens=False).input_ids
-            yield i, Answer([*ids, 256], n_written=len(ids), n_forwards=1, n_saved=0)
+            yield i, Answer([*ids, 256], n_written=len(ids), n_forwards=1, n_saved=0, n_tokens=1)
 
 
 @pytest.fixture

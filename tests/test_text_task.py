@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dqx import baselines
 from dqx.api import load
+from dqx.cache.results import Results
+from dqx.cache.store import Store
 from dqx.checks import problems
 from dqx.config import compose, resolve
 from dqx.data.texts import ASSETS
@@ -131,11 +132,11 @@ def test_the_plan_counts_windows():
 def test_a_changed_file_is_another_baseline(tmp_path):
     file = tmp_path / "a.txt"
     spec = suite("nano_text", f"task.suite.nano_text.text={file}")["nano_text"]
-    cache = baselines.Baselines(tmp_path / "cache", {})
+    results = Results(Store(tmp_path / "cache"), {})
     file.write_text("one")
-    before = cache._place("nano_text", spec)
+    before = results.key("nano_text", spec)
     shutil.copy(file, tmp_path / "b.txt")
     file.write_text("two")
-    assert cache._place("nano_text", spec) != before
+    assert results.key("nano_text", spec) != before
     shutil.copy(tmp_path / "b.txt", file)
-    assert cache._place("nano_text", spec) == before
+    assert results.key("nano_text", spec) == before
