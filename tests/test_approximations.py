@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import test_methods_identities as identities
 import torch
 from torch import Tensor
 
-from dqx.diffusion import LLaDASampler, SeededNoise
+from dqx.checks import problems
+from dqx.config import build, compose, resolve, run_name
+from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise
 from dqx.diffusion.engine import Engine, Prompt, cache_bytes, row_bytes
 from dqx.diffusion.llada import share
 from dqx.models import inspect, load_weights
@@ -150,10 +153,9 @@ def test_a_block_of_one_step_reuses_nothing(models, family: str, cache: str, sch
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_threshold_that_nothing_reaches_writes_what_is_due(models, family: str) -> None:
     model, asked = models[family], prompts()
-    for sampler in (LLaDASampler(temperature=0.7), LLaDASampler(cache="dual"), LLaDASampler(cfg_scale=0.5)):
-        for schedule in (SCHEDULE, COARSE):
-            expected = [alone(model, sampler, prompt, **schedule) for prompt in asked]
-            assert together(model, replace(sampler, threshold=1.0), asked, 4, **schedule) == expected
+    for sampler, schedule in ((LLaDASampler(temperature=0.7), COARSE), (LLaDASampler(cache="dual"), SCHEDULE)):
+        expected = [alone(model, sampler, prompt, **schedule) for prompt in asked]
+        assert together(model, replace(sampler, threshold=1.0), asked, 4, **schedule) == expected
 
 
 def test_a_threshold_that_all_reach_writes_a_block_at_a_time(models) -> None:
@@ -257,3 +259,68 @@ def test_memory_of_the_cache_bounds_the_batch(models) -> None:
     one = row_bytes(model.arch, 26, 4) + cache_bytes(model.arch, 26, 8)
     assert model.empty_cache(1, 26).store.nbytes * 2 == cache_bytes(model.arch, 26, 8)
     assert [engine._room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 4]
+
+
+# ---- with quantization ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("gptq", "w3a16"), ("smoothquant", "w8a8"), ("quarot", "w4a4"), ("duquant", "w4a4"), ("rtn", "nvfp4")],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_models(family: str, method: str, bits: str) -> None:
+    """Rounded inputs, keys and values, rotations, low-bit weights: all of them act on each token by itself."""
+    model = identities.fresh(family, torch.float64)
+    identities.run(model, identities.built(method, family), identities.bits_of(method, family, bits))
+    asked = [Prompt([token % 62 for token in prompt.ids], prompt.document) for prompt in prompts((5, 1, 9))]
+    cache = "dual" if family == "llada" else "prefix"
+    expected = [slowly(model, prompt, cache, 0.5, **SCHEDULE) for prompt in asked]
+    assert together(model, LLaDASampler(threshold=0.5, cache=cache), asked, 2, **SCHEDULE) == expected
+
+
+# ---- as a setting --------------------------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    assert LLaDASampler().name == "low_confidence"
+    assert LLaDASampler("random", cache="prefix").name == "random+prefix_cache"
+    assert LLaDASampler(threshold=0.9, cache="dual").name == "low_confidence+threshold0.9+dual_cache"
+    assert LLaDASampler().approximations == DreamSampler().approximations == ()
+    assert DreamSampler("maskgit_plus").name == "maskgit_plus"
+
+
+def test_what_cannot_work_is_told_before_weights_load() -> None:
+    def told(*overrides: str) -> list[str]:
+        return problems(resolve(compose(["task=nano_sums", *(f"model.sampler.{o}" for o in overrides)])))
+
+    assert told() == told("threshold=0.9", "cache=dual") == told("threshold=1", "cfg_scale=0.5") == []
+    assert told("threshold=0") == ["model.sampler.threshold=0 is not a number above 0 and at most 1"]
+    assert told("threshold=high") == ["model.sampler.threshold='high' is not of type float or null"]
+    assert told("cache=both") == ["model.sampler.cache='both' is not one of prefix, dual"]
+    random, guided = told("threshold=0.9", "remasking=random", "cache=prefix", "cfg_scale=0.5")
+    assert "threshold=0.9 has no meaning with sampler.remasking=random" in random
+    assert "cache='prefix' cannot be used with sampler.cfg_scale=0.5" in guided
+
+
+@pytest.mark.parametrize("model", ["nano_llada", "nano_dream"])
+def test_a_model_takes_either_sampler(model: str) -> None:
+    block = resolve(compose([f"model={model}", "model.sampler=llada", "model.sampler.cache=dual"]))
+    assert build(block.model.sampler) == LLaDASampler(cache="dual")
+    assert build(resolve(compose([f"model={model}", "model.sampler=dream"])).model.sampler) == DreamSampler(top_p=0.95)
+    assert run_name(_root_=compose([f"model={model}"])) == f"{model}-gptq-w3a16"
+    swept = compose([f"model={model}", "model.sampler=llada", "model.sampler.threshold=0.9", "steps=64"])
+    assert run_name(_root_=swept) == f"{model}-gptq-w3a16-threshold0.9-64steps"
+
+
+def test_calls_say_what_is_computed() -> None:
+    """For plans: the first call of a block computes all, the others a window."""
+    sampler, random = LLaDASampler(cache="dual"), torch.Generator()
+    assert [call.window for call in sampler.calls(4, 2, 4, random)] == [None, (0, 2), None, (2, 4)]
+    assert [call.window for call in replace(sampler, cache="prefix").calls(4, 2, 4, random)] == [
+        None,
+        (0, 4),
+        None,
+        (2, 4),
+    ]
+    assert [call.window for call in LLaDASampler(threshold=0.9).calls(4, 2, 4, random)] == [None] * 4
