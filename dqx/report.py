@@ -86,12 +86,13 @@ def sweep_table(records: Sequence[Record]) -> Table:
     for record, delta in zip(records, deltas, strict=True):
         steps = (record.config.get("steps") or {}).get("count")
         values = tuple((name, result.value) for name, result in record.full_precision.items())
-        groups.setdefault((record.model.get("name"), steps, *values), []).append((record, delta))
-    for (model, steps, *_), members in groups.items():
+        key = (record.model.get("name"), steps, *values)
+        groups.setdefault((record.approximations, *key), []).append((record, delta))
+    for (approximations, model, steps, *_), members in groups.items():
         table.add_section()
         first, first_delta = members[0]
         scores = [_score(first.full_precision.get(name)) for name in tasks]
-        label = f"{model}, {steps} steps" if steps else str(model)
+        label = ", ".join([str(model), *approximations, *([f"{steps} steps"] if steps else [])])
         table.add_row(label, "16", *scores, _cells(first_delta)[2], style="bold")
         for record, delta in members:
             config, cells = record.config, _cells(delta)
@@ -131,6 +132,8 @@ def header(record: Record) -> list[str]:
         parts.append(f"calibrated on {calib.get('text')} ({calib.get('masking')}{masked}, {size})")
     steps = (config.get("steps") or {}).get("count")
     parts.append(f"{steps} steps" if steps else "each task's own steps")
+    if record.approximations:
+        parts.append(f"approximate: {', '.join(record.approximations)}")
     limit = (config.get("task") or {}).get("limit")
     if limit is not None:
         parts.append(f"first {limit} documents")

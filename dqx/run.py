@@ -124,6 +124,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
             "fingerprint": lm.checkpoint.fingerprint(),
             "dtype": str(lm.model.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in lm.model.parameters()),
+            "sampler": lm.sampler.name,
         },
         full_precision=full_precision,
         quantized=quantized,

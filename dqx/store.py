@@ -32,6 +32,7 @@ import yaml
 from dqx import deltas, outliers
 from dqx.deltas import Delta
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.names import approximations
 from dqx.outliers import OutlierStats
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -65,6 +66,12 @@ class Record:
 
     def __post_init__(self) -> None:
         self.deltas = self.deltas or deltas.compare(self.full_precision, self.quantized)
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What makes the sampler approximate, in short names."""
+        sampler = _at(self.config, "model", "sampler") or {}
+        return approximations(sampler.get("threshold"), sampler.get("cache"))
 
     @property
     def average_bits(self) -> float | None:
@@ -190,7 +197,7 @@ class RunFolder:
 
 
 def _cost(result: TaskResult) -> dict[str, Any]:
-    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_saved", "tokens", "notes")}
+    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")}
 
 
 def _at(config: Mapping[str, Any], group: str, key: str) -> Any:

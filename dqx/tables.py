@@ -63,7 +63,8 @@ def cells(records: Iterable[Record]) -> list[Cell]:
         method = method_label(config["method"]["name"], config["method"].get("variant"))
         masking = config["calib"]["masking"]
         label = method if masking == "clean" else f"{method}, {masking}"
-        groups.setdefault((record.model["name"], label, config["bits"]["name"]), {})[int(config["seed"])] = record
+        model = ", ".join((record.model["name"], *record.approximations))
+        groups.setdefault((model, label, config["bits"]["name"]), {})[int(config["seed"])] = record
     found = []
     for (model, method, bits), by_seed in groups.items():
         runs = [by_seed[seed] for seed in sorted(by_seed)]

@@ -44,7 +44,7 @@ class Scorer:
     `error_level` (null: always all draws) is the probability of deciding a question early for a choice that is not
     the best. `batch_tokens` (null: by device and free memory) changes nothing but speed and rounding.
 
-    Over all calls, `n_forwards` counts sequences through the model, `draws` has the number of questions by the draws
+    Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of questions by the draws
     that their choices took, and `notes` says what a reader of the results should know.
     """
 
@@ -66,6 +66,7 @@ class Scorer:
         self.model, self.samples, self.seed, self.cfg_scale = model, samples, seed, cfg_scale
         self.exact, self.error_level, self.batch_tokens = exact, error_level, batch_tokens
         self.n_forwards = 0
+        self.n_tokens = 0
         self.draws: dict[int, int] = {}
         self.notes: list[str] = []
 
@@ -254,7 +255,9 @@ class _Run:
         column = torch.arange(width)
         real = None if bool((length == width).all()) else column < length
         found = self._true_log_probs(ids, where, column < prefix, real, torch.cat(picked), torch.cat(tokens))
-        self.scorer.n_forwards += n * (2 if self.scorer.cfg_scale > 0 else 1)
+        passes = 2 if self.scorer.cfg_scale > 0 else 1
+        self.scorer.n_forwards += n * passes
+        self.scorer.n_tokens += int(length.sum()) * passes
         for part, pair, values in zip(batch, pairs, found.split([len(p) for p in pairs]), strict=True):
             part.group.log_probs.index_add_(0, pair, values)
 

@@ -58,10 +58,10 @@ class DiffusionHarness(LM):
     go to the `journal`, and those found there are not computed again. With several processes each has its share of a
     call; then all answers are returned in the main one, and the others raise Answered.
 
-    Over all calls, processes and sittings, `n_forwards` counts sequences through the model, `n_saved` those that were
-    not needed because an answer had ended, `generated` the tokens written (prompts never count). `earlier` has the
-    seconds of earlier sittings, `truncated` the tokens cut from the left of prompts that did not fit, by (task,
-    document), and `notes` what a reader of the results should know.
+    Over all calls, processes and sittings, `n_forwards` counts sequences through the model, `n_tokens` their
+    tokens that were computed, `n_saved` sequences that were not needed because an answer had ended, `generated` the
+    tokens written (prompts never count). `earlier` has the seconds of earlier sittings, `truncated` the tokens cut from
+    the left of prompts that did not fit, by (task, document), and `notes` what a reader of the results should know.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class DiffusionHarness(LM):
         self.likelihood, self.scale = likelihood or LikelihoodSettings(), scale
         self.journal = journal
         self.n_forwards = 0
+        self.n_tokens = 0
         self.n_saved = 0
         self.generated = 0
         self.earlier = 0.0
@@ -189,7 +190,12 @@ class DiffusionHarness(LM):
                     batch_size=self.batch_size,
                 )
                 for at, answer in engine.stream([prompts[i] for i in indices]):
-                    sitting.spend(n_forwards=answer.n_forwards, n_saved=answer.n_saved, tokens=answer.n_written)
+                    sitting.spend(
+                        n_forwards=answer.n_forwards,
+                        n_tokens=answer.n_tokens,
+                        n_saved=answer.n_saved,
+                        tokens=answer.n_written,
+                    )
                     sitting.note(engine.notes)
                     sitting.enter({indices[at]: ending.text(answer.ids)})
                     bar.update()
@@ -201,6 +207,7 @@ class DiffusionHarness(LM):
         """The answers to all requests, and what they cost. Raises Answered in all processes but the main one."""
         answers = sitting.gather()
         self.n_forwards += sitting.spent["n_forwards"]
+        self.n_tokens += sitting.spent["n_tokens"]
         self.n_saved += sitting.spent["n_saved"]
         self.generated += sitting.spent["tokens"]
         self.earlier += sitting.past.spent["nanoseconds"] / 1e9
@@ -217,7 +224,7 @@ class DiffusionHarness(LM):
             indices = [i for i, request in asked.items() if len(request.target) == length]
             engine = Engine(self.model, LLaDASampler(), gen_length=length, steps=length, batch_size=self.batch_size)
             for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
-                sitting.spend(n_forwards=answer.n_forwards)
+                sitting.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
             sitting.note(engine.notes)
         return flags

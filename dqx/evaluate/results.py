@@ -50,6 +50,7 @@ class TaskResult:
     seconds: float = 0.0
     n_forwards: int = 0  # sequences that went through the model
     tokens: int = 0  # tokens generated; prompts never count
+    n_tokens: int = 0  # tokens of those sequences that were computed
     n_saved: int = 0  # sequences that were not needed because an answer's text was settled
     notes: list[str] = field(default_factory=list)  # what a reader of the number should know, in plain words
 
@@ -69,6 +70,7 @@ class TaskResult:
             seconds=float(data["seconds"]),
             n_forwards=int(data["n_forwards"]),
             tokens=int(data["tokens"]),
+            n_tokens=int(data.get("n_tokens", 0)),
             n_saved=int(data.get("n_saved", 0)),
             notes=[str(note) for note in data.get("notes", [])],
         )

@@ -60,7 +60,7 @@ class Sitting:
         return [i for i in self.mine if i not in self.known and i not in self.answered]
 
     def spend(self, **amounts: int) -> None:
-        """Count what was spent: `n_forwards`, `n_saved`, `tokens`."""
+        """Count what was spent: `n_forwards`, `n_tokens`, `n_saved`, `tokens`."""
         self.spent.update(amounts)
 
     def note(self, notes: Iterable[str]) -> None:
@@ -116,7 +116,8 @@ def score(
     counted: Counter[str] = Counter()
 
     def count() -> None:
-        total = Counter(n_forwards=scorer.n_forwards, **{f"draws {n}": times for n, times in scorer.draws.items()})
+        total = Counter({f"draws {n}": times for n, times in scorer.draws.items()})
+        total.update(n_forwards=scorer.n_forwards, n_tokens=scorer.n_tokens)
         sitting.spent.update(total - counted)
         counted.update(total - counted)
         sitting.note(scorer.notes)

@@ -124,6 +124,7 @@ def _scored(
         documents=rows,
         seconds=time.perf_counter() - started + harness.earlier,
         n_forwards=harness.n_forwards,
+        n_tokens=harness.n_tokens,
         tokens=harness.generated,
         n_saved=harness.n_saved,
         notes=_notes(chosen, rows, spec, harness.sampler) + harness.notes,
@@ -219,6 +220,8 @@ def _notes(chosen: Mapping[LocalTask, int], rows: Sequence[DocumentRow], spec: T
         and spec.block_length not in (None, spec.gen_length)
     ):
         notes.append(f"block_length={spec.block_length} is not used: Dream's sampler writes the whole answer at once")
+    if sampler.approximations and spec.kind == "generation":
+        notes.append(f"approximate: answers written by {sampler.name}")
     if spec.category == "code":
         notes.append(f"programs ran in a sandbox of {', '.join(isolation())}")
     return notes

@@ -118,5 +118,6 @@ def evaluate_text(
         documents=rows,
         seconds=time.perf_counter() - started + sitting.past.spent["nanoseconds"] / 1e9,
         n_forwards=sitting.spent["n_forwards"],
+        n_tokens=sitting.spent["n_tokens"],
         notes=sitting.notes,
     )
