@@ -86,14 +86,13 @@ def sweep_table(records: Sequence[Record]) -> Table:
     for record, delta in zip(records, deltas, strict=True):
         steps = (record.config.get("steps") or {}).get("count")
         values = tuple((name, result.value) for name, result in record.full_precision.items())
-        key = (record.model.get("name"), steps, *values)
-        groups.setdefault((record.approximations, *key), []).append((record, delta))
-    for (approximations, model, steps, *_), members in groups.items():
+        setting = [str(record.model.get("name")), *record.approximations, *([f"{steps} steps"] if steps else [])]
+        groups.setdefault((", ".join(setting), *values), []).append((record, delta))
+    for (label, *_), members in groups.items():
         table.add_section()
         first, first_delta = members[0]
         scores = [_score(first.full_precision.get(name)) for name in tasks]
-        label = ", ".join([str(model), *approximations, *([f"{steps} steps"] if steps else [])])
-        table.add_row(label, "16", *scores, _cells(first_delta)[2], style="bold")
+        table.add_row(str(label), "16", *scores, _cells(first_delta)[2], style="bold")
         for record, delta in members:
             config, cells = record.config, _cells(delta)
             masking = (config.get("calib") or {}).get("masking", "clean")

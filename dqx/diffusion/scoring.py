@@ -44,8 +44,8 @@ class Scorer:
     `error_level` (null: always all draws) is the probability of deciding a question early for a choice that is not
     the best. `batch_tokens` (null: by device and free memory) changes nothing but speed and rounding.
 
-    Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of questions by the draws
-    that their choices took, and `notes` says what a reader of the results should know.
+    Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of
+    questions by the draws that their choices took, and `notes` says what a reader of the results should know.
     """
 
     def __init__(
