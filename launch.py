@@ -25,13 +25,13 @@ from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
 
 if TYPE_CHECKING:
-    from dqx.plan import PlannedRun
+    from dqx.planning import PlannedRun
     from dqx.store import Record
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 failures: list[BaseException] = []  # of the runs that were started here
 finished: list[Record] = []
-planned: list[tuple[PlannedRun, float]] = []  # with plan=true
+planned: list[PlannedRun] = []  # with plan=true
 started = 0
 
 
@@ -41,9 +41,9 @@ def main(cfg: DictConfig) -> None:
     global started
     started += 1
     if cfg.plan:
-        from dqx.plan import plan_run
+        from dqx.planning import plan_run
 
-        planned.append((plan_run(cfg), cfg.plan_tflops))
+        planned.append(plan_run(cfg))
         return
     from dqx.models.checkpoint import CheckpointError
     from dqx.run import run
@@ -108,9 +108,9 @@ if __name__ == "__main__":
 
                     print_sweep(finished)
         if planned:
-            from dqx.plan import print_plan
+            from dqx.planning import print_plan
 
-            print_plan([run for run, _ in planned], planned[0][1])
+            print_plan(planned)
     except Exception as error:
         if developer:
             raise

@@ -38,7 +38,7 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
     """
     found = [*_number_problems(config), *_name_problems(config)]
     if arch is None:
-        found += _device_problems(config.model.device)
+        found += device_problems(config.model.device)
     if not config.model.sampler:
         found.append("model.sampler is empty; choose a model, or set its _target_")
     sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
@@ -145,7 +145,8 @@ def _name_problems(config: Config) -> Iterator[str]:
         yield f"cache_dir={config.cache_dir} is a file; give a folder, it is made where it does not exist"
 
 
-def _device_problems(name: str) -> Iterator[str]:
+def device_problems(name: str) -> Iterator[str]:
+    """Why this machine has no such device."""
     if name == "auto":
         return
     try:

@@ -161,8 +161,8 @@ class Config:
     cache_dir: str = "runs/cache"  # results of both sides, reused between runs; what a killed run had finished
     reuse: bool = True  # false: compute everything afresh, and keep it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
-    plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/plan.py)
-    plan_tflops: float = 200.0  # sustained speed that hours are estimated for, in 10^12 operations per second
+    plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/planning)
+    plan_tflops: float | None = None  # plan for a machine of so many 10^12 operations per second; null: measured here
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)

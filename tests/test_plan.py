@@ -7,28 +7,51 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import TinyCheckpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import dqx.planning.runs
 from dqx import load
 from dqx.config import CONF_DIR, build, compose, resolve
-from dqx.evaluate.sizes import SIZES
-from dqx.models.checkpoint import FAMILIES
+from dqx.diffusion.batches import Request
+from dqx.diffusion.engine import Engine, Prompt
+from dqx.diffusion.likelihood import mask_states
+from dqx.diffusion.scoring import Scorer
+from dqx.models.checkpoint import FAMILIES, inspect, load_weights
 from dqx.models.published import PUBLISHED, of_family
-from dqx.models.transformer import MaskedDiffusionTransformer
-from dqx.plan import amount, duration, forward_flops, plan_run, print_plan, quantization_flops, task_cost
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.planning import plan_run, print_plan
+from dqx.planning.count_sizes import bundled, measured
+from dqx.planning.memory import weight_bytes
+from dqx.planning.runs import calibration_work, hessian_flops
+from dqx.planning.sizes import SIZES
+from dqx.planning.speed import Measured, block_flops, block_parameters, head_flops
+from dqx.planning.table import amount, duration
+from dqx.planning.work import different_states, task_work
 
 ROOT = CONF_DIR.parent
-LLADA = ["model=llada_8b_base", "bits=w4a16"]
+LLADA = ["model=llada_8b_base", "bits=w4a16", "plan_tflops=200"]
 
 
-def listing(*runs: list[str], tflops: float = 200.0) -> str:
+def of_nano() -> Architecture:
+    return inspect("pkg://dqx/assets/nano_llada").arch
+
+
+def listing(*runs: list[str]) -> str:
     out = io.StringIO()
-    print_plan([plan_run(compose(overrides)) for overrides in runs], tflops, out)
+    print_plan([plan_run(compose(overrides)) for overrides in runs], out)
     return out.getvalue()
+
+
+def suite_of(*overrides: str) -> Any:
+    config = resolve(compose(list(overrides)))
+    return config.task.suite, build(config.model.sampler)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,7 +62,7 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
     model = MaskedDiffusionTransformer(arch).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.arange(20)[None])
-    assert forward_flops(arch, 20) == counter.get_total_flops()
+    assert arch.n_blocks * block_flops(arch, 20) + head_flops(arch, 20) == counter.get_total_flops()
 
 
 def test_published_shapes_have_the_published_numbers_of_parameters() -> None:
@@ -51,73 +74,185 @@ def test_published_shapes_have_the_published_numbers_of_parameters() -> None:
     assert of_family("gpt") is None
 
 
-def test_forwards_are_those_of_the_harness() -> None:
+# ---- likelihood ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "draws"), [(1, 8), (2, 3), (3, 8), (3, 32), (5, 12), (8, 5)])
+def test_expected_states_are_those_that_the_draws_find(length: int, draws: int) -> None:
+    """By number of masked tokens, over 200 keys."""
+    found = torch.zeros(length + 1)
+    for key in range(200):
+        states = mask_states(length, samples=draws, seed=0, key=(key,)).unique(dim=0)
+        found += torch.bincount(states.sum(1), minlength=length + 1)
+    expected = different_states(length, draws)
+    assert torch.allclose(found[1:] / 200, torch.tensor([expected[c] for c in range(1, length + 1)]), atol=0.3)
+
+
+def test_enumerated_states_are_all_of_them() -> None:
+    assert sum(different_states(4, 128, exact=True).values()) == 15
+    assert different_states(9, 128, exact=True) == different_states(9, 128)  # 511 are dearer than the draws
+    assert sum(different_states(40, 128).values()) == pytest.approx(128, abs=4)  # hardly any is drawn twice
+
+
+def test_forwards_of_likelihoods_are_those_of_the_scorer() -> None:
+    """Four choices of one and of three tokens after each prompt, no token in common."""
     lm = load("nano_llada")
-    for task in ("nano_sums", "nano_facts"):
-        spec = resolve(compose([f"task={task}"])).task.suite[task]
-        done, cost = lm.evaluate(task, limit=2)[task], task_cost(spec, limit=2)
-        assert cost is not None
-        if task == "nano_sums":
-            assert (cost.forwards, cost.documents) == (done.n_forwards, done.n)
-        else:  # answers of one token need one draw
-            assert 8 <= done.n_forwards <= cost.forwards == 64
+    scorer = Scorer(lm.model, samples=8, seed=0)
+    requests = [
+        Request(torch.tensor([7, document]), torch.arange(100, 100 + length) + 10 * choice, (document, choice))
+        for document, length in [*((d, 1) for d in range(20)), *((d, 3) for d in range(20, 60))]
+        for choice in range(4)
+    ]
+    scorer.score(requests)
+    spec = suite_of("task=nano_facts")[0]["nano_facts"]
+    size = replace(SIZES["nano_facts"], documents=60, answers={1: (80, 20), 3: (160, 40)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "nano_facts", size)
+        work = task_work(spec, lm.sampler)
+    assert work is not None
+    assert work.forwards == pytest.approx(scorer.n_forwards, rel=0.03)
+    assert scorer.n_forwards <= work.at_most == 80 + 160 * 7
+    assert (work.length, work.documents) == (SIZES["nano_facts"].question + 2, 60)
 
 
-def test_sizes_of_the_bundled_tasks() -> None:
-    for task in ("facts", "sums", "code"):
-        lines = (ROOT / "dqx" / "assets" / "nano" / f"{task}.jsonl").read_text().splitlines()
-        assert SIZES[f"nano_{task}"].documents == len(lines)
+# ---- generation ----------------------------------------------------------------------------------------------
 
 
-def test_cost_of_a_task() -> None:
-    suite = resolve(compose(["task=qdlm"])).task.suite
-    assert all(spec.harness in SIZES for spec in suite.values())
-    mmlu, gsm8k, piqa = (task_cost(suite[name]) for name in ("mmlu", "gsm8k", "piqa"))
-    assert (mmlu.forwards, mmlu.length) == (14042 * 4, 120 + 5 * 110 + 1)  # one token to answer: one draw
-    assert piqa.forwards == 1838 * 2 * 128
-    assert (gsm8k.forwards, gsm8k.length) == (1319 * 256, 65 + 4 * 195 + 256)
-    assert task_cost(suite["gsm8k"], limit=10, steps=64, passes=2).forwards == 10 * 64 * 2
+@pytest.mark.parametrize("overrides", [[], ["steps=4"], ["model.sampler.cfg_scale=1"], ["model=nano_dream"]])
+def test_forwards_without_an_early_stop_are_those_of_the_engine(overrides: list[str]) -> None:
+    config = resolve(compose(["task=nano_sums", *overrides]))
+    lm, spec = load(config.model.name), config.task.suite["nano_sums"]
+    sampler = build(config.model.sampler)
+    work = task_work(spec, sampler, limit=3, steps=config.steps.count)
+    assert work is not None
+    dream = config.model.family == "dream"
+    engine = Engine(
+        lm.model,
+        sampler,
+        gen_length=spec.gen_length,
+        block_length=None if dream else spec.block_length,
+        steps=config.steps.count or spec.steps,
+    )
+    answers = engine.generate([Prompt([5] * (10 + i), i) for i in range(3)])
+    assert sum(answer.n_forwards for answer in answers) == work.at_most
+    assert 0 < work.forwards <= work.at_most
+
+
+def test_answers_stop_where_those_of_the_data_end() -> None:
+    suite, sampler = suite_of("task=gsm8k")
+    spec = suite["gsm8k"]
+
+    def steps(answers: dict[int, tuple[int, int]]) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SIZES, "gsm8k", replace(SIZES["gsm8k"], answers=answers))
+            work = task_work(spec, sampler, limit=1)
+        assert work is not None
+        return work.forwards
+
+    assert steps({32: (1, 1)}) == 32  # a whole block of 32
+    assert steps({33: (1, 1)}) == (33 + 64) / 2
+    assert steps({999: (1, 1)}) == steps({256: (1, 1)}) == 256
+    assert steps({32: (3, 3), 256: (1, 1)}) == 88
+
+
+# ---- sizes, memory, speed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["nano_facts", "nano_sums", "nano_code"])
+def test_the_table_of_sizes_is_what_counting_gives(task: str) -> None:
+    assert measured(suite_of(f"task={task}")[0][task], bundled(), None) == SIZES[task]
+
+
+def test_every_task_of_the_study_has_a_size() -> None:
+    suite, sampler = suite_of("task=qdlm")
+    work = {name: task_work(spec, sampler) for name, spec in suite.items()}
+    assert all(work.values())
+    assert (work["mmlu"].forwards, work["mmlu"].length) == (14042, 138 + 5 * 110 + 1)  # the choices share a sequence
+    assert (work["gsm8k"].at_most, work["gsm8k"].length) == (1319 * 256, 65 + 4 * 196 + 256)
     suite["piqa"].harness = "another"
-    assert task_cost(suite["piqa"]) is None
+    assert task_work(suite["piqa"], sampler) is None
 
 
 def test_quantization_costs_what_the_method_reads() -> None:
-    def flops(method: str, *overrides: str) -> float:
-        config = resolve(compose([f"method={method}", *LLADA, *overrides]))
-        return quantization_flops(build(config.method), config.bits, arch, 2, 64)
+    def counted(method: str, *overrides: str) -> tuple[int, float]:
+        config = resolve(compose([f"method={method}", *LLADA, "calib.samples=2", "calib.length=64", *overrides]))
+        method_, bits = build(config.method), config.bits
+        work = calibration_work(method_, config)
+        return sum(w.at_most for w in work), hessian_flops(method_, bits, PUBLISHED["LLaDA-8B"], 2 * 64)
 
-    arch = PUBLISHED["LLaDA-8B"]
-    one_pass = forward_flops(arch, 64, head=False)
-    hessians = 2 * 32 * 2 * 64 * (3 * 4096**2 + 12288**2)
-    assert flops("rtn") == 0
-    assert flops("gptq") == 3 * 2 * one_pass + hessians
-    assert flops("gptq", "bits=w16a16") == 0
-    assert flops("awq", "method.transforms.scale.n_grid=10") == (3 + 15) * 2 * one_pass
+    assert counted("rtn") == (0, 0)
+    assert counted("gptq") == (3 * 2, 2 * 32 * 2 * 64 * (3 * 4096**2 + 12288**2))
+    assert counted("gptq", "bits=w16a16") == (0, 0)
+    assert counted("awq", "method.transforms.scale.n_grid=10") == ((3 + 15) * 2, 0)
+    rollout = ["calib=trajectory", "calib.rollout=true", "calib.gen_length=32", "calib.steps=32"]
+    assert counted("rtn", *rollout) == (2 * 32 // 2, 0)
 
 
-def test_a_plan_needs_no_checkpoint_and_counts_a_baseline_once() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_weights_are_those_of_the_loaded_model(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    checkpoint = inspect(str(tiny_checkpoint(family)))
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_weights(checkpoint, dtype).parameters()
+        assert weight_bytes(checkpoint.arch, dtype) == sum(p.numel() * p.element_size() for p in loaded)
+
+
+def test_what_does_not_fit_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dqx.planning.runs, "device_bytes", lambda device: 10_000_000)
+    text = listing(["task=nano_sums", "calib.samples=64"])
+    assert "does not fit: about " in text
+    assert "cpu has 10 MB; take model.dtype=bfloat16 or fewer or shorter windows (calib.samples=32)" in text
+    assert "does not fit" not in listing([*LLADA, "task=piqa"])  # another machine, of which no memory is known
+
+
+def test_speed_is_measured_on_the_shapes_of_the_work() -> None:
+    arch = of_nano()
+    speed = Measured(arch, torch.float32, torch.device("cpu"))
+    assert block_parameters(arch) == sum(p.numel() for p in speed.block.parameters() if p.dim() == 2)
+    assert len(speed.outer.blocks) == 0
+    suite, sampler = suite_of("task=nano_sums")
+    work = task_work(suite["nano_sums"], sampler)
+    assert work is not None
+    assert speed.seconds(work, sampler) > 0
+    assert speed.rows(work) == 512 // 36
+    assert speed.seconds(replace(work, forwards=2 * work.forwards), sampler) == 2 * speed.seconds(work, sampler)
+    longer = speed.block_seconds(1, 4 * speed.limit)  # more than can be timed: by operations
+    assert longer == pytest.approx(
+        speed.block_seconds(1, speed.limit) * block_flops(arch, 4 * speed.limit) / block_flops(arch, speed.limit)
+    )
+
+
+def test_a_plan_reads_no_weight(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint("llada")
+    (folder / "model.safetensors").unlink()
+    text = listing([f"model.path={folder}", "task=nano_facts", "method=rtn", "bits.weight.group_size=-1"])
+    assert "Speed measured here: 1 CPU thread, float32" in text
+    assert "cannot run" not in text
+
+
+# ---- the listing ---------------------------------------------------------------------------------------------
+
+
+def test_a_baseline_is_counted_once() -> None:
     first, second = (plan_run(compose([*LLADA, f"method={m}", "task=arc_easy"])) for m in ("rtn", "gptq"))
     assert first.problems == second.problems == []
     assert first.baselines == second.baselines
-    assert (first.assumed, first.method, first.bits) == ("LLaDA-8B", "rtn", "w4a16")
+    assert (first.method, first.bits) == ("rtn", "w4a16")
     other = plan_run(compose([*LLADA, "method=rtn", "task=arc_easy", "seed=1"]))
     assert other.baselines != first.baselines
-    text = listing([*LLADA, "method=rtn", "task=arc_easy"], [*LLADA, "method=gptq", "task=arc_easy"], tflops=100)
-    rows = {line.split()[1]: line.split() for line in text.splitlines() if line.startswith("llada_8b_base ")}
-    assert rows["rtn"][7] != "-"
-    assert rows["gptq"][7] == "-"
+    computed = set(first.baselines.values())
+    assert second.cost(set())["full precision"].flops == second.cost(computed)["evaluate"].flops
+    assert second.cost(computed)["full precision"].flops == second.checks.flops
+    text = listing([*LLADA, "method=rtn", "task=arc_easy"], [*LLADA, "method=gptq", "task=arc_easy"])
     assert "llada_8b_base is not here; it is taken to have the shapes of LLaDA-8B." in text
-    assert "at 100 x 10^12 operations per second" in text
+    assert "the largest run is llada_8b_base-" in text
 
 
-def test_hours_follow_from_operations() -> None:
+def test_an_assumed_speed_takes_the_place_of_the_measurement() -> None:
     run = plan_run(compose([*LLADA, "method=rtn", "task=arc_easy"]))
-    seconds = sum(run.evaluation.values()) / 200e12
-    assert sum(run.evaluation.values()) == 2376 * 4 * 128 * forward_flops(PUBLISHED["LLaDA-8B"], 29 + 5)
-    text = listing([*LLADA, "method=rtn", "task=arc_easy"])
-    assert duration(seconds) in text
-    assert duration(2 * seconds) in text  # with the full-precision side
-    assert duration(seconds / 2) in listing([*LLADA, "method=rtn", "task=arc_easy"], tflops=400)
+    assert run.evaluation["arc_easy"].seconds == run.evaluation["arc_easy"].flops / 200e12
+    text = listing([*LLADA, "method=rtn", "task=arc_easy", "plan_tflops=400"])
+    assert "Speed assumed: 400 TFLOP/s sustained (plan_tflops)." in text
+    assert "measured here" not in text
 
 
 @pytest.mark.parametrize(
@@ -128,10 +263,12 @@ def test_hours_follow_from_operations() -> None:
         ([*LLADA, "task.limit=0", "seed=-1"], "task.limit=0 leaves no documents"),
         ([*LLADA, "+model.dtyp=x"], "model.dtyp is no setting"),
         ([*LLADA, "calib.length=8192"], "longer than the model's 4096 positions"),
+        (["plan_tflops=-1"], "plan_tflops=-1.0 must be a number above 0"),
+        (["model.device=cuda:77"], "plan_tflops=NUMBER plans for another machine"),
     ],
 )
 def test_what_cannot_run_is_listed_and_costs_nothing(overrides: list[str], said: str) -> None:
-    text = listing(overrides, ["method=rtn"])
+    text = listing(overrides, ["method=rtn", "plan_tflops=1"])
     assert said in text
     (row,) = (line for line in text.splitlines() if line.endswith("cannot run"))
     assert len(row.split()) == 6  # model, method, bits, tasks
@@ -139,9 +276,10 @@ def test_what_cannot_run_is_listed_and_costs_nothing(overrides: list[str], said:
 
 
 def test_full_precision_as_a_method_is_evaluated_once() -> None:
-    run = plan_run(compose(["model=llada_8b_base", "method=fp16", "task=arc_easy"]))
+    run = plan_run(compose(["model=llada_8b_base", "method=fp16", "task=arc_easy", "plan_tflops=200"]))
     assert not run.changes
-    assert run.quantization == 0
+    assert run.quantization.flops == 0
+    assert run.cost(set())["evaluate"].flops == 0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +299,14 @@ def test_durations(value: float, text: str) -> None:
 def test_plan_as_typed(tmp_path: Path) -> None:
     """A preset from the command line, offline: all runs are listed, nothing is left behind, exit code 0."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "+experiment=qdlm_table5", "plan=true", "method=gptq"],
+        [
+            sys.executable,
+            str(ROOT / "launch.py"),
+            "+experiment=qdlm_table5",
+            "plan=true",
+            "method=gptq",
+            "plan_tflops=200",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
