@@ -1,0 +1,255 @@
+"""How long evaluating takes: GSM8K, HumanEval, MMLU, ARC and HellaSwag, by dqx and by the plain path of the study.
+
+    python -m dqx.benchmarks.evaluate                          all tasks on one core: about five minutes
+    python -m dqx.benchmarks.evaluate --tasks mmlu,hellaswag --scale 8 --json figures.json
+    python -m dqx.benchmarks.evaluate --scale 1 --blocks 32 --device cuda --dtype bfloat16 --documents 32
+    python -m dqx.benchmarks.evaluate --quick                  a few seconds, to see that it runs
+
+Random models of LLaDA-8B's proportions with prompts and answers as long as the real ones (lengths.json). Both paths
+work on the same documents, one after the other in the same minutes, and their results are compared. See README.md
+beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dqx import config
+from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
+from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Outcome, Work, architecture, clock, random_model
+from dqx.evaluate.spec import TaskSpec
+from dqx.models.transformer import Architecture
+from dqx.report import RULES
+
+#: Documents of each task, as many as take about five minutes together.
+DOCUMENTS = {"gsm8k": 6, "humaneval": 3, "mmlu": 12, "arc_easy": 12, "arc_challenge": 12, "hellaswag": 3}
+
+#: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
+GSM8K_STOP = 110
+
+ROUNDS = 3  # each with its own weights, prompts and draws; both paths in each
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Figures:
+    """One task, or several together."""
+
+    task: str
+    kind: str
+    documents: int
+    stop: float  # of a generation task, tokens until the stop string is complete; mean
+    outcome: Outcome = field(default_factory=Outcome)
+
+    @property
+    def plain(self) -> Work:
+        return self.outcome.plain + self.outcome.greedy
+
+    @property
+    def dqx(self) -> Work:
+        return self.outcome.dqx
+
+    @property
+    def ratio(self) -> float:
+        return self.plain.seconds / self.dqx.seconds
+
+    def savings(self) -> dict[str, float]:
+        """Factors whose product is the ratio. All but the last are ratios of FLOPs, hence the same on any machine."""
+        once, whole = self.outcome.plain.flops, self.dqx.blocks + self.dqx.whole_head
+        parts = {} if self.kind == "generation" else {"no greedy pass": self.plain.flops / once}
+        parts["early stop" if self.kind == "generation" else "each state once"] = once / whole
+        parts["head only where it is read"] = whole / self.dqx.flops
+        parts["batches and all else"] = self.ratio * self.dqx.flops / self.plain.flops
+        return parts
+
+    def equality(self) -> str:
+        if self.kind == "generation":
+            return f"{sum(self.outcome.equal)} of {len(self.outcome.equal)} equal"
+        return f"within {self.outcome.error:.1e}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ratio": self.ratio, "savings": self.savings()}
+
+
+def together(name: str, rows: list[Figures]) -> Figures:
+    """The sum of several tasks of one kind."""
+    whole = Figures(name, rows[0].kind, sum(f.documents for f in rows), 0.0)
+    for f in rows:
+        whole.outcome += f.outcome
+    return whole
+
+
+def chosen(task: str, spec: TaskSpec, count: int) -> list[Lengths]:
+    """`count` documents of a task; GSM8K's answers stop after GSM8K_STOP tokens on average."""
+    documents = spread(read(task), count)
+    if task == "gsm8k":
+        factor = GSM8K_STOP * count / sum(d.targets[0] for d in documents)
+        documents = [replace(d, targets=(round(d.targets[0] * factor),)) for d in documents]
+    if spec.gen_length is not None:
+        documents = [replace(d, targets=(min(d.targets[0], spec.gen_length),)) for d in documents]
+    return documents
+
+
+def quick(spec: TaskSpec, documents: list[Lengths]) -> tuple[TaskSpec, list[Lengths]]:
+    """A task of the same form with an eighth of prompts, steps and draws."""
+    shorter = {name: max(1, value // 8) for name in ("gen_length", "block_length", "steps", "mc_samples")
+               if (value := getattr(spec, name)) is not None}  # fmt: skip
+    targets = 8 if spec.kind == "generation" else 1
+    return replace(spec, **shorter), [
+        Lengths(max(1, d.prompt // 8), tuple(max(1, t // targets) for t in d.targets)) for d in documents
+    ]
+
+
+def measure(task: str, args: argparse.Namespace) -> Iterator[Figures]:
+    """The figures of a task, after each round."""
+    spec = config.suite([task])[task]
+    if spec.gen_length is not None:
+        spec = replace(spec, steps=spec.gen_length // args.tokens_per_step)
+    documents = chosen(task, spec, args.documents or DOCUMENTS[task])
+    if args.quick:
+        spec, documents = quick(spec, documents)
+    stop = sum(d.targets[0] for d in documents) / len(documents) if spec.kind == "generation" else 0.0
+    figures = Figures(task, spec.kind, len(documents), stop)
+    arch, device = architecture(args.scale, args.blocks), torch.device(args.device)
+    for seed in range(min(ROUNDS, len(documents))):
+        model = random_model(arch, seed, device, DTYPES[args.dtype])
+        figures.outcome += PATHS[spec.kind](model, spec, documents[seed::ROUNDS], seed)
+        yield figures
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, width: int = 2048) -> float:
+    """FLOP/s of a large matrix product, the best of five tries."""
+    matrix = torch.randn(width, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = clock(device)
+        matrix @ matrix
+        best = min(best, clock(device) - start)
+    return 2 * width**3 / best
+
+
+def head_share(arch: Architecture) -> float:
+    """The head's share of the parameters that multiply every token."""
+    blocks = arch.n_blocks * arch.hidden_size * (
+        2 * arch.hidden_size + 2 * arch.n_kv_heads * arch.head_size + 3 * arch.mlp_size
+    )  # fmt: skip
+    head = arch.vocab_size * arch.hidden_size
+    return head / (head + blocks)
+
+
+def table(rows: list[Figures]) -> Table:
+    """Times, work and equality of both paths; under each task, what made the difference."""
+    result = Table(box=RULES, show_edge=False, pad_edge=False, header_style="bold")
+    result.add_column("task", no_wrap=True)
+    for head in ("docs", "plain\ns", "dqx\ns", "ratio", "plain\nforwards", "dqx\nforwards", "plain\ntokens",
+                 "dqx\ntokens", "results"):  # fmt: skip
+        result.add_column(head, justify="right", no_wrap=True)
+    for f in rows:
+        both = (f.plain, f.dqx)
+        result.add_row(
+            f.task, str(f.documents), *(f"{w.seconds:.2f}" for w in both), f"{f.ratio:.2f}",
+            *(str(w.sequences) for w in both), *(f"{w.tokens / 1000:.1f}k" for w in both), f.equality(),
+        )  # fmt: skip
+        for what, factor in f.savings().items():
+            result.add_row(f"  {what}", "", "", "", f"{factor:.2f}", style="dim")
+    return result
+
+
+def legend(rows: list[Figures], args: argparse.Namespace, rate: float) -> list[str]:
+    """What the numbers are, and how fast each path went."""
+    arch = architecture(args.scale, args.blocks)
+    clocked = "processor time on one thread" if args.device == "cpu" and args.threads == 1 else "wall-clock time"
+    lines = [
+        f"{arch.n_blocks} blocks, hidden {arch.hidden_size}, MLP {arch.mlp_size}, vocabulary {arch.vocab_size} (the "
+        f"head has {100 * head_share(arch):.1f} % of the parameters that multiply, as at LLaDA-8B "
+        f"{100 * head_share(PUBLISHED_MODEL):.1f} %), {args.dtype}; {clocked}.",
+        "forwards: sequences through the model. tokens: of these, with padding. Lines under a task: factors of its "
+        "ratio.",
+    ]
+    for f in rows:
+        stop = f"; the stop string is complete after {f.stop:.0f} tokens on average" if f.stop else ""
+        speeds = (
+            f"{name} {w.tokens / w.seconds:.0f} tokens/s, {w.sequences / w.seconds:.1f} forwards/s, "
+            f"{100 * w.flops / w.seconds / rate:.0f} % of peak"
+            for name, w in (("plain", f.plain), ("dqx", f.dqx))
+        )
+        lines.append(f"{f.task}: {'; '.join(speeds)}{stop}.")
+    lines.append(
+        f"Peak: {rate / 1e12:.3g} TFLOP/s, " + ("as given." if args.peak else "a matrix product of width 2048.")
+    )
+    return lines
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dqx.benchmarks.evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"one or several of {', '.join(TASKS)} (all)")
+    parser.add_argument("--documents", type=int, help="documents of every task (as many as take some minutes)")
+    parser.add_argument("--scale", type=int, default=16, help="divide LLaDA-8B's widths by this (16)")
+    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks (4)")
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=4, help="tokens written per denoising step (4; study: 1)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="type of the weights (float32)")
+    parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device; null measures a large matrix product")
+    parser.add_argument("--quick", action="store_true", help="tiny model, two documents, short prompts and answers")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    args.tasks = args.tasks.split(",")
+    if strange := [name for name in args.tasks if name not in TASKS]:
+        parser.error(f"--tasks: {', '.join(strange)} is unknown; there are {', '.join(TASKS)}")
+    if args.quick:
+        args.scale, args.blocks, args.documents = 32, 2, args.documents or 2
+    for option in ("documents", "blocks", "threads"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            parser.error(f"--{option}={value} must be at least 1")
+    if args.tokens_per_step not in (1, 2, 4, 8, 16, 32):
+        parser.error(
+            f"--tokens-per-step={args.tokens_per_step} must divide a block of 32 tokens; 1, 2, 4, 8, 16, 32 do"
+        )
+    try:
+        architecture(args.scale, args.blocks)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    rows: list[Figures] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for name in args.tasks:
+            line = progress.add_task(name)
+            for figures in measure(name, args):
+                progress.update(line, description=f"{name}, {figures.ratio:.2f} times as fast")
+            progress.stop_task(line)
+            rows.append(figures)
+            if args.json is not None:  # after every task, so that a run that is broken off leaves something
+                args.json.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    arc = [f for f in rows if f.task.startswith("arc_")]
+    shown = [*rows, together("arc, both", arc)] if len(arc) > 1 else rows
+    rate = args.peak * 1e12 if args.peak else matmul_rate(torch.device(args.device), DTYPES[args.dtype])
+    console = Console(highlight=False, emoji=False)
+    Console(highlight=False, emoji=False, width=max(130, console.width)).print(table(shown))
+    for text in legend(rows, args, rate):
+        console.print(text, style="dim", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
