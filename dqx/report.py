@@ -40,7 +40,7 @@ def print_table(record: Record, folder: str | Path | None = None, file: TextIO |
     for line in header(record):
         console.print(Text(line, style="bold"), soft_wrap=True)
     console.print()
-    wide.print(delta_table(record))
+    wide.print(delta_table(record.deltas))
     for line in delta_legend(record.deltas):
         console.print(Text(line, style="dim"), soft_wrap=True)
     if record.fidelity:
@@ -140,15 +140,15 @@ def header(record: Record) -> list[str]:
     return [what + (f", {average:.2f} bits per weight on average" if average else ""), ", ".join(parts)]
 
 
-def delta_table(record: Record) -> Table:
-    """Full precision against quantized: per task, per category, on average."""
-    table = _table(("task", "left"), ("docu-\nments", "right"), ("full\nprec.", "right"), ("quan-\ntized", "right"))
+def delta_table(rows: Sequence[Delta], before: str = "full\nprec.", after: str = "quan-\ntized") -> Table:
+    """One side against another: per task, per category, on average."""
+    table = _table(("task", "left"), ("docu-\nments", "right"), (before, "right"), (after, "right"))
     for name, side in (("delta\n[95 % interval]", "right"), ("rel.\ndrop", "right"), ("\nlevel", "left")):
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("lost/\ngained", justify="right", no_wrap=True)
     table.add_column("\nverdict", no_wrap=True)
-    kind = record.deltas[0].kind
-    for row in record.deltas:
+    kind = rows[0].kind
+    for row in rows:
         if row.kind != kind:
             table.add_section()
         kind = row.kind
