@@ -105,8 +105,8 @@ def main() -> None:
     parser.add_argument("other", help="folder of the run that is compared with it")
     arguments = parser.parse_args()
     try:
-        runs = [RunFolder(folder).read() for folder in (arguments.run, arguments.other)]
-        print_comparison(*runs, Console(highlight=False, emoji=False, width=max(120, Console().width)))
+        before, after = (RunFolder(folder).read() for folder in (arguments.run, arguments.other))
+        print_comparison(before, after, Console(highlight=False, emoji=False, width=max(120, Console().width)))
     except (OSError, ValueError) as error:
         Console(stderr=True).print(Text(str(error)), soft_wrap=True)
         sys.exit(2)
