@@ -5,9 +5,9 @@ text, for full precision and after quantization:
 
 - at several mask ratios, the Kullback-Leibler divergence KL(full precision || quantized) of the predictions at masked
   positions, in nats, and how often the most probable token is the same;
-- of answers that the run's sampler writes after the first half of each window, one token per step: how many of their
-  tokens are the same in the end, and the first step after which the two differ. Noise, if the sampler uses any, is the
-  same for both.
+- of answers that the run's sampler writes after the first half of each window, one token per step (with a threshold at
+  least one, while there are any): how many of their tokens are the same in the end, and the first step after which the
+  two differ. Noise, if the sampler uses any, is the same for both.
 
 The text, the masks and the positions compared are the same in every run with the same seed. Guidance plays a part in
 the answers only. Full precision is asked before quantization, for the weights change in place; kept are at most 8

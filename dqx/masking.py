@@ -13,7 +13,8 @@ on the same windows of text, so that runs which differ in `calib` alone differ i
   `gen_length` tokens. Window i shows one call of the model out of `Sampler.calls`: finished blocks are visible, the
   current block has exactly as many masks as the sampler leaves there, later blocks are masked. The N windows are
   spread evenly over the calls, so every call has the same weight. (Dream's sampler has one block; truncation is in its
-  counts. With guidance, every second call has masks in place of the prompt.)
+  counts. With guidance, every second call has masks in place of the prompt. A threshold writes more than is scheduled:
+  the calls stay those of the schedule, and a rollout then shows fewer masks.)
   *Which* positions are still masked depends on the model's confidence. Without the model they are drawn uniformly,
   and written ones hold the text's own tokens. With `rollout`, the model as it is before quantization continues the
   prompt with its sampler, and the state at that call is taken: the states really visited, at the cost of half a

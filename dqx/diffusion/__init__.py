@@ -2,7 +2,7 @@
 
     noise.py       random numbers as a pure function of (seed, document, ...): nothing depends on batch or device
     sampler.py     what samplers share: guided logits at masked positions, ranking, commits
-    llada.py       LLaDASampler: blocks from left to right, most confident tokens first
+    llada.py       LLaDASampler: blocks from left to right, most confident tokens first; Fast-dLLM's approximations
     dream.py       DreamSampler: the whole answer at once on a time grid, four orders
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
@@ -15,13 +15,15 @@ Data flow of generation, for B prompts of P tokens and G new tokens: append G ma
 `model(ids)` gives logits [B, T, V] (row i predicts token i in every family), a candidate token and a
 confidence come out for each masked position of the answer, and the schedule says how many of the most
 confident ones are written. Nothing written is ever changed again, and prompts are only read. Plainly, by the samplers'
-`generate`; in evaluations by `Engine`, which is proven to write the same tokens.
+`generate`; in evaluations by `Engine`, which is proven to write the same tokens. What the approximations cost and save
+is in README.md.
 
 Data flow of likelihood: draw which target tokens to mask (`mask_states`), run the masked sequences,
 read the log-probabilities of the true tokens (`masked_log_probs`), weight and average. Plainly, one target at
 a time, by `log_likelihood`; in evaluations by `Scorer`, which is proven equal to it.
 
-`n_forwards` counts sequences through the model: a batch of 8 counts 8, guidance doubles it.
+`n_forwards` counts sequences through the model: a batch of 8 counts 8, guidance doubles it. `n_tokens` counts their
+tokens, with a cache those that are computed.
 The samplers' `generate` on one prompt and `log_likelihood` are the plain implementation against which anything faster
 has to be proven equal.
 """
