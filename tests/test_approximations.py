@@ -17,6 +17,8 @@ from dqx.diffusion.engine import Engine, Prompt, cache_bytes, row_bytes
 from dqx.diffusion.llada import share
 from dqx.models import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer, shift_logits
+from dqx.run import run
+from dqx.store import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("llada", "dream")
@@ -324,3 +326,28 @@ def test_calls_say_what_is_computed() -> None:
         (2, 4),
     ]
     assert [call.window for call in LLaDASampler(threshold=0.9).calls(4, 2, 4, random)] == [None] * 4
+
+
+def test_the_record_says_that_answers_are_approximate(tmp_path, capsys) -> None:
+    small = ["method=fp16", "task=nano_sums", "task.limit=2", "fidelity.samples=0", "outliers.samples=0"]
+    config = [*small, "wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}"]
+    approximate = ["model.sampler.threshold=0.9", "model.sampler.cache=dual"]
+    exact, fast = (
+        run(resolve(compose([*config, *more])), tmp_path / name)
+        for name, more in (("exact", []), ("fast", approximate))
+    )
+    assert (exact.model["sampler"], exact.approximations) == ("low_confidence", ())
+    assert (fast.model["sampler"], fast.approximations) == (
+        "low_confidence+threshold0.9+dual_cache",
+        ("threshold0.9", "dual_cache"),
+    )
+    assert fast.sources["full_precision"] == {"nano_sums": "computed"}  # exact results are not reused
+    before, after = exact.quantized["nano_sums"], fast.quantized["nano_sums"]
+    assert (before.notes, after.notes) == (
+        [],
+        ["approximate: answers written by low_confidence+threshold0.9+dual_cache"],
+    )
+    assert before.n_forwards > after.n_forwards > 0
+    assert after.n_tokens / after.n_forwards < before.n_tokens / before.n_forwards
+    assert RunFolder(tmp_path / "fast").read().results() == fast.results()
+    assert "approximate: threshold0.9, dual_cache" in capsys.readouterr().out
