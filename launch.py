@@ -2,7 +2,8 @@
 
 Exit code 0: every run finished. 2: mistakes in the command line, the configuration or the files it names, told in
 plain words before anything heavy started (runs of the same sweep without mistakes were done). 1: a run failed on
-the way. 130: interrupted.
+the way. 130: interrupted. Inside a W&B sweep a combination of settings that cannot run is skipped with exit code 0,
+because an agent gives up after three failures.
 """
 
 from __future__ import annotations
@@ -15,49 +16,56 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
+from dqx.outcomes import FILE, Failure, RunFailed, failures, launched
 
 if TYPE_CHECKING:
     from dqx.planning import PlannedRun
-    from dqx.store import Record
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
-failures: list[BaseException] = []  # of the runs that were started here
-finished: list[Record] = []
 planned: list[PlannedRun] = []  # with plan=true
-started = 0
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """One run, of a sweep perhaps. A run that fails says so at once; in a sweep the others go on."""
-    global started
-    started += 1
+    """One run, of a sweep perhaps. A run that fails says so at once, and why in its folder; in a sweep others go on."""
     if cfg.plan:
         from dqx.planning import plan_run
 
         planned.append(plan_run(cfg))
         return
     from dqx.models.checkpoint import CheckpointError
-    from dqx.run import run
 
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.RUN:  # a sweep's are known to the process that launched it
+        launched.append(folder)
+    (folder / FILE).unlink(missing_ok=True)
     try:
-        finished.append(run(resolve(cfg)))
+        from dqx.run import run
+
+        run(resolve(cfg))
     except (ConfigProblems, CheckpointError) as error:
-        failures.append(ConfigProblems(explain(error)))
-        log.error(plain(explain(error)))
-        raise
+        problems = explain(error)
+        log.error(plain(problems))
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        failure, cause = Failure(problems[0] + more, refused=True), error
     except Exception as error:
-        failures.append(error)
         log.exception("the run failed")
-        raise
+        failure, cause = Failure("".join(traceback.format_exception_only(error)).strip()), error
+    else:
+        return
+    failure.write(folder)
+    raise RunFailed(failure.reason) from cause
 
 
 @contextmanager
@@ -70,6 +78,7 @@ def without_output_folders(argv: list[str]) -> Iterator[None]:
     with TemporaryDirectory() as folder:
         places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra.output_subdir=null"]
         argv[at:at] = [*places, "hydra/job_logging=none", "hydra/hydra_logging=none"]
+        argv[:] = [a for a in argv if not a.startswith(("hydra/launcher=", "hydra.launcher."))]  # planned right here
         yield
 
 
@@ -80,41 +89,62 @@ def plain(problems: list[str]) -> str:
     return f"cannot run, {len(problems)} problems:\n" + textwrap.indent(str(ConfigProblems(problems)), "  ")
 
 
-def exit_code(error: BaseException) -> int:
-    """Tell what ended the program, unless its run has told already, and how."""
-    if not started:
-        print(plain(explain(error)), file=sys.stderr)
-        return 2
-    if not failures:  # after the runs, or in another process
-        traceback.print_exception(error)
+def launch(developer: bool = False) -> int:
+    """Do what the command line says and tell how it ended, to developers with tracebacks. Returns the exit code."""
+    try:
+        sys.argv[1:] = normalize(sys.argv[1:])
+        with without_output_folders(sys.argv):
+            main()
+    except RunFailed as error:  # told by the run
+        if developer:
+            traceback.print_exception(error)
+    except KeyboardInterrupt:
+        print_finished()
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        mistake = not launched or isinstance(error, ConfigProblems)
+        if developer or not mistake:  # a launcher's, say
+            traceback.print_exception(error)
+        if mistake:
+            print(plain(explain(error)), file=sys.stderr)
+            return 2
+        print_finished()
+        return exit_code() or 1
+    if planned:
+        from dqx.planning import print_plan
+
+        print_plan(planned)
+        return 0
+    print_finished()
+    return exit_code()
+
+
+def print_finished() -> None:
+    """The table of a sweep: the runs that have results."""
+    failed = failures(launched)
+    finished = [folder for folder in launched if folder not in failed]
+    if len(finished) > 1:
+        from dqx.report import print_sweep
+        from dqx.store import RunFolder
+
+        print_sweep([RunFolder(folder).read(documents=False) for folder in finished])
+
+
+def exit_code() -> int:
+    """List the runs of a sweep that failed, and say what all of them together mean."""
+    failed = failures(launched)
+    if failed and len(launched) > 1:
+        print(f"{len(failed)} of {len(launched)} runs failed:", file=sys.stderr)
+        for folder, failure in failed.items():
+            print(f"  {folder.name}: {failure.reason}", file=sys.stderr)
+    if any(not failure.refused for failure in failed.values()):
         return 1
-    if started > 1:
-        print(f"{len(failures)} of {started} runs failed", file=sys.stderr)
-    return 2 if all(isinstance(f, ConfigProblems) for f in failures) else 1
+    return 2 if failed and not os.environ.get("WANDB_SWEEP_ID") else 0
 
 
 if __name__ == "__main__":
     developer = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
-    try:
-        sys.argv[1:] = normalize(sys.argv[1:])
-        with without_output_folders(sys.argv):
-            try:
-                main()
-            finally:
-                if len(finished) > 1:
-                    from dqx.report import print_sweep
-
-                    print_sweep(finished)
-        if planned:
-            from dqx.planning import print_plan
-
-            print_plan(planned)
-    except Exception as error:
-        if developer:
-            raise
-        sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(launch(developer))

@@ -95,6 +95,9 @@ def explain(error: BaseException) -> list[str]:
     """
     if isinstance(error, ConfigProblems):
         return error.problems
+    extra = _missing_launcher(error)
+    if extra:
+        return [f"hydra/launcher={extra} needs a package that is not installed: pip install -e '.[{extra}]'"]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = choices(group) if error.options is None and group in GROUPS else error.options or []
@@ -118,6 +121,15 @@ def explain(error: BaseException) -> list[str]:
         message = _plain((cause.msg or str(cause)).splitlines()[0])
         return [message if not key or message.startswith(key) else f"{key}: {message}"]
     return [_plain(str(error))]
+
+
+def _missing_launcher(error: BaseException) -> str | None:
+    """The choice of hydra/launcher whose engine, an optional package, is not there."""
+    if isinstance(error, MissingConfigException):
+        return {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "local_gpus"}.get(
+            error.missing_cfg_file or ""
+        )
+    return "ray" if "hydra_plugins.dqx_plugins.ray.RayLauncher" in str(error) else None
 
 
 def _visible(options: Iterable[str]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -264,7 +263,7 @@ def _command() -> str | None:
     hydra = HydraConfig.get()
     team = os.environ.get("DQX_CONFIG_PATH")
     folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    parts = ["python", Path(sys.argv[0]).name, *(f"--config-dir={folder}" for folder in folders)]
+    parts = ["python", "launch.py", *(f"--config-dir={folder}" for folder in folders)]
     parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
     return (f"DQX_CONFIG_PATH={shlex.quote(team)} " if team else "") + shlex.join([*parts, *hydra.overrides.task])
 
