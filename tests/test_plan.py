@@ -290,7 +290,8 @@ def test_amounts(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "-"), (0.2, "< 1 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (1e7, "2777.8 h")]
+    ("value", "text"),
+    [(0, "-"), (0.2, "< 1 s"), (89, "89 s"), (600, "10 min"), (7200, "2.0 h"), (1e6, "277.8 h"), (1e7, "2,778 h")],
 )
 def test_durations(value: float, text: str) -> None:
     assert duration(value) == text

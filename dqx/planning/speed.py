@@ -26,7 +26,7 @@ from dqx.diffusion.scoring import Scorer
 from dqx.models.transformer import ROLES, Architecture, Block, MaskedDiffusionTransformer
 from dqx.planning.work import Work
 
-PASS = 0.3  # seconds that one timed pass should take at most
+PASS = 0.25  # seconds that one timed pass should take, about, at most
 TRIES = 3
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -150,10 +150,10 @@ class Measured:
         return self._times["block", b, t] * whole / part
 
     def _pass(self, rows: int, length: int) -> float:
-        """Seconds of one pass. The first token of the first sequence is padding, as batches of real prompts have it."""
+        """Seconds of one pass. Of several sequences one has padding, as in batches of real prompts."""
         ids = torch.zeros(rows, length, dtype=torch.long, device=self.device)
         real = torch.ones_like(ids)
-        real[0, 0] = int(rows == 1)
+        real[0, 0] = 0
         rope, mask = self.outer.context(ids, real if rows > 1 else None)
         x = torch.randn(rows, length, self.arch.hidden_size, device=self.device).to(self.dtype)
         return timed(lambda: self.block(x, rope, mask), self.device)
@@ -162,7 +162,7 @@ class Measured:
         """Tokens that one block does within `PASS`."""
         most = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
         tokens = 16
-        while tokens < most and min(self._pass(1, tokens) for _ in range(3)) < PASS / 2:
+        while tokens < most and min(self._pass(1, tokens) for _ in range(2)) < PASS:
             tokens *= 2
         return tokens
 
@@ -195,12 +195,16 @@ class Measured:
             prefix = torch.zeros(max(1, work.length - work.target), dtype=torch.long)
             target = torch.arange(work.target) % self.arch.vocab_size
             requests = [Request(prefix.clone().fill_(i % self.arch.vocab_size), target, (i,)) for i in range(n)]
-            took = best(lambda: timed(lambda: scorer.score(requests), self.device))
-            self._times[key] = took / (scorer.n_forwards / (TRIES + 1))
+
+            def once() -> float:
+                scorer.n_forwards = 0
+                return timed(lambda: scorer.score(requests), self.device)
+
+            self._times[key] = best(once) / scorer.n_forwards
         return self._times[key]
 
 
-@lru_cache(maxsize=1)  # an 8B head and block take 1.5 GB
+@lru_cache(maxsize=2)  # a head and a block of 8B take 1.5 GB
 def measured(arch: Architecture, dtype: torch.dtype, device: torch.device) -> Measured:
     """The measurements of one model, for all of its runs."""
     return Measured(arch, dtype, device)
@@ -219,22 +223,26 @@ def filled(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
     return module
 
 
-def best(seconds: Callable[[], float], tries: int = TRIES) -> float:
-    """The least of a few tries, after one that does not count."""
+def best(seconds: Callable[[], float]) -> float:
+    """The least of a few tries, of fewer where one takes long, after one that does not count."""
     seconds()
-    return min(seconds() for _ in range(tries))
+    found = [seconds()]
+    while len(found) < TRIES and sum(found) < PASS:
+        found.append(seconds())
+    return min(found)
 
 
 def timed(do: Callable[[], object], device: torch.device) -> float:
-    """Seconds until `do` has been done."""
+    """Seconds until `do` has been done; on one CPU thread of this process alone, whatever else the machine does."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     with torch.no_grad():
         do()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _tflops(value: float) -> str:
