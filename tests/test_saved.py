@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
 from goldens import Batch, tiny
 from torch import nn
 
-from dqx.config import build, select
-from dqx.models import inspect, load_weights
+from dqx.config import Config, build, select
+from dqx.models import MaskedDiffusionTransformer, inspect, load_weights
 from dqx.models.checkpoint import CheckpointError
 from dqx.parts import build_part
 from dqx.quant import load_quantized, quantize, save_quantized
@@ -40,36 +41,52 @@ CASES = {
     "quarot w4a4": ("quarot", "w4a4"),
     "quarot w16a16": ("quarot", "w16a16"),
     "duquant w4a4": ("duquant", "w4a4", TILE, "method.transforms.rotate.steps=8"),
-    "d2quant w2a16": ("d2quant", "w2a16", SMALL, TILE),
+    "d2quant w2a16": ("d2quant", "w2a16", SMALL, TILE, "method.clip.n_grid=10"),
 }
 IDS = torch.randint(0, 300, (3, 24), generator=torch.Generator().manual_seed(2))
 
 
-def quantized(family: str, case: tuple[str, ...], dtype: torch.dtype = torch.float32):
+def dtype_of(case: str) -> torch.dtype:
+    """Half of the cases are in bfloat16."""
+    return torch.bfloat16 if "8" in case else torch.float32
+
+
+@cache
+def configured(family: str, case: tuple[str, ...]) -> Config:
     method, bits, *overrides = case
-    config = select(method=method, bits=bits, overrides=[f"model=nano_{family}", *overrides])
+    return select(method=method, bits=bits, overrides=[f"model=nano_{family}", *overrides])
+
+
+@cache
+def quantized(family: str, case: tuple[str, ...], dtype: torch.dtype = torch.float32):
+    """Model, method, bits and report; not to be changed."""
+    config = configured(family, case)
     model, part = tiny(family, dtype), build(config.method)
     batches = [Batch(IDS)] if part.needs_data else []
     return model, part, config.bits, quantize(model, part, config.bits, batches, progress=False)
+
+
+def assert_same(ours: MaskedDiffusionTransformer, theirs: MaskedDiffusionTransformer) -> None:
+    """Equal to the bit: parameters, codes, logits."""
+    a, b = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) and not b[name].requires_grad for name in a)
+    for name, module in theirs.named_modules():
+        if isinstance(module, QuantLinear) and module.scale is not None:
+            assert torch.equal(module.codes(), ours.get_submodule(name).codes())
+    assert torch.equal(theirs(IDS), ours(IDS))
+    assert (theirs.dtype, theirs.arch, theirs.training) == (ours.dtype, ours.arch, False)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_saved_model_is_the_model(case, family, tmp_path):
-    dtype = torch.bfloat16 if "fp8" in case or "w8a8" in case else torch.float32
-    model, method, bits, report = quantized(family, CASES[case], dtype)
+    model, method, bits, report = quantized(family, CASES[case], dtype_of(case))
     save_quantized(model, report, tmp_path / "saved", method=method, bits=bits)
     again, report_again = load_quantized(tmp_path / "saved")
     assert report_again == report
-    assert torch.equal(again(IDS), model(IDS))
-    assert (again.dtype, again.arch, again.training) == (dtype, model.arch, False)
-    ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) and not theirs[name].requires_grad for name in ours)
-    for name, module in again.named_modules():
-        if isinstance(module, QuantLinear) and module.scale is not None:
-            assert torch.equal(module.codes(), model.get_submodule(name).codes())
+    assert_same(model, again)
 
 
 @pytest.fixture
@@ -165,4 +182,4 @@ def test_several_modules_at_one_place_keep_their_order(tmp_path):
     save_quantized(model, report, tmp_path / "saved", method=method, bits=bits)
     again, _ = load_quantized(tmp_path / "saved")
     with torch.no_grad():
-        assert torch.equal(again(IDS), model(IDS))
+        assert_same(model, again)

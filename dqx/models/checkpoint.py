@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqx.models import dream, llada
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 
 FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
+CHECKED_ROWS = 4096  # of a tensor, looked through for infinities at a time
 INDEX = "model.safetensors.index.json"
 QUANTIZED = "quantized.json"  # in the folder of a quantized checkpoint, see dqx/quant/saved.py
 
@@ -229,8 +231,7 @@ def tensor_names(arch: Architecture) -> dict[str, str]:
 
 
 def _expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        parameters = dict(MaskedDiffusionTransformer(arch).named_parameters())
+    parameters = dict(skeleton(arch).named_parameters())
     return {hub: tuple(parameters[ours].shape) for ours, hub in tensor_names(arch).items()}
 
 
@@ -241,28 +242,64 @@ def load_weights(
 
     Raises CheckpointError for a tensor that cannot be read or is not finite.
     """
+    model = skeleton(checkpoint.arch)
+    load_outer(model, checkpoint, dtype, device)
+    for index in range(checkpoint.arch.n_blocks):
+        model.blocks[index] = load_block(checkpoint, index, dtype, device)
+    return model
+
+
+def skeleton(arch: Architecture) -> MaskedDiffusionTransformer:
+    """A model without weights (on torch's meta device), in eval mode."""
     with torch.device("meta"):
-        model = MaskedDiffusionTransformer(checkpoint.arch)
-    hub_to_ours = {hub: ours for ours, hub in tensor_names(checkpoint.arch).items()}
-    state: dict[str, Tensor] = {}
-    for path in sorted(set(checkpoint.files.values())):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as f:
-                names = f.keys()
-                for name in names:
-                    if name in hub_to_ours:
-                        tensor = f.get_tensor(name)
-                        if not torch.isfinite(tensor).all():
-                            raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite")
-                        state[hub_to_ours[name]] = tensor.to(dtype or tensor.dtype)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if checkpoint.arch.tied_head:
-        state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state, assign=True)
+        return MaskedDiffusionTransformer(arch).eval().requires_grad_(False)
+
+
+def load_outer(
+    model: MaskedDiffusionTransformer, checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Load embedding, final norm and head into `model`. Raises CheckpointError as `load_weights` does."""
+    names = {ours: hub for ours, hub in tensor_names(checkpoint.arch).items() if not ours.startswith("blocks.")}
+    assign(model, _read(checkpoint, names, dtype, device))
     if checkpoint.arch.tied_head:
         model.head.weight = model.embed.weight
-    return model.eval().requires_grad_(False)
+
+
+def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None, device: torch.device | str) -> Block:
+    """One block in eval mode. Raises CheckpointError as `load_weights` does."""
+    prefix = f"blocks.{index}."
+    names = {ours: hub for ours, hub in tensor_names(checkpoint.arch).items() if ours.startswith(prefix)}
+    with torch.device("meta"):
+        block = Block(checkpoint.arch)
+    state = _read(checkpoint, names, dtype, device)
+    assign(block, {ours.removeprefix(prefix): tensor for ours, tensor in state.items()})
+    return block.eval()
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make tensors the parameters of these names, of those too that the module's class leaves out by default."""
+    for path, tensor in tensors.items():
+        owner, _, name = path.rpartition(".")
+        setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _read(
+    checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None, device: torch.device | str
+) -> dict[str, Tensor]:
+    """The tensors of `names` (our parameter name -> hub name), by our names."""
+    found: dict[str, Tensor] = {}
+    for path in sorted({checkpoint.files[hub] for hub in names.values()}):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as f:
+                for ours, hub in names.items():
+                    if checkpoint.files[hub] == path:
+                        tensor = f.get_tensor(hub)
+                        if not all(bool(torch.isfinite(rows).all()) for rows in tensor.split(CHECKED_ROWS)):
+                            raise CheckpointError(f"{path}: tensor {hub!r} holds values that are not finite")
+                        found[ours] = tensor.to(dtype or tensor.dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return found
 
 
 def save(

@@ -24,17 +24,23 @@ def plant_outliers(model: MaskedDiffusionTransformer, gain: float, channels: int
 
     Exact in floating point when `gain` is a power of two.
     """
-    if gain == 1.0 or channels == 0:
-        return
-    hidden = outlier_channels(model.arch.hidden_size, channels)
-    inner = outlier_channels(model.arch.mlp_size, channels)
     for block in model.blocks:
         assert isinstance(block, Block)
-        for norm, readers in ((block.attn_norm, (block.q, block.k, block.v)), (block.mlp_norm, (block.gate, block.up))):
-            norm.weight[hidden] *= gain
-            for linear in readers:
-                linear.weight[:, hidden] /= gain
-        block.up.weight[inner] *= gain
-        if block.up.bias is not None:
-            block.up.bias[inner] *= gain
-        block.down.weight[:, inner] /= gain
+        plant_in_block(block, gain, channels)
+
+
+@torch.no_grad()
+def plant_in_block(block: Block, gain: float, channels: int) -> None:
+    """`plant_outliers` in one block."""
+    if gain == 1.0 or channels == 0:
+        return
+    hidden = outlier_channels(block.arch.hidden_size, channels)
+    inner = outlier_channels(block.arch.mlp_size, channels)
+    for norm, readers in ((block.attn_norm, (block.q, block.k, block.v)), (block.mlp_norm, (block.gate, block.up))):
+        norm.weight[hidden] *= gain
+        for linear in readers:
+            linear.weight[:, hidden] /= gain
+    block.up.weight[inner] *= gain
+    if block.up.bias is not None:
+        block.up.bias[inner] *= gain
+    block.down.weight[:, inner] /= gain

@@ -13,6 +13,7 @@ from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
 if TYPE_CHECKING:
     from dqx.quant.loop import quantize
     from dqx.quant.method import Method
+    from dqx.quant.on_disk import quantize_checkpoint
     from dqx.quant.report import QuantReport
     from dqx.quant.saved import load_quantized, save_quantized
 
@@ -24,6 +25,7 @@ __all__ = [
     "WeightBits",
     "load_quantized",
     "quantize",
+    "quantize_checkpoint",
     "save_quantized",
 ]
 
@@ -32,6 +34,7 @@ _LAZY = {
     "QuantReport": "report",
     "load_quantized": "saved",
     "quantize": "loop",
+    "quantize_checkpoint": "on_disk",
     "save_quantized": "saved",
 }
 

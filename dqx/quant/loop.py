@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
 from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits
 from dqx.quant.clip import ClipAtSite
 from dqx.quant.grid import QuantizedWeight, wide
+from dqx.quant.home import Home, InMemory, Progress
 from dqx.quant.linear import QuantLinear, scale_outputs
+from dqx.quant.memory import Row, peak_gpu, peak_ram
 from dqx.quant.method import Method
-from dqx.quant.protocols import Clip, Quantizer, Rounding
+from dqx.quant.protocols import Clip, ModelChange, Quantizer, Rounding
 from dqx.quant.report import KeptRow, LinearRow, QuantReport, stored_bits
 from dqx.quant.setting import Context
 from dqx.quant.stream import Stream, as_is, collect_paired, snapshot
@@ -45,7 +47,6 @@ class Batch(Protocol):
         ...
 
 
-@torch.no_grad()
 def quantize(
     model: MaskedDiffusionTransformer,
     method: Method,
@@ -60,45 +61,91 @@ def quantize(
     `batches` may be empty for methods that need no data (rtn); then no forward pass is run. `seed` is for parts that
     draw random numbers. At 16 bits transforms are applied all the same, which leaves the function as it was.
     Raises ValueError for a method and bits that cannot work together, for missing batches, for weights or activations
-    that are not finite, and for a model that is quantized already.
+    that are not finite, and for a model that is quantized already. `quantize_checkpoint` does the same on disk.
     """
+    return quantize_blocks(InMemory(model), method, bits, batches, seed=seed, progress=progress)
+
+
+@torch.no_grad()
+def quantize_blocks(
+    home: Home,
+    method: Method,
+    bits: BitsConfig,
+    batches: Sequence[Batch] = (),
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> QuantReport:
+    """`quantize` for a model wherever it lies, from where an earlier attempt has stopped."""
     started = time.perf_counter()
-    problems = method.problems(bits, model.arch)
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
-        problems.append("the model is quantized already; load its weights again")
+    arch, memory, device = home.model.arch, home.memory, home.device
+    problems = method.problems(bits, arch) + home.problems()
     needed = method.streams(bits)
     if needed and not batches:
         problems.append(f"method {method.name} fits to activations; give at least one calibration batch")
     if problems:
         raise ValueError("\n".join(problems))
 
-    ids = [batch.ids for batch in batches] if needed else []
+    ids = [batch.ids.to(device) for batch in batches] if needed else []
     report = QuantReport(method.name, bits.name, seed, variant=method.variant)
     report.calibration_sequences = sum(len(rows) for rows in ids)
     report.calibration_tokens = sum(rows.numel() for rows in ids)
     report.kv_bits = method.kv_bits(bits).bits
     report.transforms = list(method.transforms)
-    context = Context(model.arch, bits, method, seed)
-    changes = [part.prepare(context.at(name=name), model.device) for name, part in method.model_transforms.items()]
-    for change in changes:
-        change.outer(model)
-    streams = {name: Stream(model, ids, mean=name == "mean") for name in sorted(needed)}
-    with _progress_bar(progress) as bar:
-        task = bar.add_task(f"{method.name} {bits.name}", total=len(model.blocks) * len(SITES))
-        for index, block in enumerate(model.blocks):
-            assert isinstance(block, Block)
+    context = Context(arch, bits, method, seed, memory=memory)
+    changes = [part.prepare(context.at(name=name), device) for name, part in method.model_transforms.items()]
+
+    def stream(name: str, inputs: Row | None = None) -> Stream:
+        return Stream(home.model, ids, mean=name == "mean", memory=memory, inputs=inputs)
+
+    if home.progress is None:
+        with home.outer():
             for change in changes:
-                change.block(block)
-            work = _BlockWork(block, streams, context.at(index=index))
-            for rows in work.quantize():
-                report.linears += rows
-                bar.advance(task)
-            if index + 1 < len(model.blocks):
-                for name, stream in streams.items():
-                    stream.advance(work.intact if name == "fp" else block)
-    report.kept = _kept(model, method, bits)
-    report.seconds = time.perf_counter() - started
+                change.outer(home.model)
+            streams = {name: stream(name) for name in sorted(needed)}
+    else:
+        streams = {name: stream(name, inputs) for name, inputs in home.progress.inputs.items()}
+    done = home.progress or Progress()
+    report.linears += done.rows
+
+    def note(blocks: int) -> None:
+        inputs = {name: stream.inputs for name, stream in streams.items()}
+        report.seconds = done.seconds + time.perf_counter() - started
+        home.note(Progress(blocks, report.linears, inputs, report.seconds))
+
+    with _progress_bar(progress) as bar:
+        sites = len(SITES)
+        task = bar.add_task(f"{method.name} {bits.name}", total=arch.n_blocks * sites, completed=done.blocks * sites)
+        note(done.blocks)
+        for index in range(done.blocks, arch.n_blocks):
+            report.linears += _one_block(home, changes, streams, context.at(index=index), lambda: bar.advance(task))
+            note(index + 1)
+    report.kept = _kept(home.model, method, bits)
+    report.peak_ram, report.peak_gpu = peak_ram(), peak_gpu(device)
     return report
+
+
+def _one_block(
+    home: Home,
+    changes: Sequence[ModelChange],
+    streams: Mapping[str, Stream],
+    context: Context,
+    advance: Callable[[], None],
+) -> list[LinearRow]:
+    """Quantize the block of the context and let the streams pass it; nothing here remembers it."""
+    block = home.take(context.index)
+    for change in changes:
+        change.block(block)
+    work = _BlockWork(block, streams, context)
+    rows = []
+    for found in work.quantize():
+        rows += found
+        advance()
+    if context.index + 1 < context.arch.n_blocks:
+        for name, stream in streams.items():
+            stream.advance(work.intact if name == "fp" else block)
+    home.put(context.index, block)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -122,7 +169,7 @@ class _BlockWork:
     def __init__(self, block: Block, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context
         self.method, self.bits = context.method, context.bits
-        self.intact = block  # the block before rounding, once its transforms are in
+        self.intact = block  # the block before rounding, once its transforms are in; of interest to "fp" alone
         self.site_maps: list[nn.Module] = []  # the transforms of the site at work
 
     def quantize(self) -> Iterator[list[LinearRow]]:
@@ -136,7 +183,7 @@ class _BlockWork:
                 else {}
             )
             transform.apply(self.block, stats, self.context.at(name=name))
-        self.intact = snapshot(self.block)
+        self.intact = snapshot(self.block) if "fp" in self.streams else self.block
         kv = self.method.kv_bits(self.bits)
         if self.method.kv is not None and kv.bits != UNQUANTIZED:
             self.method.kv.install(self.block, kv)
@@ -359,13 +406,13 @@ def _reason(name: str, method: Method, bits: BitsConfig) -> str:
     return f"bits.weight.bits={bits.weight.bits}" if own is None else f"bits.overrides.{role}.weight={own}"
 
 
-def _progress_bar(enabled: bool) -> Progress:
+def _progress_bar(enabled: bool) -> bars.Progress:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not enabled)
+    return bars.Progress(*columns, console=Console(stderr=True), disable=not enabled)

@@ -49,6 +49,11 @@ class LinearRow:
     format: str = "int"
     notes: tuple[str, ...] = ()  # where the rounding could not do exactly what was asked
 
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> LinearRow:
+        """The row that JSON has with lists for tuples."""
+        return cls(**{**row, "shape": tuple(row["shape"]), "notes": tuple(row["notes"])})
+
     @property
     def bits_per_weight(self) -> float:
         return self.stored_bits / (self.shape[0] * self.shape[1])
@@ -79,6 +84,8 @@ class QuantReport:
     calibration_sequences: int = 0
     calibration_tokens: int = 0
     seconds: float = 0.0
+    peak_ram: int = 0  # bytes; the largest resident size of the process until the end of the quantization
+    peak_gpu: int = 0  # bytes; the most that tensors on a CUDA device took until then
 
     @property
     def average_bits(self) -> float:
@@ -101,9 +108,8 @@ class QuantReport:
     def from_dict(cls, report: Mapping[str, Any]) -> QuantReport:
         """The report that `to_dict` turned into JSON."""
         own = {f.name: report[f.name] for f in fields(cls)}
-        rows = [row | {"shape": tuple(row["shape"]), "notes": tuple(row["notes"])} for row in own["linears"]]
-        kept = [KeptRow(**row) for row in own["kept"]]
-        return cls(**own | {"linears": [LinearRow(**row) for row in rows], "kept": kept})
+        rows = [LinearRow.from_dict(row) for row in own["linears"]]
+        return cls(**own | {"linears": rows, "kept": [KeptRow(**row) for row in own["kept"]]})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, for JSON."""
@@ -119,6 +125,8 @@ class QuantReport:
             "calibration_sequences": self.calibration_sequences,
             "calibration_tokens": self.calibration_tokens,
             "seconds": self.seconds,
+            "peak_ram": self.peak_ram,
+            "peak_gpu": self.peak_gpu,
             "linears": rows,
             "kept": [asdict(row) for row in self.kept],
             "notes": self.notes,

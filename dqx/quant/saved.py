@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dqx.models.checkpoint import QUANTIZED, CheckpointError
+from dqx.models.checkpoint import QUANTIZED, CheckpointError, assign, skeleton
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 from dqx.quant.activation import PerGroup, PerToken, StaticRange
 from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
@@ -92,12 +92,11 @@ def load_quantized(
     if verify:
         verify_shards(folder, recipe)
     arch = Architecture(**recipe["architecture"])
-    with torch.device("meta"):
-        model = MaskedDiffusionTransformer(arch)
+    model = skeleton(arch)
     read_outer(folder, model, device)
     for index in range(arch.n_blocks):
         model.blocks[index] = read_block(folder, index, arch, device)
-    return model.eval().requires_grad_(False), QuantReport.from_dict(recipe["report"])
+    return model, QuantReport.from_dict(recipe["report"])
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def write_outer(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, An
 def read_outer(folder: Path, model: MaskedDiffusionTransformer, device: torch.device | str) -> None:
     """Put into `model` what `write_outer` wrote."""
     tensors = read_shard(folder / EMBED, device)[0] | read_shard(folder / HEAD, device)[0]
-    _assign(model, tensors)
+    assign(model, tensors)
     if "head.weight" not in tensors:
         model.head.weight = model.embed.weight
 
@@ -203,7 +202,7 @@ def read_block(folder: Path, index: int, arch: Architecture, device: torch.devic
         parent, _, name = place.rpartition(".")
         setattr(block.get_submodule(parent), name, decode(value, tensors))
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{place}.")}
-    _assign(block, tensors)
+    assign(block, tensors)
     missing = [name for name, parameter in block.named_parameters() if parameter.is_meta]
     if missing and torch.device(device).type != "meta":
         raise CheckpointError(f"{path}: {', '.join(missing)} missing")
@@ -214,13 +213,6 @@ def _places(block: Block) -> dict[str, nn.Module]:
     """Where quantization puts modules of its own, by path."""
     sites = {f"inputs.{site}": module for site, module in block.inputs.items()}
     return {**block.linears(), **sites, **{f"heads.{part}": module for part, module in block.heads.items()}}
-
-
-def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors into a module's parameters, those that its class leaves out by default (a norm's bias) too."""
-    for path, tensor in tensors.items():
-        owner, _, name = path.rpartition(".")
-        setattr(module.get_submodule(owner), name, nn.Parameter(tensor, requires_grad=False))
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

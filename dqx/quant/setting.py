@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from dqx.diffusion.noise import Key, generator
 from dqx.models.transformer import Architecture, rope_tables
 from dqx.quant.bits import BitsConfig
 from dqx.quant.grid import Grid
+from dqx.quant.memory import Memory
 
 if TYPE_CHECKING:
     from dqx.quant.method import Method
@@ -38,6 +39,7 @@ class Context:
     name: str = ""  # the part's name in the method
     index: int = -1  # of the block; -1: the whole model
     sequence_lengths: tuple[int, ...] = ()  # tokens of every calibration sequence
+    memory: Memory = field(default_factory=Memory)  # for what grows with the calibration text
 
     def at(self, **changes: object) -> Context:
         """The context of another part or block."""

@@ -6,13 +6,14 @@ say. A collector of `PAIRED` sees every sequence twice, as the quantized and as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dqx.quant.grid import wide
+from dqx.quant.memory import Memory, Row
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
@@ -181,15 +182,15 @@ class Tokens:
 
 
 class Inputs:
-    """All inputs, a list of [1, T, I] with one entry per sequence. Memory grows with the calibration text."""
+    """All inputs, a row of [1, T, I] with one entry per sequence. It grows with the calibration text."""
 
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.kept: list[Tensor] = []
+    def __init__(self, n_tokens: int = 0, row: Row | None = None) -> None:
+        self.kept: Row = [] if row is None else row
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         self.kept.append(x.clone())
 
-    def value(self) -> list[Tensor]:
+    def value(self) -> Row:
         return self.kept
 
 
@@ -202,3 +203,9 @@ COLLECTORS: dict[str, Callable[[int], Collector]] = {
     "inputs": Inputs,
 }
 PAIRED: dict[str, Callable[[int], Collector]] = {"cross": Cross, "shift": Shift}
+
+
+def collectors(names: Iterable[str], n_tokens: int, memory: Memory) -> dict[str, Collector]:
+    """Fresh collectors by name; what grows with the calibration text goes where `memory` has room."""
+    known = COLLECTORS | PAIRED | {"inputs": lambda n_tokens: Inputs(n_tokens, memory.row())}
+    return {name: known[name](n_tokens) for name in names}

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
-from dqx.quant.stats import COLLECTORS, PAIRED, Collector
+from dqx.quant.memory import Memory, Row
+from dqx.quant.stats import Collector, collectors
+
+MEAN_POSITIONS = 64  # of all sequences, embedded at a time
 
 Seen = Callable[[Tensor], Tensor]
 
@@ -27,24 +30,36 @@ class Stream:
     """The inputs of the current block [1, T, D], one per calibration sequence, in one version of the model.
 
     Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
-    With `mean` there is one sequence, the mean of the others position by position; they must be equally long.
+    With `mean` there is one sequence, the mean of the others position by position; they must be equally long. Inputs
+    lie where `memory` has room for them; those of a later block than the first may be given.
     """
 
-    def __init__(self, model: MaskedDiffusionTransformer, ids: Sequence[Tensor], *, mean: bool = False):
-        self.model = model
-        self.ids = [row for batch in ids for row in batch.to(model.device).split(1)]
-        self.inputs = [model.embed(row) for row in self.ids]
-        if mean:
-            if len({x.shape for x in self.inputs}) > 1:
-                raise ValueError(
-                    "stream=mean needs calibration sequences of one length; make them equal, or set stream=quantized"
-                )
-            self.ids, self.inputs = self.ids[:1], [torch.cat(self.inputs).mean(0, keepdim=True)]
-        self.outputs: list[Tensor] | None = None
+    def __init__(
+        self,
+        model: MaskedDiffusionTransformer,
+        ids: Sequence[Tensor],
+        *,
+        mean: bool = False,
+        memory: Memory | None = None,
+        inputs: Row | None = None,
+    ):
+        self.model, self.memory = model, memory or Memory()
+        self.ids = [row for batch in ids for row in batch.split(1)]
+        if mean and len({row.shape for row in self.ids}) > 1:
+            raise ValueError(
+                "stream=mean needs calibration sequences of one length; make them equal, or set stream=quantized"
+            )
+        if inputs is None:
+            inputs = self.memory.row(keep=True)
+            for x in _mean_embedding(model, self.ids) if mean else map(model.embed, self.ids):
+                inputs.append(x)
+        self.ids = self.ids[: len(inputs)]
+        self.inputs = inputs
+        self.outputs: Row | None = None
 
     @property
     def n_tokens(self) -> int:
-        return sum(x.shape[1] for x in self.inputs)
+        return sum(row.shape[1] for row in self.ids)
 
     def forward(self, block: nn.Module, i: int) -> Tensor:
         """The output of `block` for sequence i."""
@@ -53,8 +68,11 @@ class Stream:
 
     def advance(self, block: nn.Module) -> None:
         """Move on to the input of the next block."""
-        self.inputs = self.outputs or [self.forward(block, i) for i in range(len(self.inputs))]
-        self.outputs = None
+        if self.outputs is None:
+            self.outputs = self.memory.row(keep=True)
+            for i in range(len(self.inputs)):
+                self.outputs.append(self.forward(block, i))
+        self.inputs, self.outputs = self.outputs, None
 
     def collect(
         self,
@@ -69,22 +87,24 @@ class Stream:
         `seen` maps a linear's input to what its matmul sees. A pass ends at the last site that is asked for, unless
         the block's outputs are kept for `advance`.
         """
-        collectors = {
-            site: {name: COLLECTORS[name](self.n_tokens) for name in names} for site, names in needs.items() if names
-        }
-        if not collectors:
+        wanted = {site: collectors(names, self.n_tokens, self.memory) for site, names in needs.items() if names}
+        if not wanted:
             return {}
 
         def add(site: str, x: Tensor) -> None:
-            for collector in collectors[site].values():
+            for collector in wanted[site].values():
                 collector.add(seen(x))
 
-        stop_at = None if keep_outputs else [site for site in SITES if site in collectors][-1]
-        with listening(block, collectors, add, stop_at):
-            outputs = [self._forward_to(block, i, stop_at) for i in range(len(self.inputs))]
+        stop_at = None if keep_outputs else [site for site in SITES if site in wanted][-1]
+        outputs = self.memory.row(keep=True) if keep_outputs else []
+        with listening(block, wanted, add, stop_at):
+            for i in range(len(self.inputs)):
+                output = self._forward_to(block, i, stop_at)
+                if output is not None:
+                    outputs.append(output)
         if keep_outputs:
-            self.outputs = [output for output in outputs if output is not None]
-        return {site: values(by_name) for site, by_name in collectors.items()}
+            self.outputs = outputs
+        return {site: values(by_name) for site, by_name in wanted.items()}
 
     def input_at(self, block: Block, i: int, site: str) -> Tensor:
         """What the linears of `site` read for sequence i."""
@@ -112,17 +132,23 @@ def collect_paired(
     intact_seen: Seen = as_is,
 ) -> dict[str, Any]:
     """Statistics of one site from both streams in lockstep, sequence by sequence."""
-    collectors = {name: (PAIRED | COLLECTORS)[name](quantized.n_tokens) for name in needs}
+    found = collectors(needs, quantized.n_tokens, quantized.memory)
     for i in range(len(quantized.inputs)):
         x = seen(quantized.input_at(block, i, site))
         wanted = intact_seen(intact.input_at(intact_block, i, site))
-        for collector in collectors.values():
+        for collector in found.values():
             collector.add(x, wanted)
-    return values(collectors)
+    return values(found)
 
 
-def values(collectors: Mapping[str, Collector]) -> dict[str, Any]:
-    return {name: collector.value() for name, collector in collectors.items()}
+def values(found: Mapping[str, Collector]) -> dict[str, Any]:
+    return {name: collector.value() for name, collector in found.items()}
+
+
+def _mean_embedding(model: MaskedDiffusionTransformer, ids: Sequence[Tensor]) -> list[Tensor]:
+    """The mean over sequences [1, T, D], a few positions at a time."""
+    parts = torch.cat(list(ids)).split(MEAN_POSITIONS, dim=1)
+    return [torch.cat([model.embed(part).mean(0, keepdim=True) for part in parts], dim=1)]
 
 
 class listening:

@@ -21,7 +21,7 @@ R = candidates, O = outputs, I = inputs, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from dqx.models.transformer import ROLES, SITES, Block
 from dqx.quant.chunks import row_slices
 from dqx.quant.grid import Grid, group_width, wide
+from dqx.quant.memory import Row
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import site_problems
@@ -87,7 +88,7 @@ class AWQScale:
 
         With `give_up` the errors of candidates worse than the best may be too small, but stay larger than the best.
         """
-        inputs: list[Tensor] = stats["inputs"]
+        inputs: Row = stats["inputs"]
         weight: Tensor = getattr(block, SITES[site][0]).weight
         candidates = channel_scales(stats["absmean"].to(wide(weight).dtype), self.n_grid)
         if site in ("attn_out", "mlp_out"):
@@ -139,7 +140,7 @@ def try_all(judge: Judge, candidates: Tensor, *, give_up: bool = True) -> list[f
     return losses
 
 
-def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Sequence[Tensor]) -> Judge:
+def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row) -> Judge:
     """Judges a linear by its own output on inputs [1, T, I]."""
     n_in = w_OI.shape[1]
     n_tokens = sum(x.shape[:-1].numel() for x in inputs)
@@ -167,7 +168,7 @@ def largest_columns(weights_OI: Sequence[Tensor]) -> Tensor:
     return wide(torch.stack([w.abs().amax(0) for w in weights_OI]).amax(0))
 
 
-def gram(inputs: Sequence[Tensor]) -> Tensor:
+def gram(inputs: Row) -> Tensor:
     """`X^T X` [I, I] of inputs [1, T, I]."""
     n_in = inputs[0].shape[-1]
     total = torch.zeros(n_in, n_in, dtype=wide(inputs[0]).dtype, device=inputs[0].device)
@@ -194,10 +195,14 @@ def quadratic_form(change_OI: Tensor, doubled_II: Tensor) -> float:
     return total
 
 
-def module_judge(
-    block: Block, site: str, grids: Grids, judge: str, inputs: Sequence[Tensor], context: Context
-) -> Judge:
+def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row, context: Context) -> Judge:
     """Judges the linears at attn_in or mlp_in by the output of their sublayer, or of the whole block."""
+
+    def kept(tensors: Iterable[Tensor]) -> Row:
+        row = context.memory.row()
+        for tensor in tensors:
+            row.append(tensor)
+        return row
 
     def rope(x: Tensor) -> tuple[Tensor, Tensor]:
         return context.rope(x.shape[1], x.device, wide(x).dtype)
@@ -212,20 +217,23 @@ def module_judge(
     if judge == "block" and site == "attn_in":
         forward = whole_block
     elif judge == "block":  # what comes before the MLP is the same for all candidates
-        inputs = [block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs]
-    if site == "mlp_in":  # tokens do not see each other, so a candidate can be given up in the middle of a sequence
-        inputs = [part for x in inputs for part in x.split(MLP_TOKENS, dim=1)]
+        inputs = kept(block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs)
+
+    def parts() -> Iterator[Tensor]:
+        for x in inputs:  # tokens do not see each other in the MLP: there a candidate can be given up in between
+            yield from x.split(MLP_TOKENS, dim=1) if site == "mlp_in" else (x,)
+
     weights = {role: getattr(block, role).weight for role in grids}
     top_I = largest_columns(list(weights.values()))
     with _replaced(block, {}, site if transformed else None):
-        targets = [forward(x) for x in inputs]
+        targets = kept(forward(x) for x in parts())
 
     def loss(scale_I: Tensor, bound: float) -> float:
         total = 0.0
         scaled_grids = {role: (grid.for_tensor(top_I * scale_I), size) for role, (grid, size) in grids.items()}
         rounded = {role: rescaled_rounding(w, scale_I, *scaled_grids[role]) for role, w in weights.items()}
         with _replaced(block, rounded, site if transformed else None):
-            for x, target in zip(inputs, targets, strict=True):
+            for x, target in zip(parts(), targets, strict=True):
                 total += (wide(forward(x)) - wide(target)).square().sum(dtype=torch.float64).item()
                 if total > bound:
                     break
