@@ -18,6 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.planning.runs
 from dqx import load
+from dqx.api import load_configured
+from dqx.cache.journal import Line
+from dqx.cache.results import Results
+from dqx.cache.store import Store
 from dqx.config import CONF_DIR, build, compose, resolve
 from dqx.diffusion.batches import Request
 from dqx.diffusion.engine import Engine, Prompt
@@ -34,6 +38,7 @@ from dqx.planning.sizes import SIZES
 from dqx.planning.speed import Measured, block_flops, block_parameters, head_flops
 from dqx.planning.table import amount, duration
 from dqx.planning.work import different_states, task_work
+from dqx.run import _facts, run
 
 ROOT = CONF_DIR.parent
 LLADA = ["model=llada_8b_base", "bits=w4a16", "plan_tflops=200"]
@@ -227,6 +232,45 @@ def test_a_plan_reads_no_weight(tiny_checkpoint: TinyCheckpoint) -> None:
     text = listing([f"model.path={folder}", "task=nano_facts", "method=rtn", "bits.weight.group_size=-1"])
     assert "Speed measured here: 1 CPU thread, float32" in text
     assert "cannot run" not in text
+
+
+def test_what_the_cache_has_is_found(tmp_path: Path) -> None:
+    """Documents of an interrupted evaluation, then a whole one; not for another seed, nor with reuse=false."""
+    overrides = ["method=rtn", "task=nano_facts", "task.limit=3", "outliers.samples=0", "fidelity.samples=0"]
+    overrides += [f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
+    config = resolve(compose([*overrides, "method=fp16", "bits=w16a16"]))
+    assert plan_run(compose(overrides)).found == {}
+    assert not (tmp_path / "cache").exists()  # a plan leaves nothing
+
+    lm = load_configured(config.model)
+    store = Store(config.cache_dir)
+    key = Results(store, _facts(lm, config)).key("nano_facts", config.task.suite["nano_facts"])
+    journal = store.journal(key)
+    journal.append([Line("nano_facts/1", "", [])])
+    journal.close()
+    plan = plan_run(compose(overrides))
+    assert plan.found == {"nano_facts": 1}
+    whole = plan.evaluation["nano_facts"].flops
+    assert plan.cost(set())["full precision"].flops == pytest.approx(whole * 2 / 3)
+
+    run(config, tmp_path / "run")
+    plan = plan_run(compose(overrides))
+    assert plan.found == {"nano_facts": None}
+    assert plan.cost(set())["full precision"].flops == 0
+    assert plan.cost(set())["evaluate"].flops == whole
+    (row,) = (line for line in listing(overrides).splitlines() if " nano_facts " in line)
+    assert row.split()[-1] == "all"
+    assert plan_run(compose([*overrides, "seed=1"])).found == {}
+    assert plan_run(compose([*overrides, "reuse=false"])).found == {}
+
+
+def test_approximate_samplers_cost_the_exact_schedule_and_it_is_said() -> None:
+    exact, approximate = (
+        plan_run(compose(["task=nano_sums", "plan_tflops=1", *o])) for o in ([], ["model.sampler.threshold=0.9"])
+    )
+    assert approximate.evaluation == exact.evaluation
+    assert any("threshold0.9" in note for note in approximate.notes)
+    assert exact.notes == []
 
 
 # ---- the listing ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from safetensors import safe_open
 from dqx.api import DTYPES, pick_device
 from dqx.checks import device_problems, problems, reads_text
 from dqx.config import Config, ConfigProblems, build, resolve
+from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
-from dqx.models.checkpoint import PACKAGED, CheckpointError, locate, read_config
+from dqx.models.checkpoint import PACKAGED, CheckpointError, inspect, locate, read_config
 from dqx.models.published import of_family
 from dqx.models.transformer import ROLES, SITES, Architecture
 from dqx.names import method_label
+from dqx.planning.found import found_documents
 from dqx.planning.memory import Memory, device_bytes, evaluating_bytes, quantizing_bytes, weight_bytes
 from dqx.planning.speed import Assumed, Measured, Speed, measured, work_flops
 from dqx.planning.work import Work, fidelity_work, outlier_work, task_work
@@ -68,19 +70,27 @@ class PlannedRun:
     quantization: Cost = Cost()
     changes: bool = True  # False: nothing is quantized, so the full-precision results are the run's
     baselines: dict[str, str] = field(default_factory=dict)  # task -> what its full-precision result depends on
+    found: dict[str, int | None] = field(default_factory=dict)  # documents of full precision in the cache; None: all
     memory: Memory | None = None
     speed: str = ""  # how seconds were found
     notes: list[str] = field(default_factory=list)
 
     def cost(self, computed: set[str]) -> dict[str, Cost]:
         """Of full precision, calibration and evaluation, where the baselines `computed` are there already."""
-        missing = [cost for name, cost in self.evaluation.items() if self.baselines[name] not in computed]
+        missing = [
+            cost * self.missing(name) for name, cost in self.evaluation.items() if self.baselines[name] not in computed
+        ]
         evaluation = sum(self.evaluation.values(), self.checks) if self.changes else Cost()
         return {
             "full precision": sum(missing, self.checks),
             "calibrate": self.quantization,
             "evaluate": evaluation,
         }
+
+    def missing(self, task: str) -> float:
+        """The share of a task's full-precision documents that is not in the cache."""
+        done = self.found.get(task, 0)
+        return 0.0 if done is None else max(0.0, 1 - done / self.work[task].documents)
 
 
 def plan_run(cfg: DictConfig) -> PlannedRun:
@@ -112,7 +122,7 @@ def _planned(config: Config) -> PlannedRun:
         return run
     dtype, method = _dtype(config), build(config.method)
     speed = _speed(config, arch, dtype)
-    sampler = build(config.model.sampler)
+    sampler = _exact(build(config.model.sampler), run)
     run.speed = speed.label
     run.changes = _changes(method, config.bits)
 
@@ -136,6 +146,8 @@ def _planned(config: Config) -> PlannedRun:
     run.quantization = sum(map(cost, calibration_work(method, config)), Cost())
     hessians = hessian_flops(method, config.bits, arch, config.calib.samples * config.calib.length)
     run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12))
+    if isinstance(speed, Measured) and _is_here(config.model.path):
+        run.found = _found(config, dtype, speed.device, run)
     run.memory = _memory(config, method, arch, dtype, speed, run.work)
     run.notes += _memory_notes(config, run.memory, speed)
     return run
@@ -189,6 +201,17 @@ def _speed(config: Config, arch: Architecture, dtype: torch.dtype) -> Speed:
     if config.plan_tflops is not None:
         return Assumed(arch, config.plan_tflops)
     return measured(arch, dtype, pick_device(config.model.device))
+
+
+def _exact(sampler: Sampler, run: PlannedRun) -> Sampler:
+    """The sampler without approximations: how much they save is not in the schedule."""
+    if not sampler.approximations:
+        return sampler
+    run.notes.append(
+        f"model.sampler has {', '.join(sampler.approximations)}, which save what only a run can tell: the costs of "
+        "answers are those of the exact schedule."
+    )
+    return replace(sampler, threshold=None, cache=None)  # type: ignore[type-var]
 
 
 def calibration_work(method: Method, config: Config) -> list[Work]:
@@ -251,6 +274,14 @@ def _baseline_key(config: Config, spec: TaskSpec) -> str:
         sort_keys=True,
         default=str,
     )
+
+
+def _found(config: Config, dtype: torch.dtype, device: torch.device, run: PlannedRun) -> dict[str, int | None]:
+    try:
+        return found_documents(config, inspect(config.model.path, config.model.revision), dtype, device)
+    except CheckpointError as error:
+        run.notes.append(f"the cache was not looked at: {error}")
+        return {}
 
 
 # ---- memory --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import TextIO
 
 import torch
@@ -14,15 +15,18 @@ from rich.text import Text
 from dqx.planning.runs import Cost, PlannedRun, gigabytes
 from dqx.report import RULES
 
-ASSUMPTIONS = (
-    "A block, and one step of the evaluation without blocks, are timed on random weights of the model's shapes at the",
-    "work's lengths and batch sizes; at an assumed speed only operations count: 2 x weights x tokens, and attention.",
-    "Lengths of prompts and answers: dqx/planning/sizes.py. Likelihood: different states, as expected. Answers written",
-    "end where those in the data do, half way to the end of their block; at most: all steps. Confidence thresholds and",
-    "adaptive draws need fewer forwards than counted. Quantized models are taken to run as fast as full precision.",
-    "Calibration: 3 passes of the text per stream, Hessians, 1.5 passes per candidate of a scale search; solving,",
-    "clipping and rotating are not counted. Full precision is counted in the first run that needs it.",
-)
+ASSUMPTIONS = """
+A block, and a step of the evaluation without blocks, are timed on random weights of the model's shapes, at the
+lengths and batch sizes of the work. At an assumed speed only operations count: 2 x weights x tokens, and those of
+attention. Lengths of prompts and answers are those of the data (dqx/planning/sizes.py). Likelihoods need their
+different states, as many as expected. Answers end where those in the data do, half way to the end of their block; at
+most they take all steps. Adaptive draws need less than counted. Quantized models are taken to run like full
+precision; rounding and rotating activations took 1.1 to 1.8 times as long on the bundled models. Calibration is 3
+passes of the text per stream, Hessians, and 1.5 passes per candidate of a scale search; solving, clipping and
+searching rotations are not counted. Full precision is counted in the first run that needs it, less the documents in
+the cache; a quantized model is known by its tensors, so that results of it are found only once it is made.
+"""
+WIDTH = 118
 
 
 def print_plan(runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
@@ -38,8 +42,10 @@ def print_plan(runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
         console.print()
         wide.print(_task_table(counted))
     console.print()
-    for line in [*_total(counted, costs), *_notes(runs), *ASSUMPTIONS]:
+    for line in [*_total(counted, costs), *_notes(runs)]:
         console.print(Text(line), soft_wrap=True)
+    console.print()
+    console.print(Text(fill(ASSUMPTIONS.strip(), WIDTH)), soft_wrap=True)
 
 
 def _costs(runs: Iterable[PlannedRun]) -> list[dict[str, Cost]]:
@@ -80,10 +86,24 @@ def _task_table(runs: Iterable[PlannedRun]) -> Table:
     table = Table(box=RULES, padding=0, show_edge=False)
     for name in ("model", "task"):
         table.add_column(name, no_wrap=True)
-    for name in ("documents", "each", "forwards", "at most", "tokens\neach", "tokens", "FLOPs", "one\nevaluation"):
+    for name in (
+        "documents",
+        "each",
+        "forwards",
+        "at most",
+        "tokens\neach",
+        "tokens",
+        "FLOPs",
+        "one\nevaluation",
+        "in the\ncache",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
-    rows = {(run.model, name, work): run.evaluation[name] for run in runs for name, work in run.work.items()}
-    for (model, name, work), cost in rows.items():
+    rows = {
+        (run.model, name, work, _in_cache(run, name)): run.evaluation[name]
+        for run in runs
+        for name, work in run.work.items()
+    }
+    for (model, name, work, found), cost in rows.items():
         table.add_row(
             model,
             name,
@@ -95,8 +115,14 @@ def _task_table(runs: Iterable[PlannedRun]) -> Table:
             amount(work.tokens),
             amount(cost.flops),
             duration(cost.seconds),
+            found,
         )
     return table
+
+
+def _in_cache(run: PlannedRun, task: str) -> str:
+    done = run.found.get(task, 0)
+    return "all" if done is None else str(done or "-")
 
 
 def _total(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> list[str]:
