@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import yaml
@@ -34,6 +35,7 @@ from dqx.deltas import Delta
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.names import approximations
 from dqx.outliers import OutlierStats
+from dqx.processes import processes
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 SCHEMA_VERSION = 3
@@ -263,7 +265,7 @@ def write_text(path: Path, text: str) -> None:
     Half a surrogate pair, which UTF-8 has no bytes for, becomes its escape (in JSON the same string).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
             f.write(text)
@@ -286,6 +288,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "cuda": torch.version.cuda if cuda else None,
+        "processes": processes().count,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }

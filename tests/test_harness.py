@@ -12,9 +12,11 @@ from lm_eval.api.model import TemplateLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, log_likelihood
+from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, greedy_matches, log_likelihood
+from dqx.diffusion.batches import Request
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, block_length, encode_pair, end_tokens
+from dqx.evaluate.sitting import Sitting
 from dqx.models import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
@@ -98,6 +100,26 @@ def test_greedy_flag_only_on_request(parts) -> None:
         harness = DiffusionHarness(model, tokenizer, LLaDASampler(), mc_samples=1, greedy=greedy, progress=False)
         assert [flag for _, flag in harness.loglikelihood(requests)] == flags
         assert harness.n_forwards == forwards
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_greedy_flags_are_those_of_the_plain_decoder(tiny_checkpoint: TinyCheckpoint, family: str) -> None:
+    """In batches of targets of one length, half of which greedy decoding writes."""
+    checkpoint = inspect(str(tiny_checkpoint(family)))
+    model, tokenizer = load_weights(checkpoint), load_tokenizer(checkpoint)
+    random = torch.Generator().manual_seed(0)
+    asked = []
+    for n, length in ((9, 1), (17, 3), (1, 3), (12, 5), (9, 3)):
+        prefix = torch.randint(0, 200, (n,), generator=random)
+        written = LLaDASampler().generate(model, prefix[None], gen_length=length, steps=length).ids[0]
+        asked += [Request(prefix, written), Request(prefix, written.roll(1) + 1)]
+    sitting = Sitting([], [])
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), greedy=True, progress=False)
+    flags = harness._greedy(dict(enumerate(asked)), sitting)
+    expected = [greedy_matches(model, one.prefix, one.target) for one in asked]
+    assert [flags[i] for i in range(len(asked))] == expected
+    assert sitting.spent["n_forwards"] == 2 * (1 + 3 + 3 + 5 + 3)
+    assert {True, False} == set(expected)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ As options, the expectation itself by enumeration (`states.enumerated`), and dra
 
 Sequences are put in an order that depends on nothing but their tokens, cut into batches in that order and never
 regrouped: neither the order of the requests nor timing changes anything at all. For the same reason a run that is
-continued plans its batches from all requests, leaves out those in which everything is known and takes the others
-whole: to the last bit the values of a run without interruption. (With adaptive draws, where batches depend on what is
-decided, only what is missing is scored.) Running out of GPU memory halves the batches, which may change rounding and is
-noted.
+continued plans its batches from all requests, leaves out those in which everything is known and takes the others whole:
+with equal batch sizes, to the last bit the values of a run without interruption. (With adaptive draws, where batches
+depend on what is decided, only what is missing is scored.) Running out of GPU memory halves the batches, which may
+change rounding and is noted.
 
 Shapes as in `batches.py`; B rows, V vocabulary.
 """
