@@ -210,19 +210,16 @@ class Engine:
         except torch.cuda.OutOfMemoryError:
             return False
         self._kept = None if joined is None else ([*whole, *inside], joined)
-        for row in whole:
-            row.begun = None if row.window is None else replace(row, begun=None)
         for row, answer in zip((*whole, *inside), answers, strict=True):
+            computed = len(row.prompt) + self.gen_length
+            if row.window is not None and row.reuses:
+                computed = row.window[1] - row.window[0] + self.model.arch.logit_shift
+            elif row.window is not None:
+                row.begun = replace(row, begun=None)
             row.answer = answer.clone()
             row.n_forwards += self.passes
-            row.n_tokens += self.passes * self._computed(row)
+            row.n_tokens += self.passes * computed
         return True
-
-    def _computed(self, row: Row) -> int:
-        """The tokens of a row's last forward."""
-        if row.begun is None or row.step == row.begun.step or row.window is None:
-            return len(row.prompt) + self.gen_length
-        return row.window[1] - row.window[0] + self.model.arch.logit_shift
 
     def _to_fill(self, rows: list[Row]) -> KVCache | None:
         if not rows or rows[0].window is None:

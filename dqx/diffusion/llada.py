@@ -16,7 +16,7 @@ It runs with models of every family: row i of the logits predicts token i in all
 - `cache`: in the first step of a block everything is computed and keys and values are kept. In the block's other steps
   those before the block are reused (`prefix`), or those behind it too (`dual`), and only the rest is computed.
 We differ in two things. A block's steps look at that block only, so a mask that the model wrote into an earlier one
-stays (theirs never end). In models whose row i-1 predicts token i, the column before the block is computed with it;
+stays (theirs wait for it). In models whose row i-1 predicts token i, the column before the block is computed with it;
 theirs writes the block's first token in its first step, whatever its confidence.
 """
 
@@ -191,7 +191,7 @@ class LLaDASampler:
         ids = append_masks(model, prompt, gen_length)
         answer = ids[:, prompt_length:]
         kept = None if self.cache is None else model.empty_cache(*ids.shape)
-        of: tuple[int, int] | None = None  # the window of the block whose keys and values are kept
+        kept_for: tuple[int, int] | None = None  # the window of the block that they were kept for
         passes, n_forwards, n_tokens = 2 if self.cfg_scale > 0 else 1, 0, 0
         for step in range(steps):
             if on_step:
@@ -204,10 +204,10 @@ class LLaDASampler:
             where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
             window = self.window(step, gen_length=gen_length, block_length=block_length, steps=steps)
             cache, computed = kept, ids.shape[1]
-            if kept is not None and window is not None and window == of:
+            if kept is not None and window is not None and window == kept_for:
                 first = prompt_length + window[0] - model.arch.logit_shift  # the column that predicts it
                 cache, computed = kept.window(first, prompt_length + window[1]), prompt_length + window[1] - first
-            of = window
+            kept_for = window
             logits = logits_at(
                 model,
                 ids,
