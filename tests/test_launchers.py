@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,10 +36,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), "OMP_NUM_THREADS": "1", **more}
 
 
-def sweep(tmp_path: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True, env=environment(**more)
+def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, env=environment(**more))
+
+
+def launched(arguments: list[str], **more: str) -> subprocess.Popen[str]:
+    """A launcher in a process group of its own, as in a terminal."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        arguments, cwd=ROOT, stderr=pipe, text=True, env=environment(**more), start_new_session=True
     )
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
 
 
 def check_fatal_sweep(done: subprocess.CompletedProcess[str], tmp_path: Path, *widths: int) -> None:
@@ -57,7 +74,7 @@ def check_fatal_sweep(done: subprocess.CompletedProcess[str], tmp_path: Path, *w
 
 def test_runs_on_one_machine_and_one_that_dies(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    done = sweep(tmp_path, "hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", *FATAL, "bits=2,3,5")
+    done = run(command(tmp_path, "hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", *FATAL, "bits=2,3,5"))
     check_fatal_sweep(done, tmp_path, 2, 3, 5)
     assert done.stderr.count(" finished\n") == 1
     assert done.stderr.count(" failed\n") == 2
@@ -126,7 +143,7 @@ def test_an_engine_that_is_not_installed(error: Exception, choice: str) -> None:
 
 def test_slurm_without_slurm(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    done = sweep(tmp_path, "hydra/launcher=slurm", "method=rtn", PATH=str(tmp_path))
+    done = run(command(tmp_path, "hydra/launcher=slurm", "method=rtn"), PATH=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "there is no sbatch here" in done.stderr
     assert "Traceback" not in done.stderr
@@ -136,21 +153,116 @@ def test_slurm_without_slurm(tmp_path: Path) -> None:
 def test_ctrl_c_stops_every_run(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     arguments = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "method=rtn", "bits=2,3,4,5,6,8"]
-    with subprocess.Popen(
-        command(tmp_path, *arguments, "task.limit=null"),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    ) as launcher:
-        while not list((tmp_path / "sweep").glob("*/run.log")):
-            time.sleep(0.1)
+    with launched(command(tmp_path, *arguments, "task.limit=null")) as launcher:
+        wait_for(lambda: list((tmp_path / "sweep").glob("*/run.log")))
         os.killpg(launcher.pid, signal.SIGINT)
         _, told = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, told
     assert told.rstrip().endswith("interrupted")
-    deadline = time.monotonic() + 30
-    while alive := subprocess.run(["pgrep", "-g", str(launcher.pid)], capture_output=True, text=True).stdout:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.2)
+    wait_for(lambda: not subprocess.run(["pgrep", "-g", str(launcher.pid)], capture_output=True).stdout)
+
+
+# ---- a Slurm and a Ray on this machine -----------------------------------------------------------------------
+
+
+def documented(tmp_path: Path, start: str, *more: str) -> list[str]:
+    """The command of conf/hydra/launcher/README.md that begins so, with less of everything."""
+    text = (CONF_DIR / "hydra" / "launcher" / "README.md").read_text()
+    (line,) = re.findall(rf"^python launch.py -m ({re.escape(start)}.*)$", text, re.MULTILINE)
+    return command(tmp_path, *line.split(), "calib.samples=2", "calib.length=64", *more)
+
+
+def check_documented_sweep(done: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
+    assert done.returncode == 0, done.stderr
+    names = [
+        "0-nano_llada-gptq-w3a16",
+        "1-nano_llada-gptq-w4a16",
+        "2-nano_llada-awq-w3a16",
+        "3-nano_llada-awq-w4a16",
+    ]
+    assert sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/results.json")) == names
+    assert all(f"{method} w{width}a16" in done.stdout for method in ("gptq", "awq") for width in (3, 4))
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """The environment of a Slurm that is up."""
+    pytest.importorskip("submitit")
+    if not (shutil.which("slurmctld") and shutil.which("munged")):
+        pytest.skip("Slurm is not installed (apt-get install --no-install-recommends slurm-wlm munge)")
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons are started as root")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        try:
+            subprocess.run([TESTS / "slurm.sh", "start", folder], check=True, timeout=60)
+            yield {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        finally:
+            subprocess.run([TESTS / "slurm.sh", "stop", folder], check=True, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_slurm_as_documented(slurm: dict[str, str], tmp_path: Path) -> None:
+    done = run(documented(tmp_path, "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2"), **slurm)
+    check_documented_sweep(done, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_slurm_and_runs_that_die(slurm: dict[str, str], tmp_path: Path) -> None:
+    done = run(
+        command(tmp_path, "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=2", *FATAL, "bits=2,3,4,5"), **slurm
+    )
+    check_fatal_sweep(done, tmp_path, 2, 3, 4, 5)
+    assert "state FAILED" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ctrl_c_cancels_the_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["hydra/launcher=slurm", "hydra.launcher.array_parallelism=1", "method=rtn", "bits=2,3,4"]
+    with launched(command(tmp_path, *arguments, "task.limit=null"), **slurm) as launcher:
+        wait_for(lambda: list((tmp_path / "sweep").glob("*/run.log")))
+        os.killpg(launcher.pid, signal.SIGINT)
+        _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130, told
+    queue = ["squeue", "--noheader"]
+    wait_for(lambda: not subprocess.run(queue, capture_output=True, env=environment(**slurm)).stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def ray() -> dict[str, str]:
+    """The environment in which a Ray may start on this machine."""
+    pytest.importorskip("ray", reason="Ray is not installed (pip install -e '.[ray]')")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install -e '.[ray]'")
+    return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ray_as_documented(ray: dict[str, str], tmp_path: Path) -> None:
+    done = run(documented(tmp_path, "hydra/launcher=ray method=", "hydra.launcher.ray.init.num_cpus=2"), **ray)
+    check_documented_sweep(done, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ray_and_runs_that_die(ray: dict[str, str], tmp_path: Path) -> None:
+    start = ["hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2"]
+    done = run(command(tmp_path, *start, *FATAL, "bits=2,3,4,5"), **ray)
+    check_fatal_sweep(done, tmp_path, 2, 3, 4, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_ray_that_is_up(ray: dict[str, str], tmp_path: Path) -> None:
+    """`ray start` and `ray stop` around the documented command; the cluster outlives the sweep."""
+    cli = [sys.executable, "-m", "ray.scripts.scripts"]
+    start = [*cli, "start", "--head", "--port=6379", "--num-cpus=2", "--include-dashboard=false"]
+    subprocess.run(start, check=True, capture_output=True, env=environment(**ray), cwd=tmp_path)
+    try:
+        done = run(documented(tmp_path, "hydra/launcher=ray hydra.launcher.ray.init.address=auto"), **ray)
+        check_documented_sweep(done, tmp_path)
+        subprocess.run([*cli, "status"], check=True, capture_output=True, env=environment(**ray))
+    finally:
+        subprocess.run([*cli, "stop", "--force"], check=True, capture_output=True, env=environment(**ray))
