@@ -1,0 +1,240 @@
+"""How much memory and time quantizing a whole model from disk takes: a random checkpoint of a model's full size.
+
+    python -m dqx.benchmarks.memory /tmp/big                                    LLaDA-8B, rtn: 16 GB on disk, twice
+    python -m dqx.benchmarks.memory /tmp/big --method gptq --samples 4          with 4 calibration sequences
+    python -m dqx.benchmarks.memory /tmp/big --method awq --blocks 2            the first two blocks
+
+The checkpoint has a model's real shapes and random bfloat16 weights in the hub's format, one file per block, written
+without ever holding it. It is quantized in a process of its own, whose largest resident size is the figure, and both
+folders are removed at the end. See README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dqx import config
+from dqx.benchmarks.cases import MODELS
+from dqx.models.checkpoint import INDEX, inspect, skeleton, tensor_names
+from dqx.models.transformer import Architecture
+from dqx.quant import QuantReport, quantize_checkpoint
+from dqx.quant.memory import GB
+from dqx.store import write_json
+
+#: Keys of the hub's config.json that have the fields of an `Architecture`.
+KEYS = {
+    "llada": {
+        "embedding_size": "vocab_size",
+        "d_model": "hidden_size",
+        "mlp_hidden_size": "mlp_size",
+        "n_layers": "n_blocks",
+        "n_heads": "n_heads",
+        "n_kv_heads": "n_kv_heads",
+        "rope_theta": "rope_theta",
+        "rms_norm_eps": "norm_eps",
+        "include_qkv_bias": "qkv_bias",
+        "mask_token_id": "mask_token_id",
+        "eos_token_id": "eos_token_id",
+        "max_sequence_length": "max_length",
+    },
+    "dream": {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "mlp_size",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "rope_theta": "rope_theta",
+        "rms_norm_eps": "norm_eps",
+        "mask_token_id": "mask_token_id",
+        "eos_token_id": "eos_token_id",
+        "max_position_embeddings": "max_length",
+    },
+}
+CONSTANTS = {
+    "llada": {"model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"},
+    "dream": {"model_type": "Dream", "hidden_act": "silu"},
+}
+POOL = 2**24 + 43  # random numbers that all weights are cut from; the prime keeps rows of a matrix apart
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process that is measured does."""
+
+    source: Path
+    output: Path
+    method: str
+    bits: str
+    samples: int
+    length: int
+    activations_gb: float | None
+    threads: int
+
+
+def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
+    """Write random weights of `arch` to a new folder, a file at a time; how many bytes. Same seed, same weights."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", CONSTANTS[arch.family] | hub_config(arch))
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(_files(arch)):
+        file = f"model-{number:05d}.safetensors"
+        tensors = {hub: _random(name, shape, pool) for name, (hub, shape) in names.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def hub_config(arch: Architecture) -> dict[str, Any]:
+    """The part of config.json that says what `arch` does."""
+    return {key: getattr(arch, name) for key, name in KEYS[arch.family].items()}
+
+
+def _files(arch: Architecture) -> Iterator[dict[str, tuple[str, torch.Size]]]:
+    """Hub name and shape by our name: embedding, head with the final norm, then block by block."""
+    shapes = {name: parameter.shape for name, parameter in skeleton(arch).named_parameters()}
+    by_file: dict[str, dict[str, tuple[str, torch.Size]]] = {}
+    for name, hub in tensor_names(arch).items():
+        file = "head" if name.startswith("norm") else name.split(".")[0]
+        if file == "blocks":
+            file = ".".join(name.split(".")[:2])
+        by_file.setdefault(file, {})[name] = (hub, shapes[name])
+    yield from by_file.values()
+
+
+def _random(name: str, shape: torch.Size, pool: Tensor) -> Tensor:
+    """Gains of 1 and biases of 0, a unit embedding, linears of N(0, 1/inputs)."""
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=pool.dtype)
+    start = zlib.crc32(name.encode()) % len(pool)
+    size = shape.numel()
+    rolled = pool.roll(-start)
+    values = rolled[:size] if size <= len(pool) else rolled.repeat(-(-size // len(pool)))[:size]
+    return values.view(shape) * (1.0 if name.startswith("embed") else shape[1] ** -0.5)
+
+
+def measure(job: Job) -> QuantReport:
+    """Quantize in a fresh process. Raises RuntimeError if that fails."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return QuantReport.from_dict(ours.recv())
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process ended with code {process.exitcode}; -9 means that memory ran out") from None
+    finally:
+        process.join()
+
+
+def _work(job: Job, pipe: Any) -> None:
+    torch.set_num_threads(job.threads)
+    choice = config.select(method=job.method, bits=job.bits)
+    method, source = config.build(choice.method), inspect(str(job.source))
+    noise = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, source.arch.vocab_size, (job.samples, job.length), generator=noise)
+    batches = [_Batch(ids)] if method.needs_data else []
+    report = quantize_checkpoint(
+        source, job.output, method, choice.bits, batches, activations_gb=job.activations_gb, progress=False
+    )
+    pipe.send(report.to_dict())
+    pipe.close()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    ids: Tensor
+
+
+def figures(job: Job, arch: Architecture, report: QuantReport, size: int) -> dict[str, Any]:
+    return {
+        "family": arch.family,
+        "blocks": arch.n_blocks,
+        "method": report.method,
+        "bits": report.bits,
+        "tokens": report.calibration_tokens,
+        "threads": job.threads,
+        "checkpoint_gb": size / GB,
+        "quantized_gb": sum(path.stat().st_size for path in job.output.iterdir()) / GB,
+        "seconds": report.seconds,
+        "peak_ram_gb": report.peak_ram / GB,
+        "notes": len(report.notes),
+    }
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dqx.benchmarks.memory", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a new folder, with room for the checkpoint twice")
+    parser.add_argument("--model", default="llada_8b", choices=MODELS, help="whose shapes (llada_8b)")
+    parser.add_argument("--method", default="rtn", help="a choice of the config group `method` (rtn)")
+    parser.add_argument("--bits", default="w4a16", help="a choice of the config group `bits` (w4a16)")
+    parser.add_argument("--blocks", type=int, help="as many blocks only (all)")
+    parser.add_argument("--samples", type=int, default=4, help="calibration sequences (4)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each (256)")
+    parser.add_argument("--activations-gb", type=float, default=1.0, help="RAM for their activations (1)")
+    parser.add_argument("--threads", type=int, default=1, help="of the measured process (1)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    if args.folder.exists():
+        parser.error(f"{args.folder} exists already; name a new folder")
+    for name in ("blocks", "samples", "length", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}={getattr(args, name)} must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    arch = MODELS[args.model]
+    arch = arch if args.blocks is None else replace(arch, n_blocks=args.blocks)
+    console = Console(highlight=False, emoji=False)
+    job = Job(
+        args.folder / "source",
+        args.folder / "quantized",
+        args.method,
+        args.bits,
+        args.samples,
+        args.length,
+        args.activations_gb,
+        args.threads,
+    )
+    try:
+        started = time.perf_counter()
+        size = write_checkpoint(arch, job.source)
+        console.print(f"checkpoint: {size / GB:.2f} GB, written in {time.perf_counter() - started:.0f} s")
+        found = figures(job, arch, measure(job), size)
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    console.print(
+        f"{args.model}, {arch.n_blocks} blocks, {found['method']} {found['bits']}, {found['tokens']} calibration "
+        f"tokens, {args.threads} threads: {found['seconds']:.0f} s, at most {found['peak_ram_gb']:.2f} GB resident",
+        soft_wrap=True,
+    )
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
