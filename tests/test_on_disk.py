@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -46,33 +48,44 @@ def test_from_disk_is_as_in_memory(case, family, tmp_path):
 
 
 class Killed(Exception):
-    """Ends a quantization where a signal would."""
+    """Ends a quantization in the middle."""
 
 
-@pytest.mark.parametrize("case", ["gptaq w2a16", "awq w4a16", "quarot w4a4", "duquant w4a4"])
+def in_a_process_that_kills_itself(stage, at, *args, **options):
+    """Run `on_disk` in a fork that sends itself SIGKILL when block `at` comes to a stage; its exit signal."""
+    pid = os.fork()
+    if pid:
+        return os.WTERMSIG(os.waitpid(pid, 0)[1])
+    try:
+        whole = getattr(OnDisk, stage)
+
+        def call(self, *given):
+            if getattr(given[0], "blocks", given[0]) == at or at is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(self, *given)
+
+        setattr(OnDisk, stage, call)
+        on_disk(*args, **options)
+    finally:
+        os._exit(0)
+
+
+STAGES = [("note", 0), ("take", 0), ("put", 0), ("note", 1), ("put", 1), ("take", 2), ("note", 3), ("finish", None)]
+
+
+@pytest.mark.parametrize("case", ["gptaq w2a16", "quarot w4a4", "duquant w4a4"])
 @torch.no_grad()
-def test_a_killed_quantization_goes_on_where_it_was(case, tmp_path, monkeypatch):
-    """Killed at every stage of a block, in turn: loading, writing, and noting that it is done."""
+def test_a_killed_quantization_goes_on_where_it_was(case, tmp_path):
+    """Killed at every stage of a block, in turn: loading, writing, noting that it is done; and before the very end."""
     model, _, _, report = quantized("dream", CASES[case])
-    whole = {name: getattr(OnDisk, name) for name in ("take", "put", "note")}
-
-    def failing(name, at):
-        def call(self, *args):
-            if (args[0] if name != "note" else args[0].blocks) == at:
-                raise Killed
-            return whole[name](self, *args)
-
-        return call
-
-    for name, at in [("note", 0), ("take", 0), ("put", 0), ("note", 1), ("put", 1), ("take", 2), ("note", 3)]:
-        monkeypatch.setattr(OnDisk, name, failing(name, at))
-        with pytest.raises(Killed):
-            on_disk("dream", case, tmp_path / "out", activations_gb=None)
-        monkeypatch.undo()
-        assert not (tmp_path / "out").exists()
+    for stage, at in STAGES:
+        ended_by = in_a_process_that_kills_itself(stage, at, "dream", case, tmp_path / "out", activations_gb=None)
+        assert ended_by == signal.SIGKILL
+        assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     found = on_disk("dream", case, tmp_path / "out")
     assert without_costs(found) == without_costs(report)
     assert_same(model, load_quantized(tmp_path / "out")[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_finished_blocks_are_not_done_again(tmp_path, monkeypatch):
