@@ -81,6 +81,10 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("--cfg", "--cfg"),
         ("hydra.run.dir=runs/bits=3", "hydra.run.dir=runs/bits=3"),
         ("+experiment=quick", "experiment=quick"),
+        ("model.sampler=llada", "model/sampler=llada"),
+        ("model.sampler=llada,dream", "model/sampler=llada,dream"),
+        ("model.sampler.cache=dual", "model.sampler.cache=dual"),
+        ("model.family=llada", "model.family=llada"),
     ],
 )
 def test_normalize(typed: str, read: str) -> None:
