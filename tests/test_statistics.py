@@ -63,6 +63,20 @@ def test_holm_known_values():
     assert holm([]) == []
 
 
+def test_holm_is_the_step_down_procedure():
+    """Smallest p first: reject while p <= level / (hypotheses left)."""
+    rng = np.random.default_rng(7)
+    for m in (1, 2, 5, 12):
+        table = rng.choice([0.001, 0.004, 0.01, 0.02, 0.03, 0.05, 0.3, 1.0], m).tolist()  # with ties
+        for level in (0.01, 0.05, 0.2):
+            rejected = [False] * m
+            for k, i in enumerate(np.argsort(table, kind="stable")):
+                if table[i] > level / (m - k):
+                    break
+                rejected[i] = True
+            assert [p <= level for p in holm(table)] == rejected
+
+
 def test_holm_errs_in_five_percent_of_tables():
     tables = np.random.default_rng(0).uniform(size=(4000, 10))
     assert np.mean([min(holm(table)) <= 0.05 for table in tables.tolist()]) == pytest.approx(0.05, abs=0.01)
