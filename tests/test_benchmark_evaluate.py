@@ -173,3 +173,10 @@ def test_table():
     lines = [line.split() for line in console.export_text().splitlines()]
     assert lines[3] == ["task", "2", "10.00", "2.00", "5.00", "100", "30", "1.0k", "0.3k", "within", "1.0e-07"]
     assert lines[4] == ["no", "greedy", "pass", "1.25"]
+
+
+def test_the_command_for_gpus_runs_in_16_bits(capsys):
+    evaluate.main(["--quick", "--tasks", "humaneval,mmlu", "--dtype", "bfloat16", "--peak", "989"])
+    out = capsys.readouterr().out
+    assert "bfloat16" in out
+    assert "989 TFLOP/s, as given" in out

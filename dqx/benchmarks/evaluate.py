@@ -2,7 +2,7 @@
 
     python -m dqx.benchmarks.evaluate                          all tasks on one core: about five minutes
     python -m dqx.benchmarks.evaluate --tasks mmlu,hellaswag --scale 8 --json figures.json
-    python -m dqx.benchmarks.evaluate --scale 1 --blocks 32 --device cuda --dtype bfloat16 --documents 32
+    python -m dqx.benchmarks.evaluate --scale 1 --blocks 32 --device cuda --dtype bfloat16 --documents 48
     python -m dqx.benchmarks.evaluate --quick                  a few seconds, to see that it runs
 
 Random models of LLaDA-8B's proportions with prompts and answers as long as the real ones (lengths.json). Both paths
@@ -32,7 +32,7 @@ from dqx.models.transformer import Architecture
 from dqx.report import RULES
 
 #: Documents of each task, as many as take about five minutes together.
-DOCUMENTS = {"gsm8k": 6, "humaneval": 3, "mmlu": 12, "arc_easy": 12, "arc_challenge": 12, "hellaswag": 3}
+DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 12, "arc_challenge": 12, "hellaswag": 3}
 
 #: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
 GSM8K_STOP = 110

@@ -149,7 +149,7 @@ def generate(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Seque
     """The answers to documents of a generation task, by both paths."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [random_tokens(model, document.prompt, generator) for document in documents]
-    sampler, outcome = LLaDASampler(), Outcome()
+    sampler, outcome = LLaDASampler(suppress_mask=True), Outcome()  # trained models do not write masks
     schedule: dict[str, Any] = {name: getattr(spec, name) for name in ("gen_length", "block_length", "steps")}
     texts = []
     with counted(model) as outcome.plain:
