@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Key
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 #: Tokens of a batch: on the CPU, where larger ones gain nothing, and the most on a GPU.
 CPU_TOKENS = 1024
@@ -135,18 +135,22 @@ def halves(batch: Sequence[Part]) -> tuple[list[Part], list[Part]]:
 
 
 def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[Request]) -> int:
-    """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere.
-
-    Counted per token: a dozen vectors of the hidden width and four of the MLP's, a row of the attention mask, and,
-    for the share of target tokens, logits in the model's type and twice in float32.
-    """
+    """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere."""
     if model.device.type != "cuda" or not requests:
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    arch, size = model.arch, model.embed.weight.element_size()
     longest = max(request.length for request in requests)
     share = max(len(request.target) / max(1, request.length) for request in requests)
-    per_token = size * (12 * arch.hidden_size + 4 * arch.mlp_size + 2 * longest)
-    per_token += int(share * arch.vocab_size * (size + 8))
+    per_token = token_bytes(model.arch, model.embed.weight.element_size(), longest, share)
     return max(1, min(GPU_TOKENS, int(free * 2 / 3) // per_token))
+
+
+def token_bytes(arch: Architecture, size: int, length: int, share: float) -> int:
+    """What a token of a sequence needs in a batch, with numbers of `size` bytes.
+
+    A dozen vectors of the hidden width and four of the MLP's, a row of the attention mask, and, for the share of target
+    tokens, logits in the model's type and twice in float32.
+    """
+    per_token = size * (12 * arch.hidden_size + 4 * arch.mlp_size + 2 * length)
+    return per_token + int(share * arch.vocab_size * (size + 8))

@@ -1,9 +1,9 @@
 """What the device has to hold at the most expensive moment of a run, in bytes, and what it has.
 
 Weights are counted exactly. Besides them, whichever is more: the activations of an evaluation's batches (as the engine
-and the scorer plan them), or, while the model is quantized, one block in full precision, the inputs and outputs of the
-current block for every calibration window and stream, the Hessians of one site, and the activations of one window.
-What a method's searches hold beyond that is not counted.
+and the scorer plan them), or, while the model is quantized, one block in full precision, the working copies of what is
+rounded at once, the inputs and outputs of the current block for every calibration window and stream, the Hessian of one
+site with its factor, and the activations of one window. What a method's searches hold beyond that is not counted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dqx.diffusion.batches import token_bytes
 from dqx.diffusion.engine import row_bytes
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.transformer import SITES, Architecture, MaskedDiffusionTransformer
 from dqx.planning.speed import block_parameters
 from dqx.planning.work import Work
+
+#: Copies in float32 of the linears of a site while they are rounded and judged; as many were measured, with RTN.
+COPIES = 10
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def quantizing_bytes(
     arch: Architecture, dtype: torch.dtype, streams: int, samples: int, length: int, *, hessians: bool
 ) -> int:
     """While one block is quantized; 0 streams: nothing is calibrated."""
-    block = block_parameters(arch) * dtype.itemsize
+    largest = max(sum(arch.in_features(r) * arch.out_features(r) for r in roles) for roles in SITES.values())
+    block = block_parameters(arch) * dtype.itemsize + COPIES * largest * 4
     if not streams:
         return block
     kept = 2 * streams * samples * length * arch.hidden_size * dtype.itemsize
@@ -52,9 +57,15 @@ def quantizing_bytes(
     return block + kept + factors + row_bytes(arch, length, 0)
 
 
-def evaluating_bytes(arch: Architecture, works: Iterable[tuple[Work, int]]) -> int:
-    """The largest batch of all work, each with its number of sequences."""
-    return max((rows * row_bytes(arch, work.length, round(work.read)) for work, rows in works), default=0)
+def evaluating_bytes(arch: Architecture, dtype: torch.dtype, works: Iterable[tuple[Work, int]]) -> int:
+    """The largest batch of all work, each with its number of sequences, as engine and scorer estimate it."""
+    return max((rows * _sequence_bytes(arch, dtype, work) for work, rows in works), default=0)
+
+
+def _sequence_bytes(arch: Architecture, dtype: torch.dtype, work: Work) -> int:
+    if work.kind == "generation":
+        return row_bytes(arch, work.length, round(work.read))
+    return work.length * token_bytes(arch, dtype.itemsize, work.length, work.target / work.length)
 
 
 def device_bytes(device: torch.device) -> int:

@@ -308,7 +308,7 @@ def _memory(
         )
         if _changes(method, config.bits)
         else 0,
-        evaluating=evaluating_bytes(arch, [(w, speed.rows(w)) for w in work.values()]),
+        evaluating=evaluating_bytes(arch, dtype, [(w, speed.rows(w)) for w in work.values()]),
     )
 
 

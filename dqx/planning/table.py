@@ -155,11 +155,13 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     unknown = dict.fromkeys(n for run in runs if not run.problems for n in run.tasks if n not in run.work)
     if unknown:
         lines.append(f"Not counted, for their sizes are not known: {', '.join(unknown)}.")
-    return lines + [f"{_who(names, runs)}{note}" for note, names in by_note.items()]
+    return lines + [f"{_who(note, names, runs)}{note}" for note, names in by_note.items()]
 
 
-def _who(names: Sequence[str], runs: Sequence[PlannedRun]) -> str:
-    return "" if len(names) == len(runs) else f"{', '.join(dict.fromkeys(names))}: "
+def _who(note: str, names: Sequence[str], runs: Sequence[PlannedRun]) -> str:
+    """Whom a note is about, where that is not all runs and the note does not name a model itself."""
+    alone = len(names) == len(runs) or any(note.startswith(run.model) for run in runs)
+    return "" if alone else f"{', '.join(dict.fromkeys(names))}: "
 
 
 def amount(value: float) -> str:
