@@ -144,18 +144,19 @@ def test_task_runs_on_local_data(name: str, parts: dict[str, Any]) -> None:
         assert any(note.startswith("programs ran in a sandbox of limits") for note in result.notes)
 
 
-def test_dream_runs_generation_and_likelihood(tiny_checkpoint: TinyCheckpoint) -> None:
+def test_dream_runs_all_ten(tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = inspect(str(tiny_checkpoint("dream", max_position_embeddings=192)))
     results = evaluate(
         load_weights(checkpoint),
         load_tokenizer(checkpoint),
-        {"arc_easy": short("arc_easy"), "math": short("math")},
+        {name: short(name) for name in (*GENERAL, *MATH_CODE)},
         sampler=DreamSampler(),
-        limit=1,
+        limit=2,
         data_root=str(DATA),
         progress=False,
     )
-    assert [r.n for r in results.values()] == [1, 1]
+    assert {name: r.n for name, r in results.items()} == dict.fromkeys((*GENERAL, *MATH_CODE), 2)
+    assert all(math.isfinite(x) for r in results.values() for d in r.documents for x in d.log_likelihoods or [0.0])
     assert results["math"].notes == ["block_length=2 is not used: Dream's sampler writes the whole answer at once"]
 
 
