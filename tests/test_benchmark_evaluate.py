@@ -159,6 +159,7 @@ def test_a_quick_run(tmp_path, capsys):
     evaluate.main(["--quick", "--tasks", "gsm8k,arc_easy,arc_challenge", "--json", str(file)])
     rows = json.loads(file.read_text())
     assert [row["task"] for row in rows] == ["gsm8k", "arc_easy", "arc_challenge"]
+    assert rows[0]["settings"]["scale"] == 32
     assert rows[0]["outcome"]["equal"] == [True, True]
     assert max(row["outcome"]["error"] for row in rows[1:]) < 1e-5
     out = capsys.readouterr().out

@@ -128,8 +128,9 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[Figures]:
         yield figures
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, width: int = 2048) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of five tries."""
+    width = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(width, width, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -185,9 +186,7 @@ def legend(rows: list[Figures], args: argparse.Namespace, rate: float) -> list[s
             for name, w in (("plain", f.plain), ("dqx", f.dqx))
         )
         lines.append(f"{f.task}: {'; '.join(speeds)}{stop}.")
-    lines.append(
-        f"Peak: {rate / 1e12:.3g} TFLOP/s, " + ("as given." if args.peak else "a matrix product of width 2048.")
-    )
+    lines.append(f"Peak: {rate / 1e12:.3g} TFLOP/s, " + ("as given." if args.peak else "a large matrix product here."))
     return lines
 
 
@@ -231,6 +230,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "json")}
     rows: list[Figures] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -241,7 +241,9 @@ def main(argv: list[str] | None = None) -> None:
             progress.stop_task(line)
             rows.append(figures)
             if args.json is not None:  # after every task, so that a run that is broken off leaves something
-                args.json.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+                args.json.write_text(
+                    json.dumps([row.to_dict() | {"settings": settings} for row in rows], indent=1) + "\n"
+                )
     arc = [f for f in rows if f.task.startswith("arc_")]
     shown = [*rows, together("arc, both", arc)] if len(arc) > 1 else rows
     rate = args.peak * 1e12 if args.peak else matmul_rate(torch.device(args.device), DTYPES[args.dtype])
