@@ -84,10 +84,9 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         with stage("predictions of full precision", timings):
             predictions = _predict(lm, config)
 
+    seen = calibration if method.needs_data else []
     with stage("quantize", timings):
-        quantization = quantize(
-            lm.model, method, config.bits, calibration if method.needs_data else (), seed=config.seed
-        )
+        quantization = quantize(lm.model, method, config.bits, seen, seed=config.seed)
         differences = one_model(lm.model, keys.model_digest)
     if watched:
         with stage("outliers after quantization", timings):
@@ -101,17 +100,9 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         with stage("predictions after quantization", timings):
             moved = fidelity.compare(predictions, _predict(lm, config) if quantization.changed else predictions)
     quantized = full_precision
-    if quantization.changed:
-        with stage("evaluate quantized", timings):
-            facts["quantization"] = keys.quantization_facts(
-                method=config.method,
-                bits=config.bits,
-                calib=config.calib if method.needs_data else None,
-                calibration=calibration if method.needs_data else (),
-                seed=config.seed,
-                model=lm.model,
-            )
-            quantized, sources["quantized"] = _evaluate(lm, config, cache, facts)
+    with stage("evaluate quantized", timings):
+        if quantization.changed:
+            quantized, sources["quantized"] = _evaluate(lm, config, cache, facts | _quantization(lm, config, seen))
 
     record = store.Record(
         config=asdict(config),
@@ -201,6 +192,19 @@ def _facts(lm: DiffusionLM, config: Config) -> dict[str, Any]:
         limit=config.task.limit,
         data_root=config.data_root,
     )
+
+
+def _quantization(lm: DiffusionLM, config: Config, seen: list[CalibBatch]) -> dict[str, Any]:
+    """What the results of the quantized model depend on besides; `seen` is the text that quantization read."""
+    facts = keys.quantization_facts(
+        method=config.method,
+        bits=config.bits,
+        calib=config.calib if seen else None,
+        calibration=seen,
+        seed=config.seed,
+        model=lm.model,
+    )
+    return {"quantization": facts}
 
 
 def _evaluate(
