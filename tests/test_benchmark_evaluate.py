@@ -142,12 +142,14 @@ def test_gsm8k_stops_after_110_tokens_on_average():
     assert evaluate.chosen("humaneval", suite["humaneval"], 64) == read("humaneval")
 
 
-def test_command_line(capsys):
+def test_command_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wrong, said in (
         (["--tasks", "mmlu,piqa"], "piqa is unknown"),
         (["--scale", "3"], "scale=3"),
         (["--documents", "0"], "--documents=0 must be at least 1"),
         (["--tokens-per-step", "3"], "must divide a block"),
+        (["--device", "cuda"], "finds no GPU"),
     ):
         with pytest.raises(SystemExit):
             evaluate.arguments(wrong)

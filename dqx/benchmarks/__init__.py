@@ -1,1 +1,1 @@
-"""Benchmarks that a user can run: `python -m dqx.benchmarks.quantize` and `python -m dqx.benchmarks.evaluate`."""
+"""Benchmarks that a user can run: `python -m dqx.benchmarks.quantize`, `.evaluate` and `.memory`."""

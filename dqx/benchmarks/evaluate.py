@@ -201,7 +201,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens-per-step", type=int, default=4, help="tokens written per denoising step (4; study: 1)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where both sides run (cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="type of the weights (float32)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device; null measures a large matrix product")
@@ -211,6 +211,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.tasks = args.tasks.split(",")
     if strange := [name for name in args.tasks if name not in TASKS]:
         parser.error(f"--tasks: {', '.join(strange)} is unknown; there are {', '.join(TASKS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: PyTorch finds no GPU here; leave it out to run on the CPU")
     if args.quick:
         args.scale, args.blocks, args.documents = 32, 2, args.documents or 2
     for option in ("documents", "blocks", "threads"):
