@@ -50,3 +50,18 @@ def test_logits_of_some_positions_are_those_of_the_whole_sequence(family, padded
         expected = model(ids, mask)[where]
         torch.testing.assert_close(model.logits_where(ids, where, mask), expected, atol=1e-5, rtol=0)
         assert model.logits_where(ids, torch.zeros_like(where), mask).shape == (0, model.arch.vocab_size)
+
+
+@pytest.mark.parametrize(("family", "width"), [("llada", 3), ("dream", 4)])
+def test_the_last_block_computes_what_is_read(family, width):
+    model = load_weights(inspect(str(GOLDEN / f"{family}_tiny")))
+    seen = []
+    for block in model.blocks:
+        block.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        block.k.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    where = torch.zeros(2, 9, dtype=torch.bool)
+    where[0, [2, 4]] = where[1, 8] = True
+    where[1, 7] = family == "dream"  # columns 6 and 7 predict 7 and 8
+    where[1, 5] = family == "dream"
+    model.logits_where(torch.full((2, 9), 3), where)
+    assert seen == [9] * (2 * len(model.blocks) - 1) + [width]

@@ -137,11 +137,17 @@ class Block(nn.Module):
         return {role: getattr(self, role) for role in ROLES}
 
     def attention(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, reuse: Reuse | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        reuse: Reuse | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
-        With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds.
+        With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
+        output is that of these columns alone [B, R, D].
         """
         batch, length, _ = x.shape
         head = self.arch.head_size
@@ -150,11 +156,13 @@ class Block(nn.Module):
         q, k, v = self.heads["q"](apply_rope(q, *rope)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
         if reuse is not None:
             k, v = reuse(k, v)
+        if read is not None:
+            q, mask = pick(q, read[:, None]), None if mask is None else pick(mask, read[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
-        return self.o(self.inputs["attn_out"](mixed.transpose(1, 2).reshape(batch, length, -1)))
+        return self.o(self.inputs["attn_out"](mixed.transpose(1, 2).flatten(2)))
 
     def mlp(self, x: Tensor) -> Tensor:
         """The gated MLP on its normalised input x [B, T, D]."""
@@ -162,10 +170,21 @@ class Block(nn.Module):
         return self.down(self.inputs["mlp_out"](F.silu(self.gate(x)) * self.up(x)))
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, reuse: Reuse | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        reuse: Reuse | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attn_norm(x), rope, mask, reuse)
+        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read)
+        x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))
+
+
+def pick(x: Tensor, rows: Tensor) -> Tensor:
+    """The `rows` [..., R] of x [..., T, D], leading dimensions broadcast: [..., R, D]."""
+    return x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def compose(places: nn.ModuleDict, name: str, module: nn.Module) -> None:
@@ -223,9 +242,13 @@ class MaskedDiffusionTransformer(nn.Module):
         return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, wide), mask
 
     def residual_states(
-        self, ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        read: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the input of each block [B, T, D], then the output of the last one.
+        """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
         With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
         """
@@ -234,7 +257,8 @@ class MaskedDiffusionTransformer(nn.Module):
         x = self.embed(ids if columns is None else ids.gather(1, columns))
         for i, block in enumerate(self.blocks):
             yield x
-            x = block(x, rope, mask) if cache is None else block(x, rope, mask, partial(cache.update, i))
+            reuse = None if cache is None else partial(cache.update, i)
+            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None)
         yield x
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
@@ -260,17 +284,30 @@ class MaskedDiffusionTransformer(nn.Module):
     ) -> Tensor:
         """Logits [n, V] of the positions marked in `where` [B, T], row by row: `forward(ids, attention_mask)[where]`.
 
-        The final norm and the head see only the rows that predict these positions. A forward with a cache that names
-        columns computes those alone: the rows that predict `where` must be among them, and adjacent.
+        The last block gives its output, but for keys and values, only from the first to the last column that predicts
+        one of these positions in its row; the final norm and the head see only the columns that do. A forward with a
+        cache that names columns computes those alone, adjacent ones, among which must be those that predict `where`.
         """
-        for x in self.residual_states(ids, attention_mask, cache):  # noqa: B007  the last one leaves the last block
-            pass
         row, column = where.nonzero(as_tuple=True)
         if self.arch.logit_shift:  # see `shift_logits`
             column = (column - 1).clamp(min=0)
-        if cache is not None and cache.columns is not None:
-            column = column - cache.columns[row, 0]
-        return self.head(self.norm(x[row, column]))
+        computed = None if cache is None else cache.columns
+        read = span(row, column, len(ids)) if computed is None else None
+        for x in self.residual_states(ids, attention_mask, cache, read):  # noqa: B007  the last one leaves the last block
+            pass
+        first = computed if read is None else read
+        assert first is not None
+        return self.head(self.norm(x[row, column - first[row, 0]]))
+
+
+def span(row: Tensor, column: Tensor, rows: int) -> Tensor:
+    """Adjacent columns [B, R] that hold column[i] of row[i] for every i, of B `rows`. Short ones repeat their last."""
+    first, last = (
+        torch.zeros(rows, dtype=torch.long, device=row.device).scatter_reduce(0, row, column, how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    width = int((last - first).max()) + 1
+    return torch.minimum(first[:, None] + torch.arange(width, device=row.device), last[:, None])
 
 
 def shift_logits(logits: Tensor) -> Tensor:
