@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from conftest import DATA, TinyCheckpoint
 from lm_eval import evaluator
 from lm_eval.api.group import Group
 from lm_eval.config.group import AggMetricConfig
+from sympy.parsing.latex import parse_latex
 
 from dqx.diffusion import DreamSampler, LLaDASampler
 from dqx.diffusion.engine import Answer, Prompt
@@ -201,6 +204,11 @@ def test_gsm8k_filters_differ(parts: dict[str, Any], well_read) -> None:
     [
         ("so $\\boxed{\\frac{1}{2}}$", "The answer is $0.5$.", True),
         ("\\boxed{x^2+1}", "\\boxed{1+x^2}", True),
+        ("\\boxed{2\\sqrt{2}}", "$\\sqrt{8}$", True),
+        ("\\boxed{\\frac{\\pi}{3}}", "so $\\theta = \\pi/3$", True),
+        ("\\boxed{\\left(0, \\frac{1}{2}\\right]}", "$(0, 0.5]$", True),
+        ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "$\\begin{pmatrix}1\\\\2\\end{pmatrix}$", True),
+        ("\\boxed{x^2+1}", "$x^2-1$", False),
         ("\\boxed{3}", "It is 4", False),
         ("\\boxed{3}", "", False),
         ("\\boxed{3}", "$9^{9^{9^9}}$", False),
@@ -209,6 +217,15 @@ def test_gsm8k_filters_differ(parts: dict[str, Any], well_read) -> None:
 )
 def test_mathematical_answers(solution: str, answer: str, equal: bool) -> None:
     assert equal_answers(solution, answer, timeout=1 if "9^9" in answer else 20) is equal
+
+
+def test_mathematics_is_read_with_hydras_antlr() -> None:
+    """Hydra pins 4.9.3: lm-eval's own MATH refuses it, sympy reads no LaTeX with it, math_verify does, as above."""
+    assert version("antlr4-python3-runtime") == "4.9.3"
+    with pytest.raises(ImportError, match="antlr4"):
+        parse_latex("1")
+    with pytest.raises(AssertionError, match=r"antlr4-python3-runtime==4\.11"):
+        importlib.import_module("lm_eval.tasks.minerva_math.utils")
 
 
 # prompts
