@@ -140,7 +140,7 @@ def _planned(config: Config) -> PlannedRun:
         )
         if work is not None:
             run.work[name] = work
-            run.evaluation[name] = cost(work) + Cost(seconds=work.programs * _program_seconds())
+            run.evaluation[name] = cost(work) + Cost(seconds=work.programs and work.programs * _program_seconds())
             run.baselines[name] = _baseline_key(config, spec)
     run.checks = sum(map(cost, _checks(config, sampler.cfg_scale > 0)), Cost())
     run.quantization = sum(map(cost, calibration_work(method, config)), Cost())
