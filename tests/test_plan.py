@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.planning.runs
 from dqx import load
-from dqx.api import load_configured
 from dqx.cache.journal import Line
+from dqx.cache.keys import evaluation_facts
 from dqx.cache.results import Results
 from dqx.cache.store import Store
 from dqx.config import CONF_DIR, build, compose, resolve
@@ -38,7 +38,7 @@ from dqx.planning.sizes import SIZES
 from dqx.planning.speed import Measured, block_flops, block_parameters, head_flops
 from dqx.planning.table import amount, duration
 from dqx.planning.work import different_states, task_work
-from dqx.run import _facts, run
+from dqx.run import run
 
 ROOT = CONF_DIR.parent
 LLADA = ["model=llada_8b_base", "bits=w4a16", "plan_tflops=200"]
@@ -242,9 +242,19 @@ def test_what_the_cache_has_is_found(tmp_path: Path) -> None:
     assert plan_run(compose(overrides)).found == {}
     assert not (tmp_path / "cache").exists()  # a plan leaves nothing
 
-    lm = load_configured(config.model)
+    checkpoint = inspect(config.model.path)
+    facts = evaluation_facts(
+        checkpoint=checkpoint.folder,
+        fingerprint=checkpoint.fingerprint(),
+        model=config.model,
+        dtype=torch.float32,
+        device="cpu",
+        seed=0,
+        limit=3,
+        data_root=None,
+    )
     store = Store(config.cache_dir)
-    key = Results(store, _facts(lm, config)).key("nano_facts", config.task.suite["nano_facts"])
+    key = Results(store, facts).key("nano_facts", config.task.suite["nano_facts"])
     journal = store.journal(key)
     journal.append([Line("nano_facts/1", "", [])])
     journal.close()
