@@ -8,7 +8,10 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -155,9 +158,45 @@ def test_nothing_survives_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for attack in (nest, daemon, hold):
         assert not run_program(attack).passed
     assert list(tmp_path.iterdir()) == []
+    assert not running(tmp_path)
+
+
+@filtered
+def test_programs_end_with_their_evaluation(tmp_path: Path) -> None:
+    """Also if that is killed, and they would rather not."""
+    stay = "import ctypes, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nopen('ready', 'w').close()\ntime.sleep(100)"
+    folder = Path(sandbox.__file__).parent
+    evaluation = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.append({str(folder)!r}); import sandbox; sandbox.run_program({stay!r})",
+        ],
+        env={"TMPDIR": str(tmp_path)},
+    )
+    tmp_path.chmod(0o755)
+    assert within(60, lambda: list(tmp_path.glob("*/ready")))
+    assert running(tmp_path)
+    evaluation.kill()
+    evaluation.wait()
+    assert within(60, lambda: not running(tmp_path))
+
+
+def running(folder: Path) -> list[str]:
+    """The processes whose home is in `folder`."""
+    found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # of another user, or gone
-            assert f"HOME={tmp_path}/".encode() not in environment.read_bytes()
+            if f"HOME={folder}/".encode() in environment.read_bytes():
+                found.append(environment.parent.name)
+    return found
+
+
+def within(seconds: float, happened: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return bool(happened())
 
 
 def test_secrets_of_the_environment_stay_secret(monkeypatch: pytest.MonkeyPatch) -> None:
