@@ -32,7 +32,7 @@ from dqx.models.transformer import Architecture
 from dqx.report import RULES
 
 #: Documents of each task, as many as take about five minutes together.
-DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 12, "arc_challenge": 12, "hellaswag": 3}
+DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 24, "arc_challenge": 12, "hellaswag": 3}
 
 #: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
 GSM8K_STOP = 110
@@ -66,10 +66,12 @@ class Figures:
 
     def savings(self) -> dict[str, float]:
         """Factors whose product is the ratio. All but the last are ratios of FLOPs, hence the same on any machine."""
-        once, whole = self.outcome.plain.flops, self.dqx.blocks + self.dqx.whole_head
+        once, whole = self.outcome.plain.flops, self.dqx.whole_blocks + self.dqx.whole_head
+        blocks = self.dqx.blocks + self.dqx.whole_head
         parts = {} if self.kind == "generation" else {"no greedy pass": self.plain.flops / once}
         parts["early stop" if self.kind == "generation" else "each state once"] = once / whole
-        parts["head only where it is read"] = whole / self.dqx.flops
+        parts["last block only where it is read"] = whole / blocks
+        parts["head only where it is read"] = blocks / self.dqx.flops
         parts["batches and all else"] = self.ratio * self.dqx.flops / self.plain.flops
         return parts
 

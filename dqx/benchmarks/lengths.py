@@ -24,7 +24,7 @@ from dqx.evaluate.spec import TaskSpec
 
 FILE = Path(__file__).with_suffix(".json")
 TASKS = ("gsm8k", "humaneval", "mmlu", "arc_easy", "arc_challenge", "hellaswag")
-SAMPLE = 64  # documents of a task
+SAMPLE = 256  # documents of a task, at most
 
 TOKEN = re.compile(r"[^\W\d_]{1,9}|\d|[^\w\s]|_|\n\s*")
 

@@ -64,7 +64,7 @@ def random_model(arch: Architecture, seed: int, device: torch.device, dtype: tor
 class Work:
     """Time in seconds, sequences through the model and their tokens with padding, FLOPs of the blocks and the head.
 
-    `whole_head` are those that the head would take on all tokens.
+    `whole_blocks` and `whole_head` are those that they would take on all tokens.
     """
 
     seconds: float = 0.0
@@ -72,6 +72,7 @@ class Work:
     tokens: int = 0
     blocks: float = 0.0
     head: float = 0.0
+    whole_blocks: float = 0.0
     whole_head: float = 0.0
 
     @property
@@ -93,21 +94,30 @@ def clock(device: torch.device) -> float:
 def counted(model: MaskedDiffusionTransformer) -> Iterator[Work]:
     """The work that the model does inside. A multiplication and an addition are two FLOPs."""
     arch, work = model.arch, Work()
-    per_token = 2 * sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    inward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in "qkv")
+    outward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in ("o", "gate", "up", "down"))
     per_row = 2 * arch.vocab_size * arch.hidden_size
 
-    def enter(block: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows, length = args[0].shape[:2]
-        attention = 4 * rows * length**2 * arch.hidden_size * arch.n_blocks
-        work.sequences += rows
-        work.tokens += rows * length
-        work.blocks += rows * length * per_token + attention
-        work.whole_head += rows * length * per_row
+    def flops(rows: int, length: int, read: int) -> float:
+        """Of a block that gives the output of `read` columns."""
+        attention = 4 * rows * read * length * arch.hidden_size
+        return rows * (length * inward + read * outward) + attention
 
-    def read(head: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
+        rows, length = args[0].shape[:2]
+        read = next((read.shape[1] for read in args[4:] if read is not None), length)
+        work.blocks += flops(rows, length, read)
+        work.whole_blocks += flops(rows, length, length)
+        if block is model.blocks[0]:
+            work.sequences += rows
+            work.tokens += rows * length
+            work.whole_head += rows * length * per_row
+
+    def look(head: nn.Module, args: tuple[Tensor, ...]) -> None:
         work.head += args[0].shape[:-1].numel() * per_row
 
-    hooks = [model.blocks[0].register_forward_pre_hook(enter), model.head.register_forward_pre_hook(read)]
+    hooks = [block.register_forward_pre_hook(enter) for block in model.blocks]
+    hooks.append(model.head.register_forward_pre_hook(look))
     start = clock(model.device)
     try:
         yield work
