@@ -86,7 +86,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     seen = calibration if method.needs_data else []
     with stage("quantize", timings):
-        quantization = quantize(lm.model, method, config.bits, seen, seed=config.seed)
+        quantization = quantize(lm.model, method, config.bits, seen, seed=config.seed, progress=main)
         differences = one_model(lm.model, keys.model_digest)
     if watched:
         with stage("outliers after quantization", timings):
@@ -128,14 +128,14 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         command=_command(),
         warnings=[*cache.warnings, *_notes(quantized), *quantization.notes, *differences],
     )
-    if not main:
-        return record
-    report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
-    output.write(record)
-    record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
-    output.write_results(record)
-    report.print_mirror(record)
-    return record
+    if main:
+        report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
+        output.write(record)
+        record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
+        output.write_results(record)
+        report.print_mirror(record)
+    finished: store.Record = processes().broadcast(record)  # in no process before it is written
+    return finished
 
 
 @contextmanager

@@ -6,12 +6,12 @@ renamed or removed. So they hit every stage, and do not depend on how fast the m
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,20 @@ from dqx.evaluate.results import TaskResult
 from dqx.evaluate.sitting import Sitting
 from dqx.models.transformer import Block
 from dqx.run import run
-from dqx.store import Record, RunFolder
+from dqx.store import RunFolder
 
 SMALL = [
-    *("method=gptq", "bits=2", "task=[nano_facts,nano_sums,nano_text]", "task.limit=3", "likelihood.batch_tokens=64"),
-    *("calib.samples=2", "calib.length=32", "outliers.samples=1", "fidelity.samples=0", "wandb.mode=disabled"),
-    *("task.suite.nano_text.mc_samples=4", "task.suite.nano_facts.mc_samples=4", "task.suite.nano_text.length=32"),
+    *("method=gptq", "bits=2", "task.limit=3", "likelihood.batch_tokens=64", "wandb.mode=disabled"),
+    *("calib.samples=2", "calib.length=32", "outliers.samples=1", "fidelity.samples=0"),
+]
+TASKS = [
+    *("task=[nano_facts,nano_sums,nano_text]", "task.suite.nano_facts.mc_samples=4"),
+    *("task.suite.nano_text.mc_samples=4", "task.suite.nano_text.length=32"),
 ]
 
 
 def configured(folder: Path, *overrides: str) -> Config:
-    return resolve(compose([*SMALL, f"cache_dir={folder / 'cache'}", *overrides]))
+    return resolve(compose([*SMALL, f"cache_dir={folder / 'cache'}", *(overrides or TASKS)]))
 
 
 def in_a_process(function: Callable[[], Any]) -> int | None:
@@ -103,54 +106,83 @@ def outcome(results: dict[str, TaskResult]) -> dict[str, Any]:
     return {name: {k: v for k, v in result.to_dict().items() if k not in cost} for name, result in results.items()}
 
 
-def events(folder: Path) -> tuple[Record, int]:
-    """An undisturbed run, and how many events it has."""
+def events(config: Config, folder: Path) -> int:
+    """How many events an undisturbed run has, which leaves its record in `folder`."""
+    count = folder.with_suffix(".events")
 
     def counted() -> None:
-        total = Counter()  # type: ignore[var-annotated]
-        counting(lambda: total.update(n=1))
-        run(configured(folder), folder / "run")
-        (folder / "events").write_text(str(total["n"]))
+        total = [0]
+
+        def each() -> None:
+            total[0] += 1
+
+        counting(each)
+        run(config, folder)
+        count.write_text(str(total[0]))
 
     assert in_a_process(counted) == 0
-    return RunFolder(folder / "run").read(), int((folder / "events").read_text())
+    return int(count.read_text())
+
+
+def killed(config: Config, folder: Path, after: int) -> bool:
+    """Run in a process that is killed after so many events; False: it came to its end before."""
+    left = [after]
+
+    def each() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def doomed() -> None:
+        noting(folder.with_suffix(".log"))
+        counting(each)
+        run(config, folder)
+
+    code = in_a_process(doomed)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_gives_the_results_of_an_undisturbed_one(tmp_path: Path, kills: int) -> None:
-    expected, total = events(tmp_path / "undisturbed")
+    total = events(configured(tmp_path / "undisturbed"), tmp_path / "undisturbed" / "run")
+    expected = RunFolder(tmp_path / "undisturbed" / "run").read()
     moments = random.Random(kills)
-    folder = tmp_path / "disturbed"
+    for folder in (tmp_path / f"disturbed{n}" for n in itertools.count()):
+        config = configured(folder)
+        while kills:
+            before = finished(folder)
+            if not killed(config, folder / "run", moments.randrange(total // 2)):
+                break
+            assert finished(folder) >= before
+            kills -= 1
+        else:
+            run(config, folder / "run")
+        found = RunFolder(folder / "run").read()
+        for side in ("full_precision", "quantized"):
+            assert outcome(getattr(found, side)) == outcome(getattr(expected, side))
+        assert found.deltas == expected.deltas
+        done: set[str] = set()
+        for line in (folder / "run.log").read_text().splitlines():
+            what, _, document = line.partition(" ")
+            assert document not in done  # neither computed nor finished again
+            done |= {document} if what == "finished" else set()
+        if not kills:
+            return
 
-    def attempt(lives: int | None) -> None:
-        left = [lives]
 
-        def each() -> None:
-            if left[0] is not None:
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        noting(folder / "log")
-        counting(each)
-        run(configured(folder), folder / "run")
-
-    folder.mkdir()
-    for _ in range(kills):
-        before = finished(folder)
-        assert in_a_process(lambda: attempt(moments.randrange(total // 2))) == -signal.SIGKILL
-        assert finished(folder) >= before
-    assert in_a_process(lambda: attempt(None)) == 0
-    found = RunFolder(folder / "run").read()
-    for side in ("full_precision", "quantized"):
-        assert outcome(getattr(found, side)) == outcome(getattr(expected, side))
-    assert found.deltas == expected.deltas
-    done: set[str] = set()
-    for line in (folder / "log").read_text().splitlines():
-        what, _, document = line.partition(" ")
-        assert document not in done  # neither computed nor finished again
-        done |= {document} if what == "finished" else set()
-    assert len(done) <= 2 * 3 * 3
+def test_a_run_killed_while_it_writes_its_record_leaves_whole_files(tmp_path: Path) -> None:
+    """At every second of the last events: what is there can be read, and results.json stands for all of it."""
+    config = configured(tmp_path, "method=rtn", "task=nano_facts", "outliers.samples=0")
+    run(config, tmp_path / "first")
+    total = events(config, tmp_path / "run")
+    for after in range(total - 9, total, 2):
+        folder = tmp_path / f"run{after}"
+        assert killed(config, folder, after)
+        for path in folder.glob("[!.]*.json"):
+            json.loads(path.read_text())
+        if (folder / "results.json").exists():
+            assert RunFolder(folder).read().sources["quantized"] == {"nano_facts": "reused"}
 
 
 def test_two_identical_runs_differ_by_nothing_and_the_second_evaluates_nothing(
@@ -158,7 +190,7 @@ def test_two_identical_runs_differ_by_nothing_and_the_second_evaluates_nothing(
 ) -> None:
     """From the cache, and computed afresh as well."""
     first = run(configured(tmp_path), tmp_path / "first")
-    afresh = run(configured(tmp_path, "reuse=false"), tmp_path / "afresh")
+    afresh = run(configured(tmp_path, *TASKS, "reuse=false"), tmp_path / "afresh")
     for name in ("score", "stream"):
         monkeypatch.setattr(Scorer if name == "score" else Engine, name, None)
     second = run(configured(tmp_path), tmp_path / "second")

@@ -87,7 +87,7 @@ def evaluation_facts(
         "seed": seed,
         "limit": limit,
         "data": None if data_root is None else _listing(Path(data_root)),
-        "code": code_version(EVALUATING),
+        "code": EVALUATION_CODE,
         "versions": {name: package_version(name) for name in VERSIONS},
     }
 
@@ -110,7 +110,7 @@ def quantization_facts(
             for name, tensor in (("ids", batch.ids), ("mask_ratio", batch.mask_ratio))
         ),
         "seed": seed,
-        "code": code_version(QUANTIZING),
+        "code": QUANTIZATION_CODE,
         "model": model_digest(model),
     }
 
@@ -177,3 +177,7 @@ def _listing(root: Path) -> str:
             stat = path.stat()
             found.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return found.hexdigest()[:20]
+
+
+#: Of the sources as they are when they are loaded: what is edited during a run is for the next one.
+EVALUATION_CODE, QUANTIZATION_CODE = code_version(EVALUATING), code_version(QUANTIZING)
