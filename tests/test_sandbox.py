@@ -139,6 +139,35 @@ def test_refused_even_among_the_users_own(attempt: str) -> None:
 
 
 @filtered
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open(kept, 'w')",
+        "open(kept, 'a')",
+        "open('new', 'x')",
+        "os.open(kept, os.O_RDONLY | os.O_TRUNC)",
+        "os.remove(kept)",
+        "os.rename(kept, 'mine')",
+        "shutil.rmtree(os.path.dirname(kept))",
+    ],
+)
+def test_without_landlock_nothing_is_written(tmp_path: Path, attempt: str) -> None:
+    kept = tmp_path / "thesis.txt"
+    kept.write_text("years of work")
+    program = f"""
+import sys; sys.path.append({str(Path(sandbox.__file__).parent)!r})
+import os, shutil, sandbox_child
+kept = {str(kept)!r}
+sandbox_child.libc.prctl(sandbox_child.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+assert sandbox_child.filter_system_calls(read_only=True)
+assert open(kept).read() == "years of work"
+{attempt}"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "PermissionError: [Errno 1]" in ended.stderr
+    assert kept.read_text() == "years of work"
+
+
+@filtered
 def test_other_processes_cannot_be_traced_or_read() -> None:
     trace = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     trace += "assert libc.ptrace(16, os.getppid(), 0, 0) == -1 and ctypes.get_errno() == 1"

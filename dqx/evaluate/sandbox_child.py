@@ -54,6 +54,15 @@ FORBIDDEN_REQUESTS = [
     ((16, 29), 0x8901), ((16, 29), 0x8902),  # ioctl: FIOSETOWN, SIOCSPGRP
 ]  # fmt: skip
 
+#: Where Landlock is missing: calls that remove or replace files, and the place of the flags of those that open them,
+#: which may then only read.
+REPLACING = {
+    "unlink": (87, 0), "unlinkat": (263, 35), "rmdir": (84, 0), "creat": (85, 0), "openat2": (437, 437),
+    "rename": (82, 0), "renameat": (264, 38), "renameat2": (316, 276),
+}  # fmt: skip
+OPENING = [((2, 0), 24), ((257, 56), 32)]  # open, openat
+FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
 #: Functions taken away where the system itself offers no protection, as HumanEval's own scorer does.
 GUARDED = {
     "os": "kill killpg fork forkpty posix_spawn posix_spawnp system popen execv execve remove unlink rmdir removedirs "
@@ -142,13 +151,14 @@ def restrict_files(folder: str) -> bool:
     return restricted
 
 
-def filter_system_calls() -> bool:
-    """seccomp: what FORBIDDEN and FORBIDDEN_REQUESTS list fails with "not permitted"."""
+def filter_system_calls(read_only: bool) -> bool:
+    """seccomp: what FORBIDDEN and FORBIDDEN_REQUESTS list fails with "not permitted"; `read_only`: so does writing."""
     column, audit_arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(os.uname().machine, (0, 0))
     if not audit_arch:
         return False
-    numbers = [pair[column] for pair in FORBIDDEN.values() if pair[column]]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    forbidden = [*FORBIDDEN.values(), *(REPLACING.values() if read_only else ())]
+    numbers = [pair[column] for pair in forbidden if pair[column]]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, deny, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
     code = [(load, 0, 0, 4), (equal, 1, 0, audit_arch), (answer, 0, 0, kill), (load, 0, 0, 0)]
     code += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, deny)]  # the x32 calls
@@ -157,6 +167,10 @@ def filter_system_calls() -> bool:
     for pair, value in FORBIDDEN_REQUESTS:
         code += [(equal, 0, 4, pair[column]), (load, 0, 0, 24), (equal, 0, 1, value), (answer, 0, 0, deny)]
         code += [(load, 0, 0, 0)]
+    for pair, flags in OPENING if read_only else ():
+        if pair[column]:
+            code += [(equal, 0, 4, pair[column]), (load, 0, 0, flags), (any_bit, 0, 1, FOR_WRITING)]
+            code += [(answer, 0, 0, deny), (load, 0, 0, 0)]
     code += [(answer, 0, 0, allow)]
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
     program = struct.pack("@HP", len(code), ctypes.addressof(buffer))
@@ -190,7 +204,7 @@ def lock_in(cpu: int, memory: int) -> list[str]:
             keep_capabilities(0)
         libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
         layers += ["files"] * restrict_files(os.getcwd())
-        layers += ["calls"] * filter_system_calls()
+        layers += ["calls"] * filter_system_calls(read_only="files" not in layers)
     if not {"user", "files"} & set(layers) or not {"user", "calls"} & set(layers):
         guard()
         layers.append("guard")
