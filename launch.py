@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
@@ -65,7 +65,16 @@ def main(cfg: DictConfig) -> None:
     else:
         return
     failure.write(folder)
+    if failure.refused and in_wandb_sweep():
+        from dqx import mirror
+
+        mirror.skip(OmegaConf.to_container(cfg), folder, OmegaConf.to_container(cfg.wandb), failure.reason)
     raise RunFailed(failure.reason) from cause
+
+
+def in_wandb_sweep() -> bool:
+    """Whether an agent of W&B has started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 @contextmanager
@@ -140,7 +149,7 @@ def exit_code() -> int:
             print(f"  {folder.name}: {failure.reason}", file=sys.stderr)
     if any(not failure.refused for failure in failed.values()):
         return 1
-    return 2 if failed and not os.environ.get("WANDB_SWEEP_ID") else 0
+    return 2 if failed and not in_wandb_sweep() else 0
 
 
 if __name__ == "__main__":

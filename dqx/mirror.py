@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from dqx.deltas import headline
 from dqx.outliers import SITES, OutlierStats
 from dqx.store import Record, jsonable
 
@@ -54,19 +55,36 @@ def log(record: Record, folder: str | Path, settings: Any = None, group: str | N
     record's), `group` the sweep's name where they have none. Online, a server that does not answer makes the copy
     offline.
     """
+    config = {"cfg": jsonable(record.config), "choices": record.choices}
+    config |= {"checkpoint": {"fingerprint": record.model.get("fingerprint")}}
+    config |= {"environment": jsonable(record.environment)}
+    settings = record.config.get("wandb") if settings is None else settings
+    return _copied(Path(folder), settings, group, config, lambda run: _fill(run, record))
+
+
+def skip(config: Mapping[str, Any], folder: str | Path, settings: Any, reason: str) -> dict[str, Any]:
+    """Say in W&B that a run of one of its sweeps cannot be: `reason` as `skipped` in the summary. Never raises."""
+    return _copied(Path(folder), settings, None, {"cfg": config}, lambda run: run.summary.update({"skipped": reason}))
+
+
+def _copied(
+    folder: Path, settings: Any, group: str | None, config: dict[str, Any], fill: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Start a W&B run, let `fill` put in what it holds, and say what became of it."""
     try:
-        wanted = DEFAULTS | (jsonable(record.config.get("wandb") if settings is None else settings) or {})
+        wanted = DEFAULTS | (jsonable(settings) or {})
         wanted["group"] = wanted["group"] or group
         mode = pick_mode(wanted["mode"])
         if mode == "disabled":
             return {"state": "disabled", "mode": mode}
         try:
-            return _write(record, Path(folder), wanted, mode)
+            return _write(folder, wanted, mode, config, fill)
         except Exception as error:
             if mode != "online":
                 raise
             logger.warning("W&B could not be reached (%s); the copy is written offline", _short(error))
-            return _write(record, Path(folder), wanted, "offline") | {"message": f"wanted online, but {_short(error)}"}
+            written = _write(folder, wanted, "offline", config, fill)
+            return written | {"message": f"wanted online, but {_short(error)}"}
     except Exception as error:
         message = "the package wandb cannot be imported" if isinstance(error, ImportError) else _short(error)
         logger.warning("no copy of the run in W&B: %s; results.json has everything", message)
@@ -127,6 +145,9 @@ def summary(record: Record) -> dict[str, Any]:
         if row.lower_is_better:  # nats per token
             values["nll"], values["nll_full_precision"] = values.pop("accuracy"), values.pop("accuracy_full_precision")
         found |= {f"{key}/{row.name}": value for key, value in values.items()}
+    first = headline(record.deltas)
+    if not first.lower_is_better:
+        found.setdefault("delta/average", first.delta)  # of one task it is that task's: sweeps optimize it
     for measured in record.fidelity.get("by_mask_ratio", ()):
         found |= {f"fidelity/{key}/{measured['mask_ratio']:g}": measured[key] for key in ("divergence", "agreement")}
     if record.fidelity:
@@ -174,13 +195,13 @@ def histogram(stats: OutlierStats, site: str) -> tuple[list[float], list[float]]
     return [counts.get(e, 0.0) for e in exponents], [float(e) for e in (*exponents, exponents[-1] + 1)]
 
 
-def _write(record: Record, folder: Path, settings: Mapping[str, Any], mode: Mode) -> dict[str, Any]:
+def _write(
+    folder: Path, settings: Mapping[str, Any], mode: Mode, config: dict[str, Any], fill: Callable[[Any], None]
+) -> dict[str, Any]:
     import wandb
 
     where = folder / "wandb"
     where.mkdir(parents=True, exist_ok=True)  # else wandb silently writes to a temporary folder
-    config = {"cfg": jsonable(record.config), "choices": record.choices}
-    config |= {"model": {"fingerprint": record.model.get("fingerprint")}, "environment": jsonable(record.environment)}
     quiet = wandb.Settings(
         init_timeout=INIT_TIMEOUT,
         finish_timeout=FINISH_TIMEOUT,
@@ -208,20 +229,28 @@ def _write(record: Record, folder: Path, settings: Mapping[str, Any], mode: Mode
             settings=quiet,
         ) as run,
     ):
-        run.summary.update({**summary(record), "folder": str(folder)})
-        logged: dict[str, Any] = {"deltas": wandb.Table(columns=list(DELTA_COLUMNS), data=_delta_rows(record))}
-        if record.outliers:
-            logged["outliers"] = wandb.Table(columns=list(OUTLIER_COLUMNS), data=outlier_rows(record))
-        for side, stats in record.outliers.items():
-            for site in SITES:
-                counts, edges = histogram(stats, site)
-                bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-                logged[f"log2_abs/{side}/{site}"] = bars
-        run.log(logged)
+        run.summary.update({"folder": str(folder)})
+        fill(run)
         url = run.url if mode == "online" else None
         file = Path(run.settings.sync_file)
     _wait_until_written(file)
     return {"state": "written", "mode": mode, "folder": str(file.parent), "url": url}
+
+
+def _fill(run: Any, record: Record) -> None:
+    """Summary, tables and histograms."""
+    import wandb
+
+    run.summary.update(summary(record))
+    logged: dict[str, Any] = {"deltas": wandb.Table(columns=list(DELTA_COLUMNS), data=_delta_rows(record))}
+    if record.outliers:
+        logged["outliers"] = wandb.Table(columns=list(OUTLIER_COLUMNS), data=outlier_rows(record))
+    for side, stats in record.outliers.items():
+        for site in SITES:
+            counts, edges = histogram(stats, site)
+            bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+            logged[f"log2_abs/{side}/{site}"] = bars
+    run.log(logged)
 
 
 def _wait_until_written(file: Path, at_most: float = 5.0) -> None:

@@ -90,7 +90,7 @@ def test_offline_run_holds_config_summary_outliers_and_delta(tmp_path):
     config, summary, history, started = read_back(status["folder"])
     assert config["cfg"] == run.config
     assert config["choices"] == run.choices
-    assert config["model"]["fingerprint"] == "0123456789abcdef"
+    assert config["checkpoint"]["fingerprint"] == "0123456789abcdef"
     assert (started.project, started.run_group, started.display_name) == ("dqx", "sweep-7", "nano_llada-gptq-w3")
     assert started.host == ""
 
@@ -122,6 +122,20 @@ def test_offline_run_holds_config_summary_outliers_and_delta(tmp_path):
             assert bars["_type"] == "histogram"
             assert zeros == 0
             assert 2.0 ** bars["bins"][-2] <= max(r.abs_max for r in values) < 2.0 ** bars["bins"][-1]
+
+
+def test_one_task_is_its_own_average():
+    one = record()
+    one.deltas = [row for row in one.deltas if row.name == "nano_sums"]
+    summary = mirror.summary(one)
+    assert summary["delta/average"] == summary["delta/nano_sums"] == -0.5
+
+
+def test_a_run_of_a_sweep_that_cannot_be(tmp_path):
+    status = mirror.skip({"seed": -1}, tmp_path, {"mode": "offline"}, "seed=-1 must be 0 or more")
+    config, summary, _, _ = read_back(status["folder"])
+    assert config["cfg"] == {"seed": -1}
+    assert summary["skipped"] == "seed=-1 must be 0 or more"
 
 
 def test_without_a_server_the_copy_is_offline(tmp_path, monkeypatch):
