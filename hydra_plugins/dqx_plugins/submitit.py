@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -126,6 +128,7 @@ class LocalQueue:
             self.free = [[] for _ in range(max(1, cores // (params["cpus_per_task"] or 1)))]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.free))))  # of the runs
         self.taken: list[tuple[Any, list[int]]] = []
+        self.log = Path(params["submitit_folder"]).parent / "processes.log"
         self.executor = submitit.LocalExecutor(params["submitit_folder"], max_num_timeout=0)
         self.executor.update_parameters(timeout_min=params["timeout_min"])
 
@@ -138,10 +141,24 @@ class LocalQueue:
         while waiting and self.free:
             call, gpus = waiting.pop(0), self.free.pop(0)
             self.executor.update_parameters(visible_gpus=gpus, gpus_per_node=len(gpus))
-            job = self.executor.submit(function, *call)
+            with errors_to(self.log):  # of the process beside each run, whose Ctrl-C is a traceback
+                job = self.executor.submit(function, *call)
             self.taken.append((job, gpus))
             started.append((call[2], job))
         return started
+
+
+@contextmanager
+def errors_to(file: Path) -> Iterator[None]:
+    """Processes started inside the block write their errors to the end of `file`."""
+    terminal = os.dup(2)
+    try:
+        with file.open("ab") as log:
+            os.dup2(log.fileno(), 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def visible_gpus() -> list[int]:
