@@ -7,12 +7,14 @@ back from it bit by bit the same. Rows that an interrupted quantization continue
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -93,6 +95,12 @@ def _release(memory: Memory, tensors: list[Tensor | None], folder: Path | None) 
 
 #: Tensors in a row: `append`, `len`, indices and iteration.
 Row = list[Tensor] | Shelf
+
+
+def trim() -> None:
+    """Give memory that is free back to the system, where the C library can (glibc): its heap grows with every block."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_ram() -> int:

@@ -30,7 +30,7 @@ from dqx.quant import saved
 from dqx.quant.bits import BitsConfig
 from dqx.quant.home import Progress
 from dqx.quant.loop import Batch, quantize_blocks
-from dqx.quant.memory import GB, Memory, Shelf
+from dqx.quant.memory import GB, Memory, Shelf, trim
 from dqx.quant.method import Method
 from dqx.quant.report import LinearRow, QuantReport
 from dqx.store import jsonable, package_version, write_json
@@ -133,6 +133,7 @@ class OnDisk:
         }
         write_json(self.folder / PROGRESS, state)
         self._remove_rows({row.folder.name for row in rows.values()})
+        trim()
 
     def finish(self, output: Path, report: QuantReport, method: Method, bits: BitsConfig) -> None:
         """Complete the folder and give it its name."""
