@@ -10,9 +10,10 @@ from rich.console import Console
 from dqx import config
 from dqx.benchmarks import evaluate, lengths, paths
 from dqx.benchmarks.evaluate import Figures
-from dqx.benchmarks.lengths import TASKS, Lengths, count_tokens, read, spread
+from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import Outcome, Work
 from dqx.models.published import PUBLISHED
+from dqx.planning.count_sizes import by_rule
 
 
 def model(seed=0):
@@ -23,9 +24,9 @@ def model(seed=0):
 
 
 def test_tokens_are_counted_by_the_rule():
-    assert count_tokens("def f(x):\n    return 3.14") == 12  # nine in the first line and its break
-    assert count_tokens("Photosynthesis is 42.") == 6
-    assert count_tokens("") == 0
+    assert by_rule("def f(x):\n    return 3.14") == 12  # nine in the first line and its break
+    assert by_rule("Photosynthesis is 42.") == 6
+    assert by_rule("") == 0
 
 
 def test_the_lengths_are_of_the_real_tasks():

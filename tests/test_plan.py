@@ -172,8 +172,8 @@ def test_every_task_of_the_study_has_a_size() -> None:
     suite, sampler = suite_of("task=qdlm")
     work = {name: task_work(spec, sampler) for name, spec in suite.items()}
     assert all(work.values())
-    assert (work["mmlu"].forwards, work["mmlu"].length) == (14042, 138 + 5 * 110 + 1)  # the choices share a sequence
-    assert (work["gsm8k"].at_most, work["gsm8k"].length) == (1319 * 256, 65 + 4 * 196 + 256)
+    assert (work["mmlu"].forwards, work["mmlu"].length) == (14042, 125 + 5 * 102 + 1)  # the choices share a sequence
+    assert (work["gsm8k"].at_most, work["gsm8k"].length) == (1319 * 256, 62 + 4 * 191 + 256)
     suite["piqa"].harness = "another"
     assert task_work(suite["piqa"], sampler) is None
 

@@ -23,8 +23,8 @@ from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.planning.sizes import BenchmarkSize
 
-#: What counts as one token: up to seven letters, a digit, a mark, a line break with the indentation after it.
-RULE = re.compile(r"[^\W\d_]{1,7}|\d|\n\s*|[^\w\s]|_")
+#: What counts as one token: up to nine letters, a digit, a mark, a line break with the indentation after it.
+RULE = re.compile(r"[^\W\d_]{1,9}|\d|\n\s*|[^\w\s]|_")
 
 #: Answers of up to so many tokens are kept apart; longer ones are put together up to each of the bounds.
 APART = 16
