@@ -34,7 +34,7 @@ from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.masking import calibration_states
-from dqx.models.checkpoint import Checkpoint, inspect, load_weights
+from dqx.models.checkpoint import Checkpoint, inspect, load_weights, skeleton
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -205,14 +205,24 @@ class DiffusionLM:
         )
 
 
-def load_configured(config: configuration.ModelConfig) -> DiffusionLM:
-    """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
+def describe_configured(config: configuration.ModelConfig) -> DiffusionLM:
+    """The model that a `model` config describes, its weights not loaded yet (on torch's meta device).
+
+    Raises CheckpointError where its files cannot be used.
+    """
     checkpoint = inspect(config.path, config.revision)
     if config.mask_token_id is not None:
         checkpoint = replace(checkpoint, arch=replace(checkpoint.arch, mask_token_id=config.mask_token_id))
-    model = load_weights(checkpoint, DTYPES[config.dtype], pick_device(config.device))
-    plant_outliers(model, config.outliers.gain, config.outliers.channels)
-    return DiffusionLM(model, load_tokenizer(checkpoint), checkpoint, configuration.build(config.sampler), config)
+    sampler = configuration.build(config.sampler)
+    return DiffusionLM(skeleton(checkpoint.arch), load_tokenizer(checkpoint), checkpoint, sampler, config)
+
+
+def load_configured(config: configuration.ModelConfig) -> DiffusionLM:
+    """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
+    lm = describe_configured(config)
+    lm.model = load_weights(lm.checkpoint, DTYPES[config.dtype], pick_device(config.device))
+    plant_outliers(lm.model, config.outliers.gain, config.outliers.channels)
+    return lm
 
 
 def load(name_or_path: str = "nano_llada", **overrides: Any) -> DiffusionLM:

@@ -120,6 +120,8 @@ def _number_problems(config: Config) -> Iterator[str]:
         "outliers.massive_absolute": config.outliers.massive_absolute,
         "outliers.massive_relative": config.outliers.massive_relative,
     }
+    if config.cache_max_gb is not None and not config.cache_max_gb >= 0:
+        yield f"cache_max_gb={config.cache_max_gb} must be 0 or more, or null for no limit"
     for key, number in above_zero.items():
         if not (number > 0 and math.isfinite(number)):
             yield f"{key}={number} must be a number above 0"

@@ -24,7 +24,7 @@ from dqx.report import delta_legend, delta_table
 from dqx.store import SIDES, Record, RunFolder
 
 #: Settings that say where things are, not what is computed.
-PLACES = ("cache_dir", "reuse", "wandb", "plan", "plan_tflops", "sweep")
+PLACES = ("cache_dir", "cache_max_gb", "keep_quantized", "reuse", "wandb", "plan", "plan_tflops", "bundle", "sweep")
 ABSENT = "not set"
 
 

@@ -158,8 +158,11 @@ class Config:
 
     seed: int = 0  # of calibration windows, sampling and Monte-Carlo masks
     data_root: str | None = None  # a folder with local copies of hub datasets: data_root/openai/gsm8k ...
-    cache_dir: str = "runs/cache"  # results of both sides, reused between runs; what a killed run had finished
+    cache_dir: str = "runs/cache"  # what runs share: results, quantized models, ...; what a killed run had finished
+    cache_max_gb: float | None = 100.0  # 10^9 bytes; what was not used for longest makes room; null: no limit
+    keep_quantized: bool = True  # false: no quantized weights in the cache, only what was measured on them
     reuse: bool = True  # false: compute everything afresh, and keep it
+    bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/planning)
     plan_tflops: float | None = None  # plan for a machine of so many 10^12 operations per second; null: measured here

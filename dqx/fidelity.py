@@ -18,7 +18,7 @@ Shapes: N windows of T tokens, n compared positions, V vocabulary, G new tokens,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,16 @@ class Predictions:
     log_probs: Tensor  # [n, V] float32, on the CPU
     ratios: list[float]  # [n]
     states: Tensor  # [S + 1, N, G]: the answers before each step and in the end
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The same as named tensors, for a file."""
+        ratios = torch.tensor(self.ratios, dtype=torch.float64)
+        return {"log_probs": self.log_probs, "ratios": ratios, "states": self.states}
+
+    @classmethod
+    def from_tensors(cls, found: Mapping[str, Tensor]) -> Predictions:
+        """What `to_tensors` gave."""
+        return cls(found["log_probs"], found["ratios"].tolist(), found["states"])
 
 
 def windows(tokenizer: Any, samples: int, length: int) -> Tensor:

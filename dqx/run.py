@@ -12,9 +12,8 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -22,9 +21,10 @@ from hydra.types import RunMode
 from torch import Tensor
 
 from dqx import fidelity, mirror, outliers, report, store
-from dqx.api import DiffusionLM, load_configured
 from dqx.cache import keys
 from dqx.cache.journal import Journal
+from dqx.cache.keys import Key
+from dqx.cache.once import Once
 from dqx.cache.results import Results
 from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
@@ -37,8 +37,9 @@ from dqx.evaluate.text import text_windows
 from dqx.masking import calibration_states, spread
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
-from dqx.processes import main_first, one_model, processes
-from dqx.quant import quantize
+from dqx.processes import main_first, processes
+from dqx.sharing.against import Against
+from dqx.subjects import MadeAnew, Subject, Subjects
 
 log = logging.getLogger(__name__)
 
@@ -57,77 +58,69 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 
     with stage("read the data", timings), main_first():
         windows = _data(config)
-    with stage("load the model", timings):
-        lm = load_configured(config.model)
-        method = build(config.method)
-    environment = store.environment(lm.model.device)
+    once = Once(Store(config.cache_dir), reuse=config.reuse)
+    subjects = Subjects(config, once, timings)  # no weights yet: they are loaded when something has to be computed
+    environment = store.environment(subjects.device)
     if main:
         output.start(config, environment)
-    cache = Store(config.cache_dir)
-    facts = _facts(lm, config)
+    shared = Against(config.bundle, config, environment) if config.bundle else None
+    if shared and main:
+        shared.tell()
 
-    with stage("evaluate full precision", timings):
-        full_precision, source = _evaluate(lm, config, cache, facts)
-    sources = {"full_precision": source, "quantized": source}
     calibration: list[CalibBatch] = []
     if windows is not None:
         with stage("make the calibration states", timings):
-            calibration = calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
-    statistics = {}
-    thresholds = _thresholds(config)
+            calibration = _states(subjects, config, once, windows)
     watched = [calibration[i] for i in spread(min(config.outliers.samples, len(calibration)), len(calibration))]
-    if watched:
-        with stage("outliers at full precision", timings):
-            statistics["full_precision"] = outliers.measure(lm.model, watched, thresholds)
-    predictions = None
-    if config.fidelity.samples:
-        with stage("predictions of full precision", timings):
-            predictions = _predict(lm, config)
-
-    seen = calibration if method.needs_data else []
+    before = _measure(subjects.original, config, once, watched, timings)
     with stage("quantize", timings):
-        quantization = quantize(lm.model, method, config.bits, seen, seed=config.seed, progress=main)
-        differences = one_model(lm.model, keys.model_digest)
-    if watched:
-        with stage("outliers after quantization", timings):
-            statistics["quantized"] = (
-                outliers.measure(lm.model, watched, thresholds)
-                if quantization.changed
-                else statistics["full_precision"]
-            )
-    moved = {}
-    if predictions is not None:
-        with stage("predictions after quantization", timings):
-            moved = fidelity.compare(predictions, _predict(lm, config) if quantization.changed else predictions)
-    quantized = full_precision
-    with stage("evaluate quantized", timings):
-        if quantization.changed:
-            quantized, sources["quantized"] = _evaluate(lm, config, cache, facts | _quantization(lm, config, seen))
+        quantization, source = subjects.quantize(calibration if subjects.method.needs_data else [])
+    after = before
+    if quantization.report.changed:
+        try:
+            after = _measure(subjects.quantized, config, once, watched, timings)
+        except MadeAnew as made:  # what is known was measured on a model that is no more and differs from this one
+            after = _measure(subjects.quantized, config, once, watched, timings)
+            quantization, source = made.quantized, "computed"
 
+    checkpoint = subjects.lm.checkpoint
     record = store.Record(
         config=asdict(config),
         environment=environment,
         model={
             "name": config.model.name,
-            "family": lm.checkpoint.arch.family,
+            "family": checkpoint.arch.family,
             "path": config.model.path,
-            "fingerprint": lm.checkpoint.fingerprint(),
-            "dtype": str(lm.model.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in lm.model.parameters()),
-            "sampler": lm.sampler.name,
+            "fingerprint": subjects.fingerprint,
+            "dtype": str(subjects.dtype).removeprefix("torch."),
+            "parameters": checkpoint.parameters(),
+            "sampler": subjects.lm.sampler.name,
         },
-        full_precision=full_precision,
-        quantized=quantized,
-        quantization=quantization.to_dict(),
-        outliers=statistics,
-        fidelity=moved,
+        full_precision=before.results,
+        quantized=after.results,
+        quantization={**quantization.report.to_dict(), "source": source},
+        outliers={
+            side: found.outliers
+            for side, found in {"full_precision": before, "quantized": after}.items()
+            if found.outliers is not None
+        },
+        fidelity=fidelity.compare(before.predictions, after.predictions)
+        if before.predictions is not None and after.predictions is not None
+        else {},
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
-        sources=sources,
-        choices=_choices(),
-        command=_command(),
-        warnings=[*cache.warnings, *_notes(quantized), *quantization.notes, *differences],
+        sources={"full_precision": before.sources, "quantized": after.sources},
+        choices=_choices() or (shared.record.choices if shared else {}),
+        command=_command(config.bundle),
+        warnings=[
+            *once.store.warnings,
+            *_notes(after.results),
+            *quantization.report.notes,
+            *quantization.notes,
+        ],
     )
+    if shared:
+        record.warnings += shared.notes(record)
     if main:
         report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
         output.write(record)
@@ -180,41 +173,71 @@ def _data(config: Config) -> Tensor | None:
     return windows
 
 
-def _facts(lm: DiffusionLM, config: Config) -> dict[str, Any]:
-    """What results at full precision depend on."""
-    return keys.evaluation_facts(
-        checkpoint=lm.checkpoint.folder,
-        fingerprint=lm.checkpoint.fingerprint(),
+def _states(subjects: Subjects, config: Config, once: Once, windows: Tensor) -> list[CalibBatch]:
+    """The calibration states. Only rollouts need the model's weights, and are kept."""
+    lm, calib, seed = subjects.lm, config.calib, config.seed
+    if not calib.rollout:
+        return calibration_states(lm.model, lm.sampler, windows, calib, seed=seed)
+    facts = keys.rollout_facts(subjects.facts, sampler=config.model.sampler, calib=calib, windows=windows, seed=seed)
+
+    def compute() -> dict[str, Tensor]:
+        batches = calibration_states(subjects.full_precision().model, lm.sampler, windows, calib, seed=seed)
+        return {
+            "ids": torch.cat([batch.ids for batch in batches]),
+            "mask_ratio": torch.cat([batch.mask_ratio for batch in batches]),
+        }
+
+    found, _ = once.tensors(Key("calibration", config.model.name, facts), compute)
+    return [CalibBatch(ids[None], share[None]) for ids, share in zip(found["ids"], found["mask_ratio"], strict=True)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model has shown."""
+
+    results: dict[str, TaskResult]
+    sources: dict[str, str]  # by task: computed or reused
+    outliers: outliers.OutlierStats | None  # None: not measured
+    predictions: fidelity.Predictions | None
+
+
+def _measure(
+    subject: Subject, config: Config, once: Once, watched: list[CalibBatch], timings: dict[str, float]
+) -> Measured:
+    """Everything that a run wants to know of a model; its weights are loaded where something is not known yet."""
+    statistics, predictions = None, None
+    if watched:
+        with stage(f"outliers, {subject.name}", timings):
+            statistics = _outliers(subject, config, once, watched)
+    if config.fidelity.samples:
+        with stage(f"predictions, {subject.name}", timings):
+            predictions = _predict(subject, config, once)
+    with stage(f"evaluate, {subject.name}", timings):
+        return Measured(*_evaluate(subject, config, once), statistics, predictions)
+
+
+def _evaluate(subject: Subject, config: Config, once: Once) -> tuple[dict[str, TaskResult], dict[str, str]]:
+    """The result of every task, and whether it was reused or computed."""
+    facts = keys.evaluation_facts(
+        checkpoint=subject.described.checkpoint.folder,
+        fingerprint=subject.facts["fingerprint"],
         model=config.model,
-        dtype=lm.model.dtype,
-        device=lm.model.device,
+        dtype=subject.dtype,
+        device=subject.device,
         seed=config.seed,
         limit=config.task.limit,
         data_root=config.data_root,
     )
-
-
-def _quantization(lm: DiffusionLM, config: Config, seen: list[CalibBatch]) -> dict[str, Any]:
-    """What the results of the quantized model depend on besides; `seen` is the text that quantization read."""
-    facts = keys.quantization_facts(
-        method=config.method,
-        bits=config.bits,
-        calib=config.calib if seen else None,
-        calibration=seen,
-        seed=config.seed,
-        model=lm.model,
+    known = Results(
+        once.store,
+        facts | subject.facts,
+        steps=config.steps.count,
+        likelihood=config.likelihood,
+        reuse=config.reuse,
     )
-    return {"quantization": facts}
-
-
-def _evaluate(
-    lm: DiffusionLM, config: Config, cache: Store, facts: dict[str, Any]
-) -> tuple[dict[str, TaskResult], dict[str, str]]:
-    """The result of every task, and whether it was reused or computed."""
-    known = Results(cache, facts, steps=config.steps.count, likelihood=config.likelihood, reuse=config.reuse)
 
     def compute(name: str, spec: TaskSpec, journal: Journal) -> TaskResult:
-        return lm.evaluate_suite(
+        return subject.lm().evaluate_suite(
             {name: spec},
             limit=config.task.limit,
             steps=config.steps.count,
@@ -227,16 +250,31 @@ def _evaluate(
     results, sources = {}, {}
     for name, spec in config.task.suite.items():
         results[name], sources[name] = known.get(name, spec, compute)
-    reused = [name for name, source in sources.items() if source == "reused"]
-    if reused and processes().main:
-        log.info(f"  reused from {config.cache_dir}: {', '.join(reused)}")
     return results, sources
 
 
-def _predict(lm: DiffusionLM, config: Config) -> fidelity.Predictions:
-    settings = config.fidelity
-    tokens = fidelity.windows(lm.tokenizer, settings.samples, settings.length)
-    return fidelity.predict(lm.model, lm.sampler, tokens, gen_length=settings.gen_length, seed=config.seed)
+def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibBatch]) -> outliers.OutlierStats:
+    thresholds = _thresholds(config)
+    key = Key("outliers", config.model.name, keys.outlier_facts(subject.facts, batches=watched, thresholds=thresholds))
+    found, _ = once.value(
+        key,
+        outliers.OutlierStats.from_dict,
+        lambda: outliers.measure(subject.lm().model, watched, thresholds),
+    )
+    return found
+
+
+def _predict(subject: Subject, config: Config, once: Once) -> fidelity.Predictions:
+    settings, described = config.fidelity, subject.described
+    tokens = fidelity.windows(described.tokenizer, settings.samples, settings.length)
+    how = {"gen_length": settings.gen_length, "seed": config.seed}
+    facts = keys.prediction_facts(subject.facts, sampler=config.model.sampler, tokens=tokens, **how)
+
+    def compute() -> dict[str, Tensor]:
+        return fidelity.predict(subject.lm().model, described.sampler, tokens, **how).to_tensors()
+
+    found, _ = once.tensors(Key("predictions", config.model.name, facts), compute)
+    return fidelity.Predictions.from_tensors(found)
 
 
 def _thresholds(config: Config) -> outliers.Thresholds:
@@ -260,14 +298,15 @@ def _choices() -> dict[str, str]:
     return {group: str(chosen[group]) for group in GROUPS if chosen.get(group) is not None}
 
 
-def _command() -> str | None:
+def _command(bundle: str | None = None) -> str | None:
     """The command line that repeats this run alone, also out of a sweep and with a team's own folder of configs."""
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
     team = os.environ.get("DQX_CONFIG_PATH")
     folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    parts = ["python", "launch.py", *(f"--config-dir={folder}" for folder in folders)]
+    parts = ["python", "launch.py", *(["--from", bundle] if bundle else [])]
+    parts += [f"--config-dir={folder}" for folder in folders]
     parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
     return (f"DQX_CONFIG_PATH={shlex.quote(team)} " if team else "") + shlex.join([*parts, *hydra.overrides.task])
 

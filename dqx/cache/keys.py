@@ -1,17 +1,24 @@
 """What an artefact depends on. Its facts stand in it in plain text, and a hash of them is its name.
 
+A model at full precision is the checkpoint (fingerprint of config and weights), dtype, device (the GPU's name, or the
+CPU's vector instructions), planted outliers and mask token. A quantized one is that, the method, the widths, the
+calibration (its settings and every token of it), the seed, the sources that quantize and the version of torch: by these
+facts it is found without being made. What is measured on it depends on its digest besides: all of its tensors and the
+settings of its modules.
+
 The result of a task depends on
 
-- the checkpoint: fingerprint of config and weights, content of the other data files (tokenizer, chat template);
-- dtype, device (the GPU's name, or the CPU's vector instructions), planted outliers, mask token, chat template use;
+- the model, and the content of the checkpoint's other data files (tokenizer, chat template);
 - the task's whole spec, how likelihoods are estimated or the number of denoising steps, the sampler, the seed, the
-  limit;
+  limit, chat template use;
 - data_root by relative path, size and time of change of its files, not by their content. Without data_root the
   data come from the hub's cache, of which nothing is checked: set reuse=false after a dataset has changed;
 - the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
-  transformers, tokenizers, datasets and lm-eval;
-- after quantization, also on the method, the widths, the calibration (its settings and every token of it), the sources
-  that quantize, and the digest of the model that is evaluated: all of its tensors and the settings of its modules.
+  transformers, tokenizers, datasets and lm-eval.
+
+Outlier statistics depend on the model, every token it is shown, and the thresholds; predictions on the model, the
+sampler, every token, the seed and the settings of `fidelity`; rollouts on the model, the sampler, the text's tokens,
+the seed and the settings of `calib`; all of them on the sources that measure and the version of torch.
 """
 
 from __future__ import annotations
@@ -32,7 +39,8 @@ from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.store import file_name, jsonable, package_version
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
-QUANTIZING = ("quant", "calib.py", "masking.py")
+QUANTIZING = ("models", "quant", "calib.py", "masking.py", "diffusion/noise.py")
+MEASURING = ("models", "diffusion", "masking.py", "outliers.py", "fidelity.py")
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -55,6 +63,25 @@ class Key:
         return Path(self.kind, f"{file_name(self.name)}-{self.digest[:20]}")
 
 
+def model_facts(*, fingerprint: str, model: Any, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """What a model at full precision is.
+
+    `fingerprint` is `Checkpoint.fingerprint()`, `model` the `model` section of the config (`outliers` and
+    `mask_token_id` are read), `dtype` and `device` those in use.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "fingerprint": fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
+        "outliers": jsonable(model.outliers),
+        "mask_token_id": model.mask_token_id,
+    }
+
+
 def evaluation_facts(
     *,
     checkpoint: Path,
@@ -68,20 +95,11 @@ def evaluation_facts(
 ) -> dict[str, Any]:
     """What every task's result at full precision depends on, besides the task.
 
-    `checkpoint` is the folder, `fingerprint` its `Checkpoint.fingerprint()`, `model` the `model` section of the
-    config (`outliers`, `mask_token_id`, `chat` and `sampler` are read), `dtype` and `device` those in use.
+    `checkpoint` is the folder; of `model`, `chat` and `sampler` are read besides. Others as for `model_facts`.
     """
-    device = torch.device(device)
-    cuda = device.type == "cuda"
     return {
-        "fingerprint": fingerprint,
+        **model_facts(fingerprint=fingerprint, model=model, dtype=dtype, device=device),
         "texts": _content(path for pattern in CHECKPOINT_TEXTS for path in checkpoint.glob(pattern)),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
-        "outliers": jsonable(model.outliers),
-        "mask_token_id": model.mask_token_id,
         "chat": model.chat,
         "sampler": jsonable(model.sampler),
         "seed": seed,
@@ -93,26 +111,46 @@ def evaluation_facts(
 
 
 def quantization_facts(
-    *, method: Any, bits: Any, calib: Any, calibration: Sequence[Any], seed: int, model: nn.Module
+    original: Mapping[str, Any], *, method: Any, bits: Any, calib: Any, calibration: Sequence[Any], seed: int
 ) -> dict[str, Any]:
-    """What the results of a quantized model depend on besides.
+    """What a quantized model depends on. `original` has the facts of the model at full precision.
 
     `method`, `bits` and `calib` are sections of the config, `calib` null for methods that read no text, `calibration`
-    its batches, `model` the quantized model.
+    its batches.
     """
     return {
+        "original": dict(original),
         "method": jsonable(method),
         "bits": jsonable(bits),
         "calib": jsonable(calib),
-        "calibration": tensor_digest(
-            (f"{i}.{name}", tensor)
-            for i, batch in enumerate(calibration)
-            for name, tensor in (("ids", batch.ids), ("mask_ratio", batch.mask_ratio))
-        ),
+        "calibration": tokens_digest(calibration),
         "seed": seed,
-        "code": QUANTIZATION_CODE,
-        "model": model_digest(model),
+        **_measured_by(QUANTIZATION_CODE),
     }
+
+
+def outlier_facts(model: Mapping[str, Any], *, batches: Sequence[Any], thresholds: Any) -> dict[str, Any]:
+    """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
+    shown = {"tokens": tokens_digest(batches), "thresholds": jsonable(thresholds)}
+    return {"model": dict(model), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def prediction_facts(
+    model: Mapping[str, Any], *, sampler: Any, tokens: Tensor, gen_length: int, seed: int
+) -> dict[str, Any]:
+    """What predictions on the windows `tokens` depend on. `model` as for `outlier_facts`."""
+    shown = {"tokens": tensor_digest([("ids", tokens)]), "gen_length": gen_length, "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def rollout_facts(model: Mapping[str, Any], *, sampler: Any, calib: Any, windows: Tensor, seed: int) -> dict[str, Any]:
+    """What the states that a model's sampler visits depend on, from the `windows` of text on."""
+    shown = {"calib": jsonable(calib), "tokens": tensor_digest([("ids", windows)]), "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def _measured_by(code: str) -> dict[str, Any]:
+    return {"code": code, "versions": {"torch": package_version("torch")}}
 
 
 def task_facts(name: str, spec: TaskSpec, steps: int | None, likelihood: LikelihoodSettings) -> dict[str, Any]:
@@ -136,6 +174,15 @@ def model_digest(model: nn.Module) -> str:
     """Hash of a model as it computes: parameters and buffers with name, dtype and shape, and its modules' settings."""
     settings = {name: _settings(module) for name, module in model.named_modules()}
     return digest([settings, tensor_digest([*model.named_parameters(), *model.named_buffers()])])
+
+
+def tokens_digest(batches: Sequence[Any]) -> str:
+    """Hash of calibration batches: every token, and the share of masks."""
+    return tensor_digest(
+        (f"{i}.{name}", tensor)
+        for i, batch in enumerate(batches)
+        for name, tensor in (("ids", batch.ids), ("mask_ratio", batch.mask_ratio))
+    )
 
 
 def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -180,4 +227,4 @@ def _listing(root: Path) -> str:
 
 
 #: Of the sources as they are when they are loaded: what is edited during a run is for the next one.
-EVALUATION_CODE, QUANTIZATION_CODE = code_version(EVALUATING), code_version(QUANTIZING)
+EVALUATION_CODE, QUANTIZATION_CODE, MEASUREMENT_CODE = map(code_version, (EVALUATING, QUANTIZING, MEASURING))

@@ -1,23 +1,30 @@
 """Artefacts as JSON files, one per key: facts, checksum, content. They appear whole or not at all.
 
-A file that is damaged, or whose facts are not those of its name, is reported, ignored and written anew. Who computes an
-artefact holds its lock, which the system frees when the holder dies; a second run of the same waits and then reuses.
-Where the folder cannot be written, this is reported and the run goes on, without keeping anything.
+What is too large for JSON stands beside it under the same name, tensors in a `.safetensors` file, quantized models in
+a folder; the JSON has their digest. A file that is damaged, or whose facts are not those of its name, is reported,
+ignored and written anew. Who computes an artefact holds its lock, which the system frees when the holder dies; a second
+run of the same waits and then reuses. Where the folder cannot be written, this is reported and the run goes on, without
+keeping anything.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dqx.cache.journal import Journal
-from dqx.cache.keys import Key, digest
+from dqx.cache.keys import Key, digest, tensor_digest
 from dqx.store import jsonable, write_json
 
 log = logging.getLogger(__name__)
@@ -42,7 +49,9 @@ class Store:
                 raise ValueError("it was made with other settings than its name says")
             if stored["digest"] != digest(stored["content"]):
                 raise ValueError("its content does not match its checksum")
-            return parse(stored["content"])
+            found = parse(stored["content"])
+            self.touch(path)
+            return found
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             self.warn(f"{path} is damaged and was computed again ({reason})")
@@ -56,10 +65,67 @@ class Store:
         except OSError as error:
             self.warn(f"{path} could not be kept ({error})")
 
+    def read_tensors(self, key: Key) -> dict[str, Tensor] | None:
+        """The tensors that `write_tensors` kept, on the CPU; None where they have to be computed."""
+        path, expected = self._place(key, ".safetensors"), self.read(key, lambda content: str(content["tensors"]))
+        if expected is None or not path.exists():
+            return None
+        try:
+            tensors = load_file(path)
+            if tensor_digest(sorted(tensors.items())) != expected:
+                raise ValueError("its content does not match its checksum")
+        except (OSError, ValueError, SafetensorError) as error:
+            self.warn(f"{path} is damaged and was computed again ({error})")
+            return None
+        self.touch(path)
+        return tensors
+
+    def write_tensors(self, key: Key, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors; the JSON, with their digest, last."""
+        path = self._place(key, ".safetensors")
+        temporary = path.with_name(f".{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            with temporary.open("rb") as f:
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            self.warn(f"{path} could not be kept ({error})")
+            return
+        self.write(key, {"tensors": tensor_digest(sorted(tensors.items()))})
+
+    def folder_of(self, key: Key) -> Path:
+        """Where a quantized model is kept, if it is."""
+        return self._place(key)
+
+    def write_folder(self, key: Key, write: Callable[[Path], object]) -> None:
+        """Keep the folder that `write` makes, in place of an earlier one. The caller holds the lock."""
+        folder = self.folder_of(key)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.remove_folder(key)
+            write(folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            self.warn(f"{folder} could not be kept ({error})")
+
+    def remove_folder(self, key: Key) -> None:
+        """Remove a kept folder and what killed runs left of it. The caller holds the lock."""
+        folder = self.folder_of(key)
+        for path in [*folder.parent.glob(f".{folder.name}.*"), folder]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def touch(path: Path) -> None:
+        """Note that an artefact was used: what was not for longest goes first when space is short."""
+        with suppress(OSError):
+            os.utime(path)
+
     @contextmanager
     def lock(self, key: Key) -> Iterator[None]:
         """Be the only one to compute an artefact; waits, and says so, while another run does."""
-        lock = FileLock(self._place(key, ".lock"))
+        lock = FileLock(self._place(key, ".lock"), is_singleton=True)
         try:
             self._place(key, ".lock").parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -59,6 +59,18 @@ class Checkpoint:
                     digest.update(f.read(1024))
         return digest.hexdigest()[:16]
 
+    def stored_dtype(self) -> torch.dtype:
+        """The precision that the embedding is stored in."""
+        name = tensor_names(self.arch)["embed.weight"]
+        with safe_open(self.files[name], framework="pt") as f:
+            dtype: torch.dtype = f.get_slice(name)[:1].dtype
+        return dtype
+
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        shapes = dict(skeleton(self.arch).named_parameters())
+        return sum(shapes[name].numel() for name in tensor_names(self.arch))
+
 
 def locate(path_or_id: str, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: the path itself, a packaged one, or the hub's snapshot of its data files.
@@ -296,7 +308,8 @@ def _read(
                         tensor = f.get_tensor(hub)
                         if not all(bool(torch.isfinite(rows).all()) for rows in tensor.split(CHECKED_ROWS)):
                             raise CheckpointError(f"{path}: tensor {hub!r} holds values that are not finite")
-                        found[ours] = tensor.to(dtype or tensor.dtype)
+                        mapped = tensor.device.type == "cpu"  # at a place in memory that decides last bits of products
+                        found[ours] = tensor.to(dtype or tensor.dtype, copy=mapped)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
     return found

@@ -297,11 +297,14 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], structure: Any = None
 
 
 def read_shard(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and structure of a file. Raises CheckpointError where it cannot be read."""
+    """Tensors and structure of a file. Raises CheckpointError where it cannot be read.
+
+    Tensors are copied out of the mapped file: the last bits of a product depend on where in memory a matrix begins.
+    """
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             names = f.keys()  # the file object itself cannot be iterated
-            return {name: f.get_tensor(name) for name in names}, json.loads(f.metadata()["structure"]) or {}
+            return {name: f.get_tensor(name).clone() for name in names}, json.loads(f.metadata()["structure"]) or {}
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 

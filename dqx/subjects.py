@@ -1,0 +1,198 @@
+"""The two models of a run: loaded, or made, when something has to be computed on them and not before.
+
+A quantized model is known from the cache without its weights: what was done (its report) and what came out (the digest
+of the model, of which its results are kept). The weights are kept too where calibration text was read to make them.
+Other methods (rtn) make them again in little more time than reading takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqx.api import DTYPES, DiffusionLM, describe_configured, load_configured, pick_device
+from dqx.cache import keys, space
+from dqx.cache.keys import Key
+from dqx.cache.once import Once
+from dqx.calib import CalibBatch
+from dqx.config import Config, build
+from dqx.names import method_label
+from dqx.processes import one_model, processes
+from dqx.quant import QuantReport, load_quantized, quantize, save_quantized
+
+log = logging.getLogger(__name__)
+
+
+class MadeAnew(Exception):
+    """The quantized model had to be made again, and came out differently: what is known of it is of another."""
+
+    def __init__(self, quantized: Quantized):
+        super().__init__("the quantized model was made again and differs")
+        self.quantized = quantized
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What is known of a quantized model without its weights."""
+
+    report: QuantReport
+    model: str  # digest
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"report": self.report.to_dict(), "model": self.model, "notes": self.notes}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Quantized:
+        return cls(QuantReport.from_dict(found["report"]), str(found["model"]), list(found["notes"]))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: what it is, and how to get it."""
+
+    name: str
+    facts: dict[str, Any]  # what it depends on
+    described: DiffusionLM  # checkpoint, tokenizer and sampler; weights perhaps
+    dtype: torch.dtype
+    device: torch.device
+    lm: Callable[[], DiffusionLM]  # with weights
+
+
+class Subjects:
+    """The models of a run, one of them in memory at a time: what is asked of full precision is asked first.
+
+    Every call has to be made by all processes of the run. `timings` gets the seconds of loading.
+    """
+
+    def __init__(self, config: Config, once: Once, timings: dict[str, float]):
+        self.config, self.once, self.timings = config, once, timings
+        self.lm = describe_configured(config.model)
+        self.method = build(config.method)
+        self.device = pick_device(config.model.device)
+        self.dtype = DTYPES[config.model.dtype] or self.lm.checkpoint.stored_dtype()
+        self.fingerprint = self.lm.checkpoint.fingerprint()
+        self.facts = keys.model_facts(
+            fingerprint=self.fingerprint, model=config.model, dtype=self.dtype, device=self.device
+        )
+        self.seen: Sequence[CalibBatch] = ()  # what quantization reads
+        self.key: Key  # of the quantized model, once that text is known
+        self.known: Quantized | None = None
+        self._loaded = ""  # full precision, quantized
+
+    @property
+    def original(self) -> Subject:
+        """The model at full precision."""
+        return Subject("full precision", self.facts, self.lm, self.dtype, self.device, self.full_precision)
+
+    @property
+    def quantized(self) -> Subject:
+        """The quantized model, once it is known."""
+        assert self.known is not None
+        facts = self.facts | {"quantization": self.key.facts, "model": self.known.model}
+        return Subject("quantized", facts, self.lm, self.dtype, self.device, self.after_quantization)
+
+    def full_precision(self) -> DiffusionLM:
+        """The model as it was."""
+        if self._loaded != "full precision":
+            self._say("loading the weights")
+            started = time.perf_counter()
+            self.lm.model = load_configured(self.config.model).model
+            self.timings["load the model"] = time.perf_counter() - started
+            self._loaded = "full precision"
+        return self.lm
+
+    def quantize(self, seen: Sequence[CalibBatch]) -> tuple[Quantized, str]:
+        """What is known of the quantized model, and whether that is `reused` or was `computed` now.
+
+        `seen` is the calibration text that the method reads.
+        """
+        self.seen, self.key = seen, self._key(seen)
+        known, source = self.once.value(self.key, Quantized.from_dict, self._make)
+        self.known = known
+        return known, source
+
+    def after_quantization(self) -> DiffusionLM:
+        """The quantized model, from the cache if it is there.
+
+        Raises MadeAnew where it had to be made again and is another one than before; `known` is then of this one.
+        """
+        if self._loaded != "quantized":
+            with self.once.alone(self.key):
+                if not self._restore():
+                    before, self.known = self.known, self._make()
+                    if before is None or before.model != self.known.model:
+                        if processes().main:
+                            self.once.store.write(self.key, self.known)
+                        raise MadeAnew(self.known)
+        return self.lm
+
+    def _key(self, seen: Sequence[CalibBatch]) -> Key:
+        """What the quantized model depends on."""
+        config = self.config
+        facts = keys.quantization_facts(
+            self.facts,
+            method=config.method,
+            bits=config.bits,
+            calib=config.calib if seen else None,
+            calibration=seen,
+            seed=config.seed,
+        )
+        label = method_label(config.method.name, config.method.variant)
+        return Key("quantized", f"{config.model.name}-{label}-{config.bits.name}", facts)
+
+    def _make(self) -> Quantized:
+        """Quantize, and keep the weights if they are worth it. The main process holds the lock."""
+        config, lm, main = self.config, self.full_precision(), processes().main
+        self._say("quantizing")
+        self._loaded = "quantized"
+        report = quantize(lm.model, self.method, config.bits, self.seen, seed=config.seed, progress=main)
+        notes = one_model(lm.model, keys.model_digest)
+        made = Quantized(report, keys.model_digest(lm.model), notes)
+        if main and self.seen and report.changed and config.keep_quantized:
+            self._keep(report)
+        return made
+
+    def _keep(self, report: QuantReport) -> None:
+        config, model, store = self.config, self.lm.model, self.once.store
+        needed = sum(p.numel() * p.element_size() for p in model.parameters())
+        if config.cache_max_gb is not None and not space.make_room(store, needed, int(config.cache_max_gb * 1e9)):
+            store.warn(f"the quantized model was not kept: it is larger than cache_max_gb={config.cache_max_gb:g}")
+            return
+
+        def write(folder: Path) -> None:
+            save_quantized(model, report, folder, method=self.method, bits=config.bits)
+
+        store.write_folder(self.key, write)
+
+    def _restore(self) -> bool:
+        """Load the kept weights and see that they are those that are known. The main process holds the lock."""
+        store, team = self.once.store, processes()
+        folder, known = store.folder_of(self.key), self.known
+        if known is None or not team.broadcast(self.once.reuse and folder.is_dir()):
+            return False
+        self._say(f"loading the quantized weights from {folder}")
+        try:
+            model, _report = load_quantized(folder, self.device, verify=False)
+            damage = "" if keys.model_digest(model) == known.model else "its content does not match its checksum"
+        except ValueError as error:
+            damage = str(error)
+        found = next((reason for reason in team.gather(damage) if reason), "")
+        if found:
+            if team.main:
+                store.warn(f"{folder} is damaged and was computed again ({found})")
+                store.remove_folder(self.key)
+            return False
+        store.touch(folder)
+        self.lm.model, self._loaded = model, "quantized"
+        return True
+
+    def _say(self, what: str) -> None:
+        if processes().main:
+            log.info(f"  {what}")
