@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -204,6 +205,114 @@ def test_two_identical_runs_differ_by_nothing_and_the_second_evaluates_nothing(
             before, after = getattr(first, side), getattr(other, side)
             assert outcome(before) == outcome(after)
             assert all((row.delta, row.lost, row.gained) == (0, 0, 0) for row in compare(before, after))
+
+
+def logging_to(path: Path) -> None:
+    """Append what runs say to a file, in this process from now on."""
+    handler = logging.FileHandler(path)
+    logging.getLogger("dqx").addHandler(handler)
+    logging.getLogger("dqx").setLevel(logging.INFO)
+
+
+def assert_nothing_finished_is_computed(log: str) -> None:
+    """By what runs said one after another: no artefact again, no model quantized but for the first time."""
+    done: set[str] = set()
+    for line in log.splitlines():
+        what, _, artefact = line.strip().partition(" ")
+        assert what != "computing" or artefact.strip() not in done
+        done |= {artefact.strip()} if what == "computed" else set()
+    assert log.count("  quantizing\n") == log.count("computing quantized/")
+
+
+def sweep(folder: Path, methods: Sequence[str], widths: Sequence[str], steps: Sequence[int]) -> list[Config]:
+    """The configurations of a multirun over methods, widths and steps."""
+    tiny = ["task=nano_sums", "task.limit=1", "fidelity.samples=1", "fidelity.gen_length=2"]
+    return [
+        configured(folder, *tiny, f"method={method}", f"bits={bits}", f"steps={count}")
+        for method, bits, count in itertools.product(methods, widths, steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "widths", "kills"),
+    [
+        (("gptq", "smoothquant"), ("w2a16",), 2),
+        pytest.param(("gptq", "smoothquant", "awq"), ("w2a16", "w3a16", "w4a16", "w8a16"), 10, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sweep_killed_again_and_again_computes_every_stage_once(
+    tmp_path: Path, methods: Sequence[str], widths: Sequence[str], kills: int
+) -> None:
+    """2 and 12 quantized models, two numbers of steps each; SIGKILL at random events, then the whole sweep again."""
+    total, log = tmp_path / "events", tmp_path / "log"
+
+    def undisturbed() -> None:
+        count = [0]
+
+        def each() -> None:
+            count[0] += 1
+
+        counting(each)
+        for i, config in enumerate(sweep(tmp_path / "undisturbed", methods, widths, (8, 16))):
+            run(config, tmp_path / "undisturbed" / str(i))
+        total.write_text(str(count[0]))
+
+    assert in_a_process(undisturbed) == 0
+    configs = sweep(tmp_path / "disturbed", methods, widths, (8, 16))
+    moments = random.Random(kills)
+
+    def attempt(left: list[int]) -> None:
+        def each() -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        logging_to(log)
+        counting(each)
+        for i, config in enumerate(configs):
+            run(config, tmp_path / "disturbed" / str(i))
+
+    for _ in range(kills):
+        left = [moments.randrange(int(total.read_text()) // (kills + 1))]
+        assert in_a_process(lambda left=left: attempt(left)) == -signal.SIGKILL
+    assert in_a_process(lambda: attempt([10**9])) == 0
+    assert_nothing_finished_is_computed(log.read_text())
+    assert log.read_text().count("computed  quantized/") == len(configs) // 2
+    for i in range(len(configs)):
+        expected, found = (RunFolder(tmp_path / folder / str(i)).read() for folder in ("undisturbed", "disturbed"))
+        for side in ("full_precision", "quantized"):
+            assert outcome(getattr(found, side)) == outcome(getattr(expected, side))
+        assert (found.deltas, found.outliers, found.fidelity) == (expected.deltas, expected.outliers, expected.fidelity)
+
+
+@pytest.mark.parametrize("runs", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_simultaneous_runs_compute_each_artefact_once(tmp_path: Path, runs: int) -> None:
+    """All start together, and leave the same record."""
+    (config,) = sweep(tmp_path, ("gptq",), ("w2a16",), (8,))
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(runs)
+
+    def start(i: int) -> None:
+        logging_to(tmp_path / f"{i}.log")
+        together.wait()
+        run(config, tmp_path / str(i))
+
+    started = [context.Process(target=start, args=(i,)) for i in range(runs)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0] * runs
+    lines = [line for i in range(runs) for line in (tmp_path / f"{i}.log").read_text().splitlines()]
+    computing = sorted(line for line in lines if line.startswith("  computing"))
+    assert len(computing) == len(set(computing)) == 7  # of two models: outliers, predictions, a task; and the second
+    assert sum(line.startswith("  reused") for line in lines) == 7 * (runs - 1)
+    records = [RunFolder(tmp_path / str(i)).read() for i in range(runs)]
+    assert all(
+        (record.quantized, record.outliers, record.fidelity, record.warnings)
+        == (records[0].quantized, records[0].outliers, records[0].fidelity, records[0].warnings)
+        for record in records
+    )
 
 
 def finished(folder: Path) -> int:

@@ -28,8 +28,8 @@ from dqx.cache.space import Entry
 DAY = 24 * 3600.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says; the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line says (null: the process's own)."""
     parser = argparse.ArgumentParser(prog="dqx cache", description="List, verify and prune what runs share.")
     parser.add_argument("action", nargs="?", choices=("list", "verify", "prune"), default="list")
     parser.add_argument("--dir", type=Path, default=Path("runs/cache"), help="the cache's folder")
@@ -45,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = [entry for entry in space.entries(options.dir) if options.kind in (None, entry.kind)]
     if options.action == "list":
         listed(there)
-        return 0
-    if options.action == "verify":
-        return verified(there)
-    pruned(there, options.max_gb, options.older_than)
-    return 0
+    elif options.action == "verify":
+        sys.exit(verified(there))
+    else:
+        pruned(there, options.max_gb, options.older_than)
 
 
 def listed(there: Sequence[Entry]) -> None:
