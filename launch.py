@@ -1,5 +1,7 @@
 """Run or sweep: `python launch.py [-m] GROUP=CHOICE ...`; `python launch.py --help` lists the choices.
 
+`--from BUNDLE` runs a shared run again (`dqx/sharing/replay.py`).
+
 Exit code 0: every run finished. 2: mistakes in the command line, the configuration or the files it names, told in
 plain words before anything heavy started (runs of the same sweep without mistakes were done). 1: a run failed on
 the way. 130: interrupted. Inside a W&B sweep a combination of settings that cannot run is skipped with exit code 0,
@@ -28,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
 from dqx.outcomes import FILE, Failure, RunFailed, failures, launched
+from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
     from dqx.planning import PlannedRun
@@ -101,7 +104,7 @@ def plain(problems: list[str]) -> str:
 def launch(developer: bool = False) -> int:
     """Do what the command line says and tell how it ended, to developers with tracebacks. Returns the exit code."""
     try:
-        sys.argv[1:] = normalize(sys.argv[1:])
+        sys.argv[1:] = replayed(normalize(sys.argv[1:]))
         with without_output_folders(sys.argv):
             main()
     except RunFailed as error:  # told by the run

@@ -1,0 +1,115 @@
+"""A bundle as the configuration of a run: `python launch.py --from BUNDLE [SETTING=VALUE ...]`.
+
+The bundle's values stand in place of the config files, resolved, so that other files, or none of a team's, change
+nothing. Single settings can be changed on top, also swept with `-m`; choices of a group cannot: they would be mixed
+with the values of another choice, or go unnoticed, so they are refused. The name of the widths alone is computed
+again, because it names what may be changed.
+
+The configuration goes into Hydra's config store, which launchers hand to the processes that they start.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dqx.config import CONF_DIR, GROUPS, ConfigProblems
+from dqx.quant.bits import BitsConfig, label
+from dqx.sharing import bundle
+
+FLAG = "--from"
+NAME = "shared_run"  # of the configuration in Hydra's store
+GROUP = re.compile(rf"[+~]*({'|'.join(GROUPS)})(/[\w/]+)?(@[\w.]+)?(=.*)?")
+MEANINGS = {"data_root": "FOLDER_WITH_THE_DATASET_COPIES", "model.path": "FOLDER_OR_HUB_ID"}
+
+
+def replayed(argv: Sequence[str]) -> list[str]:
+    """The command line without `--from BUNDLE`, for Hydra with the bundle's configuration; as it is without it.
+
+    Expects what `dqx.command_line.normalize` returns. Raises ConfigProblems for a bundle that cannot be used, for
+    choices of groups, and for settings that must be given anew and are not.
+    """
+    at = next((i for i, a in enumerate(argv) if a == FLAG or a.startswith(f"{FLAG}=")), None)
+    if at is None:
+        return list(argv)
+    path, rest = _take(argv, at)
+    try:
+        shared = bundle.read(Path(path).expanduser())
+        node = settings(shared)
+    except bundle.BundleError as error:
+        raise ConfigProblems([f"{FLAG} {path}: {error}"]) from error
+    problems = [
+        f"{a}: a shared run's choices are fixed; change single settings (bits.weight.bits=4, seed=1), "
+        f"or start from the config files with {shared_command(shared)}"
+        for a in rest
+        if GROUP.fullmatch(a)
+    ]
+    missing = [key for key in shared.manifest["give_anew"] if not any(_sets(a, key) for a in rest)]
+    if missing:
+        anew = shlex.join(f"{key}={MEANINGS.get(key, 'FILE_OR_FOLDER')}" for key in missing)
+        problems.append(
+            f"this run has read local files that are not in the bundle: {', '.join(missing)}; "
+            f"add them to the command: {anew}"
+        )
+    if problems:
+        raise ConfigProblems(problems)
+    ConfigStore.instance().store(name=NAME, node=node | {"bundle": str(path)})
+    return [f"--config-name={NAME}", *rest]
+
+
+def settings(shared: bundle.Bundle) -> dict[str, Any]:
+    """The bundle's configuration as a primary config of Hydra's. Raises BundleError where it is none."""
+    try:
+        config = yaml.safe_load(shared.members["config.yaml"])
+    except yaml.YAMLError as error:
+        raise bundle.BundleError(f"config.yaml is no YAML: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("bits"), dict):
+        raise bundle.BundleError("config.yaml is no configuration of a run")
+    main = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
+    ours = [entry for entry in main["defaults"] if isinstance(entry, dict) and str(*entry).startswith("override ")]
+    config = _literal(config)
+    with suppress(OmegaConfBaseException):  # of another version of dqx: Hydra will name the key
+        widths = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), config["bits"]))
+        if isinstance(widths, BitsConfig) and label(widths) == widths.name:
+            config["bits"]["name"] = "${bits_name:}"
+    return {"defaults": ["schema", *ours, "_self_"], **config, "hydra": main["hydra"]}
+
+
+def _literal(value: Any) -> Any:
+    """`value` with what OmegaConf would take for an interpolation escaped."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def shared_command(shared: bundle.Bundle) -> str:
+    """The command of the run that was shared."""
+    return str(shared.json("results.json").get("command") or "python launch.py ...")
+
+
+def _take(argv: Sequence[str], at: int) -> tuple[str, list[str]]:
+    """The bundle's path and the other arguments."""
+    if argv[at].startswith(f"{FLAG}="):
+        path, rest = argv[at].removeprefix(f"{FLAG}="), [*argv[:at], *argv[at + 1 :]]
+    else:
+        path, rest = "".join(argv[at + 1 : at + 2]), [*argv[:at], *argv[at + 2 :]]
+    if not path:
+        raise ConfigProblems([f"{FLAG} needs the file that `dqx share RUN` has written: {FLAG} RUN{bundle.SUFFIX}"])
+    if any(a == FLAG or a.startswith(f"{FLAG}=") for a in rest):
+        raise ConfigProblems([f"{FLAG} is given twice; a command runs one shared run again"])
+    return path, rest
+
+
+def _sets(argument: str, key: str) -> bool:
+    return argument.lstrip("+").startswith(f"{key}=")
