@@ -1,6 +1,6 @@
 """Two runs against each other, document by document: what another setting of the same model cost or gained.
 
-    python -m dqx.compare RUN OTHER
+    dqx compare RUN OTHER
 
 A run's own table compares its quantized model with its full-precision one. This one compares the full-precision
 models of two runs, and their quantized ones: a sampler that approximates with one that does not, fewer denoising steps
@@ -100,7 +100,10 @@ def print_comparison(before: Record, after: Record, console: Console) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Two runs against each other, document by document.")
+    parser = argparse.ArgumentParser(
+        description="Two runs against each other, document by document.",
+        epilog="Example: dqx compare runs/2026-11-20/12-00-00-000000-nano_llada-gptq-w3a16 runs/2026-11-20/OTHER",
+    )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("other", help="folder of the run that is compared with it")
     arguments = parser.parse_args()
@@ -110,7 +113,3 @@ def main() -> None:
     except (OSError, ValueError) as error:
         Console(stderr=True).print(Text(str(error)), soft_wrap=True)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

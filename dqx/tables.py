@@ -1,6 +1,6 @@
 """Markdown tables of many runs: methods by widths, the mean over seeds, each with its interval.
 
-    python -m dqx.tables runs/2026-11-20 > table.md
+    dqx tables runs/2026-11-20 > table.md
 
 Runs of one model, method, width and calibration that differ in nothing but the seed make one cell. The document is the
 unit of chance: each document's score is averaged over the seeds first, then documents are paired with full precision
@@ -162,7 +162,10 @@ def read(folders: Iterable[str | Path]) -> list[Record]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Markdown tables of all finished runs below the given folders.")
+    parser = argparse.ArgumentParser(
+        description="Markdown tables of all finished runs below the given folders.",
+        epilog="Example: dqx tables runs/2026-11-20 > table.md",
+    )
     parser.add_argument("folders", nargs="+", help="folders of runs or sweeps")
     arguments = parser.parse_args()
     records = read(arguments.folders)
@@ -170,7 +173,3 @@ def main() -> None:
         Console(stderr=True).print(f"no finished run below {', '.join(arguments.folders)}")
         sys.exit(2)
     print(markdown(cells(records)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""`python -m dqx.cache`: what it lists, finds damaged, removes, and leaves alone."""
+"""`dqx cache`: what it lists, finds damaged, removes, and leaves alone."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_other_tasks_or_documents_are_refused() -> None:
 def test_command(tmp_path: Path) -> None:
     for name, record in (("exact", EXACT), ("fast", FAST)):
         RunFolder(tmp_path / name).write(record)
-    command = [sys.executable, "-m", "dqx.compare", str(tmp_path / "exact")]
+    command = [sys.executable, "-m", "dqx", "compare", str(tmp_path / "exact")]
     done = subprocess.run([*command, str(tmp_path / "fast")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model.sampler.threshold: null -> 0.9" in done.stdout

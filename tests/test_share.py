@@ -330,7 +330,9 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
-        assert f"usage: dqx {name} " in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"usage: dqx {name} " in told
+        assert f"Example: dqx {name} " in told
     monkeypatch.setattr(sys, "argv", ["dqx"])
     main()
     usage = capsys.readouterr().out

@@ -6,7 +6,7 @@
     journal.py   finished documents of an evaluation that is not complete, line by line
     results.py   task results of both sides of a run: reused, continued or computed
     space.py     how much room all of it takes, and what makes way when there is none
-    command.py   `python -m dqx.cache`: list, verify, prune
+    command.py   `dqx cache`: list, verify, prune
 
     runs/cache/results/nano_facts-<digest>.json        a result, with the facts it depends on
     runs/cache/results/nano_facts-<digest>.journal.0   what process 0 of an unfinished evaluation has done

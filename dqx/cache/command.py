@@ -1,9 +1,9 @@
 """List, verify and prune a cache.
 
-    python -m dqx.cache [list]                        what is there, by kind, used longest ago first
-    python -m dqx.cache verify                        compare everything with its checksum, name what is damaged
-    python -m dqx.cache prune --max-gb 50             remove what was not used for longest until the rest fits
-    python -m dqx.cache prune --older-than 30 --kind quantized    remove these that were not used for 30 days
+    dqx cache [list]                        what is there, by kind, used longest ago first
+    dqx cache verify                        compare everything with its checksum, name what is damaged
+    dqx cache prune --max-gb 50             remove what was not used for longest until the rest fits
+    dqx cache prune --older-than 30 --kind quantized    remove these that were not used for 30 days
 
 `--dir` is the cache's folder, `runs/cache` by default. What a run computes or reads at this moment is not removed. Exit
 code 0, or 1 where `verify` found damage; `prune` without a condition changes nothing and is a mistake, 2.
@@ -30,7 +30,11 @@ DAY = 24 * 3600.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says (null: the process's own)."""
-    parser = argparse.ArgumentParser(prog="dqx cache", description="List, verify and prune what runs share.")
+    parser = argparse.ArgumentParser(
+        prog="dqx cache",
+        description="List, verify and prune what runs share.",
+        epilog="Example: dqx cache prune --max-gb 50",
+    )
     parser.add_argument("action", nargs="?", choices=("list", "verify", "prune"), default="list")
     parser.add_argument("--dir", type=Path, default=Path("runs/cache"), help="the cache's folder")
     parser.add_argument("--kind", help="only these: results, quantized, outliers, predictions, calibration")

@@ -185,7 +185,3 @@ def main() -> None:
     again = " ".join(["python launch.py --from", str(path), *(f"{key}=..." for key in give_anew)])
     for line in (f"{path}", *(f"  {text}" for text in told), f"Run it again: {again}"):
         console.print(Text(line), soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

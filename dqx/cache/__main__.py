@@ -1,5 +1,0 @@
-"""`python -m dqx.cache`."""
-
-from dqx.cache.command import main
-
-main()
