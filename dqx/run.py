@@ -26,6 +26,7 @@ from dqx.cache.journal import Journal
 from dqx.cache.keys import Key
 from dqx.cache.once import Once
 from dqx.cache.results import Results
+from dqx.cache.space import make_room
 from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
@@ -127,6 +128,8 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
         output.write_results(record)
         report.print_mirror(record)
+        if config.cache_max_gb is not None:
+            make_room(once.store, 0, int(config.cache_max_gb * 1e9))
     finished: store.Record = processes().broadcast(record)  # in no process before it is written
     return finished
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +41,10 @@ def entries(folder: Path) -> list[Entry]:
     """Everything in a cache but locks and what is being written, by kind and name."""
     found = []
     for path in sorted(folder.glob("*/[!.]*")):
-        if path.suffix != ".lock":
-            size = sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
-            found.append(Entry(path, path.parent.name, size, path.stat().st_mtime))
+        with suppress(FileNotFoundError):  # a run that goes on has removed it by now
+            if path.suffix != ".lock":
+                size = sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
+                found.append(Entry(path, path.parent.name, size, path.stat().st_mtime))
     return found
 
 
@@ -65,7 +67,7 @@ def remove(entry: Entry) -> bool:
     try:
         with FileLock(entry.lock, blocking=False):
             if entry.path.is_dir():
-                shutil.rmtree(entry.path)
+                shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 entry.path.unlink(missing_ok=True)
     except Timeout:

@@ -1,0 +1,123 @@
+"""How long a sweep takes: with an empty cache, with a full one, and as separate processes without any.
+
+    python -m dqx.benchmarks.sweep                  16 runs of the bundled model, three times: minutes
+    python -m dqx.benchmarks.sweep --methods gptq,awq --bits w4a16,w3a16,w2a16 --json figures.json
+    python -m dqx.benchmarks.sweep --quick          4 runs
+
+Every time is that of the command a user types, from its start to its end: `launch.py -m` twice with one cache, then
+`launch.py reuse=false` for each of the runs. The results are compared to the last bit. A sweep costs what its distinct
+stages cost: one full-precision result for each number of steps and task, one quantized model for each method and width,
+one quantized result for each combination of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dqx.config import CONF_DIR
+from dqx.report import RULES
+from dqx.store import Record, RunFolder
+
+GROUPS = ("method", "bits", "steps", "task")
+
+
+@dataclass
+class Figures:
+    """Seconds of all runs together."""
+
+    runs: int
+    cold: float
+    warm: float
+    separate: float
+    equal: bool  # all results, to the last bit
+
+
+def measure(choices: dict[str, list[str]], shared: Sequence[str], folder: Path) -> Figures:
+    """Do everything three times below `folder`."""
+    combinations = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    sweep = ["-m", *(f"{group}={','.join(values)}" for group, values in choices.items())]
+    cache = f"cache_dir={folder / 'cache'}"
+
+    def multirun(name: str) -> tuple[float, list[Record]]:
+        subdir = f"hydra.sweep.dir={folder / name}"
+        seconds = launch(*sweep, *shared, cache, subdir, "hydra.sweep.subdir=${hydra.job.num}")
+        return seconds, [RunFolder(folder / name / str(i)).read() for i in range(len(combinations))]
+
+    cold, first = multirun("cold")
+    warm, second = multirun("warm")
+    separate, alone = 0.0, []
+    for i, combination in enumerate(combinations):
+        place = folder / "separate" / str(i)
+        overrides = [f"{group}={value}" for group, value in combination.items()]
+        own = [f"cache_dir={place / 'cache'}", "reuse=false", f"hydra.run.dir={place}"]
+        separate += launch(*overrides, *shared, *own)
+        alone.append(RunFolder(place).read())
+    equal = all(shown(a) == shown(b) == shown(c) for a, b, c in zip(first, second, alone, strict=True))
+    return Figures(len(combinations), cold, warm, separate, equal)
+
+
+def launch(*arguments: str) -> float:
+    """Seconds of `python launch.py ARGUMENTS`. Raises RuntimeError with its last words where it fails."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "launch.py", *arguments], cwd=CONF_DIR.parent, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"launch.py {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def shown(record: Record) -> dict[str, Any]:
+    """What a run found out: every document of both models, deltas, outliers, fidelity."""
+    sides = {"full_precision": record.full_precision, "quantized": record.quantized}
+    documents = {side: {name: result.documents for name, result in found.items()} for side, found in sides.items()}
+    return {"documents": documents, "deltas": record.deltas, "outliers": record.outliers, "fidelity": record.fidelity}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dqx.benchmarks.sweep", description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", default="gptq,awq")
+    parser.add_argument("--bits", default="w4a16,w3a16")
+    parser.add_argument("--steps", default="8,16")
+    parser.add_argument("--tasks", default="nano_sums,nano_facts")
+    parser.add_argument("--limit", type=int, default=32, help="documents per task (32)")
+    parser.add_argument("--quick", action="store_true", help="one width and task, 2 documents: to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    values = [args.methods, args.bits, args.steps, args.tasks]
+    shared = [f"task.limit={args.limit}", "wandb.mode=disabled"]
+    if args.quick:
+        values = ["gptq,smoothquant", "w4a16", "8,16", "nano_sums"]
+        shared = ["task.limit=2", "wandb.mode=disabled", "calib.samples=2", "calib.length=32"]
+    with TemporaryDirectory() as folder:
+        found = measure({g: v.split(",") for g, v in zip(GROUPS, values, strict=True)}, shared, Path(folder))
+    table = Table("", "seconds", box=RULES)
+    table.add_row("one command, empty cache", f"{found.cold:.1f}")
+    table.add_row("the same command again", f"{found.warm:.1f}")
+    table.add_row(f"{found.runs} commands, no cache", f"{found.separate:.1f}")
+    console = Console(highlight=False, emoji=False)
+    console.print(table)
+    console.print("results: equal to the last bit" if found.equal else "results: DIFFERENT")
+    if args.json is not None:
+        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    if not found.equal:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
