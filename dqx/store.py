@@ -287,6 +287,9 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if cuda
+        else torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda if cuda else None,
         "processes": processes().count,
         "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,8 +67,9 @@ def environment_differences(there: Mapping[str, Any], here: Mapping[str, Any], d
         yield "commit: the sources of dqx have been changed here since"
     if str(there.get("commit") or "").endswith("-changed"):
         yield "commit: the sources of dqx had been changed there; those changes are not in the bundle"
-    if dtype == "bfloat16" and str(here.get("capability", "")).startswith("sm_") and here["capability"] < "sm_80":
-        yield f"bfloat16: this device ({here['capability']}) has no arithmetic in it and emulates it"
+    generation = re.fullmatch(r"sm_(\d+)", str(here.get("capability")))
+    if dtype == "bfloat16" and generation and int(generation[1]) < 80:
+        yield f"bfloat16: this device ({generation[0]}) has no arithmetic in it and emulates it"
 
 
 def _checkpoint(there: Record, config: Config) -> Iterator[str]:
