@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqx.command_line import explain, normalize
 from dqx.config import ConfigProblems, resolve
+from dqx.launching import register
 from dqx.outcomes import FILE, Failure, RunFailed, failures, launched
 from dqx.sharing.replay import replayed
 
@@ -156,6 +157,7 @@ def exit_code() -> int:
 
 
 if __name__ == "__main__":
+    register()
     developer = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing

@@ -129,7 +129,7 @@ def _missing_launcher(error: BaseException) -> str | None:
         return {"hydra/launcher/submitit_slurm": "slurm", "hydra/launcher/submitit_local": "local_gpus"}.get(
             error.missing_cfg_file or ""
         )
-    return "ray" if "hydra_plugins.dqx_plugins.ray.RayLauncher" in str(error) else None
+    return "ray" if "hydra_plugins.dqx.RayLauncher" in str(error) else None
 
 
 def _visible(options: Iterable[str]) -> list[str]:

@@ -96,7 +96,7 @@ def test_outcomes_are_read_from_the_folders(tmp_path: Path) -> None:
 def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five runs on three visible GPUs: no GPU has two runs at a time, and each is used again."""
     submitit = pytest.importorskip("submitit")
-    from hydra_plugins.dqx_plugins.submitit import LocalQueue
+    from dqx.launching.submitit import LocalQueue
 
     class Executor:
         def __init__(self, *_: object, **__: object) -> None:
@@ -132,7 +132,7 @@ def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (MissingConfigException("", "hydra/launcher/submitit_slurm"), "slurm"),
         (MissingConfigException("", "hydra/launcher/submitit_local"), "local_gpus"),
-        (RuntimeError("Unknown plugin class : 'hydra_plugins.dqx_plugins.ray.RayLauncher'"), "ray"),
+        (RuntimeError("Unknown plugin class : 'hydra_plugins.dqx.RayLauncher'"), "ray"),
     ],
 )
 def test_an_engine_that_is_not_installed(error: Exception, choice: str) -> None:

@@ -9,7 +9,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
-from hydra_plugins.dqx_plugins._runs import announce, died, ended
+from dqx.launching.runs import announce, died, ended
 
 try:
     from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as HydraRayLauncher

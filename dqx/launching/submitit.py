@@ -18,7 +18,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 
 from dqx.config import ConfigProblems
-from hydra_plugins.dqx_plugins._runs import announce, died, ended
+from dqx.launching.runs import announce, died, ended
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher

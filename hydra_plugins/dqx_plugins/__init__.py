@@ -1,1 +1,0 @@
-"""What Hydra loads by itself: our sweeper, and the launchers behind `conf/hydra/launcher`."""
