@@ -1,0 +1,94 @@
+"""Hydra's side of `dqx.search`: the values given on the command line are a space, runs go through any launcher."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import OmegaConf
+
+from dqx.config import ConfigProblems
+from dqx.launching.sweeper import Sweeper
+from dqx.outcomes import launched
+from dqx.search import Interval, Outcome, Search, measure
+
+
+class ParetoSweeper(Sweeper):
+    """Searches for the settings that are beaten in no objective (conf/hydra/sweeper/pareto.yaml)."""
+
+    def __init__(
+        self,
+        trials: int,
+        batch: int,
+        minimize: Sequence[str],
+        maximize: Sequence[str],
+        sampler: str,
+        seed: int,
+        params: dict[str, str] | None = None,
+    ):
+        super().__init__(max_batch_size=None, params=params)
+        self.trials, self.batch, self.sampler, self.seed = trials, batch, sampler, seed
+        self.minimize, self.maximize = list(minimize), list(maximize)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Ask, launch, tell, until enough points are measured; then print the table."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        problems = self.problems(arguments)
+        if problems:
+            raise ConfigProblems(problems)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        by_key = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
+        fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if not o.is_sweep_override()]
+        space = {key: values(override) for key, override in by_key.items() if override.is_sweep_override()}
+        folder = Path(self.config.hydra.sweep.dir)
+        search = Search(
+            folder,
+            space,
+            minimize=self.minimize,
+            maximize=self.maximize,
+            sampler=self.sampler,
+            seed=self.seed,
+            fixed=fixed,
+        )
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        launched.extend(folder / outcome.folder for outcome in search.outcomes())
+
+        def launch(points: list[list[str]]) -> list[Outcome]:
+            assert self.launcher is not None
+            first, jobs = len(launched), [[*fixed, *point] for point in points]
+            self.validate_batch_is_legal(jobs)
+            for run in launched[first:]:  # left by a search that was killed
+                (run / "results.json").unlink(missing_ok=True)
+            self.launcher.launch(jobs, initial_job_idx=first)
+            return [measure(run, list(search.objectives)) for run in launched[first:]]
+
+        search.run(self.trials, self.batch, launch)
+        search.write()
+        sys.stdout.write(f"\n{search.table()}\nSearch:  {folder / 'pareto.json'}\n")
+
+    def problems(self, arguments: Sequence[str]) -> list[str]:
+        """What keeps a search from starting."""
+        found = []
+        if find_spec("optuna") is None:
+            found.append("hydra/sweeper=pareto needs a package that is not installed: pip install -e '.[search]'")
+        if any(argument.lower() == "plan=true" for argument in arguments):
+            found.append("plan=true cannot tell which runs a search makes; leave out hydra/sweeper=pareto to plan all")
+        for name in ("trials", "batch"):
+            if getattr(self, name) < 1:
+                found.append(f"hydra.sweeper.{name}={getattr(self, name)} must be 1 or more")
+        return found
+
+
+def values(override: Override) -> list[str] | Interval:
+    """What a setting may be: the values listed (a,b,c or range(1,5)), or any in interval(0.3,0.9)."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None
+        assert sweep.end is not None
+        return Interval(sweep.start, sweep.end, log="log" in sweep.tags)
+    return list(dict.fromkeys(override.sweep_string_iterator()))
