@@ -1,7 +1,7 @@
 """What the results cache has already of a run: its full-precision side.
 
 That depends on the checkpoint, of which the headers and some places are read, and on this machine. A quantized model is
-known by the digest of its tensors, that is only after it was made: what is there of the other side cannot be told.
+known by every token of its calibration text, which a plan does not read: what is there of the other side is not told.
 """
 
 from __future__ import annotations
