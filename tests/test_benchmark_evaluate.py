@@ -77,7 +77,7 @@ def test_work_is_counted():
     per_block = 4 * arch.hidden_size**2 + 3 * arch.hidden_size * arch.mlp_size
     assert (work.sequences, work.tokens) == (3, 30)
     whole = 30 * 2 * per_block + 3 * 4 * 10**2 * arch.hidden_size
-    outward = 2 * (arch.hidden_size**2 + 3 * arch.hidden_size * arch.mlp_size) + 4 * 10 * arch.hidden_size
+    outward = 2 * (2 * arch.hidden_size**2 + 3 * arch.hidden_size * arch.mlp_size) + 4 * 10 * arch.hidden_size
     assert work.whole_blocks == len(net.blocks) * whole
     assert work.blocks == work.whole_blocks - 3 * (10 - 2) * outward  # the last one's output, for two columns of ten
     assert work.head * 5 == work.whole_head == 30 * 2 * arch.hidden_size * arch.vocab_size

@@ -32,7 +32,7 @@ from dqx.models.transformer import Architecture
 from dqx.report import RULES
 
 #: Documents of each task, as many as take about five minutes together.
-DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 24, "arc_challenge": 12, "hellaswag": 3}
+DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 36, "arc_challenge": 18, "hellaswag": 3}
 
 #: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
 GSM8K_STOP = 110

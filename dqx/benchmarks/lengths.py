@@ -24,7 +24,7 @@ from dqx.planning.count_sizes import by_rule
 
 FILE = Path(__file__).with_suffix(".json")
 TASKS = ("gsm8k", "humaneval", "mmlu", "arc_easy", "arc_challenge", "hellaswag")
-SAMPLE = 256  # documents of a task, at most
+SAMPLE = 1024  # documents of a task, at most
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ def clock(device: torch.device) -> float:
 def counted(model: MaskedDiffusionTransformer) -> Iterator[Work]:
     """The work that the model does inside. A multiplication and an addition are two FLOPs."""
     arch, work = model.arch, Work()
-    inward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in "qkv")
-    outward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in ("o", "gate", "up", "down"))
+    inward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in "kv")
+    outward = 2 * sum(arch.in_features(role) * arch.out_features(role) for role in ("q", "o", "gate", "up", "down"))
     per_row = 2 * arch.vocab_size * arch.hidden_size
 
     def flops(rows: int, length: int, read: int) -> float:

@@ -149,15 +149,19 @@ class Block(nn.Module):
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
         output is that of these columns alone [B, R, D].
         """
-        batch, length, _ = x.shape
-        head = self.arch.head_size
+        batch, head = len(x), self.arch.head_size
         x = self.inputs["attn_in"](x)
-        q, k, v = (getattr(self, r)(x).view(batch, length, -1, head).transpose(1, 2) for r in ("q", "k", "v"))
-        q, k, v = self.heads["q"](apply_rope(q, *rope)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
+        asked = x if read is None else pick(x, read)
+        q, k, v = (
+            getattr(self, role)(columns).view(batch, columns.shape[1], -1, head).transpose(1, 2)
+            for role, columns in (("q", asked), ("k", x), ("v", x))
+        )
+        turns = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
+        q, k, v = self.heads["q"](apply_rope(q, *turns)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
         if reuse is not None:
             k, v = reuse(k, v)
-        if read is not None:
-            q, mask = pick(q, read[:, None]), None if mask is None else pick(mask, read[:, None])
+        if read is not None and mask is not None:
+            mask = pick(mask, read[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
