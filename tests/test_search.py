@@ -124,6 +124,15 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPa
     assert trials == "hydra.sweeper.trials=0 must be 1 or more"
 
 
+def test_a_mistake_in_a_name_claims_no_folder(tmp_path: Path) -> None:
+    command = ["launch.py", "-m", "hydra/sweeper=pareto", "method=rtn", "method.clip.ration=interval(0.6,1.0)"]
+    command.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = subprocess.run([sys.executable, *command], cwd=CONF_DIR.parent, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "method.clip.ration is not set" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_search_end_to_end(tmp_path: Path) -> None:
     """Two roles by two widths, of which one does not exist: that run is refused, the search goes on."""
     command = [

@@ -45,6 +45,8 @@ class ParetoSweeper(Sweeper):
         by_key = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if not o.is_sweep_override()]
         space = {key: values(override) for key, override in by_key.items() if override.is_sweep_override()}
+        some = [f"{key}={v.low if isinstance(v, Interval) else v[0]}" for key, v in space.items()]
+        self.hydra_context.config_loader.load_sweep_config(self.config, [*fixed, *some])  # mistakes claim no folder
         folder = Path(self.config.hydra.sweep.dir)
         search = Search(
             folder,
