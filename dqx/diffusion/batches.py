@@ -18,7 +18,7 @@ from dqx.diffusion.noise import Key
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 #: Tokens of a batch: on the CPU, where larger ones gain nothing, and the most on a GPU.
-CPU_TOKENS = 1024
+CPU_TOKENS = 768
 GPU_TOKENS = 16384
 
 
