@@ -1,6 +1,6 @@
 """How long evaluating takes: GSM8K, HumanEval, MMLU, ARC and HellaSwag, by dqx and by the plain path of the study.
 
-    python -m dqx.benchmarks.evaluate                          all tasks on one core: about five minutes
+    python -m dqx.benchmarks.evaluate                          all tasks on one core: about seven minutes
     python -m dqx.benchmarks.evaluate --tasks mmlu,hellaswag --scale 8 --json figures.json
     python -m dqx.benchmarks.evaluate --scale 1 --blocks 32 --device cuda --dtype bfloat16 --documents 48
     python -m dqx.benchmarks.evaluate --quick                  a few seconds, to see that it runs
@@ -31,7 +31,7 @@ from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
 from dqx.report import RULES
 
-#: Documents of each task, as many as take about five minutes together.
+#: Documents of each task, as many as take about seven minutes together.
 DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 36, "arc_challenge": 18, "hellaswag": 3}
 
 #: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
