@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
+from rich.text import Text
 
+from dqx.compare import differences
 from dqx.deltas import Delta, compare, headline, judged
 from dqx.evaluate.results import TaskResult
 from dqx.names import method_label, natural
@@ -56,7 +58,10 @@ def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
 
 
 def cells(records: Iterable[Record]) -> list[Cell]:
-    """The records sorted into cells, in order of appearance. Of two runs alike in everything the later one counts."""
+    """The records sorted into cells, in order of appearance. Of two runs alike in everything the later one counts.
+
+    Raises ValueError where runs of one cell differ in more than the seed: neither may hide the other.
+    """
     groups: dict[tuple[str, str, str], dict[int, Record]] = {}
     for record in sorted(records, key=lambda r: r.created):
         config = record.config
@@ -64,7 +69,15 @@ def cells(records: Iterable[Record]) -> list[Cell]:
         masking = config["calib"]["masking"]
         label = method if masking == "clean" else f"{method}, {masking}"
         model = ", ".join((record.model["name"], *record.approximations))
-        groups.setdefault((model, label, config["bits"]["name"]), {})[int(config["seed"])] = record
+        group = groups.setdefault((model, label, config["bits"]["name"]), {})
+        for other in list(group.values())[:1]:
+            changed = [line for line in differences(other.config, config) if not line.startswith("seed: ")]
+            if changed:
+                raise ValueError(
+                    f"two runs of {model}, {label} {config['bits']['name']} differ in more than the seed: "
+                    f"{'; '.join(changed)}; name only folders of runs that belong in one table"
+                )
+        group[int(config["seed"])] = record
     found = []
     for (model, method, bits), by_seed in groups.items():
         runs = [by_seed[seed] for seed in sorted(by_seed)]
@@ -168,8 +181,11 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", help="folders of runs or sweeps")
     arguments = parser.parse_args()
-    records = read(arguments.folders)
-    if not records:
-        Console(stderr=True).print(f"no finished run below {', '.join(arguments.folders)}")
+    try:
+        records = read(arguments.folders)
+        if not records:
+            raise ValueError(f"no finished run below {', '.join(arguments.folders)}")
+        print(markdown(cells(records)))
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
         sys.exit(2)
-    print(markdown(cells(records)))

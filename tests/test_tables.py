@@ -31,6 +31,16 @@ def test_the_later_of_two_equal_runs_counts():
         assert cells(order)[0].overall.quantized == 1
 
 
+def test_runs_that_differ_in_more_than_the_seed_are_refused():
+    """Neither of two step counts hides the other, nor do seeds of both become one mean."""
+    base = run(0, [1, 1, 1, 1])
+    for seed in (0, 1):
+        config = base.config | {"seed": seed, "steps": {"count": 64}}
+        other = records.record(config=config, full_precision=base.full_precision, quantized=base.quantized)
+        with pytest.raises(ValueError, match=r"gptq w3a16 differ in more than the seed: .*steps.*64"):
+            cells([base, other])
+
+
 def test_seeds_with_other_documents_are_refused():
     with pytest.raises(ValueError, match="different documents"):
         mean_over_seeds([records.task_result("a", [1, 0]), records.task_result("a", [1])])
