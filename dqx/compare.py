@@ -36,6 +36,8 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
                 inner = f"{path}.{key}" if path else str(key)
                 yield from differences(before.get(key, ABSENT), after.get(key, ABSENT), inner)
     elif before != after:
+        if isinstance(before, Mapping) or isinstance(after, Mapping):
+            before, after = ("set" if isinstance(v, Mapping) else v for v in (before, after))
         yield f"{path}: {_text(before)} -> {_text(after)}"
 
 

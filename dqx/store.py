@@ -147,6 +147,8 @@ class RunFolder:
 
         Raises OSError or ValueError for a folder without a finished run.
         """
+        if not (self.path / "results.json").is_file():
+            raise FileNotFoundError(f"{self.path} holds no finished run: there is no results.json")
         results = self._json("results.json")
         version = results.get("schema_version")
         if version not in READABLE:

@@ -46,6 +46,11 @@ def test_settings_and_costs() -> None:
     assert line.startswith("nano_sums: sequences 64 -> 16 (4.00x), tokens computed 2048 -> 256 (8.00x)")
 
 
+def test_a_part_that_one_run_lacks_is_one_short_line() -> None:
+    without, having = {"task": {"suite": {}}}, {"task": {"suite": {"nano_sums": {"fewshot": 0, "steps": 16}}}}
+    assert list(differences(without, having)) == ["task.suite.nano_sums: not set -> set"]
+
+
 def test_other_tasks_or_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="no task is in both runs: nano_sums; nano_code"):
         compare(EXACT, run([1], [1], task="nano_code"))
@@ -65,4 +70,4 @@ def test_command(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     failed = subprocess.run([*command, str(tmp_path / "empty")], capture_output=True, text=True)
     assert failed.returncode == 2
-    assert "results.json" in failed.stderr
+    assert failed.stderr.strip() == f"{tmp_path / 'empty'} holds no finished run: there is no results.json"
