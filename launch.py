@@ -90,8 +90,10 @@ def without_output_folders(argv: list[str]) -> Iterator[None]:
         return
     with TemporaryDirectory() as folder:
         places = [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", "hydra.output_subdir=null"]
-        argv[at:at] = [*places, "hydra/job_logging=none", "hydra/hydra_logging=none"]
-        argv[:] = [a for a in argv if not a.startswith(("hydra/launcher=", "hydra.launcher."))]  # planned right here
+        places += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        theirs = ("hydra/launcher=", "hydra.launcher.", "hydra.run.dir=", "hydra.sweep.dir=")  # planned right here
+        ahead, behind = ([a for a in part if not a.startswith(theirs)] for part in (argv[:at], argv[at:]))
+        argv[:] = [*ahead, *places, *behind]
         yield
 
 

@@ -361,6 +361,7 @@ def test_plan_as_typed(tmp_path: Path) -> None:
             "plan=true",
             "method=gptq",
             "plan_tflops=200",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
         ],
         capture_output=True,
         text=True,
