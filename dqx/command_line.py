@@ -24,7 +24,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dqx.config import GROUPS, ConfigProblems, choices
+from dqx.config import CONF_DIR, GROUPS, ConfigProblems, choices
 from dqx.names import did_you_mean, natural
 
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
@@ -117,10 +117,18 @@ def explain(error: BaseException) -> list[str]:
             known = [] if parent._is_none() else [str(k) for k in parent]
             if not known and not parent._is_none():
                 return [f"{key} is not set; a + before its name adds it"]
+            elsewhere = _with_setting("model/sampler", str(cause.key)) if key.startswith("model.sampler.") else []
+            if elsewhere:
+                return [f"{key} is no setting of this sampler; model.sampler={' and '.join(elsewhere)} has it"]
             return [f"{key} is no setting; {did_you_mean(str(cause.key), known)}"]
         message = _plain((cause.msg or str(cause)).splitlines()[0])
         return [message if not key or message.startswith(key) else f"{key}: {message}"]
     return [_plain(str(error))]
+
+
+def _with_setting(group: str, key: str) -> list[str]:
+    """The choices of the group whose file names that setting."""
+    return [name for name in choices(group) if key in OmegaConf.load(CONF_DIR / group / f"{name}.yaml")]
 
 
 def _missing_launcher(error: BaseException) -> str | None:

@@ -78,6 +78,11 @@ CONFIGURATIONS = [
     ("unknown experiment", ["experiment=quik"], "experiment=quik is no choice; did you mean quick"),
     ("unknown group", ["bitz=3"], "bitz is no setting; did you mean bits"),
     ("unknown key", ["method.rounding.dampin=0.1"], "method.rounding.dampin is no setting; did you mean damping"),
+    (
+        "another sampler's setting",
+        ["model=nano_dream", "model.sampler.threshold=0.9"],
+        "model.sampler.threshold is no setting of this sampler; model.sampler=llada has it",
+    ),
     ("forced unknown key", ["+model.dtyp=x"], "model.dtyp is no setting, so nothing would read it; did you mean dtype"),
     ("forced unknown group", ["+foo=1"], "foo is no setting"),
     ("forced unknown option", ["+model.sampler.temprature=1"], "no option of LLaDASampler; did you mean temperature"),
