@@ -54,7 +54,7 @@ def test_damage_is_named(cache: Path, suffix: str, capsys: pytest.CaptureFixture
     assert f"{path} is damaged" in capsys.readouterr().out
 
 
-def test_pruning_removes_what_was_asked_for(cache: Path) -> None:
+def test_pruning_removes_what_was_asked_for(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as mistake:
         main(["prune", "--dir", str(cache)])
     assert mistake.value.code == 2
@@ -63,6 +63,8 @@ def test_pruning_removes_what_was_asked_for(cache: Path) -> None:
     assert names(cache) == ["model", "model", "new"]
     main(["prune", "--dir", str(cache), "--max-gb", "0.000001"])  # the tensors first
     assert names(cache) == ["model", "new"]
+    capsys.readouterr()
     main(["prune", "--dir", str(cache), "--kind", "predictions"])
+    assert capsys.readouterr().out.startswith("1 removed, ")
     assert names(cache) == ["new"]
     assert Store(cache).read_tensors(Key("predictions", "model", {})) is None
