@@ -8,7 +8,7 @@ Stat. 37:479): two documents are added, one won and one lost. It covers at least
 (test_deltas.py counts it) and keeps a width when no document flips, where the plain interval claims certainty. The
 bootstrap over the same documents covers as well, without being better, so the closed form is `low`, `high` and the
 bootstrap stands beside it. For scores that are not only 0 or 1 both are wider than need be. Other scores get the
-studentised bootstrap, and below 4 documents, where it has no meaning, the paired t interval.
+studentised bootstrap, and below 8 documents, where it runs wild, the paired t interval.
 
 Averages over tasks combine the tasks' intervals by MOVER (Zou and Donner 2008, Stat. Med. 27:1693): the average of
 the deltas, with the distances to the limits added in quadrature. Adding the variances around the adjusted

@@ -32,7 +32,7 @@ POWER = 0.80
 RESAMPLES = 2000
 FLIPS = 9999  # drawn sign patterns of a randomisation test
 EXACT_UP_TO = 12  # differences whose sign patterns are all enumerated
-SMALLEST_STUDENTISED = 4  # documents; of two, every resample with a spread has the same mean
+SMALLEST_STUDENTISED = 8  # documents; a few resample to almost no spread, and the limits run wild
 CHUNK = 2**22  # numbers held at a time
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "not distinguishable"
@@ -97,7 +97,7 @@ def bootstrap_bounded(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_studentised(differences: Sequence[float]) -> tuple[float, float] | None:
-    """95 % studentised interval for the mean of differences of any size; None for fewer than 4 documents."""
+    """95 % studentised interval for the mean of differences of any size; None for fewer than 8 documents."""
     values = np.array(differences, dtype=np.float64)
     if len(values) < SMALLEST_STUDENTISED:
         return None

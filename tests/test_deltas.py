@@ -269,18 +269,24 @@ def nats(name, scores):
 
 
 def test_less_is_better_for_nats():
-    before, after = [2.1, 0.4, 0.8, 1.9, 0.7, 0.6], [2.2, 0.6, 0.9, 2.3, 0.7, 0.9]
+    before, after = [2.1, 0.4, 0.8, 1.9, 0.7, 0.6, 1.1, 1.2], [2.2, 0.6, 0.9, 2.3, 0.7, 0.9, 1.3, 1.4]
     row = deltas.compare_task(nats("t", before), nats("t", after))
-    assert (row.delta, row.lost, row.gained) == (pytest.approx(1.1 / 6), 5, 0)
+    assert (row.delta, row.lost, row.gained) == (pytest.approx(1.5 / 8), 7, 0)
     assert (row.relative_drop, row.level) == (None, None)
     assert row.interval == "studentised bootstrap"
     assert (row.low, row.high) == (row.bootstrap_low, row.bootstrap_high)
     assert 0 < row.low < row.delta < row.high
-    assert row.p_value == pytest.approx(2 / 2**5)
-    assert deltas.compare_task(nats("t", after), nats("t", before)).gained == 5
+    assert row.p_value == pytest.approx(2 / 2**7)
+    assert deltas.compare_task(nats("t", after), nats("t", before)).gained == 7
     longer = deltas.compare_task(nats("t", before * 4), nats("t", after * 4))
     assert longer.verdict == "worse"
     assert deltas.compare_task(nats("t", after * 4), nats("t", before * 4)).verdict == "better"
+
+
+def test_few_windows_get_the_t_interval():
+    row = deltas.compare_task(nats("t", [2.0, 2.1, 1.9, 2.2]), nats("t", [3.4, 3.6, 3.2, 3.5]))
+    assert (row.interval, row.bootstrap_low) == ("paired t", None)
+    assert row.low < row.delta < row.high
 
 
 def test_nats_below_one_are_not_taken_for_fractions():
