@@ -1,10 +1,12 @@
-"""How the runs of a sweep are started: our sweeper, and the launchers behind `conf/hydra/launcher`.
+"""How the runs of a sweep are started: our sweepers, and the launchers behind `conf/hydra/launcher`.
 
-sweeper.py     every combination of the values given; notes where the runs leave their records
-pareto.py      a search for the best compromises instead
-submitit.py    `local_gpus`, one run per GPU of this machine, and `slurm`
-ray.py         `ray`
-runs.py        what they say about their runs
+    sweeper.py     every combination of the values given; notes where the runs leave their records
+    pareto.py      a search for the best compromises instead
+    submitit.py    `local_gpus`, one run per GPU of this machine, and `slurm`
+    ray.py         `ray`
+    runs.py        what they say about their runs
+
+Hydra knows them by names of its own (`register`).
 """
 
 from __future__ import annotations
