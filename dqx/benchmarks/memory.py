@@ -1,8 +1,8 @@
 """How much memory and time quantizing a whole model from disk takes: a random checkpoint of a model's full size.
 
-    python -m dqx.benchmarks.memory /tmp/big                                    LLaDA-8B, rtn: 16 GB on disk, twice
-    python -m dqx.benchmarks.memory /tmp/big --method gptq --samples 4          with 4 calibration sequences
-    python -m dqx.benchmarks.memory /tmp/big --method awq --blocks 2            the first two blocks
+    python -m dqx.benchmarks.memory FOLDER                                LLaDA-8B, rtn: 16 GB on disk, twice
+    python -m dqx.benchmarks.memory FOLDER --method gptq --samples 4      with 4 calibration sequences
+    python -m dqx.benchmarks.memory FOLDER --method awq --blocks 2        the first two blocks
 
 The checkpoint has a model's real shapes and random bfloat16 weights in the hub's format, one file per block, written
 without ever holding it. It is quantized in a process of its own, whose largest resident size is the figure, and both
