@@ -108,6 +108,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "fidelity.samples": (config.fidelity.samples, 0),
         "fidelity.length": (config.fidelity.length, 16),
         "fidelity.gen_length": (config.fidelity.gen_length, 1),
+        "wandb.documents": (config.wandb.documents, 0),
     }
     if config.seed >= 2**63:
         yield f"seed={config.seed} must be below 2^63"

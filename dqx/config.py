@@ -149,7 +149,8 @@ class WandbConfig:
     project: str = "dqx"
     group: str | None = None  # null: one group per sweep
     entity: str | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)  # besides those of the run: model, method, bits, task
+    documents: int = 50  # of each task, in the table of documents; those whose score changed come first
 
 
 @dataclass

@@ -1,19 +1,25 @@
 """The copy in Weights & Biases, read back from the offline file; and everything that may go wrong with it."""
 
+import base64
+import hashlib
 import json
 import os
-import signal
+import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import pytest
 from records import record
 
 from dqx import mirror
-from dqx.outliers import SITES
+from dqx.mirror import content, login, writing
+from dqx.mirror.identity import identity
+from dqx.models.transformer import SITES
 from dqx.store import RunFolder
 
 
@@ -69,34 +75,86 @@ def table(run_folder, entry):
     return [dict(zip(data["columns"], row, strict=True)) for row in data["data"]]
 
 
-@pytest.fixture(autouse=True)
-def logged_out(monkeypatch, tmp_path):
-    for name in [n for n in os.environ if n.startswith("WANDB")] + ["NETRC"]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def along(run_folder, axis):
+    """The rows of the history that have a place on an axis."""
+    (path,) = Path(run_folder).glob("run-*.wandb")
+    rows = [
+        {"/".join(item.nested_key or [item.key]): json.loads(item.value_json) for item in message.history.item}
+        for message in messages(path)
+        if message.HasField("history")
+    ]
+    return [row for row in rows if axis in row]
 
 
-def test_offline_run_holds_config_summary_outliers_and_delta(tmp_path):
-    run = record()
+def everything():
+    """A record of which every part was measured."""
+    run = record(warnings=["nano_sums: one prompt was cut"])
     run.config["wandb"]["mode"] = "auto"  # no login: offline
-    folder = RunFolder(tmp_path / "nano_llada-gptq-w3")
-    folder.write(run)
-    before = signal.getsignal(signal.SIGTERM)
-    status = mirror.log(folder.read(), folder.path, group="sweep-7")
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert (status["state"], status["mode"], status["url"]) == ("written", "offline", None)
-    assert status["folder"].startswith(str(folder.path))
+    run.quantization["peak_ram"] = 3 * 2**29
+    run.fidelity |= {
+        "by_step": [
+            {
+                "step": s,
+                "mask_ratio": 1 - s / 4,
+                "positions": 8,
+                "divergence": 0.1 * s,
+                "agreement": 0.9,
+                "commit_flips": 0.25,
+            }
+            for s in range(3)
+        ],
+        "layers": {
+            "steps": [0, 1, 2],
+            "mask_ratios": [1.0, 0.75, 0.5],
+            "sqnr_db": [[None, 40.0, 20.0], [30.0, 20.0, 10.0]],
+        },
+    }
+    return run
 
-    config, summary, history, started = read_back(status["folder"])
+
+@pytest.fixture(scope="module")
+def logged_out():
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as home:
+        for name in [n for n in os.environ if n.startswith("WANDB")] + ["NETRC"]:
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", home)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nobody(logged_out):
+    """No test finds a login."""
+
+
+@pytest.fixture(scope="module")
+def copy(logged_out, tmp_path_factory):
+    """A run, its folder, and what became of its copy."""
+    run, folder = everything(), RunFolder(tmp_path_factory.mktemp("runs") / "nano_llada-gptq-w3")
+    folder.write(run)
+    return run, folder, mirror.log(folder.read(), folder.path, group="sweep-7")
+
+
+def test_a_copy_is_one_offline_run(copy):
+    run, folder, status = copy
+    assert (status["state"], status["mode"], status["url"]) == ("written", "offline", None)
+    assert status["id"] == identity(run) == identity(folder.read())
+    assert Path(status["folder"]).parent == folder.path / "wandb"
+    assert Path(status["folder"]).name.endswith(status["id"])
+    config, _, _, started = read_back(status["folder"])
+    assert started.run_id == status["id"]
     assert config["cfg"] == run.config
     assert config["choices"] == run.choices
     assert config["checkpoint"]["fingerprint"] == "0123456789abcdef"
     assert (started.project, started.run_group, started.display_name) == ("dqx", "sweep-7", "nano_llada-gptq-w3")
-    assert started.host == ""
+    assert sorted(started.tags) == ["gptq", "nano_llada", "w3a16"]
 
+
+def test_summary(copy):
+    run, _, status = copy
+    summary = read_back(status["folder"])[1]
     assert summary["average_bits"] == 3.15
     assert summary["seconds"] == 2.0
-    assert summary["folder"] == str(folder.path)
+    assert summary["memory/ram_gib"] == 1.5
     for row in run.deltas:
         assert summary[f"accuracy/{row.name}"] == row.quantized
         assert summary[f"delta/{row.name}"] == row.delta
@@ -104,16 +162,54 @@ def test_offline_run_holds_config_summary_outliers_and_delta(tmp_path):
         assert summary[f"delta_high/{row.name}"] == row.high
         assert summary[f"level/{row.name}"] == row.level
 
+
+def test_tables(copy):
+    run, _, status = copy
+    history = read_back(status["folder"])[2]
     rows = table(status["folder"], history["deltas"])
     assert [(r["name"], r["delta"], r["lost"]) for r in rows] == [(d.name, d.delta, d.lost) for d in run.deltas]
-
     rows = table(status["folder"], history["outliers"])
     assert len(rows) == 2 * 2 * len(SITES)
     (planted,) = [r for r in rows if (r["model"], r["block"], r["site"]) == ("quantized", 1, "mlp_in")]
     assert planted["outlier_channels"] == 1
     assert planted["top_channel"] == 3
     assert planted["abs_max"] == run.outliers["quantized"].at(1, "mlp_in").abs_max
+    assert table(status["folder"], history["fidelity_by_mask_ratio"]) == run.fidelity["by_mask_ratio"]
+    assert table(status["folder"], history["fidelity_by_step"]) == run.fidelity["by_step"]
+    decibels = {(r["block"], r["step"]): r["sqnr_db"] for r in table(status["folder"], history["sqnr"])}
+    assert decibels == {(0, 0): None, (0, 1): 40.0, (0, 2): 20.0, (1, 0): 30.0, (1, 1): 20.0, (1, 2): 10.0}
+    assert table(status["folder"], history["warnings"]) == [{"warning": "nano_sums: one prompt was cut"}]
 
+
+def test_documents_with_both_outputs(copy):
+    run, _, status = copy
+    rows = table(status["folder"], read_back(status["folder"])[2]["documents"])
+    outcomes = [(row["task"], row["outcome"]) for row in rows]
+    assert outcomes == [("nano_sums", "lost")] * 2 + [("nano_sums", "same")] * 2 + [
+        ("group/code", "lost"),
+        ("group/code", "same"),
+    ]
+    before, after = (
+        {row.doc_id: row for row in side["nano_sums"].documents} for side in (run.full_precision, run.quantized)
+    )
+    for row in rows[:4]:
+        first, second = before[row["doc_id"]], after[row["doc_id"]]
+        assert (row["full_precision"], row["quantized"]) == (first.prediction, second.prediction)
+        assert (row["score_full_precision"], row["score_quantized"]) == (first.score, second.score)
+
+
+def test_what_changed_comes_first_and_every_run_shows_the_same_documents():
+    run = record()
+    assert [row[2] for row in content.document_rows(run, 3)] == ["lost", "lost", "same", "lost", "same"]
+    assert content.document_rows(run, 0) == []
+    same = record(quantized=run.full_precision)
+    shown = {row[1] for row in content.document_rows(same, 2)}
+    assert shown == {row[1] for row in content.document_rows(record(quantized=run.full_precision), 2)}
+
+
+def test_histograms(copy):
+    run, _, status = copy
+    history = read_back(status["folder"])[2]
     for side, stats in run.outliers.items():
         for site in SITES:
             bars = history[f"log2_abs/{side}/{site}"]
@@ -122,6 +218,112 @@ def test_offline_run_holds_config_summary_outliers_and_delta(tmp_path):
             assert bars["_type"] == "histogram"
             assert zeros == 0
             assert 2.0 ** bars["bins"][-2] <= max(r.abs_max for r in values) < 2.0 ** bars["bins"][-1]
+
+
+def test_series_have_axes_of_their_own(copy):
+    run, _, status = copy
+    rows = along(status["folder"], "denoising_step")
+    assert [row["denoising_step"] for row in rows] == [0, 1, 2]
+    assert [row["by_step/divergence"] for row in rows] == [r["divergence"] for r in run.fidelity["by_step"]]
+    assert [row["by_step/sqnr_db"] for row in rows] == [30.0, 20.0, 10.0]
+    rows = along(status["folder"], "mask_ratio")
+    assert [(row["mask_ratio"], row["by_mask_ratio/agreement"]) for row in rows] == [(0.1, 0.96875), (0.9, 0.5)]
+    rows = along(status["folder"], "block")
+    assert [row["by_block/sqnr_db"] for row in rows] == [30.0, 20.0]
+    assert rows[1]["by_block/abs_max/quantized/mlp_in"] == run.outliers["quantized"].at(1, "mlp_in").abs_max
+    (path,) = Path(status["folder"]).glob("run-*.wandb")
+    axes = {m.metric.glob_name: m.metric.step_metric for m in messages(path) if m.HasField("metric")}
+    assert (
+        axes.items() >= {"by_step/*": "denoising_step", "by_mask_ratio/*": "mask_ratio", "by_block/*": "block"}.items()
+    )
+
+
+def test_nothing_is_lost_until_the_upload(copy):
+    """Media and the files of artifacts lie in the run folder, as they were when they were logged."""
+    _, folder, status = copy
+    (path,) = Path(status["folder"]).glob("run-*.wandb")
+    files = [item.path for message in messages(path) for item in message.files.files]
+    assert {Path(name).suffix for name in files} >= {".json"}
+    assert all((Path(status["folder"]) / "files" / name).is_file() for name in files)
+    for entry in read_back(path.parent)[2].values():
+        if isinstance(entry, dict) and "sha256" in entry:
+            logged = (path.parent / "files" / entry["path"]).read_bytes()
+            assert hashlib.sha256(logged).hexdigest() == entry["sha256"]
+    artifacts = [message.artifact for message in messages(path) if message.HasField("artifact")]
+    assert len(artifacts) == len(content.tables(everything(), 50))
+    for entry in [entry for artifact in artifacts for entry in artifact.manifest.contents]:
+        staged = Path(entry.local_path)
+        assert staged.is_relative_to(folder.path)
+        assert base64.b64encode(hashlib.md5(staged.read_bytes()).digest()).decode() == entry.digest
+
+
+def test_no_names_of_people_or_machines(copy):
+    (path,) = Path(copy[2]["folder"]).glob("run-*.wandb")
+    started = read_back(path.parent)[3]
+    assert started.host == ""
+    assert not [m for m in messages(path) if m.HasField("environment")]
+    assert socket.gethostname().encode() not in path.read_bytes()
+    assert content.shown(Path.home() / "runs" / "a") == "~/runs/a"
+    assert content.shown(Path("runs/a")) == "runs/a"
+
+
+def test_the_summary_stays_small(copy):
+    """What there is per block and step is no part of it."""
+    run = everything()
+    few = set(mirror.summary(run))
+    run.fidelity["by_step"] *= 100
+    run.fidelity["layers"] = {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[1.0]] * 100}
+    run.outliers = {side: replace(stats, rows=stats.rows * 16) for side, stats in run.outliers.items()}
+    assert set(mirror.summary(run)) == few
+    written = {key for key in read_back(copy[2]["folder"])[1] if not key.startswith("_")}
+    assert written - few == {
+        "folder",
+        *content.tables(run, 50),
+        *(f"log2_abs/{side}/{site}" for side in run.outliers for site in SITES),
+    }
+
+
+def test_who_a_run_is():
+    run = record()
+    again = record(created="2030-01-01", timings={"load": 9.0}, warnings=["slow"])
+    again.config |= {"cache_dir": "elsewhere", "reuse": False}
+    again.config["wandb"] = {"mode": "online", "project": "other", "tags": ["x"]}
+    assert identity(again) == identity(run)
+    for change in (
+        {"config": {**run.config, "seed": 1}},
+        {"config": {**run.config, "wandb": {"group": "mine"}}},
+        {"model": {**run.model, "fingerprint": "f" * 16}},
+        {"environment": {**run.environment, "commit": "another"}},
+        {"environment": {**run.environment, "device": "a GPU"}},
+    ):
+        assert identity(record(**change)) != identity(run)
+
+
+def test_a_second_copy_replaces_the_first(tmp_path):
+    """Offline runs cannot be resumed: of several attempts at one W&B run the last complete one stays."""
+    run = record(outliers={}, fidelity={})
+    place = tmp_path / "wandb"
+    dead = [
+        place / f"unfinished-{identity(run)}",
+        place / f"staged-{identity(run)}-0",
+        place / f"offline-run-1-{identity(run)}",
+    ]
+    others = [place / "offline-run-1-other", place / "staged-other-0"]
+    for path in (*dead, *others):
+        path.mkdir(parents=True)
+        (path / "torn").write_text("")
+    status = mirror.log(run, tmp_path)
+    assert status["id"] == identity(run)
+    assert not any(path.exists() for path in dead)
+    assert all(path.exists() for path in others)
+    (complete,) = place.glob(f"offline-run-*-{identity(run)}")
+    assert str(complete) == status["folder"]
+    assert read_back(complete)[1]["average_bits"] == 3.15
+
+
+def test_an_agents_id_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "step0")
+    assert mirror.log(record(outliers={}, fidelity={}), tmp_path)["id"] == "step0"
 
 
 def test_one_task_is_its_own_average():
@@ -141,10 +343,10 @@ def test_a_run_of_a_sweep_that_cannot_be(tmp_path):
 def test_without_a_server_the_copy_is_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(mirror, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setattr(writing, "INIT_TIMEOUT", 1.0)
     run = record(outliers={})
     run.config["wandb"]["mode"] = "auto"
-    assert mirror.pick_mode("auto") == "online"
+    assert login.pick_mode("auto") == "online"
     status = mirror.log(run, tmp_path)
     assert (status["state"], status["mode"], status["url"]) == ("written", "offline", None)
     assert status["message"].startswith("wanted online, but")
@@ -186,22 +388,22 @@ def test_unknown_mode_is_no_exception(tmp_path):
 
 
 def test_login_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
-    assert mirror.pick_mode("auto") == "offline"
+    assert login.pick_mode("auto") == "offline"
     file = tmp_path / "netrc"
     file.write_text("machine api.example.org login user password x\n")
     file.chmod(0o600)
     monkeypatch.setenv("NETRC", str(file))
-    assert not mirror.has_login()
+    assert not login.has_login()
     monkeypatch.setenv("WANDB_BASE_URL", "https://api.example.org")
-    assert mirror.has_login()
+    assert login.has_login()
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert mirror.pick_mode("auto") == "disabled"
-    assert mirror.pick_mode("online") == "online"  # what the config says outright wins
+    assert login.pick_mode("auto") == "disabled"
+    assert login.pick_mode("online") == "online"  # what the config says outright wins
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("NETRC")
-    assert not mirror.has_login()
+    assert not login.has_login()
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert mirror.has_login()
+    assert login.has_login()
 
 
 @pytest.mark.parametrize(
@@ -222,7 +424,7 @@ def test_logins_of_every_age_are_found(machine, server, tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(file))
     if server:
         monkeypatch.setenv("WANDB_BASE_URL", server)
-    assert mirror.has_login()
+    assert login.has_login()
 
 
 CHILD = """
@@ -231,33 +433,42 @@ sys.path.insert(0, {tests!r})
 from records import record
 import wandb
 from dqx import mirror
-table = wandb.Table
-def slow(**settings):
-    print("ready", flush=True)
-    time.sleep(60)
-wandb.Table = slow
-mirror.log(record(), {folder!r})
+if sys.argv[1] == "die":
+    def log(*_):
+        print("ready", flush=True)
+        time.sleep(60)
+    wandb.Table = log
+print(mirror.log(record(), {folder!r})["state"])
 """
 
 
-def test_termination_keeps_what_was_written(tmp_path):
+@pytest.mark.slow
+def test_a_kill_while_it_is_written_leaves_nothing_half(tmp_path):
     code = CHILD.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     root = str(Path(__file__).parent.parent)
-    child = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": root},
-    )
+    environment = {**os.environ, "PYTHONPATH": root}
+
+    def start(what):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, what], stdout=subprocess.PIPE, text=True, cwd=root, env=environment
+        )
+
+    child = start("die")
     try:
         assert child.stdout.readline().strip() == "ready"
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(120) == 143
     finally:
         child.kill()
         child.communicate()
+    assert list(tmp_path.glob("wandb/unfinished-*"))
+    assert not list(tmp_path.glob("wandb/*run-*"))  # nothing that `wandb sync` would take for a run
+    child = start("live")
+    assert child.communicate()[0].strip() == "written"
     (run_folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert run_folder.name.endswith(identity(record()))
+    assert sorted(path.name for path in (tmp_path / "wandb").iterdir()) == sorted(
+        [run_folder.name, *(path.name for path in tmp_path.glob("wandb/staged-*"))]
+    )
+    assert len(list(tmp_path.glob("wandb/staged-*"))) == 1
     config, summary, _, _ = read_back(run_folder)
     assert config["cfg"]["method"] == {"name": "gptq"}
     assert summary["delta/average"] == record().deltas[-1].delta
