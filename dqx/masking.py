@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dqx.calib import CalibBatch
+from dqx.denoising import spread
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.sampler import Call, Sampler
 from dqx.evaluate.harness import block_length
@@ -148,14 +149,6 @@ def shown_calls(calib: MaskingSettings, sampler: Sampler, samples: int, *, seed:
         calls = sampler.calls(gen_length, blocks, steps, generator(seed, "calib", "schedule", i))
         shown.append(calls[spread(samples, len(calls))[i]])
     return shown
-
-
-def spread(count: int, total: int) -> list[int]:
-    """`count` indices spread evenly over range(total), in ascending order.
-
-    Each index comes equally often, or once more than others where `total` does not divide `count`.
-    """
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def _mask_of(call: Call, calib: MaskingSettings, uniforms: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 
 import dqx
 from dqx.config import CONF_DIR, build, compose, resolve
+from dqx.denoising import spread
 from dqx.diffusion.dream import DreamSampler
 from dqx.diffusion.llada import LLaDASampler
 from dqx.diffusion.noise import SeededNoise, generator
-from dqx.masking import MASKINGS, calibration_states, masking_problems, masks, rollouts, shown_calls, spread
+from dqx.masking import MASKINGS, calibration_states, masking_problems, masks, rollouts, shown_calls
 from dqx.models import inspect, load_weights
 from dqx.quant.loop import Stream
 from dqx.report import header
