@@ -105,6 +105,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "model.mask_token_id": (config.model.mask_token_id, 0),
         "model.outliers.channels": (config.model.outliers.channels, 0),
         "outliers.samples": (config.outliers.samples, 0),
+        "outliers.steps": (config.outliers.steps, 0),
         "fidelity.samples": (config.fidelity.samples, 0),
         "fidelity.length": (config.fidelity.length, 16),
         "fidelity.gen_length": (config.fidelity.gen_length, 1),
@@ -214,6 +215,12 @@ def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
     channels = min(arch.hidden_size, arch.mlp_size)
     if model.outliers.channels > channels:
         yield f"model.outliers.channels={model.outliers.channels} is more than the model's {channels} channels"
+    absent = [block for block in config.outliers.surfaces or () if not 0 <= block < arch.n_blocks]
+    if absent:
+        yield (
+            f"outliers.surfaces={config.outliers.surfaces} names blocks that the model has not: "
+            f"{', '.join(map(str, absent))}; it has 0 to {arch.n_blocks - 1}"
+        )
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -131,7 +131,9 @@ class OutlierConfig:
     samples: int = 8  # calibration windows looked at; 0: not measured
     channel_ratio: float = 6.0  # a channel stands out at a token where |x| exceeds this many medians of the token
     massive_absolute: float = 100.0  # a value is massive where it exceeds this ...
-    massive_relative: float = 1000.0  # ... and this many medians of its token
+    massive_relative: float = 1000.0  # ... and this many medians of the place where it is read
+    steps: int = 16  # denoising steps looked at, spread evenly over all of them; 0: none
+    surfaces: list[int] | None = None  # blocks of which |x| of one window is kept; null: first, middle and last
 
 
 @dataclass

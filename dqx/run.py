@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from torch import Tensor
 
-from dqx import fidelity, mirror, outliers, report, store
+from dqx import activations, fidelity, mirror, report, store
 from dqx.cache import keys
 from dqx.cache.journal import Journal
 from dqx.cache.keys import Key
@@ -31,11 +31,12 @@ from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
+from dqx.denoising import spread
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import text_windows
-from dqx.masking import calibration_states, spread
+from dqx.masking import calibration_states
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.processes import main_first, processes
@@ -200,7 +201,7 @@ class Measured:
 
     results: dict[str, TaskResult]
     sources: dict[str, str]  # by task: computed or reused
-    outliers: outliers.OutlierStats | None  # None: not measured
+    outliers: activations.OutlierStats | None  # None: not measured
     predictions: fidelity.Predictions | None
 
 
@@ -256,15 +257,29 @@ def _evaluate(subject: Subject, config: Config, once: Once) -> tuple[dict[str, T
     return results, sources
 
 
-def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibBatch]) -> outliers.OutlierStats:
-    thresholds = _thresholds(config)
-    key = Key("outliers", config.model.name, keys.outlier_facts(subject.facts, batches=watched, thresholds=thresholds))
-    found, _ = once.value(
-        key,
-        outliers.OutlierStats.from_dict,
-        lambda: outliers.measure(subject.lm().model, watched, thresholds),
-    )
-    return found
+def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibBatch]) -> activations.OutlierStats:
+    """The statistics, and the tensors that go with them: two artefacts, made and kept together."""
+    settings, described = _thresholds(config), subject.described
+    count = described.checkpoint.arch.n_blocks
+    surfaces = activations.default_blocks(count) if config.outliers.surfaces is None else config.outliers.surfaces
+    facts = keys.outlier_facts(subject.facts, batches=watched, thresholds=settings, surfaces=surfaces)
+    numbers, maps = (Key(kind, config.model.name, facts) for kind in ("outliers", "activations"))
+
+    def read() -> activations.OutlierStats | None:
+        tensors = once.store.read_tensors(maps)
+        if tensors is None:
+            return None
+        return once.store.read(numbers, lambda found: activations.OutlierStats.from_dict(found, tensors))
+
+    def compute() -> activations.OutlierStats:
+        return activations.measure(subject.lm().model, watched, settings, surfaces=surfaces)
+
+    def keep(found: activations.OutlierStats) -> None:
+        once.store.write_tensors(maps, found.maps)
+        once.store.write(numbers, found.to_dict())
+
+    found, _ = once.get(numbers, read, compute, keep)
+    return found.spelled(lambda token_id: str(described.tokenizer.decode([token_id])))
 
 
 def _predict(subject: Subject, config: Config, once: Once) -> fidelity.Predictions:
@@ -280,9 +295,9 @@ def _predict(subject: Subject, config: Config, once: Once) -> fidelity.Predictio
     return fidelity.Predictions.from_tensors(found)
 
 
-def _thresholds(config: Config) -> outliers.Thresholds:
+def _thresholds(config: Config) -> activations.Thresholds:
     settings = config.outliers
-    return outliers.Thresholds(
+    return activations.Thresholds(
         channel_ratio=settings.channel_ratio,
         massive_absolute=settings.massive_absolute,
         massive_relative=settings.massive_relative,

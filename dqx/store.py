@@ -30,11 +30,11 @@ from uuid import uuid4
 import torch
 import yaml
 
-from dqx import deltas, outliers
+from dqx import activations, deltas
+from dqx.activations import OutlierStats
 from dqx.deltas import Delta
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.names import approximations
-from dqx.outliers import OutlierStats
 from dqx.processes import processes
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -105,7 +105,7 @@ class Record:
             "seed": config.get("seed"),
             "tasks": tasks,
             "deltas": [row.to_dict() for row in self.deltas],
-            "outliers": {side: outliers.summary(stats) for side, stats in self.outliers.items()},
+            "outliers": {side: activations.summary(stats) for side, stats in self.outliers.items()},
             "fidelity": self.fidelity,
             "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
             "timings": self.timings,

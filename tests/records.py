@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from dqx import store
+from dqx.activations import measure
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
-from dqx.outliers import measure
 from dqx.store import Record
 
 ARCH = Architecture(

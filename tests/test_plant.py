@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dqx.activations import measure
 from dqx.calib import CalibBatch
 from dqx.models import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
-from dqx.outliers import measure
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -16,9 +16,10 @@ The result of a task depends on
 - the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
   transformers, tokenizers, datasets and lm-eval.
 
-Outlier statistics depend on the model, every token it is shown, and the thresholds; predictions on the model, the
-sampler, every token, the seed and the settings of `fidelity`; rollouts on the model, the sampler, the text's tokens,
-the seed and the settings of `calib`; all of them on the sources that measure and the version of torch.
+Outlier statistics depend on the model, every token it is shown (text and denoising states), the thresholds and the
+blocks whose surface is kept; predictions on the model, the sampler, every token, the seed and the settings of
+`fidelity`; rollouts on the model, the sampler, the text's tokens, the seed and the settings of `calib`; all of them on
+the sources that measure and the version of torch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from dqx.store import file_name, jsonable, package_version
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
 QUANTIZING = ("models", "quant", "calib.py", "masking.py", "diffusion/noise.py")
-MEASURING = ("models", "diffusion", "masking.py", "outliers.py", "fidelity.py")
+MEASURING = ("models", "diffusion", "masking.py", "denoising.py", "activations", "fidelity.py")
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -129,9 +130,25 @@ def quantization_facts(
     }
 
 
-def outlier_facts(model: Mapping[str, Any], *, batches: Sequence[Any], thresholds: Any) -> dict[str, Any]:
+def outlier_facts(
+    model: Mapping[str, Any],
+    *,
+    batches: Sequence[Any],
+    thresholds: Any,
+    states: Sequence[Any] = (),
+    surfaces: Sequence[int] = (),
+) -> dict[str, Any]:
     """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
-    shown = {"tokens": tokens_digest(batches), "thresholds": jsonable(thresholds)}
+    shown = {"tokens": tokens_digest(batches), "thresholds": jsonable(thresholds), "surfaces": list(surfaces)}
+    shown["states"] = [
+        {
+            "ids": tensor_digest([("ids", state.ids)]),
+            "step": state.step,
+            "prompt": state.prompt,
+            "ratio": state.mask_ratio,
+        }
+        for state in states
+    ]
     return {"model": dict(model), **shown, **_measured_by(MEASUREMENT_CODE)}
 
 

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dqx.activations import OutlierStats
 from dqx.deltas import headline
 from dqx.evaluate.results import DocumentRow
+from dqx.models.transformer import SITES
 from dqx.names import method_label
-from dqx.activations import OutlierStats
 from dqx.store import Record, jsonable
 
 GIB = 2**30
