@@ -12,6 +12,7 @@ leaves everything else alone:
     method.rounding=rtn ->  method/rounding=rtn   a part by its name: a file in conf/method/rounding
     +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
     model.sampler=llada ->  model/sampler=llada   likewise: a file in conf/model/sampler
+    bits.blocks.b0-3.weight=8    ->  ++bits.blocks.b0-3.weight=8    no block has widths of its own before
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
 def _normalize(argument: str, sweep: bool) -> str:
     if argument.startswith("+experiment="):
         return argument.removeprefix("+")
+    if argument.startswith(("bits.blocks.", "bits.blocks=")):
+        return f"++{argument}"
     home = HOME.fullmatch(argument)
     if home:
         return home[1] + str(Path(home[2]).expanduser())

@@ -87,6 +87,28 @@ def test_mixed_widths_on_the_command_line():
     assert compose(["bits=w4a16", "bits.overrides.down.weight=8", "method=rtn"]).bits.name == "w4a16-down8"
 
 
+def test_widths_of_blocks_on_the_command_line():
+    bits = composed(
+        "bits=w4a16", "bits.blocks.b0-3.weight=8", "bits.blocks.b0-3.down.weight=16", "bits.blocks.b9.weight=2"
+    )
+    assert bits.name == "w4a16-b0-3w8-b0-3down16-b9w2"
+    assert [bits.of_block(i).weight_of("q").bits for i in (0, 3, 4, 8, 9)] == [8, 8, 4, 4, 2]
+    assert [bits.of_block(i).weight_of("down").bits for i in (0, 3, 4, 9)] == [16, 16, 4, 2]
+    assert composed("bits=w4a4", "method=rtn", "bits.blocks={b1: {activation: 8}}").name == "w4a4-b1a8"
+
+
+def test_what_is_said_for_a_role_holds_in_every_block_that_does_not_say_it_for_the_role():
+    bits = w4(down=RoleBits(8, group_size=16), v=RoleBits(6))
+    bits.blocks = {"b1": {"weight": 3, "group_size": 64, "v": {"weight": 2}}}
+    own = bits.of_block(1)
+    assert [own.weight_of(role) for role in ("q", "v", "down")] == [
+        WeightBits(3, 64),
+        WeightBits(2, 64),
+        WeightBits(8, 16),
+    ]
+    assert (own.blocks, bits.of_block(0)) == ({}, w4(down=RoleBits(8, group_size=16), v=RoleBits(6)))
+
+
 def test_mixed_widths_in_a_file(tmp_path):
     (tmp_path / "bits").mkdir()
     (tmp_path / "bits" / "ours.yaml").write_text(
@@ -211,6 +233,32 @@ def test_roles_keep_their_widths():
     assert kept["blocks.*.down.weight"] == "bits.overrides.down.weight=16"
 
 
+@pytest.mark.parametrize("rounding", [RTN(), GPTQ()])
+def test_blocks_keep_their_widths(rounding):
+    """A block is what it is where all have its widths: with GPTQ as long as those before it agree."""
+    bits, wide = w4(), w4(32)
+    bits.blocks, wide.weight.bits = {"b1-2": {"weight": 8, "o": {"weight": 16}}}, 8
+    models = {name: toy() for name in ("mixed", "narrow", "wide")}
+    method, batches = Method("some", rounding), [Batch(ids())]
+    report = quantize(models["mixed"], method, bits, batches, progress=False)
+    quantize(models["narrow"], method, w4(), batches, progress=False)
+    quantize(models["wide"], method, wide, batches, progress=False)
+    assert [row.bits for row in report.linears] == [4] * 7 + [8, 8, 8, 16, 8, 8, 8] * 2
+    first, second = (models["mixed"].blocks[i] for i in (0, 1))
+    for role in ROLES:
+        assert torch.equal(getattr(first, role).weight, getattr(models["narrow"].blocks[0], role).weight)
+        if rounding == RTN() and role != "o":
+            assert torch.equal(getattr(second, role).weight, getattr(models["wide"].blocks[1], role).weight)
+    assert not isinstance(second.o, QuantLinear)
+    size = sum(math.prod(linear.weight.shape) for linear in toy().blocks[0].linears().values())
+    o = math.prod(second.o.weight.shape)
+    assert report.average_bits == pytest.approx(
+        (4.625 * size + 2 * (8.75 * (size - o) + 16 * o)) / (3 * size), abs=1e-12
+    )
+    (kept,) = (row for row in report.kept if row.name == "blocks.*.o.weight")
+    assert (kept.count, kept.reason) == (2, "bits.blocks.b1-2.o.weight=16")
+
+
 # ---- what cannot work --------------------------------------------------------------------------------------------
 
 
@@ -275,6 +323,42 @@ def test_problems_say_what_to_write(bits, message):
     (problem,) = bits_problems(bits, TOY)
     assert problem.startswith(message)
     assert problem in Method("rtn", RTN(), PerToken()).problems(bits, TOY)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "messages"),
+    [
+        ({"b2-4": {"weight": 8}}, ["bits.blocks.b2-4: the model has 3 blocks, b0 to b2"]),
+        ({"3": {"weight": 8}}, ["bits.blocks.3 names no block; write b3 for one, or b0-3 for the first four"]),
+        ({"b2-1": {"weight": 8}}, ["bits.blocks.b2-1 names no block; "]),
+        ({"b0-1": {"weight": 8}, "b1-2": {}}, ["bits.blocks.b1-2 and bits.blocks.b0-1 are both for block 1"]),
+        ({"b1": 8}, ["bits.blocks.b1=8 says not of what; write bits.blocks.b1.weight=8"]),
+        ({"b1": {"wieght": 8}}, ["bits.blocks.b1.wieght is no setting; did you mean weight?"]),
+        ({"b1": {"down": {"bits": 8}}}, ["bits.blocks.b1.down.bits is no setting; "]),
+        (
+            {"b0": {"weight": 9}, "b1": {"down": {"group_size": 48}}, "b2": {"format": "fp9"}},
+            [
+                "bits.blocks.b0.weight=9 is no width dqx has; ",
+                "bits.blocks.b1.down.group_size=48 does not divide 160, the inputs of down ",
+                "bits.blocks.b2.format=fp9 is unknown; did you mean fp8?",
+            ],
+        ),
+    ],
+)
+def test_problems_of_blocks(blocks, messages):
+    bits = w4()
+    bits.blocks = blocks
+    found = Method("rtn", RTN()).problems(bits, TOY)
+    assert len(found) == len(messages), found
+    assert all(problem.startswith(message) for problem, message in zip(found, messages, strict=True)), found
+
+
+def test_widths_that_a_method_does_not_have_in_some_block():
+    bits = BitsConfig("", WeightBits(16, 32), blocks={"b0": {"weight": 4, "activation": 8}})
+    (weights_only,) = Method("gptq", GPTQ()).problems(bits, TOY)
+    assert weights_only.startswith("bits.blocks.b0.activation=8, but method gptq quantizes weights only; write bits.bl")
+    assert Method("gptq", GPTQ()).streams(bits) == {"quantized"}
+    assert Method("gptq", GPTQ()).streams(BitsConfig()) == set()
 
 
 def test_blocks_that_do_not_fill_an_input():

@@ -134,10 +134,10 @@ def test_a_mistake_in_a_name_claims_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_search_end_to_end(tmp_path: Path) -> None:
-    """Two roles by two widths, of which one does not exist: that run is refused, the search goes on."""
+    """A role and a block by two widths, of which one does not exist: that run is refused, the search goes on."""
     command = [
         *(sys.executable, "launch.py", "-m", "hydra/sweeper=pareto", "hydra.sweeper.trials=4", "method=rtn"),
-        *("bits.overrides.o.weight=2,8", "bits.overrides.down.weight=4,9", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+        *("bits.overrides.o.weight=2,8", "bits.blocks.b1.weight=4,9", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
         *("hydra.sweeper.minimize=[average_bits,fidelity/divergence/0.5]", "hydra.sweeper.maximize=[delta/average]"),
         *("task=nano_facts", "task.limit=2", "outliers.samples=0", "fidelity.samples=1", "fidelity.length=32"),
         *("wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}"),

@@ -71,6 +71,7 @@ COMPOSITIONS = [
     *([f"calib={calib}"] for calib in choices("calib")),
     ["method=fp16", "task=qdlm", "steps=64", "calib.text=pile", "seed=7"],
     ["method=quarot", "method.rounding=gptaq", "bits=w4a4", "bits.overrides.down.weight=8", "task=gsm8k,wikitext2"],
+    ["bits=w4a16", "bits.blocks.b0-1.weight=8", "bits.blocks.b2.down.weight=3"],
     ["model.sampler.threshold=0.9", "+method.transforms.x=smooth", "method.clip=weight_mse", "steps=48"],
     ["experiment=qdlm_table1", "hydra/launcher=local_gpus"],
 ]
@@ -337,10 +338,10 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     main()
     usage = capsys.readouterr().out
     assert all(example in usage for _, _, example in COMMANDS.values())
-    monkeypatch.setattr(sys, "argv", ["dqx", "tabels"])
+    monkeypatch.setattr(sys, "argv", ["dqx", "reprot"])
     with pytest.raises(SystemExit):
         main()
-    assert "did you mean tables?" in capsys.readouterr().err
+    assert "did you mean report?" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy() -> None:

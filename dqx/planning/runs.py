@@ -233,10 +233,11 @@ def calibration_work(method: Method, config: Config) -> list[Work]:
 def hessian_flops(method: Method, bits: BitsConfig, arch: Architecture, tokens: int) -> float:
     """Operations of the sums X^T X of all sites that are rounded by them."""
     total = 0.0
-    for roles in SITES.values():
-        rounding = [method.rounding_of(role) for role in roles if bits.weight_of(role).bits != UNQUANTIZED]
-        if any(part is not None and "hessian" in part.needs for part in rounding):
-            total += 2.0 * arch.n_blocks * tokens * arch.in_features(roles[0]) ** 2
+    for widths in map(bits.of_block, range(arch.n_blocks)):
+        for roles in SITES.values():
+            rounding = [method.rounding_of(role) for role in roles if widths.weight_of(role).bits != UNQUANTIZED]
+            if any(part is not None and "hessian" in part.needs for part in rounding):
+                total += 2.0 * tokens * arch.in_features(roles[0]) ** 2
     return total
 
 
@@ -259,8 +260,8 @@ def _program_seconds() -> float:
 
 def _changes(method: Method, bits: BitsConfig) -> bool:
     return any(
-        (method.rounding_of(role) is not None and bits.weight_of(role).bits != UNQUANTIZED)
-        or (method.quantizes_input(role) and bits.activation_of(role).bits != UNQUANTIZED)
+        (method.rounding_of(role) is not None and bits.rounds_weight(role))
+        or (method.quantizes_input(role) and bits.rounds_input(role))
         for role in ROLES
     )
 

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 
 from dqx.models.transformer import ROLES, Architecture
 from dqx.names import did_you_mean
-from dqx.quant.bits import FORMATS, UNQUANTIZED, WIDTHS, BitsConfig
+from dqx.quant.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, block_range
 
 
 def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
-    """Every setting that cannot work, with its remedy."""
+    """Every setting that cannot work in some block, with its remedy; `entry_problems` have been looked for."""
+    found = _problems(bits.of_entry(None), arch)
+    for name in bits.blocks:
+        found += in_entry(name, _problems(bits.of_entry(name), arch), found)
+    return found
+
+
+def entry_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
+    """What keeps `bits.blocks` from being read: entries that name no block, overlap, or are no widths."""
+    found: list[str] = []
+    taken: dict[int, str] = {}
+    for name, entry in bits.blocks.items():
+        key, blocks = f"bits.blocks.{name}", block_range(name)
+        if not blocks:
+            found.append(f"{key} names no block; write b3 for one, or b0-3 for the first four")
+        elif blocks[-1] >= arch.n_blocks:
+            found.append(f"{key}: the model has {arch.n_blocks} blocks, b0 to b{arch.n_blocks - 1}")
+        elif both := [taken[index] for index in blocks if index in taken]:
+            found.append(
+                f"{key} and bits.blocks.{both[0]} are both for block {max(blocks[0], block_range(both[0])[0])}"
+            )
+        taken |= {index: name for index in blocks if index not in taken}
+        found += _shape_problems(key, entry, (*SETTINGS, *ROLES))
+        for role in ROLES:
+            if isinstance(entry, Mapping) and role in entry:
+                found += _shape_problems(f"{key}.{role}", entry[role], SETTINGS)
+    return found
+
+
+def _shape_problems(key: str, entry: object, known: Iterable[str]) -> Iterator[str]:
+    if not isinstance(entry, Mapping):
+        yield f"{key}={entry} says not of what; write {key}.weight={entry}"
+        return
+    for name in entry:
+        if name not in known:
+            yield f"{key}.{name} is no setting; {did_you_mean(name, known)}"
+
+
+def in_entry(name: str, problems: Iterable[str], told: Iterable[str]) -> list[str]:
+    """Problems of an entry's widths that are not `told` of the others, with the settings by the entry's names."""
+    renamed = {
+        "bits.weight.bits": f"bits.blocks.{name}.weight",
+        "bits.activation.bits": f"bits.blocks.{name}.activation",
+        "bits.overrides": f"bits.blocks.{name}",
+        **{f"bits.{part}.{key}": f"bits.blocks.{name}.{key}" for part in ("weight", "activation") for key in SETTINGS},
+    }
+    found: dict[str, None] = {}
+    for problem in problems:
+        if problem not in told:
+            for usual, own in renamed.items():
+                problem = problem.replace(usual, own)
+            found[problem] = None
+    return list(found)
+
+
+def _problems(bits: BitsConfig, arch: Architecture) -> list[str]:
     formats = list(_format_problems(bits))
     if formats:
         return formats

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
-from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits
+from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits, block_range
 from dqx.quant.clip import ClipAtSite
 from dqx.quant.grid import QuantizedWeight, wide
 from dqx.quant.home import Home, InMemory, Progress
@@ -118,7 +118,8 @@ def quantize_blocks(
         task = bar.add_task(f"{method.name} {bits.name}", total=arch.n_blocks * sites, completed=done.blocks * sites)
         note(done.blocks)
         for index in range(done.blocks, arch.n_blocks):
-            report.linears += _one_block(home, changes, streams, context.at(index=index), lambda: bar.advance(task))
+            of_block = context.at(index=index, bits=bits.of_block(index))
+            report.linears += _one_block(home, changes, streams, of_block, lambda: bar.advance(task))
             note(index + 1)
     report.kept = _kept(home.model, method, bits)
     report.peak_ram, report.peak_gpu = peak_ram(), peak_gpu(device)
@@ -375,15 +376,16 @@ def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tu
 
 
 def _kept(model: nn.Module, method: Method, bits: BitsConfig) -> list[KeptRow]:
-    """Every parameter that is not a rounded weight, blocks counted together, with the reason."""
-    found: dict[str, list[int]] = {}
+    """Every parameter that is not a rounded weight, with the reason; blocks with the same one are counted together."""
+    found: dict[tuple[str, str], list[int]] = {}
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         if isinstance(owner, QuantLinear) and owner.scale is not None and name.endswith(".weight"):
             continue
-        found.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(parameter.numel())
-    return [KeptRow(name, len(sizes), sum(sizes), _reason(name, method, bits)) for name, sizes in found.items()]
+        row = re.sub(r"^blocks\.\d+\.", "blocks.*.", name), _reason(name, method, bits)
+        found.setdefault(row, []).append(parameter.numel())
+    return [KeptRow(name, len(sizes), sum(sizes), reason) for (name, reason), sizes in found.items()]
 
 
 def _reason(name: str, method: Method, bits: BitsConfig) -> str:
@@ -402,8 +404,11 @@ def _reason(name: str, method: Method, bits: BitsConfig) -> str:
         return f"method.rounding_by_role.{role} is null"
     if method.rounding_of(role) is None:
         return f"method {method.name} rounds no weights"
-    own = getattr(bits.overrides, role).weight
-    return f"bits.weight.bits={bits.weight.bits}" if own is None else f"bits.overrides.{role}.weight={own}"
+    index, widths = int(name.split(".")[1]), bits.widths("weight")
+    entry = next((entry for entry in bits.blocks if index in block_range(entry)), "")
+    by_block, by_role = f"bits.blocks.{entry}", f"bits.overrides.{role}.weight"
+    keys = (f"{by_block}.{role}.weight", by_role, f"{by_block}.weight", "bits.weight.bits")
+    return next(f"{key}={widths[key]}" for key in keys if widths.get(key) is not None)
 
 
 def _progress_bar(enabled: bool) -> bars.Progress:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dqx.models.transformer import ROLES, SITES, Architecture
 from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig
-from dqx.quant.bits_problems import bits_problems
+from dqx.quant.bits_problems import bits_problems, entry_problems, in_entry
 from dqx.quant.protocols import (
     STREAMS,
     Activation,
@@ -100,9 +100,9 @@ class Method:
                 named.add(site_part.stream)
         for role in ROLES:
             rounding, clip = self.rounding_of(role), self.clip_of(role)
-            if rounding is not None and (bits is None or bits.weight_of(role).bits != UNQUANTIZED):
+            if rounding is not None and (bits is None or bits.rounds_weight(role)):
                 named |= {part.stream for part in (rounding, clip) if part is not None and part.needs}
-            rounds_input = bits is None or bits.activation_of(role).bits != UNQUANTIZED
+            rounds_input = bits is None or bits.rounds_input(role)
             if self.activation is not None and self.activation.needs and self.quantizes_input(role) and rounds_input:
                 named.add("quantized")
         if any(part.needs for part in self.corrections.values()):
@@ -116,12 +116,13 @@ class Method:
 
     def problems(self, bits: BitsConfig, arch: Architecture) -> list[str]:
         """Everything about this method at these bits on this architecture that cannot work, with the remedy."""
-        return [
-            *self._slot_problems(),
-            *self._part_problems(Setting(arch, bits, self)),
-            *self._pair_problems(bits),
-            *bits_problems(bits, arch),
-        ]
+        entries = entry_problems(bits, arch)
+        if entries:
+            return [*self._slot_problems(), *entries]
+        found = [*self._slot_problems(), *self._part_problems(Setting(arch, bits.of_entry(None), self))]
+        for name in bits.blocks:
+            found += in_entry(name, self._part_problems(Setting(arch, bits.of_entry(name), self)), found)
+        return [*found, *self._pair_problems(bits), *bits_problems(bits, arch)]
 
     def _slot_problems(self) -> Iterator[str]:
         if self.quantizes not in QUANTIZES:
@@ -163,14 +164,7 @@ class Method:
     def _pair_problems(self, bits: BitsConfig) -> list[str]:
         """Widths that this method cannot be asked for."""
         rounds_weights = any(self.rounding_of(role) is not None for role in ROLES)
-        widths = {
-            "bits.weight.bits": bits.weight.bits,
-            **{f"bits.overrides.{r}.weight": own.weight for r, own in vars(bits.overrides).items()},
-        }
-        input_widths = {
-            "bits.activation.bits": bits.activation.bits,
-            **{f"bits.overrides.{r}.activation": own.activation for r, own in vars(bits.overrides).items()},
-        }
+        widths, input_widths = bits.widths("weight"), bits.widths("activation")
         kv = bits.kv.bits
         asked = {
             k: v for k, v in {**widths, **input_widths, "bits.kv.bits": kv}.items() if v not in (None, UNQUANTIZED)

@@ -61,7 +61,7 @@ class LinearRow:
 
 @dataclass(frozen=True)
 class KeptRow:
-    """Parameters that were left alone; `*` in the name stands for every block."""
+    """Parameters that were left alone; `*` in the name stands for the blocks."""
 
     name: str
     count: int  # tensors
