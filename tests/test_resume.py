@@ -1,7 +1,8 @@
 """A run that is killed, again and again, and started again as it was: the results of an undisturbed one.
 
 Kills are SIGKILL from within, at random events: before or after a block's forward, while a file is written, flushed,
-renamed or removed. So they hit every stage, and do not depend on how fast the machine is.
+renamed or removed. So they hit every stage, and do not depend on how fast the machine is. One sweep, typed as users
+type it, is killed from outside, by the clock.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from typing import Any
 import pytest
 
 from dqx.cache.journal import Journal, Line
-from dqx.config import Config, compose, resolve
+from dqx.config import CONF_DIR, Config, compose, resolve
 from dqx.deltas import compare
 from dqx.diffusion.engine import Engine
 from dqx.diffusion.scoring import Scorer
@@ -283,6 +287,78 @@ def test_a_sweep_killed_again_and_again_computes_every_stage_once(
         for side in ("full_precision", "quantized"):
             assert outcome(getattr(found, side)) == outcome(getattr(expected, side))
         assert (found.deltas, found.outliers, found.fidelity) == (expected.deltas, expected.outliers, expected.fidelity)
+
+
+COMMAND = [
+    *("launch.py", "-m", "method=gptq,awq,smoothquant", "bits=w2a16,w3a16,w4a16,w8a16", "steps=8,16", "task=nano_sums"),
+    *("task.limit=1", "calib.samples=2", "calib.length=32", "outliers.samples=1", "fidelity.samples=1"),
+    *("fidelity.length=32", "fidelity.gen_length=2", "wandb.mode=disabled"),
+]
+
+
+def typed(folder: Path) -> subprocess.Popen[str]:
+    """The sweep of `COMMAND`, its runs and its cache where they are by default; what it says is added to two files."""
+    folder.mkdir(exist_ok=True)
+    launch = [sys.executable, str(CONF_DIR.parent / "launch.py"), *COMMAND[1:]]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(CONF_DIR.parent)}
+    with (folder / "stdout").open("a") as out, (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            launch, cwd=folder, env=quiet, stdout=out, stderr=log, text=True, start_new_session=True
+        )
+
+
+def until_it_computes(sweep: subprocess.Popen[str], folder: Path, already: int) -> None:
+    """Wait until it begins with an artefact, and says so beyond the first `already` characters of its log."""
+    while "  computing " not in (said := (folder / "log").read_text()[already:]):
+        assert sweep.poll() is None, said
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_command_itself_killed_by_the_clock_and_typed_again(tmp_path: Path) -> None:
+    """24 runs; ten times the process group gets SIGKILL, at moments spread over the time that all of it takes."""
+    folder, kills, moments = tmp_path / "undisturbed", 10, random.Random(24)
+    sweep = typed(folder)
+    until_it_computes(sweep, folder, 0)
+    started = time.monotonic()
+    assert sweep.wait() == 0, (folder / "log").read_text()
+    needed = time.monotonic() - started
+    cuts = sorted(moments.uniform(0, needed) for _ in range(kills))
+    pauses = [cut - before for before, cut in zip([0.0, *cuts], cuts, strict=False)]
+    moments.shuffle(pauses)
+
+    folder = tmp_path / "disturbed"
+    for pause in pauses:
+        said = len((folder / "log").read_text()) if folder.exists() else 0
+        sweep = typed(folder)
+        until_it_computes(sweep, folder, said)
+        time.sleep(pause)
+        os.killpg(sweep.pid, signal.SIGKILL)
+        assert sweep.wait() == -signal.SIGKILL
+    assert typed(folder).wait() == 0
+    log = (folder / "log").read_text()
+    assert_nothing_finished_is_computed(log)
+    assert log.count("computed  quantized/") <= 12  # where a kill fell between writing and saying so, less
+
+    before, after = (
+        [RunFolder(path.parent).read() for path in numbered(sorted(tmp_path.glob(f"{name}/runs/*/*-sweep"))[-1])]
+        for name in ("undisturbed", "disturbed")
+    )
+    assert len(before) == len(after) == 24
+    for expected, found in zip(before, after, strict=True):
+        for side in ("full_precision", "quantized"):
+            assert outcome(getattr(found, side)) == outcome(getattr(expected, side))
+        assert (found.deltas, found.outliers, found.fidelity) == (expected.deltas, expected.outliers, expected.fidelity)
+        assert found.config == expected.config
+    tables = [
+        (tmp_path / name / "stdout").read_text().rpartition("bits per")[2] for name in ("undisturbed", "disturbed")
+    ]
+    assert tables[0] == tables[1]
+
+
+def numbered(sweep: Path) -> list[Path]:
+    """The results of a sweep's runs in their order."""
+    return sorted(sweep.glob("*/results.json"), key=lambda path: int(path.parent.name.partition("-")[0]))
 
 
 @pytest.mark.parametrize("runs", [3, pytest.param(8, marks=pytest.mark.slow)])
