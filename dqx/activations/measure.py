@@ -21,10 +21,8 @@ from dqx.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, 
 from dqx.activations.sketch import relative_error
 from dqx.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
 from dqx.activations.surface import surface
-from dqx.denoising import TOKEN_CLASSES, State
+from dqx.denoising import TOGETHER, TOKEN_CLASSES, State
 from dqx.models.transformer import SITES, MaskedDiffusionTransformer
-
-AT_ONCE = 2048  # tokens of denoising states in one forward
 
 Place = tuple[int, str]  # block and site
 See = Callable[[Place, Tensor], None]
@@ -126,20 +124,27 @@ def _parts(
             for place, row in rows.items()
         }
 
-    over_all = fresh()
-    by_step: list[PartStats | None] = []
-    for state in states:
+    def at_step(state: State) -> list[PartStats | None]:
         meters = fresh()
-        classes = sum(i * state.token_class(name).long() for i, name in enumerate(TOKEN_CLASSES))
-        assert isinstance(classes, Tensor)
-        size = max(1, AT_ONCE // state.ids.shape[1])
-        for first in range(0, len(state.ids), size):
-            ids, group = (t[first : first + size].to(model.device) for t in (state.ids, classes))
-            shown = Tokens.of(ids, first, group)
-            with watched(model, lambda place, x: meters[place].update(x, shown)):  # noqa: B023  used right here
-                _forward(model, ids)
+        _show(model, state, meters)
         for place, meter in meters.items():
-            by_step.append(meter.total().result(ALL, step=state.step, mask_ratio=state.mask_ratio))
             over_all[place].merge(meter)
-    by_class = [meter.result(name, group) for meter in over_all.values() for group, name in enumerate(TOKEN_CLASSES)]
+        return [meter.total().result(ALL, 0, state.step, state.mask_ratio) for meter in meters.values()]
+
+    over_all = fresh()
+    by_step = [part for state in states for part in at_step(state)]
+    by_class = [meter.result(name, i) for meter in over_all.values() for i, name in enumerate(TOKEN_CLASSES)]
     return [part for part in (*by_class, *by_step) if part is not None]
+
+
+def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, PartMeter]) -> None:
+    """Let the meters see a state, a few windows at a time. Token classes are their groups."""
+    classes = torch.zeros_like(state.ids)
+    for i, name in enumerate(TOKEN_CLASSES):
+        classes[state.token_class(name)] = i
+    shown = Tokens.of(state.ids[:0], 0)
+    with watched(model, lambda place, x: meters[place].update(x, shown)):
+        for first in range(0, len(state.ids), TOGETHER):
+            ids, group = (t[first : first + TOGETHER].to(model.device) for t in (state.ids, classes))
+            shown = Tokens.of(ids, first, group)
+            _forward(model, ids)
