@@ -1,11 +1,12 @@
 """Two runs against each other, document by document: what another setting of the same model cost or gained.
 
-    dqx compare RUN OTHER
+    dqx compare RUN OTHER --show 5
 
 A run's own table compares its quantized model with its full-precision one. This one compares the full-precision
 models of two runs, and their quantized ones: a sampler that approximates with one that does not, fewer denoising steps
 with more, one calibration with another. A delta is OTHER minus RUN, with the interval, test and verdict of
-`dqx/deltas.py`; verdicts are corrected over the tasks of a table. Tasks that only one run has are left out.
+`dqx/deltas.py`; verdicts are corrected over the tasks of a table. Tasks that only one run has are left out. Below each
+table stand documents whose score changed, with what both models answered.
 """
 
 from __future__ import annotations
@@ -13,19 +14,33 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from dqx import deltas
-from dqx.evaluate.results import TaskResult
-from dqx.report import delta_legend, delta_table
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.evaluate.spec import NLL
+from dqx.report import delta_legend, delta_table, visible
 from dqx.store import SIDES, Record, RunFolder
 
 #: Settings that say where things are, not what is computed.
 PLACES = ("cache_dir", "cache_max_gb", "keep_quantized", "reuse", "wandb", "plan", "plan_tflops", "bundle", "sweep")
 ABSENT = "not set"
+SHOWN = 3  # flipped documents printed of each task
+LONGEST = 600  # characters printed of an output
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A document whose score changed."""
+
+    before: DocumentRow
+    after: DocumentRow
+    lost: bool  # the second one is worse
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
@@ -76,6 +91,41 @@ def costs(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) -> 
         yield f"{name}: {', '.join(counts)}, {before[name].seconds:.3g} s -> {after[name].seconds:.3g} s"
 
 
+def flips(before: TaskResult, after: TaskResult) -> list[Flip]:
+    """The documents whose score changed: lost and gained ones in turn, each in the order of the documents."""
+    other = {row.doc_id: row for row in after.documents}
+    lost: list[Flip] = []
+    gained: list[Flip] = []
+    for row in before.documents:
+        there = other.get(row.doc_id)
+        if there is not None and there.score != row.score:
+            worse = (there.score < row.score) != (before.metric == NLL)
+            (lost if worse else gained).append(Flip(row, there, worse))
+    return [flip for flip in chain.from_iterable(zip_longest(lost, gained)) if flip is not None]
+
+
+def flip_lines(name: str, before: TaskResult, after: TaskResult, show: int) -> Iterator[str]:
+    """How many documents of a task flipped, and some of them with both outputs."""
+    found = flips(before, after)
+    if not found or not show:
+        return
+    lost = sum(flip.lost for flip in found)
+    yield f"{name}: {lost} lost, {len(found) - lost} gained" + (f"; {show} of them:" if len(found) > show else ":")
+    for flip in found[:show]:
+        what = "lost" if flip.lost else "gained"
+        yield f"  {visible(flip.before.doc_id)}, {what}; target {_output(flip.before.target)}"
+        yield f"    first run,  score {flip.before.score:g}: {_output(flip.before.prediction)}"
+        yield f"    second run, score {flip.after.score:g}: {_output(flip.after.prediction)}"
+
+
+def _output(text: str | None) -> str:
+    """An output on one line, without anything that a terminal would obey."""
+    if text is None:
+        return "not recorded"
+    more = f" ... ({len(text) - LONGEST} characters more)" if len(text) > LONGEST else ""
+    return visible(text[:LONGEST]).replace("\n", "\\n").replace("\t", "\\t") + more
+
+
 def _ratio(before: int, after: int) -> str:
     return f"{before} -> {after}" + (f" ({before / after:.2f}x)" if after else "")
 
@@ -84,17 +134,21 @@ def _text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def print_comparison(before: Record, after: Record, console: Console) -> None:
-    """Print what differs, and a table with its costs for each side."""
+def print_comparison(before: Record, after: Record, console: Console, show: int = SHOWN) -> None:
+    """Print what differs; for each side a table, its costs, and up to `show` flipped documents of each task."""
     changed = list(differences(before.config, after.config))
     for line in changed or ["The two runs have the same settings."]:
-        console.print(Text(line, style="bold"), soft_wrap=True)
+        console.print(Text(visible(line), style="bold"), soft_wrap=True)
     tables = compare(before, after)
     for side, rows in tables.items():
         console.print(Text(f"\n{side.replace('_', ' ') if len(tables) > 1 else 'both sides'}\n"))
         console.print(delta_table(rows, "first\nrun", "second\nrun"))
-        for line in costs(getattr(before, side), getattr(after, side)):
+        sides = getattr(before, side), getattr(after, side)
+        for line in costs(*sides):
             console.print(Text(line), soft_wrap=True)
+        for name in (row.name for row in rows if row.kind == "task"):
+            for line in flip_lines(name, sides[0][name], sides[1][name], show):
+                console.print(Text(line), soft_wrap=True)
     console.print()
     for line in delta_legend(next(iter(tables.values()))):
         console.print(Text(line, style="dim"), soft_wrap=True)
@@ -108,10 +162,18 @@ def main() -> None:
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("other", help="folder of the run that is compared with it")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=SHOWN,
+        metavar="N",
+        help=f"flipped documents printed of each task ({SHOWN}); 0: none",
+    )
     arguments = parser.parse_args()
+    console = Console(highlight=False, emoji=False, width=max(120, Console().width))
     try:
         before, after = (RunFolder(folder).read() for folder in (arguments.run, arguments.other))
-        print_comparison(before, after, Console(highlight=False, emoji=False, width=max(120, Console().width)))
+        print_comparison(before, after, console, arguments.show)
     except (OSError, ValueError) as error:
         Console(stderr=True).print(Text(str(error)), soft_wrap=True)
         sys.exit(2)

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.text import Text
 
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.report import markdown, tables
+from dqx.report.gather import Run, evaluations, groups
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner, local_paths, placeholder, without_places
 from dqx.store import SIDES, Record, RunFolder, package_version
-from dqx.tables import cells, markdown
 
 DIGEST = "sha256:"
 
@@ -138,7 +139,8 @@ def report(record: Record, give_anew: Iterable[str], data: Mapping[str, str]) ->
     lines = [f"# {record.model['name']}, {record.config['method']['name']} {record.config['bits']['name']}", ""]
     lines += [f"Run it again with `{again}`.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text.replace('|', ' ')} |" for name, text in rows.items()]
-    lines += ["", markdown(cells([record]))]
+    for group in groups(evaluations([Run(Path(), record)])):
+        lines += ["", f"## {markdown.escape(group.title)}", "", markdown.table(tables.study(group)), ""]
     lines += [f"- {text}" for text in record.warnings]
     return "\n".join(lines).rstrip() + "\n"
 

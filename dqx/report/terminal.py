@@ -6,6 +6,7 @@ Everything is ASCII with colour as a hint only, so that a log file reads like th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +18,21 @@ from rich.table import Table
 from rich.text import Text
 
 from dqx import statistics
+from dqx.activations import Thresholds, summary
 from dqx.deltas import Delta, headline, judged
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.names import method_label
-from dqx.outliers import Thresholds, summary
 from dqx.store import SIDES, Record
 
 #: Rules across, nothing down: head, head rule, rows, section rule, foot.
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
 COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
+#: Control characters but for tab and newline, separators of lines, marks of direction, halves of surrogate pairs.
+UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
+)
 VERDICTS = {statistics.UNDECIDED: "unclear"}
 
 
@@ -271,6 +276,14 @@ def _outlier_cells(row: dict[str, Any]) -> list[str]:
 def short(value: float) -> str:
     """Three significant digits, without an exponent where that stays short."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def visible(text: str) -> str:
+    """Text of models and files as it may be shown: what steers a terminal or turns the direction of writing is escaped.
+
+    Lines and tabs stay; control characters, marks of direction and halves of surrogate pairs become `\\x1b`, `\\u202e`.
+    """
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def outlier_legend(settings: Thresholds) -> list[str]:

@@ -1,0 +1,338 @@
+"""Finished runs below any folders, sorted into what one table can hold.
+
+Runs that were evaluated in the same way (model, sampler, steps, documents) stand together: one full-precision row is
+that of all. Among them, runs that were quantized in the same way (method, bits, calibration) make a *cell*, whatever
+their seeds and tasks. The document is the unit of chance: each document's score is averaged over the seeds first, then
+documents are paired with full precision (`dqx/deltas.py`), so more seeds make the calibration's luck smaller but never
+claim more documents than there are. Of two runs alike in everything the later one counts.
+
+Nothing hides anything: what has one name and differs in a setting carries the setting in its name, and folders without
+a finished run, or with one that cannot be read, are listed with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dqx import outcomes
+from dqx.compare import PLACES
+from dqx.deltas import Delta, compare, headline, judged
+from dqx.evaluate.results import TaskResult
+from dqx.evaluate.spec import NLL
+from dqx.names import method_label, natural
+from dqx.store import Record, RunFolder
+
+#: Settings on which no score depends, or only by the seed's luck.
+UNSCORED = (*PLACES, "seed", "outliers", "fidelity")
+#: Settings that say how a model was quantized; all others say how it was evaluated.
+QUANTIZATION = ("method", "bits", "calib")
+#: The method that leaves a model as it is.
+FULL_PRECISION = "fp16"
+#: What only other settings read, which have the outcome.
+READ_ELSEWHERE = ("calib_text", "calib_samples", "calib_length")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and the folder it was read from."""
+
+    path: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A folder whose run is in no table, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to quantize a model: the runs behind it, and both sides' results, their scores means over the seeds."""
+
+    method: str
+    bits: str
+    average_bits: float
+    seeds: tuple[int, ...]
+    runs: tuple[Run, ...]
+    full_precision: dict[str, TaskResult]
+    quantized: dict[str, TaskResult]
+    by_seed: dict[int, dict[str, float]]  # seed -> task -> quantized score
+
+    def deltas(self, tasks: Sequence[str]) -> list[Delta]:
+        """The deltas of those tasks that the cell has."""
+        return compare(*({name: side[name] for name in tasks if name in side} for side in self.sides))
+
+    @property
+    def sides(self) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
+        return self.full_precision, self.quantized
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model evaluated in one way, and all the ways in which it was quantized."""
+
+    name: str  # the model, and what is not usual in its evaluation
+    full_precision: dict[str, TaskResult]
+    cells: list[Cell]  # in order of appearance
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell's deltas for the tasks of a group."""
+
+    cell: Cell
+    deltas: dict[str, Delta]  # by task
+    overall: Delta  # its verdict corrected for the number of rows
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lowest and the highest average of a seed."""
+        means = [fmean(seed[name] for name in self.deltas) for seed in self.cell.by_seed.values() if seed]
+        return min(means), max(means)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one table shows: a model evaluated in one way on tasks that belong together."""
+
+    name: str  # the model, and what is not usual in its evaluation
+    kind: str  # of tasks: general, math and code, texts, or all
+    tasks: tuple[str, ...]
+    full_precision: dict[str, TaskResult]
+    rows: list[Row]  # by width, in order of appearance
+
+    @property
+    def title(self) -> str:
+        return self.name if self.kind == "all" else f"{self.name}: {self.kind}"
+
+
+def gather(folders: Iterable[str | Path]) -> tuple[list[Run], list[Skipped]]:
+    """The finished runs below the folders in order of their making, and what lies there without being one.
+
+    Raises FileNotFoundError for a folder that does not exist.
+    """
+    found: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder of runs")
+        for pattern in ("results.json", "environment.json", outcomes.FILE):
+            found |= {path.parent.resolve(): path.parent for path in sorted(folder.rglob(pattern))}
+    runs, skipped = [], []
+    for path in found.values():
+        failure = outcomes.failures([path]).get(path)
+        if failure is not None:
+            reason = (
+                "it has not finished: it runs, or was killed" if failure.reason == "it was killed" else failure.reason
+            )
+            skipped.append(Skipped(path, reason))
+            continue
+        try:
+            runs.append(Run(path, RunFolder(path).read()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            skipped.append(Skipped(path, f"cannot be read: {type(error).__name__}: {error}"))
+    return sorted(runs, key=lambda run: run.record.created), skipped
+
+
+def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
+    """One result whose documents' scores are the means over the seeds. Raises ValueError for other documents."""
+    first = results[0]
+    for other in results[1:]:
+        if [row.doc_id for row in other.documents] != [row.doc_id for row in first.documents]:
+            raise ValueError(f"task {first.name}: the seeds hold different documents; evaluate them with one limit")
+    rows = [
+        replace(first.documents[i], score=fmean(result.documents[i].score for result in results))
+        for i in range(first.n)
+    ]
+    return replace(first, documents=rows, value=fmean(row.score for row in rows))
+
+
+def flat(value: Any, key: str = "") -> dict[str, str]:
+    """Settings by their dotted names, as text. What is null, false or empty is left out: older records lack the key."""
+    if isinstance(value, Mapping):
+        inner = (flat(v, f"{key}.{k}" if key else str(k)) for k, v in value.items())
+        return {name: text for part in inner for name, text in part.items()}
+    if value is None or value is False or value == [] or value == "":
+        return {}
+    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)}
+
+
+def settings(record: Record) -> tuple[dict[str, str], dict[str, str]]:
+    """How a run was evaluated, without its tasks, and how it was quantized."""
+    config = {key: value for key, value in record.config.items() if key not in UNSCORED}
+    config["task"] = {key: value for key, value in (config.get("task") or {}).items() if key != "suite"}
+    config["model"] = (config.get("model") or {}) | {"path": record.model.get("fingerprint")}
+    for group in ("model", "method"):
+        config[group] = {k: v for k, v in (config.get(group) or {}).items() if k not in READ_ELSEWHERE}
+    evaluated = flat({key: value for key, value in config.items() if key not in QUANTIZATION})
+    return evaluated, flat({key: config.get(key) for key in QUANTIZATION})
+
+
+def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
+    """The runs sorted by how they were evaluated. Raises ValueError where seeds hold different documents."""
+    return [
+        Evaluation(
+            name,
+            _full_precision(members),
+            [_cell(label, bits, part) for (label, bits), part in _quantizations(members).items()],
+        )
+        for name, members in _evaluations(runs).items()
+    ]
+
+
+def groups(found: Sequence[Evaluation]) -> list[Group]:
+    """One group per evaluation and kind of tasks. Full precision is a row of its own, so runs of fp16 are none."""
+    return [
+        Group(
+            evaluation.name,
+            kind,
+            tasks,
+            {task: evaluation.full_precision[task] for task in tasks},
+            _rows(evaluation.cells, tasks),
+        )
+        for evaluation in found
+        for kind, tasks in task_kinds(evaluation.full_precision).items()
+    ]
+
+
+def _rows(cells: Sequence[Cell], tasks: Sequence[str]) -> list[Row]:
+    shown = [c for c in cells if c.method != FULL_PRECISION and any(task in c.quantized for task in tasks)]
+    shown.sort(key=lambda cell: natural(cell.bits), reverse=True)
+    deltas = [cell.deltas(tasks) for cell in shown]
+    return [
+        Row(cell, {row.name: row for row in rows if row.kind == "task"}, overall)
+        for cell, rows, overall in zip(shown, deltas, judged([headline(rows) for rows in deltas]), strict=True)
+    ]
+
+
+def task_kinds(results: Mapping[str, TaskResult]) -> dict[str, tuple[str, ...]]:
+    """The tasks as the study's tables divide them, where both kinds have several; texts stand by themselves."""
+    texts = tuple(name for name, result in results.items() if result.metric == NLL)
+    general = tuple(n for n, result in results.items() if n not in texts and result.category == "general")
+    others = tuple(name for name in results if name not in (*texts, *general))
+    if len(general) > 1 and len(others) > 1:
+        kinds = {"general tasks": general, "math and code": others}
+    else:
+        kinds = {"all": tuple(name for name in results if name not in texts)}
+    if texts:
+        kinds["texts" if kinds.get("all", True) else "all"] = texts
+    return {kind: tasks for kind, tasks in kinds.items() if tasks}
+
+
+def _evaluations(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by how they were evaluated, under names that tell them apart."""
+    parts: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        parts.setdefault(tuple(sorted(settings(run.record)[0].items())), []).append(run)
+    named: list[tuple[str, dict[str, str], list[Run]]] = []
+    for key, members in parts.items():
+        for specs, same in _by_specs(members).items():
+            named.append((evaluation_name(same[0].record), dict(key) | dict(specs), same))
+    return {name: members for name, (_, _, members) in zip(told_apart([n[:2] for n in named]), named, strict=True)}
+
+
+def _by_specs(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
+    """The runs by the settings of those tasks that not all of them set alike."""
+    suites = [flat({"task": {"suite": (run.record.config.get("task") or {}).get("suite") or {}}}) for run in runs]
+    tasks = dict.fromkeys(name for run in runs for name in run.record.quantized)
+    contested = []
+    for task in tasks:
+        prefix = f"task.suite.{task}."
+        specs = [{k: v for k, v in suite.items() if k.startswith(prefix)} for suite in suites]
+        if any(a != b for a, b in zip([s for s in specs if s], [s for s in specs if s][1:], strict=False)):
+            contested.append(prefix)
+    parts: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run, suite in zip(runs, suites, strict=True):
+        parts.setdefault(tuple((k, v) for k, v in suite.items() if k.startswith(tuple(contested))), []).append(run)
+    return parts
+
+
+def _quantizations(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """The runs of a group by how they were quantized: label of the method, and width."""
+    parts: dict[tuple[str, tuple[tuple[str, str], ...]], list[Run]] = {}
+    for run in runs:
+        bits = str((run.record.config.get("bits") or {}).get("name"))
+        parts.setdefault((bits, tuple(sorted(settings(run.record)[1].items()))), []).append(run)
+    named = [((bits, quantization_name(members[0].record)), dict(key)) for (bits, key), members in parts.items()]
+    labels: dict[int, str] = {}
+    for bits in dict.fromkeys(bits for (bits, _), _ in named):
+        at = [i for i, ((other, _), _) in enumerate(named) if other == bits]
+        apart = told_apart([(named[i][0][1], named[i][1]) for i in at])
+        labels |= dict(zip(at, apart, strict=True))
+    return {(labels[i], bits): members for i, ((bits, _), members) in enumerate(parts.items())}
+
+
+def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """The names, those that are alike followed by the settings in which they differ."""
+    found = []
+    for name, own in named:
+        alike = [settings for other, settings in named if other == name]
+        keys = sorted(
+            {key for settings in alike for key in settings if any(settings[key] != s.get(key) for s in alike)}
+        )
+        found.append(", ".join([name, *(f"{key}={own[key]}" for key in keys if key in own)]))
+    return found
+
+
+def evaluation_name(record: Record) -> str:
+    """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents`."""
+    steps = (record.config.get("steps") or {}).get("count")
+    limit = (record.config.get("task") or {}).get("limit")
+    parts = [str(record.model.get("name")), *record.approximations]
+    parts += [f"{steps} steps"] if steps else []
+    parts += [f"first {limit} documents"] if limit is not None else []
+    return ", ".join(parts)
+
+
+def quantization_name(record: Record) -> str:
+    """A method, and its calibration where that is not clean text: `gptq, mcs`."""
+    method = record.config.get("method") or {}
+    masking = (record.config.get("calib") or {}).get("masking", "clean")
+    label = method_label(method.get("name"), method.get("variant"))
+    return label if masking == "clean" else f"{label}, {masking}"
+
+
+def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
+    """Later runs replace earlier ones of the same seed, task by task."""
+    latest: dict[str, dict[int, Record]] = {}
+    for run in runs:
+        for task in run.record.quantized:
+            latest.setdefault(task, {})[int(run.record.config["seed"])] = run.record
+    sides = [
+        {
+            task: mean_over_seeds([getattr(by_seed[seed], side)[task] for seed in sorted(by_seed)])
+            for task, by_seed in latest.items()
+        }
+        for side in ("full_precision", "quantized")
+    ]
+    seeds = sorted({seed for by_seed in latest.values() for seed in by_seed})
+    used = {id(record) for by_seed in latest.values() for record in by_seed.values()}
+    return Cell(
+        method=label,
+        bits=bits,
+        average_bits=fmean(float(run.record.average_bits or 16) for run in runs),
+        seeds=tuple(seeds),
+        runs=tuple(run for run in runs if id(run.record) in used),
+        full_precision=sides[0],
+        quantized=sides[1],
+        by_seed={
+            seed: {task: by_seed[seed].quantized[task].value for task, by_seed in latest.items() if seed in by_seed}
+            for seed in seeds
+        },
+    )
+
+
+def _full_precision(runs: Sequence[Run]) -> dict[str, TaskResult]:
+    """Full precision of every task, a mean over the seeds; runs of one seed agree, so the latest stands for them."""
+    latest: dict[str, dict[int, TaskResult]] = {}
+    for run in runs:
+        for task, result in run.record.full_precision.items():
+            latest.setdefault(task, {})[int(run.record.config["seed"])] = result
+    return {task: mean_over_seeds([by_seed[s] for s in sorted(by_seed)]) for task, by_seed in latest.items()}

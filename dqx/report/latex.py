@@ -1,0 +1,97 @@
+"""The tables of a report in LaTeX with booktabs: a document that compiles, each table ready to be taken out of it."""
+
+from __future__ import annotations
+
+import re
+
+from dqx.report.content import Report, lede
+from dqx.report.tables import MISSING, Entry, Table
+from dqx.report.terminal import visible
+
+PREAMBLE = r"""\documentclass{article}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage[a4paper,landscape,margin=1.5cm]{geometry}
+\usepackage{booktabs,graphicx}
+\begin{document}
+"""
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
+    "'": r"\textquotesingle{}",
+    "[": "{[}",  # after a line break LaTeX takes [ for its option
+    "]": "{]}",
+    "-": "{-}",  # neither a ligature with the next one
+}
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?\*?")
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it is, on one line; characters beyond Latin 1, which its fonts may lack, as U+4E2D."""
+    plain = " ".join(visible(text).split())
+    return "".join(SPECIAL.get(c, c if ord(c) < 256 else f"{{[}}U+{ord(c):04X}{{]}}") for c in plain)
+
+
+def table(content: Table) -> str:
+    """One table float: caption, rules, rows; a rule where the setting changes."""
+    columns = "l" * content.left + "r" * (len(content.columns) - content.left)
+    rows = [_row(row) for row in content.head] + ([r"\midrule"] if content.head and content.rows else [])
+    before = None
+    for row in content.rows:
+        if content.left > 1 and before not in (None, row[0].text):
+            rows.append(r"\midrule")
+        before = row[0].text
+        rows.append(_row(row))
+    return "\n".join(
+        [
+            r"\begin{table}[htbp]",
+            r"\centering",
+            rf"\caption{{{escape(content.title)}. {escape(' '.join(content.notes))}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(escape, content.columns)) + r" \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _row(row: list[Entry]) -> str:
+    return " & ".join(map(_entry, row)) + r" \\"
+
+
+def _entry(entry: Entry) -> str:
+    if entry.kind == MISSING and entry.text == MISSING:
+        text = "--"
+    elif entry.code and entry.text:
+        text = rf"\texttt{{{escape(entry.text)}}}"
+    elif NUMBER.fullmatch(entry.text):
+        text = "$" + entry.text.replace("*", "^{*}") + "$"
+    else:
+        text = escape(entry.text)
+    return rf"{text} {{\scriptsize {escape(entry.small)}}}" if entry.small else text
+
+
+def latex(content: Report) -> str:
+    """The whole report: a document of tables."""
+    found = [*content.overviews, *content.studies]
+    found += [each for comparison in content.comparisons for each in comparison.tables]
+    parts = [escape(lede(content.records)), *map(table, found)]
+    return PREAMBLE + "\n\\clearpage\n".join(parts) + "\n\\end{document}\n"

@@ -1,0 +1,189 @@
+"""A report as one HTML file: opened from disk it needs no server and asks the network for nothing.
+
+Styles, script and figures are inside. What models, files and people wrote is escaped by the template engine, and a
+content security policy lets nothing run but the page's own script, whose digest it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from io import BytesIO
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dqx import activations
+from dqx.compare import Flip, flips
+from dqx.report import content
+from dqx.report.content import Picture, Report, anchor
+from dqx.report.gather import Run
+from dqx.report.tables import Table
+from dqx.report.terminal import header, visible
+from dqx.store import jsonable
+
+FLIPS_PER_TASK = 3  # documents shown of each task of a run
+LONGEST = 2000  # characters shown of an output
+WIDEST = 1200  # pixels of an embedded figure
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the page tells of one run."""
+
+    run: Run
+    anchor: str
+    title: str
+    subtitle: str
+    tasks: Table
+    lacks: list[str]
+    pictures: list[Picture]
+    flips: list[tuple[str, int, list[Flip]]]  # task, how many flipped, some of them
+    config: str
+    environment: str
+
+
+def page(report: Report) -> str:
+    """The HTML of a report."""
+    environment = Environment(
+        loader=PackageLoader("dqx.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters |= {"slug": slug, "embedded": embedded, "shortened": shortened}
+    style, script = _asset("style.css"), _asset("script.js")
+    return environment.get_template("page.html").render(
+        report=report,
+        title=_title(report),
+        lede=content.lede(report.records),
+        facts=list(facts(report)),
+        findings=findings(report.runs),
+        runs=content.runs_table(report.runs),
+        details=[_details(number, run, report) for number, run in enumerate(report.runs, 1)],
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        "base-uri 'none'; form-action 'none'",
+    )
+
+
+def facts(report: Report) -> Iterator[tuple[str, str]]:
+    """What a reader wants to know first."""
+    records = report.records
+    if not records:
+        return
+    documents = sorted({result.n for record in records for result in record.quantized.values()})
+    commits = sorted({str(record.environment.get("commit") or "not recorded")[:7] for record in records})
+    created = sorted(record.created for record in records)
+    yield "Runs", str(len(records))
+    yield "Documents per task", str(documents[0]) if len(documents) == 1 else f"{documents[0]} to {documents[-1]}"
+    yield "Computed in", duration(sum(sum(record.timings.values()) for record in records))
+    yield (
+        "Finished",
+        created[-1][:10] if created[0][:10] == created[-1][:10] else f"{created[0][:10]} to {created[-1][:10]}",
+    )
+    yield "Code", ", ".join(commits[:3]) + (f" and {len(commits) - 3} more" if len(commits) > 3 else "")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that keeps the number short."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _title(report: Report) -> str:
+    models = dict.fromkeys(str(record.model.get("name")) for record in report.records)
+    return ", ".join(models) or ", ".join(comparison.preset for comparison in report.comparisons)
+
+
+def _details(number: int, run: Run, report: Report) -> Details:
+    record = run.record
+    title, subtitle = header(record)
+    changed = []
+    for task, before in record.full_precision.items():
+        found = flips(before, record.quantized[task])
+        if found:
+            changed.append((task, len(found), found[:FLIPS_PER_TASK]))
+    return Details(
+        run=run,
+        anchor=anchor(number),
+        title=title,
+        subtitle=subtitle,
+        tasks=content.delta_rows(record),
+        lacks=content.lacks(record),
+        pictures=report.run_pictures[number - 1] if report.run_pictures else [],
+        flips=changed,
+        config=yaml.safe_dump(jsonable(record.config), sort_keys=False, allow_unicode=True),
+        environment=yaml.safe_dump(jsonable(record.environment), sort_keys=False, allow_unicode=True),
+    )
+
+
+def findings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Where the outliers sit, in sentences: of every full-precision model once, and of each run where it differs."""
+    found: list[tuple[str, list[str]]] = []
+    known: dict[str, list[str]] = {}
+    for number, run in enumerate(runs, 1):
+        said = {side: activations.findings(stats) for side, stats in run.record.outliers.items()}
+        model = f"{run.record.model.get('name')} at full precision"
+        before = said.get("full_precision")
+        if before is not None and known.get(model) != before:
+            known[model] = before
+            found.append((model, before))
+        if "quantized" in said:
+            same = said["quantized"] == before
+            found.append(
+                (
+                    f"Run {number}, {content.name_of(run.record)}",
+                    ["As at full precision."] if same else said["quantized"],
+                )
+            )
+    return found
+
+
+def slug(text: str) -> str:
+    """A heading as the name of a place in the page."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
+
+
+def shortened(text: str | None) -> str:
+    """An output as far as it is shown."""
+    if text is None:
+        return "(nothing)"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST} characters more)"
+
+
+def embedded(picture: Picture) -> str:
+    """A figure as a data URI, small enough that a page of many stays handy."""
+    from PIL import Image
+
+    with Image.open(picture.path) as image:
+        shown = image.convert("RGB")
+        shown.thumbnail((WIDEST, WIDEST))
+        buffer = BytesIO()
+        shown.save(buffer, "WEBP", quality=82, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _visible(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@cache
+def _asset(name: str) -> str:
+    return "\n" + (resources.files("dqx.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
