@@ -10,7 +10,7 @@ from importlib import import_module
 
 #: Command -> the module that does it, what it does, an example.
 COMMANDS = {
-    "tables": ("dqx.tables", "Markdown tables of many runs", "dqx tables runs > table.md"),
+    "report": ("dqx.report.command", "many runs as HTML, Markdown and LaTeX", "dqx report runs"),
     "compare": ("dqx.compare", "two runs, document by document", "dqx compare RUN OTHER"),
     "cache": ("dqx.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
