@@ -13,6 +13,7 @@ COMMANDS = {
     "report": ("dqx.report.command", "many runs as HTML, Markdown and LaTeX", "dqx report runs"),
     "compare": ("dqx.compare", "two runs, document by document", "dqx compare RUN OTHER"),
     "cache": ("dqx.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
+    "mirror": ("dqx.mirror.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
 }
 

@@ -4,20 +4,20 @@ import base64
 import hashlib
 import json
 import os
-import socket
+import re
+import shutil
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 import pytest
 from records import record
 
 from dqx import mirror
-from dqx.mirror import content, login, writing
+from dqx.mirror import command, content, login, panels, writing
 from dqx.mirror.identity import identity
 from dqx.models.transformer import SITES
 from dqx.store import RunFolder
@@ -113,17 +113,20 @@ def everything():
 
 
 @pytest.fixture(scope="module")
-def logged_out():
-    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as home:
+def logged_out(tmp_path_factory):
+    """No login to be found, and a user with a name; temporary folders are below their home."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in [n for n in os.environ if n.startswith("WANDB")] + ["NETRC"]:
             patch.delenv(name, raising=False)
-        patch.setenv("HOME", home)
+        for name in ("USER", "LOGNAME", "USERNAME", "HOSTNAME"):
+            patch.setenv(name, "somebody")
+        patch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
         yield
 
 
 @pytest.fixture(autouse=True)
 def nobody(logged_out):
-    """No test finds a login."""
+    """For every test."""
 
 
 @pytest.fixture(scope="module")
@@ -258,11 +261,15 @@ def test_nothing_is_lost_until_the_upload(copy):
 
 
 def test_no_names_of_people_or_machines(copy):
-    (path,) = Path(copy[2]["folder"]).glob("run-*.wandb")
-    started = read_back(path.parent)[3]
+    run_folder = Path(copy[2]["folder"])
+    (path,) = run_folder.glob("run-*.wandb")
+    *read, started = read_back(run_folder)
     assert started.host == ""
-    assert not [m for m in messages(path) if m.HasField("environment")]
-    assert socket.gethostname().encode() not in path.read_bytes()
+    assert not [message for message in messages(path) if message.HasField("environment")]
+    assert "somebody" not in json.dumps(read)
+    assert not [
+        file for file in (run_folder / "files").rglob("*") if file.is_file() and b"somebody" in file.read_bytes()
+    ]
     assert content.shown(Path.home() / "runs" / "a") == "~/runs/a"
     assert content.shown(Path("runs/a")) == "runs/a"
 
@@ -319,6 +326,86 @@ def test_a_second_copy_replaces_the_first(tmp_path):
     (complete,) = place.glob(f"offline-run-*-{identity(run)}")
     assert str(complete) == status["folder"]
     assert read_back(complete)[1]["average_bits"] == 3.15
+
+
+def test_a_mirror_is_made_again_from_the_folder(copy, tmp_path, monkeypatch, capsys):
+    """By `dqx mirror`, under the id it had, whatever an agent may have set; results.json says what became of it."""
+    _, folder, status = copy
+    sweep = tmp_path / "sweep"
+    again = RunFolder(sweep / "0-run")
+    shutil.copytree(folder.path, again.path, ignore=shutil.ignore_patterns("wandb"), dirs_exist_ok=True)
+    (sweep / "multirun.yaml").write_text("")
+    before = json.loads((again.path / "results.json").read_text())
+    monkeypatch.setattr(sys, "argv", ["dqx mirror", str(tmp_path), "--project", "paper", "--mode", "offline"])
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            command.main()
+        assert end.value.code == 0
+    assert str(again.path) in capsys.readouterr().out
+    (complete,) = again.path.glob("wandb/offline-run-*")
+    after = json.loads((again.path / "results.json").read_text())
+    assert after.pop("mirror") == {
+        "state": "written",
+        "mode": "offline",
+        "id": status["id"],
+        "folder": str(complete),
+        "url": None,
+    }
+    assert after == {key: value for key, value in before.items() if key != "mirror"}
+    config, summary, history, started = read_back(complete)
+    assert (started.project, started.run_group, started.run_id) == ("paper", "sweep", status["id"])
+    first = read_back(status["folder"])
+    assert config["cfg"] == first[0]["cfg"]
+    assert summary.keys() == first[1].keys()
+    assert history.keys() == first[2].keys()
+    assert table(complete, history["documents"]) == table(status["folder"], first[2]["documents"])
+
+
+def test_a_folder_without_runs_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dqx mirror", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2
+    assert "no finished run below" in capsys.readouterr().err
+
+
+def test_panels_show_what_is_logged_and_the_readme_lists_them(copy):
+    status = copy[2]
+    _, summary, history, _ = read_back(status["folder"])
+    readme = (Path(mirror.__file__).parent / "README.md").read_text()
+    for section, shown in panels.SECTIONS.items():
+        for panel in shown:
+            if panel.kind == "images":
+                continue
+            place = summary if panel.kind in ("scatter", "bars", "table") else history
+            assert {*panel.keys, *([panel.x] if panel.x else [])} <= place.keys(), panel
+            keys = ", ".join(f"`{key}`" for key in panel.keys)
+            assert f"| {section} | {panel.kind} | {keys} | {f'`{panel.x}`' if panel.x else ''} |\n" in readme
+    assert readme.count("\n| ") - readme[: readme.index("## The view")].count("\n| ") == 1 + sum(
+        map(len, panels.SECTIONS.values())
+    )
+
+
+def test_the_readme_names_what_is_logged(copy):
+    """Every key, with SIDE, SITE, NAME, RATIO and STAGE in its places."""
+    run, _, status = copy
+    _, summary, history, _ = read_back(status["folder"])
+    names = re.findall(r"`([^`\n]+)`", (Path(mirror.__file__).parent / "README.md").read_text())
+    places = {"SIDE": "|".join(run.outliers), "SITE": "|".join(SITES), "STAGE": ".+", "RATIO": r"[\d.]+", "NAME": ".+"}
+    patterns = [re.sub("|".join(places), lambda found: f"({places[found[0]]})", re.escape(name)) for name in names]
+    keys = {key for key in (*summary, *history) if not key.startswith("_")}
+    assert [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)] == []
+
+
+def test_the_view_for_a_team(monkeypatch):
+    pytest.importorskip("wandb_workspaces")
+    view = panels.workspace("our-team", "paper")._to_model().model_dump_json(by_alias=True)
+    for key in {key for shown in panels.SECTIONS.values() for panel in shown for key in panel.keys}:
+        assert f'"{key}"' in view or f'"summary:{key}"' in view
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    with pytest.raises(ImportError):
+        panels.workspace("our-team", "paper")
 
 
 def test_an_agents_id_is_kept(tmp_path, monkeypatch):

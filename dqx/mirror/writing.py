@@ -83,6 +83,7 @@ def write(
         file = Path(run.settings.sync_file)
     _wait_until_written(file)
     finished = place / file.parent.name
+    shutil.rmtree(finished, ignore_errors=True)  # of the same second
     os.replace(file.parent, finished)
     _remove_others(place, run_id, {finished, staged})
     return {"state": "written", "mode": mode, "id": run_id, "folder": str(finished), "url": url}
