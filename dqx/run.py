@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,9 +127,13 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     if main:
         report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
         output.write(record)
-        record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep())
+    weights = _checkpoint(subjects, record, output.path / "checkpoint") if config.wandb.checkpoint else None
+    if main:
+        record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep(), checkpoint=weights)
         output.write_results(record)
         report.print_mirror(record)
+        if weights:
+            shutil.rmtree(weights, ignore_errors=True)
         if config.cache_max_gb is not None:
             make_room(once.store, 0, int(config.cache_max_gb * 1e9))
     finished: store.Record = processes().broadcast(record)  # in no process before it is written
@@ -302,6 +307,23 @@ def _thresholds(config: Config) -> activations.Thresholds:
         massive_absolute=settings.massive_absolute,
         massive_relative=settings.massive_relative,
     )
+
+
+def _checkpoint(subjects: Subjects, record: store.Record, folder: Path) -> Path | None:
+    """Write the quantized model to `folder`, for W&B; None, with the reason in the record, where there is none to show.
+
+    It is loaded from the cache or made again where that does not have it.
+    """
+    try:
+        if subjects.known is None or not subjects.known.report.changed:
+            raise ValueError("nothing was quantized")
+        if processes().main:
+            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+        subjects.save(folder)
+    except (MadeAnew, OSError, ValueError) as error:
+        record.warnings.append(f"no checkpoint in Weights & Biases: {error}")
+        return None
+    return folder
 
 
 def _notes(results: dict[str, TaskResult]) -> list[str]:

@@ -133,6 +133,13 @@ class Subjects:
                         raise MadeAnew(self.known)
         return self.lm
 
+    def save(self, folder: Path) -> None:
+        """Write the quantized model to a folder that does not exist. Raises MadeAnew as `after_quantization` does."""
+        model = self.after_quantization().model
+        assert self.known is not None
+        if processes().main:
+            save_quantized(model, self.known.report, folder, method=self.method, bits=self.config.bits)
+
     def _key(self, seen: Sequence[CalibBatch]) -> Key:
         """What the quantized model depends on."""
         config = self.config

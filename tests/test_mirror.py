@@ -408,6 +408,21 @@ def test_the_view_for_a_team(monkeypatch):
         panels.workspace("our-team", "paper")
 
 
+def test_the_quantized_model_is_an_artifact(tmp_path):
+    model = tmp_path / "checkpoint"
+    model.mkdir()
+    (model / "quantized.json").write_text("{}")
+    (model / "head.safetensors").write_bytes(b"weights")
+    status = mirror.log(record(outliers={}, fidelity={}), tmp_path / "run", checkpoint=model)
+    shutil.rmtree(model)
+    (path,) = Path(status["folder"]).glob("run-*.wandb")
+    (artifact,) = [m.artifact for m in messages(path) if m.HasField("artifact") and m.artifact.type == "model"]
+    assert artifact.name == "nano_llada-gptq-w3a16"
+    assert json.loads(artifact.metadata)["fingerprint"] == "0123456789abcdef"
+    files = {entry.path: Path(entry.local_path).read_bytes() for entry in artifact.manifest.contents}
+    assert files == {"quantized.json": b"{}", "head.safetensors": b"weights"}
+
+
 def test_an_agents_id_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "step0")
     assert mirror.log(record(outliers={}, fidelity={}), tmp_path)["id"] == "step0"

@@ -166,7 +166,8 @@ def _add_checkpoint(run: Any, record: Record, folder: Path) -> None:
     name = re.sub(r"[^\w.-]", "-", "-".join(tags(record)[:3]))
     facts = {"fingerprint": record.model.get("fingerprint"), "average_bits": record.average_bits}
     artifact = wandb.Artifact(name, type="model", metadata=facts | {"choices": record.choices})
-    artifact.add_dir(str(folder))
+    for file in sorted(folder.iterdir()):
+        artifact.add_file(str(file), name=file.name)
     run.log_artifact(artifact)
 
 
