@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from statistics import fmean
 from typing import Any
 
@@ -148,10 +149,18 @@ def _ours(
             candidates.append(cell)
     if not candidates:
         return None, ()
-    meant = resolve(compose([f"experiment={preset}", f"model={model}", f"method={method}", f"bits={bits}"]))
-    unlike = [tuple(differences(jsonable(asdict(meant)), cell.runs[-1].record, tasks)) for cell in candidates]
+    meant = composed(preset, model, method, bits)
+    unlike = [tuple(differences(meant, cell.runs[-1].record, tasks)) for cell in candidates]
     order = sorted(range(len(candidates)), key=lambda i: (len(unlike[i]), -len(candidates[i].quantized)))
     return candidates[order[0]], unlike[order[0]]
+
+
+@cache
+def composed(preset: str, model: str, method: str, bits: str) -> dict[str, Any]:
+    """The configuration of one of a preset's runs, as a record holds it."""
+    found = resolve(compose([f"experiment={preset}", f"model={model}", f"method={method}", f"bits={bits}"]))
+    config: dict[str, Any] = jsonable(asdict(found))
+    return config
 
 
 def differences(preset: dict[str, Any], run: Record, tasks: Iterable[str]) -> list[str]:
