@@ -109,6 +109,7 @@ def _number_problems(config: Config) -> Iterator[str]:
         "fidelity.samples": (config.fidelity.samples, 0),
         "fidelity.length": (config.fidelity.length, 16),
         "fidelity.gen_length": (config.fidelity.gen_length, 1),
+        "fidelity.steps": (config.fidelity.steps, 0),
         "wandb.documents": (config.wandb.documents, 0),
     }
     if config.seed >= 2**63:

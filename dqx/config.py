@@ -143,6 +143,7 @@ class FidelityConfig:
     samples: int = 4  # windows of the bundled text; 0: not measured
     length: int = 128  # tokens per window
     gen_length: int = 16  # tokens of the answers written after half a window
+    steps: int = 16  # denoising steps of those answers looked at, spread evenly over all of them; 0: none
 
 
 @dataclass
