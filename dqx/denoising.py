@@ -5,7 +5,7 @@ step is recorded. The states are made once, by full precision, and both models a
 forcing): what differs on them differs in the models and not in the answers. Noise, if the sampler uses any, is a
 function of (seed, window, step, position).
 
-Shapes: N windows of T tokens, G of them new, S steps.
+Shapes: N windows of T tokens, P of them given and G new, S steps.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Rollout:
     mask_token_id: int
 
     @property
+    def steps(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def prompts(self) -> Tensor:
+        """What was given [N, P]."""
+        return self.ids[0, :, : self.prompt]
+
+    @property
     def answers(self) -> Tensor:
         """The new tokens [S + 1, N, G]."""
         return self.ids[:, :, self.prompt :]
@@ -65,7 +74,7 @@ class Rollout:
 
     def states(self, count: int) -> list[State]:
         """At most `count` states, spread evenly over the steps that write something."""
-        writing = [step for step in range(len(self.ids) - 1) if not self.ids[step].equal(self.ids[step + 1])]
+        writing = [step for step in range(self.steps) if not self.ids[step].equal(self.ids[step + 1])]
         return [self.state(writing[i]) for i in spread(min(count, len(writing)), len(writing))]
 
 
@@ -90,21 +99,20 @@ def noise(seed: int, rows: range) -> SeededNoise:
 def write(
     model: MaskedDiffusionTransformer,
     sampler: Sampler,
-    tokens: Tensor,
+    prompts: Tensor,
     *,
     gen_length: int,
     steps: int,
     seed: int = 0,
     together: int = TOGETHER,
 ) -> Rollout:
-    """Let `model` write `gen_length` tokens after the first half of each window of `tokens` [N, T].
+    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P].
 
     `together` windows go through the model at a time, which is only about speed and memory.
     """
-    prompt = tokens.shape[1] // 2
     parts = []
-    for start in range(0, len(tokens), together):
-        given = tokens[start : start + together, :prompt]
+    for start in range(0, len(prompts), together):
+        given = prompts[start : start + together]
         seen: list[Tensor] = []
         answer = sampler.generate(
             model,
@@ -115,4 +123,4 @@ def write(
             on_step=lambda ids, seen=seen: seen.append(ids.cpu()),  # type: ignore[misc]
         )
         parts.append(torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)]))
-    return Rollout(torch.cat(parts, dim=1), prompt, model.arch.mask_token_id)
+    return Rollout(torch.cat(parts, dim=1), prompts.shape[1], model.arch.mask_token_id)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -32,7 +33,7 @@ from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
 from dqx.config import GROUPS, Config, ConfigProblems, build, validate
-from dqx.denoising import spread
+from dqx.denoising import Rollout, State, schedule, spread, write
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
@@ -41,6 +42,7 @@ from dqx.masking import calibration_states
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.processes import main_first, processes
+from dqx.quant.transforms.rotate import rotated
 from dqx.sharing.against import Against
 from dqx.subjects import MadeAnew, Subject, Subjects
 
@@ -74,16 +76,20 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
     if windows is not None:
         with stage("make the calibration states", timings):
             calibration = _states(subjects, config, once, windows)
-    watched = [calibration[i] for i in spread(min(config.outliers.samples, len(calibration)), len(calibration))]
+    reference = None
+    if config.fidelity.samples:
+        with stage("predictions, full precision", timings):
+            reference = _reference(subjects.original, config, once)
+    watched = _watched(config, calibration, reference)
     before = _measure(subjects.original, config, once, watched, timings)
     with stage("quantize", timings):
         quantization, source = subjects.quantize(calibration if subjects.method.needs_data else [])
     after = before
     if quantization.report.changed:
         try:
-            after = _measure(subjects.quantized, config, once, watched, timings)
+            after = _measure(subjects.quantized, config, once, watched, timings, reference)
         except MadeAnew as made:  # what is known was measured on a model that is no more and differs from this one
-            after = _measure(subjects.quantized, config, once, watched, timings)
+            after = _measure(subjects.quantized, config, once, watched, timings, reference)
             quantization, source = made.quantized, "computed"
 
     checkpoint = subjects.lm.checkpoint
@@ -107,9 +113,13 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
             for side, found in {"full_precision": before, "quantized": after}.items()
             if found.outliers is not None
         },
-        fidelity=fidelity.compare(before.predictions, after.predictions)
-        if before.predictions is not None and after.predictions is not None
-        else {},
+        activations={
+            f"{side}/{name}": tensor
+            for side, found in {"full_precision": before, "quantized": after}.items()
+            if found.outliers is not None
+            for name, tensor in found.outliers.maps.items()
+        },
+        fidelity={} if reference is None else after.moved or reference.unmoved(),
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
         sources={"full_precision": before.sources, "quantized": after.sources},
@@ -201,28 +211,48 @@ def _states(subjects: Subjects, config: Config, once: Once, windows: Tensor) -> 
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a model is shown while its activations are looked at."""
+
+    windows: list[CalibBatch]
+    states: list[State]
+
+
+def _watched(config: Config, calibration: list[CalibBatch], reference: fidelity.Reference | None) -> Watched:
+    """A few calibration windows, and of the denoising states a few steps."""
+    settings, total = config.outliers, len(calibration)
+    windows = [calibration[i] for i in spread(min(settings.samples, total), total)]
+    return Watched(windows, [] if reference is None else reference.rollout.states(settings.steps))
+
+
+@dataclass(frozen=True)
 class Measured:
     """What one model has shown."""
 
     results: dict[str, TaskResult]
     sources: dict[str, str]  # by task: computed or reused
     outliers: activations.OutlierStats | None  # None: not measured
-    predictions: fidelity.Predictions | None
+    moved: dict[str, Any]  # its predictions against those of full precision; empty: not measured
 
 
 def _measure(
-    subject: Subject, config: Config, once: Once, watched: list[CalibBatch], timings: dict[str, float]
+    subject: Subject,
+    config: Config,
+    once: Once,
+    watched: Watched,
+    timings: dict[str, float],
+    reference: fidelity.Reference | None = None,
 ) -> Measured:
     """Everything that a run wants to know of a model; its weights are loaded where something is not known yet."""
-    statistics, predictions = None, None
-    if watched:
+    statistics, moved = None, {}
+    if watched.windows:
         with stage(f"outliers, {subject.name}", timings):
             statistics = _outliers(subject, config, once, watched)
-    if config.fidelity.samples:
+    if reference is not None:
         with stage(f"predictions, {subject.name}", timings):
-            predictions = _predict(subject, config, once)
+            moved = _moved(subject, config, once, reference)
     with stage(f"evaluate, {subject.name}", timings):
-        return Measured(*_evaluate(subject, config, once), statistics, predictions)
+        return Measured(*_evaluate(subject, config, once), statistics, moved)
 
 
 def _evaluate(subject: Subject, config: Config, once: Once) -> tuple[dict[str, TaskResult], dict[str, str]]:
@@ -262,12 +292,14 @@ def _evaluate(subject: Subject, config: Config, once: Once) -> tuple[dict[str, T
     return results, sources
 
 
-def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibBatch]) -> activations.OutlierStats:
+def _outliers(subject: Subject, config: Config, once: Once, watched: Watched) -> activations.OutlierStats:
     """The statistics, and the tensors that go with them: two artefacts, made and kept together."""
     settings, described = _thresholds(config), subject.described
     count = described.checkpoint.arch.n_blocks
     surfaces = activations.default_blocks(count) if config.outliers.surfaces is None else config.outliers.surfaces
-    facts = keys.outlier_facts(subject.facts, batches=watched, thresholds=settings, surfaces=surfaces)
+    facts = keys.outlier_facts(
+        subject.facts, batches=watched.windows, thresholds=settings, states=watched.states, surfaces=surfaces
+    )
     numbers, maps = (Key(kind, config.model.name, facts) for kind in ("outliers", "activations"))
 
     def read() -> activations.OutlierStats | None:
@@ -277,7 +309,8 @@ def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibB
         return once.store.read(numbers, lambda found: activations.OutlierStats.from_dict(found, tensors))
 
     def compute() -> activations.OutlierStats:
-        return activations.measure(subject.lm().model, watched, settings, surfaces=surfaces)
+        model = subject.lm().model
+        return activations.measure(model, watched.windows, settings, states=watched.states, surfaces=surfaces)
 
     def keep(found: activations.OutlierStats) -> None:
         once.store.write_tensors(maps, found.maps)
@@ -287,17 +320,48 @@ def _outliers(subject: Subject, config: Config, once: Once, watched: list[CalibB
     return found.spelled(lambda token_id: str(described.tokenizer.decode([token_id])))
 
 
-def _predict(subject: Subject, config: Config, once: Once) -> fidelity.Predictions:
-    settings, described = config.fidelity, subject.described
-    tokens = fidelity.windows(described.tokenizer, settings.samples, settings.length)
-    how = {"gen_length": settings.gen_length, "seed": config.seed}
-    facts = keys.prediction_facts(subject.facts, sampler=config.model.sampler, tokens=tokens, **how)
+def _reference(subject: Subject, config: Config, once: Once) -> fidelity.Reference:
+    """What full precision says: the answers it writes after a few windows of text, and predictions on their states."""
+    settings, lm, seed = config.fidelity, subject.described, config.seed
+    tokens = fidelity.windows(lm.tokenizer, settings.samples, settings.length)
+    prompts, steps = tokens[:, : settings.length // 2], schedule(settings.gen_length, config.steps.count)
+    how = {"gen_length": settings.gen_length, "steps": steps, "seed": seed}
+    facts = keys.answer_facts(subject.facts, sampler=config.model.sampler, prompts=prompts, **how)
+    written, _ = once.tensors(
+        Key("denoising", config.model.name, facts),
+        lambda: {"ids": write(subject.lm().model, lm.sampler, prompts, **how).ids},
+    )
+    rollout = Rollout(written["ids"], prompts.shape[1], lm.model.arch.mask_token_id)
+    questions = fidelity.questions(tokens, rollout.states(settings.steps), rollout.mask_token_id, seed=seed)
 
     def compute() -> dict[str, Tensor]:
-        return fidelity.predict(subject.lm().model, described.sampler, tokens, **how).to_tensors()
+        model = subject.lm().model
+        return fidelity.to_tensors(fidelity.predict(model, lm.sampler, questions, steps=steps, seed=seed))
 
+    facts = keys.prediction_facts(
+        subject.facts, sampler=config.model.sampler, questions=questions, rollout=rollout, seed=seed
+    )
     found, _ = once.tensors(Key("predictions", config.model.name, facts), compute)
-    return fidelity.Predictions.from_tensors(found)
+    return fidelity.Reference(rollout, questions, fidelity.from_tensors(found))
+
+
+def _moved(subject: Subject, config: Config, once: Once, reference: fidelity.Reference) -> dict[str, Any]:
+    """How far the predictions of a quantized model are from those of full precision."""
+    lm, seed = subject.described, config.seed
+    facts = keys.prediction_facts(
+        subject.facts,
+        sampler=config.model.sampler,
+        questions=reference.questions,
+        rollout=reference.rollout,
+        seed=seed,
+    )
+
+    def compute() -> dict[str, Any]:
+        turn = rotated(build(config.method), config.bits, lm.checkpoint.arch, seed=seed)
+        return fidelity.measure(subject.lm().model, lm.sampler, reference, seed=seed, turn=turn)
+
+    found, _ = once.value(Key("fidelity", config.model.name, facts), dict[str, Any], compute)
+    return found
 
 
 def _thresholds(config: Config) -> activations.Thresholds:

@@ -5,6 +5,7 @@
     results.json           the summary, by the schema in results.schema.json
     documents/TASK.jsonl   every document: prediction, score and likelihoods of both models
     outliers.json          outlier statistics per block and site, of both models
+    activations.safetensors  channel maxima and activation surfaces, of both models
     quantization.json      one row per linear
 
 Files appear whole or not at all. JSON has no NaN or infinity: such numbers are written as the strings "NaN",
@@ -19,7 +20,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,6 +30,9 @@ from uuid import uuid4
 
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from dqx import activations, deltas
 from dqx.activations import OutlierStats
@@ -38,8 +42,10 @@ from dqx.names import approximations
 from dqx.processes import processes
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-SCHEMA_VERSION = 3
-READABLE = (1, 2, 3)  # version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source
+SCHEMA_VERSION = 4
+#: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step.
+READABLE = (1, 2, 3, 4)
+ACTIVATIONS = "activations.safetensors"
 PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
 SIDES = ("full_precision", "quantized")
 
@@ -55,6 +61,7 @@ class Record:
     quantized: dict[str, TaskResult]
     quantization: dict[str, Any]  # QuantReport.to_dict()
     outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
+    activations: Mapping[str, Tensor] = field(default_factory=dict)  # SIDE/BLOCK/SITE/channel_max [C] or surface [T, C]
     fidelity: dict[str, Any] = field(default_factory=dict)  # predictions against full precision; empty: not measured
     mask_ratio: float | None = None  # share of masked tokens in the calibration windows
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
@@ -119,7 +126,6 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
 
     def start(self, config: Any, environment: Mapping[str, Any]) -> None:
         """Write config.yaml and environment.json, so that a run that fails later has left what it was."""
@@ -136,6 +142,10 @@ class RunFolder:
             write_text(self.path / "documents" / f"{file_name(name)}.jsonl", "".join(lines))
         write_json(self.path / "outliers.json", {side: stats.to_dict() for side, stats in record.outliers.items()})
         write_json(self.path / "quantization.json", record.quantization)
+        if record.activations:
+            write_tensors(self.path / ACTIVATIONS, record.activations)
+        else:
+            (self.path / ACTIVATIONS).unlink(missing_ok=True)
         self.write_results(record)
 
     def write_results(self, record: Record) -> None:
@@ -158,7 +168,7 @@ class RunFolder:
             )
         sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
         for name, task in results["tasks"].items():
-            rows = self._rows(name) if documents or version != SCHEMA_VERSION else []
+            rows = self._rows(name) if documents or version == 1 else []
             for side, found in sides.items():
                 cost = {k: v for k, v in task[side].items() if k != "source"}
                 cost["value"] = float(cost["value"])
@@ -176,6 +186,7 @@ class RunFolder:
             model=results["model"],
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
+            activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
             mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
             fidelity=results.get("fidelity", {}),
             timings=results["timings"],
@@ -198,6 +209,27 @@ class RunFolder:
 
     def _json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118  the file object itself cannot be searched
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        with safe_open(self.path, framework="pt") as file:
+            return iter(list(file.keys()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 def _cost(result: TaskResult) -> dict[str, Any]:
@@ -262,15 +294,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that readers see the old content or all of the new, even if the machine stops in between.
+    """Write a text so that readers see the old content or all of the new, even if the machine stops in between.
 
     Half a surrogate pair, which UTF-8 has no bytes for, becomes its escape (in JSON the same string).
     """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in the same way."""
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in the same way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as f:
-            f.write(text)
+        with temporary.open("wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

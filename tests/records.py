@@ -40,6 +40,26 @@ def outlier_stats(seed=0, gain=1.0):
     return measure(net, [SimpleNamespace(ids=torch.arange(1, 25).view(2, 12))])
 
 
+def fidelity():
+    """Predictions of a model of two blocks, at two mask ratios and at two steps."""
+    near, far = ({"positions": 32, "divergence": d, "agreement": a} for d, a in ((0.0123, 0.96875), (1.5, 0.5)))
+    return {
+        "by_mask_ratio": [{"mask_ratio": 0.1, **near}, {"mask_ratio": 0.9, **far}],
+        "by_step": [
+            {"step": 0, "mask_ratio": 1.0, **far, "commit_flips": 0.25, "commit_delays": 0.5},
+            {"step": 12, "mask_ratio": 0.25, **near, "commit_flips": 0.0, "commit_delays": 0.0},
+        ],
+        "layers": {"steps": [0, 12], "mask_ratios": [1.0, 0.25], "sqnr_db": [[None, 41.5], [18.25, 22.0]]},
+        "answers": {
+            "documents": 3,
+            "tokens": 16,
+            "steps": 16,
+            "agreement": 0.75,
+            "first_diverging_step": [4, None, 9],
+        },
+    }
+
+
 def record(**changes):
     fp = {"nano_sums": task_result("nano_sums", [1, 1, 1, 0], seconds=2.0, n_forwards=8, tokens=900)}
     q = {
@@ -74,19 +94,7 @@ def record(**changes):
             "linears": [{"name": "blocks.0.q"}],
         },
         "outliers": {"full_precision": outlier_stats(), "quantized": outlier_stats(gain=30.0)},
-        "fidelity": {
-            "by_mask_ratio": [
-                {"mask_ratio": 0.1, "positions": 32, "divergence": 0.0123, "agreement": 0.96875},
-                {"mask_ratio": 0.9, "positions": 32, "divergence": 1.5, "agreement": 0.5},
-            ],
-            "answers": {
-                "documents": 3,
-                "tokens": 16,
-                "steps": 16,
-                "agreement": 0.75,
-                "first_diverging_step": [4, None, 9],
-            },
-        },
+        "fidelity": fidelity(),
         "timings": {"load": 0.5, "quantize": 1.5},
         "sources": {"full_precision": {"nano_sums": "reused"}},
         "choices": {"model": "nano_llada", "method": "gptq", "bits": "w3"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import DATA
 from records import record
 
 from dqx import store
@@ -25,6 +26,7 @@ def test_folder_reads_back_equal(tmp_path):
         "model",
         "quantization",
         "outliers",
+        "fidelity",
         "timings",
         "choices",
         "command",
@@ -43,6 +45,25 @@ def test_folder_reads_back_equal(tmp_path):
         "config.yaml", "environment.json", "group-code.jsonl", "nano_sums.jsonl",
         "outliers.json", "quantization.json", "results.json",
     ]  # fmt: skip
+
+
+def test_activations_are_read_when_asked_for(tmp_path):
+    tensors = {f"{side}/0/mlp_out/channel_max": torch.rand(24) for side in store.SIDES}
+    folder = RunFolder(tmp_path)
+    folder.write(record(activations=tensors))
+    found = folder.read().activations
+    assert set(found) == set(tensors)
+    assert len(found) == 2
+    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    assert found.get("quantized/1/mlp_out/surface") is None
+    folder.write(record())
+    assert dict(folder.read().activations) == {}
+
+
+def test_reading_makes_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+        RunFolder(tmp_path / "nowhere").read()
+    assert not list(tmp_path.iterdir())
 
 
 def test_documents_hold_both_sides(tmp_path):
@@ -66,9 +87,10 @@ def test_results_fit_their_schema(tmp_path):
     checker = jsonschema.Draft202012Validator(schema)
     checker.check_schema(schema)
     bare = record(outliers={}, fidelity={}, quantization={}, command=None)
+    old = RunFolder(DATA / "records" / "schema3").read()
     broken = {k: replace(v, value=math.nan) for k, v in record().full_precision.items()}
     mirrored = {"state": "failed", "mode": "online", "folder": None, "url": None, "message": "no network"}
-    for i, case in enumerate((record(), bare, record(full_precision=broken), record(mirror=mirrored))):
+    for i, case in enumerate((record(), bare, record(full_precision=broken), record(mirror=mirrored), old)):
         folder = RunFolder(tmp_path / str(i))
         folder.write(case)
         results = json.loads((folder.path / "results.json").read_text())
@@ -139,6 +161,21 @@ def test_records_of_the_first_schema_version_are_read(tmp_path):
     old = [{key: value for key, value in row.items() if key not in later} for row in results["deltas"]]
     store.write_json(tmp_path / "results.json", results | {"schema_version": 1, "deltas": old})
     assert folder.read().deltas == run.deltas
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_records_of_earlier_schema_versions_are_read(version):
+    """Written by the versions of dqx that had them: full precision and 4-bit weights on two documents, shortened."""
+    folder = RunFolder(DATA / "records" / f"schema{version}")
+    found = folder.read()
+    assert found.results()["schema_version"] == 4
+    assert [found.full_precision["nano_sums"].value, found.quantized["nano_sums"].n] == [1.0, 2]
+    assert [row.doc_id for row in found.quantized["nano_sums"].documents] == ["nano_sums/0", "nano_sums/1"]
+    assert found.deltas == folder.read(documents=False).deltas
+    assert found.outliers["quantized"].at(0, "mlp_out").massive_values > 0
+    assert found.fidelity["answers"]["tokens"] == 4
+    assert "by_step" not in found.fidelity
+    assert dict(found.activations) == {}
 
 
 def test_environment_names_versions_and_no_person():

@@ -153,11 +153,29 @@ def outlier_facts(
 
 
 def prediction_facts(
-    model: Mapping[str, Any], *, sampler: Any, tokens: Tensor, gen_length: int, seed: int
+    model: Mapping[str, Any], *, sampler: Any, questions: Sequence[Any], rollout: Any, seed: int
 ) -> dict[str, Any]:
-    """What predictions on the windows `tokens` depend on. `model` as for `outlier_facts`."""
-    shown = {"tokens": tensor_digest([("ids", tokens)]), "gen_length": gen_length, "seed": seed}
+    """What predictions on `questions` depend on, and how far they are from those of full precision.
+
+    `model` as for `outlier_facts`; `rollout` has the answers of full precision.
+    """
+    asked = tensor_digest(
+        (f"{i}.{name}", tensor)
+        for i, question in enumerate(questions)
+        for name, tensor in (("ids", question.ids), ("compared", question.compared))
+    )
+    at = [None if question.state is None else question.state.step for question in questions]
+    answers = tensor_digest([("ids", rollout.ids)])
+    shown = {"questions": asked, "at": at, "answers": answers, "seed": seed}
     return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def answer_facts(
+    model: Mapping[str, Any], *, sampler: Any, prompts: Tensor, gen_length: int, steps: int, seed: int
+) -> dict[str, Any]:
+    """What the answers that a model writes after `prompts` depend on, in all their states."""
+    asked = {"prompts": tensor_digest([("ids", prompts)]), "gen_length": gen_length, "steps": steps, "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **asked, **_measured_by(MEASUREMENT_CODE)}
 
 
 def rollout_facts(model: Mapping[str, Any], *, sampler: Any, calib: Any, windows: Tensor, seed: int) -> dict[str, Any]:

@@ -46,10 +46,14 @@ class Transform(Part, Protocol):
 
 @dataclass(frozen=True)
 class ModelChange:
-    """What a model transform does to what stands outside the blocks, and to each block by itself, in place."""
+    """What a model transform does to what stands outside the blocks, and to each block by itself, in place.
+
+    `residual` maps the residual stream x [..., D] of the model as it was to what the changed one has in its place.
+    """
 
     outer: Callable[[MaskedDiffusionTransformer], None]
     block: Callable[[Block], None]
+    residual: Callable[[Tensor], Tensor] | None = None  # null: it stays
 
     def apply(self, model: MaskedDiffusionTransformer) -> None:
         """Change a model that is in memory as a whole."""

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import reduce
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, RMSNorm
+from dqx.quant.bits import BitsConfig
 from dqx.quant.hadamard import tile_problems, transform
 from dqx.quant.protocols import ModelChange
 from dqx.quant.setting import Context, Setting
+
+if TYPE_CHECKING:
+    from dqx.quant.method import Method
 
 #: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
 Rotation = Callable[[Tensor], Tensor]
@@ -133,7 +138,18 @@ def residual_rotation(rotate: Rotation) -> ModelChange:
             if writer.bias is not None:
                 map_rows(writer.bias[None], rotate)
 
-    return ModelChange(outer, within)
+    return ModelChange(outer, within, rotate)
+
+
+def rotated(method: Method, bits: BitsConfig, arch: Architecture, *, seed: int = 0) -> Rotation:
+    """How the residual stream x [..., D] of a model looks after `quantize(model, method, bits, seed=seed)`.
+
+    Rotations are drawn again from the seed; errors of rounding are not in it, nor other changes of the function.
+    """
+    context = Context(arch, bits, method, seed)
+    changes = [part.prepare(context.at(name=n), torch.device("cpu")) for n, part in method.model_transforms.items()]
+    maps = [change.residual for change in changes if change.residual is not None]
+    return lambda x: reduce(lambda y, rotate: rotate(y), maps, x)
 
 
 def _rotate_readers(norm: RMSNorm, readers: Iterable[nn.Linear], rotate: Rotation) -> None:
