@@ -14,9 +14,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from records import record
 
 from dqx import mirror
+from dqx.activations import PartStats
+from dqx.denoising import TOKEN_CLASSES
 from dqx.mirror import command, content, login, panels, writing
 from dqx.mirror.identity import identity
 from dqx.models.transformer import SITES
@@ -86,29 +89,34 @@ def along(run_folder, axis):
     return [row for row in rows if axis in row]
 
 
+def bare():
+    """A record of which nothing was measured but the tasks."""
+    return record(outliers={}, fidelity={})
+
+
+def part(block, site, token_class, step=None, mask_ratio=None, abs_max=2.0):
+    counts = {
+        "outlier_channels": 1,
+        "massive_values": 0,
+        "massive_tokens": 0,
+        "relative_values": 0,
+        "relative_tokens": 0,
+    }
+    numbers = {"tokens": 8, "abs_max": abs_max, "median": 0.5, "p99": 1.0, "p999": 1.5, "kurtosis": 3.0, **counts}
+    return PartStats(block, site, token_class, step, mask_ratio, **numbers)
+
+
 def everything():
     """A record of which every part was measured."""
     run = record(warnings=["nano_sums: one prompt was cut"])
     run.config["wandb"]["mode"] = "auto"  # no login: offline
     run.quantization["peak_ram"] = 3 * 2**29
-    run.fidelity |= {
-        "by_step": [
-            {
-                "step": s,
-                "mask_ratio": 1 - s / 4,
-                "positions": 8,
-                "divergence": 0.1 * s,
-                "agreement": 0.9,
-                "commit_flips": 0.25,
-            }
-            for s in range(3)
-        ],
-        "layers": {
-            "steps": [0, 1, 2],
-            "mask_ratios": [1.0, 0.75, 0.5],
-            "sqnr_db": [[None, 40.0, 20.0], [30.0, 20.0, 10.0]],
-        },
-    }
+    states = [(0, 1.0), (12, 0.25)]
+    parts = [part(block, site, name) for block in (0, 1) for site in SITES for name in TOKEN_CLASSES]
+    parts += [part(b, site, "all", s, r, abs_max=3.0 + s + b) for b in (0, 1) for site in SITES for s, r in states]
+    run.outliers = {side: replace(stats, parts=parts) for side, stats in run.outliers.items()}
+    maps = [f"{side}/{block}/{site}/channel_max" for side in run.outliers for block in (0, 1) for site in SITES]
+    run.activations = {name: torch.arange(1.0, 17.0) for name in maps}
     return run
 
 
@@ -180,7 +188,12 @@ def test_tables(copy):
     assert table(status["folder"], history["fidelity_by_mask_ratio"]) == run.fidelity["by_mask_ratio"]
     assert table(status["folder"], history["fidelity_by_step"]) == run.fidelity["by_step"]
     decibels = {(r["block"], r["step"]): r["sqnr_db"] for r in table(status["folder"], history["sqnr"])}
-    assert decibels == {(0, 0): None, (0, 1): 40.0, (0, 2): 20.0, (1, 0): 30.0, (1, 1): 20.0, (1, 2): 10.0}
+    assert decibels == {(0, 0): None, (0, 12): 41.5, (1, 0): 18.25, (1, 12): 22.0}
+    classes = {r["token_class"] for r in table(status["folder"], history["outliers_by_class"])}
+    assert classes == set(TOKEN_CLASSES)
+    rows = table(status["folder"], history["outliers_by_step"])
+    assert len(rows) == 2 * 2 * len(SITES) * 2
+    assert {(r["step"], r["mask_ratio"], r["token_class"]) for r in rows} == {(0, 1.0, "all"), (12, 0.25, "all")}
     assert table(status["folder"], history["warnings"]) == [{"warning": "nano_sums: one prompt was cut"}]
 
 
@@ -210,6 +223,26 @@ def test_what_changed_comes_first_and_every_run_shows_the_same_documents():
     assert shown == {row[1] for row in content.document_rows(record(quantized=run.full_precision), 2)}
 
 
+def test_figures_are_those_of_the_record(copy):
+    status = copy[2]
+    history = read_back(status["folder"])[2]
+    logged = {key.removeprefix("figures/"): entry for key, entry in history.items() if key.startswith("figures/")}
+    by = {"divergence_by_step", "divergence_by_mask_ratio", "outliers_by_class", "outliers_by_step"}
+    assert logged.keys() == {"channel_maxima", "sqnr", *by}
+    for entry in logged.values():
+        assert (entry["_type"], entry["format"]) == ("image-file", "png")
+        assert (Path(status["folder"]) / "files" / entry["path"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_that_cannot_be_drawn_costs_the_others_nothing(tmp_path, monkeypatch, caplog):
+    def fail(_):
+        raise ValueError("too flat")
+
+    monkeypatch.setattr("dqx.figures.of_run", fail)
+    assert mirror.log(record(), tmp_path)["state"] == "written"
+    assert "no figures in W&B: ValueError: too flat" in caplog.text
+
+
 def test_histograms(copy):
     run, _, status = copy
     history = read_back(status["folder"])[2]
@@ -226,13 +259,15 @@ def test_histograms(copy):
 def test_series_have_axes_of_their_own(copy):
     run, _, status = copy
     rows = along(status["folder"], "denoising_step")
-    assert [row["denoising_step"] for row in rows] == [0, 1, 2]
+    assert [row["denoising_step"] for row in rows] == [0, 12]
     assert [row["by_step/divergence"] for row in rows] == [r["divergence"] for r in run.fidelity["by_step"]]
-    assert [row["by_step/sqnr_db"] for row in rows] == [30.0, 20.0, 10.0]
+    assert [row["by_step/commit_flips"] for row in rows] == [0.25, 0.0]
+    assert [row["by_step/sqnr_db"] for row in rows] == [18.25, 22.0]
+    assert [row["by_step/abs_max/quantized/mlp_out"] for row in rows] == [4.0, 16.0]
     rows = along(status["folder"], "mask_ratio")
     assert [(row["mask_ratio"], row["by_mask_ratio/agreement"]) for row in rows] == [(0.1, 0.96875), (0.9, 0.5)]
     rows = along(status["folder"], "block")
-    assert [row["by_block/sqnr_db"] for row in rows] == [30.0, 20.0]
+    assert [row["by_block/sqnr_db"] for row in rows] == [41.5, 20.125]
     assert rows[1]["by_block/abs_max/quantized/mlp_in"] == run.outliers["quantized"].at(1, "mlp_in").abs_max
     (path,) = Path(status["folder"]).glob("run-*.wandb")
     axes = {m.metric.glob_name: m.metric.step_metric for m in messages(path) if m.HasField("metric")}
@@ -282,12 +317,9 @@ def test_the_summary_stays_small(copy):
     run.fidelity["layers"] = {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[1.0]] * 100}
     run.outliers = {side: replace(stats, rows=stats.rows * 16) for side, stats in run.outliers.items()}
     assert set(mirror.summary(run)) == few
-    written = {key for key in read_back(copy[2]["folder"])[1] if not key.startswith("_")}
-    assert written - few == {
-        "folder",
-        *content.tables(run, 50),
-        *(f"log2_abs/{side}/{site}" for side in run.outliers for site in SITES),
-    }
+    written = {key for key in read_back(copy[2]["folder"])[1] if not key.startswith(("_", "figures/"))}
+    bars = {f"log2_abs/{side}/{site}" for side in run.outliers for site in SITES}
+    assert written - few == {"folder", *content.tables(run, 50), *bars}
 
 
 def test_who_a_run_is():
@@ -308,7 +340,7 @@ def test_who_a_run_is():
 
 def test_a_second_copy_replaces_the_first(tmp_path):
     """Offline runs cannot be resumed: of several attempts at one W&B run the last complete one stays."""
-    run = record(outliers={}, fidelity={})
+    run = bare()
     place = tmp_path / "wandb"
     dead = [
         place / f"unfinished-{identity(run)}",
@@ -334,6 +366,8 @@ def test_a_mirror_is_made_again_from_the_folder(copy, tmp_path, monkeypatch, cap
     sweep = tmp_path / "sweep"
     again = RunFolder(sweep / "0-run")
     shutil.copytree(folder.path, again.path, ignore=shutil.ignore_patterns("wandb"), dirs_exist_ok=True)
+    file = again.path / "config.yaml"
+    file.write_text(file.read_text().replace("tags: []", "tags: []\n  figures: false"))
     (sweep / "multirun.yaml").write_text("")
     before = json.loads((again.path / "results.json").read_text())
     monkeypatch.setattr(sys, "argv", ["dqx mirror", str(tmp_path), "--project", "paper", "--mode", "offline"])
@@ -356,9 +390,9 @@ def test_a_mirror_is_made_again_from_the_folder(copy, tmp_path, monkeypatch, cap
     config, summary, history, started = read_back(complete)
     assert (started.project, started.run_group, started.run_id) == ("paper", "sweep", status["id"])
     first = read_back(status["folder"])
-    assert config["cfg"] == first[0]["cfg"]
-    assert summary.keys() == first[1].keys()
-    assert history.keys() == first[2].keys()
+    assert config["choices"] == first[0]["choices"]
+    for before, after in ((first[1], summary), (first[2], history)):
+        assert after.keys() == {key for key in before if not key.startswith("figures/")}
     assert table(complete, history["documents"]) == table(status["folder"], first[2]["documents"])
 
 
@@ -376,8 +410,6 @@ def test_panels_show_what_is_logged_and_the_readme_lists_them(copy):
     readme = (Path(mirror.__file__).parent / "README.md").read_text()
     for section, shown in panels.SECTIONS.items():
         for panel in shown:
-            if panel.kind == "images":
-                continue
             place = summary if panel.kind in ("scatter", "bars", "table") else history
             assert {*panel.keys, *([panel.x] if panel.x else [])} <= place.keys(), panel
             keys = ", ".join(f"`{key}`" for key in panel.keys)
@@ -413,7 +445,7 @@ def test_the_quantized_model_is_an_artifact(tmp_path):
     model.mkdir()
     (model / "quantized.json").write_text("{}")
     (model / "head.safetensors").write_bytes(b"weights")
-    status = mirror.log(record(outliers={}, fidelity={}), tmp_path / "run", checkpoint=model)
+    status = mirror.log(bare(), tmp_path / "run", checkpoint=model)
     shutil.rmtree(model)
     (path,) = Path(status["folder"]).glob("run-*.wandb")
     (artifact,) = [m.artifact for m in messages(path) if m.HasField("artifact") and m.artifact.type == "model"]
@@ -425,7 +457,7 @@ def test_the_quantized_model_is_an_artifact(tmp_path):
 
 def test_an_agents_id_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "step0")
-    assert mirror.log(record(outliers={}, fidelity={}), tmp_path)["id"] == "step0"
+    assert mirror.log(bare(), tmp_path)["id"] == "step0"
 
 
 def test_one_task_is_its_own_average():
@@ -443,10 +475,13 @@ def test_a_run_of_a_sweep_that_cannot_be(tmp_path):
 
 
 def test_without_a_server_the_copy_is_offline(tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(writing, "INIT_TIMEOUT", 1.0)
-    run = record(outliers={})
+    wandb.teardown()  # or it keeps the address it had
+    run = bare()
     run.config["wandb"]["mode"] = "auto"
     assert login.pick_mode("auto") == "online"
     status = mirror.log(run, tmp_path)

@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {
     "mode": "auto", "project": "dqx", "group": None, "entity": None, "tags": [], "documents": 50,
+    "figures": True,
 }  # fmt: skip
-FIGURE_DPI = 110
+DPI = 110  # of figures, for screens
 Fill = Callable[[Any], None]
 
 
@@ -67,7 +68,7 @@ def log(
     wanted["tags"] = list(dict.fromkeys([*wanted["tags"], *tags(record)]))
 
     def fill(run: Any) -> None:
-        _fill(run, record, Path(folder), wanted["documents"])
+        _fill(run, record, Path(folder), wanted)
         if checkpoint is not None:
             _add_checkpoint(run, record, checkpoint)
 
@@ -117,14 +118,14 @@ def _copied(
         return {"state": "failed", "message": message}
 
 
-def _fill(run: Any, record: Record, folder: Path, documents: int) -> None:
+def _fill(run: Any, record: Record, folder: Path, settings: Mapping[str, Any]) -> None:
     """Summary; tables, histograms and figures, which are of the whole run, in one row of the history; then series."""
     import wandb
 
     run.summary.update({"folder": shown(folder)} | summary(record))
     whole: dict[str, Any] = {
         name: wandb.Table(columns=list(columns), data=rows)
-        for name, (columns, rows) in tables(record, documents).items()
+        for name, (columns, rows) in tables(record, settings["documents"]).items()
     }
     for side, stats in record.outliers.items():
         for site in SITES:
@@ -132,7 +133,7 @@ def _fill(run: Any, record: Record, folder: Path, documents: int) -> None:
             bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
             whole[f"log2_abs/{side}/{site}"] = bars
     with TemporaryDirectory() as place:
-        run.log(whole | _figures(record, Path(place)))
+        run.log(whole | (_figures(record, Path(place)) if settings["figures"] else {}))
     for axis, rows in series(record).items():
         if rows:
             run.define_metric(axis, hidden=True, summary="none")
@@ -148,12 +149,12 @@ def _figures(record: Record, place: Path) -> dict[str, Any]:
 
     found = {}
     try:
-        from dqx.figures import of_run
+        from dqx.figures import of_run, style
 
         for name, figure in of_run(record).items():
-            file = place / f"{name}.png"
-            figure.savefig(file, dpi=FIGURE_DPI)
-            found[f"figures/{name}"] = wandb.Image(str(file))
+            with style.applied():
+                figure.savefig(place / f"{name}.png", dpi=DPI, metadata={"Software": None})
+            found[f"figures/{name}"] = wandb.Image(str(place / f"{name}.png"))
     except Exception as error:
         logger.warning("no figures in W&B: %s", _short(error))
     return found

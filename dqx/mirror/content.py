@@ -185,7 +185,7 @@ def _document_row(task: str, before: DocumentRow, after: DocumentRow, sign: floa
 
 def _part_rows(record: Record, *, by_step: bool) -> Iterator[list[Any]]:
     for side, stats in record.outliers.items():
-        for part in getattr(stats, "parts", ()):
+        for part in stats.parts:
             if (part.step is not None) == by_step:
                 yield [side, *(getattr(part, column) for column in PART_COLUMNS[1:])]
 
@@ -203,7 +203,7 @@ Point = tuple[float, str, Any]  # where on the axis, name, value
 
 def _along_steps(record: Record) -> Iterator[Point]:
     for row in record.fidelity.get("by_step") or ():
-        for key in ("mask_ratio", "divergence", "agreement", "commit_flips"):
+        for key in row.keys() - {"step", "positions"}:
             yield row["step"], key, _number(row[key])
     blocks = (record.fidelity.get("layers") or {}).get("sqnr_db") or ()
     for block, step, _, value in _sqnr_rows(record):
@@ -211,7 +211,7 @@ def _along_steps(record: Record) -> Iterator[Point]:
             yield step, "sqnr_db", value
     for side, stats in record.outliers.items():
         worst: dict[tuple[int, str], float] = {}
-        for part in getattr(stats, "parts", ()):
+        for part in stats.parts:
             if part.step is not None:
                 at = part.step, part.site
                 worst[at] = max(worst.get(at, 0.0), part.abs_max)
@@ -221,7 +221,7 @@ def _along_steps(record: Record) -> Iterator[Point]:
 
 def _along_mask_ratios(record: Record) -> Iterator[Point]:
     for row in record.fidelity.get("by_mask_ratio") or ():
-        for key in ("divergence", "agreement"):
+        for key in row.keys() - {"mask_ratio", "positions"}:
             yield row["mask_ratio"], key, _number(row[key])
 
 
