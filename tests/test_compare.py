@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import records
 
-from dqx.compare import compare, costs, differences
+from dqx.compare import compare, costs, differences, flip_lines, flips
 from dqx.store import RunFolder
 
 
@@ -58,6 +59,27 @@ def test_other_tasks_or_documents_are_refused() -> None:
         compare(EXACT, run([1, 1], [1, 1]))
 
 
+def test_flipped_documents_are_shown_with_both_outputs() -> None:
+    """Lost and gained ones in turn; nothing in an output steers the terminal or breaks its line."""
+    before, after = (records.task_result("a", scores) for scores in ([1, 1, 0, 1, 0], [0, 1, 1, 0, 0]))
+    assert [(flip.before.doc_id, flip.lost) for flip in flips(before, after)] == [
+        ("a/0", True),
+        ("a/2", False),
+        ("a/3", True),
+    ]
+    after.documents[0] = replace(after.documents[0], prediction="\x1b[2J\nred\u202e" + "x" * 700)
+    lines = list(flip_lines("a", before, after, 1))
+    assert lines[0] == "a: 2 lost, 1 gained; 1 of them:"
+    assert lines[1] == "  a/0, lost; target 0"
+    assert lines[2] == "    first run,  score 1: line\\n0 \\u2028 é"
+    assert lines[3].startswith("    second run, score 0: \\x1b[2J\\nred\\u202exxx")
+    assert lines[3].endswith("x ... (109 characters more)")
+    assert not list(flip_lines("a", before, after, 0))
+    assert not list(flip_lines("a", before, before, 3))
+    text = [replace(task, metric="nll") for task in (before, after)]
+    assert [flip.lost for flip in flips(*text)] == [True, False, False]  # less is better
+
+
 def test_command(tmp_path: Path) -> None:
     for name, record in (("exact", EXACT), ("fast", FAST)):
         RunFolder(tmp_path / name).write(record)
@@ -65,7 +87,7 @@ def test_command(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(tmp_path / "fast")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model.sampler.threshold: null -> 0.9" in done.stdout
-    for words in ("full precision", "quantized", "-50.0 [", "tokens computed 2048 -> 256 (8.00x)"):
+    for words in ("full precision", "quantized", "-50.0 [", "tokens computed 2048 -> 256 (8.00x)", "2 lost, 0 gained:"):
         assert words in done.stdout
     (tmp_path / "empty").mkdir()
     failed = subprocess.run([*command, str(tmp_path / "empty")], capture_output=True, text=True)

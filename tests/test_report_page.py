@@ -22,7 +22,8 @@ from dqx.store import RunFolder
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-HOSTILE = "</pre></script><script>pwned = 1</script><img src=http://example.com/x onerror='pwned = 1'>{{ 7 * 7 }}\x1b[31m\x00\u202e"
+SCRIPT = "</pre></script><script>pwned = 1</script><img src=http://example.com/x onerror='pwned = 1'>"
+HOSTILE = SCRIPT + "{{ 7 * 7 }}\x1b[31m\x00\u202e"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 STYLE = Path(content.__file__).parent / "templates" / "style.css"
