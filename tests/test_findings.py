@@ -1,11 +1,12 @@
 """What was put into a model is found, and nothing else: layers, sites, channels, tokens."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from test_activation_parts import states
-from test_outliers import batches, model
+from test_outliers import ARCH, batches, model
 
 from dqx.activations import findings, measure
 from dqx.calib import CalibBatch, calibration_windows
@@ -63,7 +64,7 @@ def test_outliers_of_the_bundled_models_are_those_of_their_model_cards(name):
     text = findings(stats)
     assert text[0] == (
         f"Massive values at mlp_out of blocks 0-1, up to {max(massive.abs_max, stats.at(1, 'mlp_out').abs_max):.3g}: "
-        f"channels 37, 301, on {100 * massive.massive_token_share:.2g} % of tokens: '\\n'."
+        f"channels 37, 301; tokens that have any there: '\\n' ({100 * massive.massive_token_share:.2g} %)."
     )
     assert "Outlier channels at attn_in and mlp_in of every block: 41, 170." in text
 
@@ -125,3 +126,14 @@ def test_values_that_are_not_finite_are_named():
     assert (
         findings(measure(net, batches(count=1)))[-1] == "Values that are not finite at mlp_in and mlp_out of block 1."
     )
+
+
+def test_findings_of_many_layers_stay_short():
+    """Each block with a channel of its own, and one in all of them: the shared one first, then a few, then a count."""
+    net = model(arch=replace(ARCH, n_blocks=12))
+    for index, block in enumerate(net.blocks):
+        block.attn_norm.weight[[1, 10 + index]] = 50.0
+    text = findings(measure(net, batches()))
+    assert len(text) <= 9
+    assert text[1] == "Outlier channels at attn_in of every block: 1."
+    assert text[-1] == "Outlier channels besides these: 7."

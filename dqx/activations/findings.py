@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dqx.activations.stats import OutlierStats, PartStats, SiteStats
 from dqx.models.transformer import SITES
 
 LISTED = 6  # channels or tokens named in a sentence
+SENTENCES = 6  # of a kind
 
 
 def summary(stats: OutlierStats) -> list[dict[str, Any]]:
@@ -39,35 +41,69 @@ def summary(stats: OutlierStats) -> list[dict[str, Any]]:
 def findings(stats: OutlierStats) -> list[str]:
     """Sentences: which values are massive, at which layers, channels and tokens; which channels are outliers, where.
 
-    Layers where the same channels stand out, for massive values on the same tokens, share a sentence.
+    Channels that stand out at the same layers share a sentence. Of each kind the first few sentences are there, those
+    of the largest values, or of the most layers; the last one says how much is left out.
     """
-    massive = [row for row in stats.rows if row.massive_values]
-    outlying = [row for row in stats.rows if row.outlier_channels]
+    massive = _by_layers(
+        ((row.site, token.channel), row, abs(token.value)) for row in stats.rows for token in row.massive_channels
+    )
+    massive.sort(key=lambda group: -group.largest)
+    outlying = _by_layers((("", channel), row, row.abs_max) for row in stats.rows for channel in _outliers(row))
+    outlying.sort(key=lambda group: -len(group.rows))
     broken = [row for row in stats.rows if row.not_finite]
-    lines = [_massive(stats, rows) for rows in _alike(massive, lambda row: (row.site, _massive_at(row)))]
-    lines += [] if massive else ["No massive values."]
+    lines = [_massive(stats, group) for group in massive[:SENTENCES]] or ["No massive values."]
+    lines += _left_out("Channels with massive values", massive)
     lines += [_touched(stats, site) for site in SITES if any(p.massive_values for p in _classes(stats, site))]
     lines += [
-        f"Outlier channels at {_layers(stats, rows)}: {_listed(_outliers(rows[0]), rows[0].outlier_channels)}."
-        for rows in _alike(outlying, _outliers)
-    ]
-    lines += [] if outlying else ["No outlier channels."]
+        f"Outlier channels at {_layers(stats, group.rows)}: {_listed(group.channels)}."
+        for group in outlying[:SENTENCES]
+    ] or ["No outlier channels."]
+    lines += _left_out("Outlier channels", outlying)
     if broken:
         lines.append(f"Values that are not finite at {_layers(stats, broken)}.")
     return lines
 
 
-def _massive(stats: OutlierStats, rows: Sequence[SiteStats]) -> str:
-    first = rows[0]
-    channels, tokens = _massive_at(first)
-    one = "channel" if first.n_massive_channels == 1 else "channels"
-    texts = [repr(stats.token_texts.get(i, i)) for i in tokens]
-    largest, share = max(row.abs_max for row in rows), max(row.massive_token_share for row in rows)
+@dataclass
+class Group:
+    """Channels that stand out at the same layers."""
+
+    channels: list[int]
+    rows: list[SiteStats]
+    largest: float
+
+
+def _by_layers(found: Iterable[tuple[tuple[str, int], SiteStats, float]]) -> list[Group]:
+    """Groups from single finds: what has to be alike besides the layers, with the channel; the layer; the value."""
+    layers: dict[tuple[str, int], list[SiteStats]] = {}
+    largest: dict[tuple[str, int], float] = {}
+    for key, row, value in found:
+        layers.setdefault(key, []).append(row)
+        largest[key] = max(value, largest.get(key, 0.0))
+    groups: dict[Hashable, Group] = {}
+    for (kind, channel), rows in sorted(layers.items()):
+        places = (kind, *((row.block, row.site) for row in rows))
+        group = groups.setdefault(places, Group([], rows, 0.0))
+        group.channels.append(channel)
+        group.largest = max(group.largest, largest[kind, channel])
+    return list(groups.values())
+
+
+def _massive(stats: OutlierStats, group: Group) -> str:
+    ids = sorted({i for row in group.rows for i in row.massive_token_ids})
+    texts = [repr(stats.token_texts.get(i, i)) for i in ids]
+    more = max(row.n_massive_token_ids - len(row.massive_token_ids) for row in group.rows)
+    share = max(row.massive_token_share for row in group.rows)
     return (
-        f"Massive values at {_layers(stats, rows)}, up to {largest:.3g}: {one} "
-        f"{_listed(channels, first.n_massive_channels)}, on {100 * share:.2g} % of tokens: "
-        f"{_listed(texts, first.n_massive_token_ids)}."
+        f"Massive values at {_layers(stats, group.rows)}, up to {group.largest:.3g}: "
+        f"{'channels' if group.channels[1:] else 'channel'} {_listed(group.channels)}; "
+        f"tokens that have any there: {_listed(texts, more)} ({100 * share:.2g} %)."
     )
+
+
+def _left_out(what: str, groups: Sequence[Group]) -> list[str]:
+    count = sum(len(group.channels) for group in groups[SENTENCES:])
+    return [f"{what} besides these: {count}."] if count else []
 
 
 def _touched(stats: OutlierStats, site: str) -> str:
@@ -89,22 +125,9 @@ def _classes(stats: OutlierStats, site: str) -> list[PartStats]:
     return list(by_class.values())
 
 
-def _massive_at(row: SiteStats) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Channels and token ids with massive values, in rising order."""
-    return tuple(sorted(t.channel for t in row.massive_channels)), tuple(sorted(row.massive_token_ids))
-
-
 def _outliers(row: SiteStats) -> tuple[int, ...]:
     """The outlier channels that are listed, in rising order."""
     return tuple(sorted(c.channel for c in row.top_channels[: row.outlier_channels]))
-
-
-def _alike(rows: Iterable[SiteStats], key: Callable[[SiteStats], Hashable]) -> list[list[SiteStats]]:
-    """Rows with the same key together, in the order of their first."""
-    found: dict[Hashable, list[SiteStats]] = {}
-    for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return list(found.values())
 
 
 def _layers(stats: OutlierStats, rows: Sequence[SiteStats]) -> str:
@@ -132,10 +155,10 @@ def _blocks(blocks: Sequence[int], count: int) -> str:
     )
 
 
-def _listed(things: Sequence[object], count: int) -> str:
-    """The first few of `count` things."""
+def _listed(things: Sequence[object], unknown: int = 0) -> str:
+    """The first few things, and how many more there are, `unknown` ones among them."""
     shown = ", ".join(map(str, things[:LISTED]))
-    more = count - min(LISTED, len(things))
+    more = len(things[LISTED:]) + unknown
     return f"{shown} and {more} more" if more else shown
 
 

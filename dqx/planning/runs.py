@@ -16,6 +16,7 @@ from safetensors import safe_open
 from dqx.api import DTYPES, pick_device
 from dqx.checks import device_problems, problems, reads_text
 from dqx.config import Config, ConfigProblems, build, resolve
+from dqx.denoising import schedule
 from dqx.diffusion.sampler import Sampler
 from dqx.evaluate.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
@@ -245,6 +246,9 @@ def _checks(config: Config, guided: bool) -> list[Work]:
     """What is looked at on both sides besides the tasks."""
     outliers, fidelity = config.outliers.samples, config.fidelity
     found = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
+    if fidelity.samples and outliers:
+        states = min(config.outliers.steps, schedule(fidelity.gen_length, config.steps.count))
+        found.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
     if fidelity.samples:
         found += fidelity_work(fidelity.samples, fidelity.length, fidelity.gen_length, 2 if guided else 1)
     return found

@@ -178,7 +178,7 @@ def _text(spec: TaskSpec, limit: int | None) -> Work | None:
 
 
 def outlier_work(samples: int, length: int) -> Work:
-    """The calibration windows whose activations are looked at."""
+    """Windows, or denoising states, whose activations are looked at."""
     return Work("plain", samples, samples, length)
 
 
