@@ -1,0 +1,106 @@
+"""How figures look: sizes, fonts, colours, markers. Whatever two figures share is said here.
+
+Sizes are those of a two-column paper. Colours are Okabe and Ito's, told apart with every kind of colour vision; each
+comes with a marker and a line style of its own, so that a print in black and white reads too. Colour maps grow evenly
+in lightness (viridis, cividis); a diverging one is used only where numbers have a sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+
+SINGLE, DOUBLE = 3.3, 6.9  # inches: one column, both columns
+DPI = 200  # of PNG
+PRINT_DPI = 300  # of what is no line in a PDF
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+GREY = "#767676"
+ABSENT = "#D9D9D9"  # where a heat map has no number
+
+LARGE_IS_DARK = "viridis_r"  # outliers: the eye goes to what is large
+SMALL_IS_DARK = "cividis"  # signal to noise: to what is small
+SIGNED = "PuOr"  # differences, around 0
+
+#: Lines that are laid over one another, in their order.
+CYCLE: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "marker": "o", "linestyle": "-"},
+    {"color": VERMILION, "marker": "s", "linestyle": "--"},
+    {"color": GREEN, "marker": "^", "linestyle": "-."},
+    {"color": ORANGE, "marker": "D", "linestyle": ":"},
+    {"color": PURPLE, "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+    {"color": SKY, "marker": "P", "linestyle": (0, (1, 1))},
+    {"color": BLACK, "marker": "X", "linestyle": (0, (8, 2))},
+    {"color": YELLOW, "marker": "*", "linestyle": (0, (3, 1))},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the two models of a run."""
+
+    key: str  # in the record
+    label: str
+    line: dict[str, Any]
+
+
+SIDES = (
+    Side("full_precision", "full precision", {"color": BLACK, "linestyle": "-"}),
+    Side("quantized", "quantized", {"color": VERMILION, "linestyle": (0, (4, 1.5))}),
+)
+
+RC: Any = {  # matplotlib types its keys one by one
+    "font.family": "DejaVu Sans",
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
+    "legend.frameon": False,
+    "axes.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.4,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.0,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.minor.width": 0.3,
+    "ytick.minor.width": 0.3,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "hatch.linewidth": 0.4,
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+@contextmanager
+def applied() -> Iterator[None]:
+    """Draw in this style, whatever the settings of the machine are; they are back afterwards."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        with mpl.rc_context(RC):
+            yield
+
+
+def look(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each name, in their order; more names than colours change the fill."""
+    found = {}
+    for i, name in enumerate(names):
+        again, place = divmod(i, len(CYCLE))
+        found[name] = CYCLE[place] | {"fillstyle": ("full", "none", "left", "top")[again % 4]}
+    return found
