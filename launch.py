@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -28,9 +29,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dqx.command_line import explain, normalize
-from dqx.config import ConfigProblems, resolve
+from dqx.config import Config, ConfigProblems, resolve, validate
+from dqx.dispatch import ALONE, STARTED, dispatch_problems, process_count
 from dqx.launching import register
-from dqx.outcomes import FILE, Failure, RunFailed, failures, launched
+from dqx.origin import Origin
+from dqx.outcomes import FILE, Failure, RunFailed, expect, failures, launched, outcomes, why
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
@@ -49,23 +52,25 @@ def main(cfg: DictConfig) -> None:
         planned.append(plan_run(cfg))
         return
     from dqx.models.checkpoint import CheckpointError
+    from dqx.workers.team import TeamFailed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.RUN:  # a sweep's are known to the process that launched it
-        launched.append(folder)
+        expect([folder])
     (folder / FILE).unlink(missing_ok=True)
     try:
-        from dqx.run import run
-
-        run(resolve(cfg))
+        dispatch(resolve(cfg), folder)
     except (ConfigProblems, CheckpointError) as error:
         problems = explain(error)
         log.error(plain(problems))
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         failure, cause = Failure(problems[0] + more, refused=True), error
+    except TeamFailed as error:
+        log.error(f"the run failed: {error}\n{error.traceback}".rstrip())
+        failure, cause = Failure(str(error)), error
     except Exception as error:
-        log.exception("the run failed")
-        failure, cause = Failure("".join(traceback.format_exception_only(error)).strip()), error
+        log.exception(f"the run failed: {why(error)}")
+        failure, cause = Failure(why(error)), error
     else:
         return
     failure.write(folder)
@@ -74,6 +79,28 @@ def main(cfg: DictConfig) -> None:
 
         mirror.skip(OmegaConf.to_container(cfg), folder, OmegaConf.to_container(cfg.wandb), failure.reason)
     raise RunFailed(failure.reason) from cause
+
+
+def dispatch(config: Config, folder: Path) -> None:
+    """Do a run in this process, or in several that share it. Raises what the run raises, TeamFailed for several."""
+    hydra = HydraConfig.get()
+    origin = Origin.of(hydra, config.bundle)
+    if config.dispatch == "separate" and hydra.mode == RunMode.RUN:
+        raise ConfigProblems([ALONE, *validate(config)])
+    count = 1 if any(dispatch_problems(config.dispatch, config.model.device)) else process_count(config)
+    if count == 1:
+        from dqx.run import run
+
+        run(config, folder, origin)
+        return
+    problems = validate(config)
+    if problems:
+        raise ConfigProblems(problems)
+    from dqx.workers.messages import Job
+    from dqx.workers.team import share
+
+    logging_settings = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    share(Job(config, folder.absolute(), origin, count, logging_settings))
 
 
 def in_wandb_sweep() -> bool:
@@ -106,6 +133,12 @@ def plain(problems: list[str]) -> str:
 
 def launch(developer: bool = False) -> int:
     """Do what the command line says and tell how it ended, to developers with tracebacks. Returns the exit code."""
+    signal.signal(signal.SIGTERM, interrupt)
+    others = os.environ.get("WORLD_SIZE", "1")
+    if others != "1":  # set by accelerate launch and torchrun
+        if os.environ.get("RANK") == "0":
+            print(plain([STARTED.format(others)]), file=sys.stderr)
+        return 2
     try:
         sys.argv[1:] = replayed(normalize(sys.argv[1:]))
         with without_output_folders(sys.argv):
@@ -114,7 +147,7 @@ def launch(developer: bool = False) -> int:
         if developer:
             traceback.print_exception(error)
     except KeyboardInterrupt:
-        print_finished()
+        print_summary(interrupted=True)
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -124,35 +157,35 @@ def launch(developer: bool = False) -> int:
         if mistake:
             print(plain(explain(error)), file=sys.stderr)
             return 2
-        print_finished()
-        return exit_code() or 1
+        return print_summary() or 1
     if planned:
         from dqx.planning import print_plan
 
         print_plan(planned)
         return 0
-    print_finished()
-    return exit_code()
+    return print_summary()
 
 
-def print_finished() -> None:
-    """The table of a sweep: the runs that have results."""
+def interrupt(*_: object) -> None:
+    """A request to end is obeyed as Ctrl-C is."""
+    raise KeyboardInterrupt
+
+
+def print_summary(interrupted: bool = False) -> int:
+    """What became of the runs of a sweep: results of those that have some, the state of all. Returns the exit code."""
     failed = failures(launched)
-    finished = [folder for folder in launched if folder not in failed]
-    if len(finished) > 1:
-        from dqx.report import print_sweep
+    if len(launched) > 1:
+        from dqx.report import print_outcomes, print_sweep
         from dqx.store import RunFolder
 
-        print_sweep([RunFolder(folder).read(documents=False) for folder in finished])
-
-
-def exit_code() -> int:
-    """List the runs of a sweep that failed, and say what all of them together mean."""
-    failed = failures(launched)
-    if failed and len(launched) > 1:
-        print(f"{len(failed)} of {len(launched)} runs failed:", file=sys.stderr)
-        for folder, failure in failed.items():
-            print(f"  {folder.name}: {failure.reason}", file=sys.stderr)
+        finished = [folder for folder in launched if folder not in failed]
+        if len(finished) > 1:
+            print_sweep([RunFolder(folder).read(documents=False) for folder in finished])
+        print_outcomes(outcomes(launched, interrupted))
+        if failed and not interrupted:
+            print(f"{len(failed)} of {len(launched)} runs failed:", file=sys.stderr)
+            for folder, failure in failed.items():
+                print(f"  {folder.name}: {failure.reason}", file=sys.stderr)
     if any(not failure.refused for failure in failed.values()):
         return 1
     return 2 if failed and not in_wandb_sweep() else 0

@@ -15,6 +15,7 @@ import torch
 
 from dqx.calib import calib_problems
 from dqx.config import Config, as_part
+from dqx.dispatch import dispatch_problems
 from dqx.evaluate.problems import task_problems
 from dqx.masking import masking_problems
 from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect
@@ -39,6 +40,7 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
     found = [*_number_problems(config), *_name_problems(config)]
     if arch is None:
         found += device_problems(config.model.device)
+    found += dispatch_problems(config.dispatch, config.model.device, here=arch is None)
     if not config.model.sampler:
         found.append("model.sampler is empty; choose a model, or set its _target_")
     sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
@@ -125,6 +127,8 @@ def _number_problems(config: Config) -> Iterator[str]:
     }
     if config.cache_max_gb is not None and not config.cache_max_gb >= 0:
         yield f"cache_max_gb={config.cache_max_gb} must be 0 or more, or null for no limit"
+    if config.hang_minutes is not None and not config.hang_minutes > 0:
+        yield f"hang_minutes={config.hang_minutes:g} must be above 0, or null for no limit"
     for key, number in above_zero.items():
         if not (number > 0 and math.isfinite(number)):
             yield f"{key}={number} must be a number above 0"

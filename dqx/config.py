@@ -168,6 +168,8 @@ class Config:
     cache_max_gb: float | None = 100.0  # 10^9 bytes; what was not used for longest makes room; null: no limit
     keep_quantized: bool = True  # false: no quantized weights in the cache, only what was measured on them
     reuse: bool = True  # false: compute everything afresh, and keep it
+    dispatch: str = "auto"  # auto, shared, separate or a number: how runs use the GPUs of a machine (dqx/dispatch.py)
+    hang_minutes: float | None = 60.0  # when no process of a run has moved for so long it is ended; null: never
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/planning)
@@ -293,6 +295,22 @@ def resolve(cfg: DictConfig) -> Config:
         raise ConfigProblems([*problems, *explain(error)]) from error
     assert isinstance(config, Config)
     return config
+
+
+def restored(values: Mapping[str, Any]) -> Config:
+    """The configuration of which `asdict` made plain values."""
+    cfg = OmegaConf.merge(OmegaConf.structured(Config), literal(values))
+    assert isinstance(cfg, DictConfig)
+    return resolve(cfg)
+
+
+def literal(value: Any) -> Any:
+    """`value` with what OmegaConf would take for an interpolation escaped."""
+    if isinstance(value, Mapping):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def select(*, method: str, bits: str | int, model: ModelConfig | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -1,20 +1,28 @@
 """What became of the runs of one launch, in whichever process or on whichever machine they ran.
 
 Nothing is told through memory: in a run's folder `results.json` stands for a finished run, `failure.json` says why a
-run ended without one, and a run that left neither was killed or never started.
+run ended without one, and a run that left neither was killed or never started. What an earlier launch has left in the
+folder does not count.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FILE = "failure.json"
+RESULTS = "results.json"
+LOG = "run.log"
 
-#: The run folders of this process's launch, in order; the sweeper and single runs fill it in.
+#: Settings that take less memory when they are lower, by what they make smaller.
+SMALLER = "likelihood.batch_tokens (likelihoods), calib.length (quantization), outliers.samples, fidelity.samples"
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
+
+#: The run folders of this process's launch, in order; the sweepers and single runs fill it in.
 launched: list[Path] = []
+_found: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were there before, by what changes with them
 
 
 @dataclass(frozen=True)
@@ -30,16 +38,83 @@ class Failure:
         write_json(folder / FILE, asdict(self))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, reused (nothing had to be computed), failed, refused, interrupted, not started."""
+
+    state: str
+    reason: str = ""
+
+
 class RunFailed(Exception):
     """A run has failed and said so. Stands for the error itself, which another process may be unable to unpickle."""
+
+
+def expect(folders: Iterable[Path]) -> None:
+    """The runs of these folders are launched now."""
+    for folder in folders:
+        launched.append(folder)
+        _found.update({(folder, name): _state(folder / name) for name in (FILE, RESULTS, LOG)})
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _is_new(folder: Path, name: str) -> bool:
+    """Whether a file is of this launch."""
+    state = _state(folder / name)
+    return state is not None and state != _found.get((folder, name))
 
 
 def failures(folders: Sequence[Path]) -> dict[Path, Failure]:
     """The runs without results, and why."""
     found = {}
     for folder in folders:
-        if (folder / FILE).exists():
+        if _is_new(folder, FILE):
             found[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
-        elif not (folder / "results.json").exists():
-            found[folder] = Failure("it was killed" if folder.exists() else "it did not start")
+        elif not _is_new(folder, RESULTS):
+            found[folder] = Failure("it was killed" if _has_started(folder) else "it did not start")
     return found
+
+
+def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, Outcome]:
+    """How every run ended; `interrupted` is whether the launch was."""
+    failed = failures(folders)
+    return {folder: _outcome(folder, failed.get(folder), interrupted) for folder in folders}
+
+
+def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> Outcome:
+    if failure is None:
+        return Outcome("reused" if _is_reused(folder) else "finished")
+    if _is_new(folder, FILE):
+        return Outcome("refused" if failure.refused else "failed", failure.reason)
+    if not _has_started(folder):
+        return Outcome("not started")
+    return Outcome("interrupted") if interrupted else Outcome("failed", failure.reason)
+
+
+def _has_started(folder: Path) -> bool:
+    return _is_new(folder, LOG) if _found.get((folder, LOG)) else folder.exists()
+
+
+def _is_reused(folder: Path) -> bool:
+    """Whether a finished run had nothing to compute."""
+    tasks = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["tasks"].values()
+    return all(task[side].get("source") == "reused" for task in tasks for side in ("full_precision", "quantized"))
+
+
+def why(error: BaseException) -> str:
+    """An error in one line; where memory was short, with what takes less."""
+    import traceback
+
+    told = "".join(traceback.format_exception_only(error)).strip()
+    first = f"{type(error).__name__}: {told.partition(': ')[2] or 'no message'}".splitlines()[0]
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if short or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)):
+        return f"out of memory ({first}); lower what takes memory: {SMALLER}"
+    return told

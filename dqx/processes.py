@@ -1,7 +1,7 @@
 """The processes that share a run, one per GPU: which one this is, what they tell each other, who does what.
 
-`accelerate launch --multi_gpu --num_processes N` starts them, on a machine without GPUs with ACCELERATE_USE_CPU=true in
-the environment (`--cpu` would start a single one). A process alone is the main one, and nothing here waits.
+accelerate starts them (`dqx/workers/`), on a machine without GPUs with ACCELERATE_USE_CPU=true in the environment. A
+process alone is the main one, and nothing here waits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, parse_flag_from_env
 from torch import nn
 
 #: How long a process waits for another one: the main one may wait for a run elsewhere that computes the same.
@@ -24,7 +24,23 @@ PATIENCE = timedelta(days=7)
 
 def state() -> PartialState:
     """accelerate's view of this process; the first call connects it with the others."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+class Lost(RuntimeError):
+    """Another process of this run is gone, and with it what this one was to hear from it."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """For what all processes do at once. Raises Lost where one of them is no longer there."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's and NCCL's
+        raise Lost(f"another process of this run is gone ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -40,11 +56,22 @@ class Processes:
 
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, by rank."""
-        return list(gather_object([value])) if self.count > 1 else [value]
+        if self.count == 1:
+            return [value]
+        with together():
+            return list(gather_object([value]))
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value."""
-        return broadcast_object_list([value])[0] if self.count > 1 else value
+        if self.count == 1:
+            return value
+        with together():
+            return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        with together():
+            state().wait_for_everyone()
 
 
 def processes() -> Processes:
@@ -56,8 +83,12 @@ def processes() -> Processes:
 @contextmanager
 def main_first() -> Iterator[None]:
     """The main process does this before the others, which then find what it has fetched."""
-    with state().main_process_first():
-        yield
+    team = processes()
+    if not team.main:
+        team.wait()
+    yield
+    if team.main:
+        team.wait()
 
 
 def one_model(model: nn.Module, digest: Callable[[nn.Module], str]) -> list[str]:
@@ -69,8 +100,9 @@ def one_model(model: nn.Module, digest: Callable[[nn.Module], str]) -> list[str]
     team = processes()
     if team.count == 1 or len(set(team.gather(digest(model)))) == 1:
         return []
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data.copy_(broadcast(tensor.data))
+    with together():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data.copy_(broadcast(tensor.data))
     if len(set(team.gather(digest(model)))) > 1:
         raise RuntimeError("the processes of this run quantized the model differently; use one process")
     return ["the processes rounded differently while quantizing: all went on with the main one's model"]

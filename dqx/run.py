@@ -7,8 +7,6 @@ the main one alone keeps, prints and records.
 from __future__ import annotations
 
 import logging
-import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from torch import Tensor
 
-from dqx import activations, fidelity, mirror, report, store
+from dqx import activations, fidelity, heartbeat, mirror, report, store
 from dqx.cache import keys
 from dqx.cache.journal import Journal
 from dqx.cache.keys import Key
@@ -32,7 +28,7 @@ from dqx.cache.space import make_room
 from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
-from dqx.config import GROUPS, Config, ConfigProblems, build, validate
+from dqx.config import Config, ConfigProblems, build, validate
 from dqx.denoising import Rollout, State, schedule, spread, write
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
@@ -41,6 +37,7 @@ from dqx.evaluate.text import text_windows
 from dqx.masking import calibration_states
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
+from dqx.origin import Origin
 from dqx.processes import main_first, processes
 from dqx.quant.transforms.rotate import rotated
 from dqx.sharing.against import Against
@@ -49,16 +46,16 @@ from dqx.subjects import MadeAnew, Subject, Subjects
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: str | Path | None = None) -> store.Record:
-    """Run one configuration and leave its record in `folder` (None: Hydra's output folder).
+def run(config: Config, folder: str | Path, origin: Origin | None = None) -> store.Record:
+    """Run one configuration and leave its record in `folder`. `origin` says where it comes from.
 
     Raises ConfigProblems before anything is loaded when the configuration cannot work.
     """
     problems = validate(config)
     if problems:
         raise ConfigProblems(problems)
-    main = processes().main
-    output = store.RunFolder(folder or HydraConfig.get().runtime.output_dir)
+    main, origin = processes().main, origin or Origin()
+    output = store.RunFolder(folder)
     timings: dict[str, float] = {}
 
     with stage("read the data", timings), main_first():
@@ -123,8 +120,8 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
         timings=timings,
         sources={"full_precision": before.sources, "quantized": after.sources},
-        choices=_choices() or (shared.record.choices if shared else {}),
-        command=_command(config.bundle),
+        choices=origin.choices or (shared.record.choices if shared else {}),
+        command=origin.command,
         warnings=[
             *once.store.warnings,
             *_notes(after.results),
@@ -139,7 +136,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
         output.write(record)
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if config.wandb.checkpoint else None
     if main:
-        record.mirror = mirror.log(record, output.path, config.wandb, group=_sweep(), checkpoint=weights)
+        record.mirror = mirror.log(record, output.path, config.wandb, group=origin.sweep, checkpoint=weights)
         output.write_results(record)
         report.print_mirror(record)
         if weights:
@@ -153,6 +150,7 @@ def run(config: Config, folder: str | Path | None = None) -> store.Record:
 @contextmanager
 def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     """Say what is going on, and note how many seconds it took."""
+    heartbeat.stage(name)
     if processes().main:
         log.info(name)
     started = time.perf_counter()
@@ -392,31 +390,3 @@ def _checkpoint(subjects: Subjects, record: store.Record, folder: Path) -> Path 
 
 def _notes(results: dict[str, TaskResult]) -> list[str]:
     return [f"{name}: {note}" for name, result in results.items() for note in result.notes]
-
-
-def _choices() -> dict[str, str]:
-    """The config file chosen in each group, where Hydra composed the run."""
-    if not HydraConfig.initialized():
-        return {}
-    chosen = HydraConfig.get().runtime.choices
-    return {group: str(chosen[group]) for group in GROUPS if chosen.get(group) is not None}
-
-
-def _command(bundle: str | None = None) -> str | None:
-    """The command line that repeats this run alone, also out of a sweep and with a team's own folder of configs."""
-    if not HydraConfig.initialized():
-        return None
-    hydra = HydraConfig.get()
-    team = os.environ.get("DQX_CONFIG_PATH")
-    folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    parts = ["python", "launch.py", *(["--from", bundle] if bundle else [])]
-    parts += [f"--config-dir={folder}" for folder in folders]
-    parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
-    return (f"DQX_CONFIG_PATH={shlex.quote(team)} " if team else "") + shlex.join([*parts, *hydra.overrides.task])
-
-
-def _sweep() -> str | None:
-    """The name of the sweep this run belongs to: its folder's."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return Path(HydraConfig.get().sweep.dir).name

@@ -128,7 +128,11 @@ class RunFolder:
         self.path = Path(path)
 
     def start(self, config: Any, environment: Mapping[str, Any]) -> None:
-        """Write config.yaml and environment.json, so that a run that fails later has left what it was."""
+        """Write config.yaml and environment.json, so that a run that fails later has left what it was.
+
+        Results that an earlier run has left here are removed: they are not of this one.
+        """
+        (self.path / "results.json").unlink(missing_ok=True)
         text = yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True)
         write_text(self.path / "config.yaml", text)
         write_json(self.path / "environment.json", environment)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 from dqx.api import DiffusionLM, load
 from dqx.cache.journal import Journal
 from dqx.cache.keys import Key, model_digest
-from dqx.config import CONF_DIR, compose, resolve
+from dqx.config import compose, resolve
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.sitting import Document, Sitting
@@ -197,24 +195,3 @@ def test_a_document_with_another_text_is_not_taken_from_the_journal(tmp_path: Pa
     again = Sitting(changed, [1, 1, 1], Journal(tmp_path / "task", KEY))
     assert again.known == {2: "c"}
     assert again.todo == [0, 1]
-
-
-@pytest.mark.slow
-def test_accelerate_launches_a_run_of_two_processes(tmp_path: Path) -> None:
-    """The real launcher, on CPUs: one record, from which both processes have worked."""
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    overrides = ["method=rtn", "task=nano_sums", "task.limit=4", "fidelity.samples=0", "wandb.mode=disabled"]
-    places = [f"cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, "launch.py", *overrides, *places],
-        cwd=CONF_DIR.parent,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Record:") == 1
-    found = RunFolder(tmp_path / "run").read()
-    assert found.environment["processes"] == 2
-    same(found.full_precision["nano_sums"].to_dict(), evaluated(load("nano_llada"), "nano_sums", limit=4))

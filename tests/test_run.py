@@ -7,10 +7,9 @@ import sys
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 
-from dqx import run as stages
 from dqx.config import CONF_DIR, compose, resolve
+from dqx.origin import Origin
 from dqx.run import run
 from dqx.store import RunFolder
 
@@ -118,10 +117,8 @@ def test_the_command_to_repeat_a_run_has_a_teams_folder(tmp_path, monkeypatch):
     overrides = ["method=rtn", "bits=w4", f"hydra.searchpath=[{tmp_path}]", "hydra.mode=MULTIRUN"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         hydra = hydra_compose("config", overrides, return_hydra_config=True)
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    HydraConfig.instance().set_config(hydra)
     expected = f"DQX_CONFIG_PATH='our configs' python launch.py 'hydra.searchpath=[{tmp_path}]' method=rtn bits=w4"
-    assert stages._command() == expected
+    assert Origin.of(hydra.hydra).command == expected
 
 
 @pytest.mark.slow

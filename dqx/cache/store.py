@@ -25,9 +25,11 @@ from torch import Tensor
 
 from dqx.cache.journal import Journal
 from dqx.cache.keys import Key, digest, tensor_digest
+from dqx.heartbeat import beat
 from dqx.store import jsonable, write_json
 
 log = logging.getLogger(__name__)
+WAIT = 1.0  # seconds between two signs of life
 T = TypeVar("T")
 
 
@@ -132,7 +134,10 @@ class Store:
                 lock.acquire(blocking=False)
             except Timeout:
                 log.info(f"  another run computes {key.name}, with the same settings: waiting for it")
-                lock.acquire()
+                while not lock.is_locked:
+                    beat()  # who waits does not hang
+                    with suppress(Timeout):
+                        lock.acquire(timeout=WAIT)
         except OSError as error:
             self.warn(f"{lock.lock_file} cannot be locked: other runs may compute the same ({error})")
         try:

@@ -32,6 +32,7 @@ class ParetoSweeper(Sweeper):
     ):
         super().__init__(max_batch_size=None, params=params)
         self.trials, self.batch, self.sampler, self.seed = trials, batch, sampler, seed
+        self.at_once = batch
         self.minimize, self.maximize = list(minimize), list(maximize)
 
     def sweep(self, arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqx.heartbeat import beat
 from dqx.models.cache import KVCache
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -181,6 +182,7 @@ class Block(nn.Module):
         reuse: Reuse | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
+        beat()
         mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read)
         x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -23,6 +23,7 @@ from dqx.deltas import Delta, headline, judged
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.names import method_label
+from dqx.outcomes import Outcome
 from dqx.store import SIDES, Record
 
 #: Rules across, nothing down: head, head rule, rows, section rule, foot.
@@ -33,6 +34,7 @@ COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
 UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
 )
+STATES = {"finished": "green", "reused": "green", "interrupted": "yellow", "not started": "yellow"}
 VERDICTS = {statistics.UNDECIDED: "unclear"}
 
 
@@ -74,6 +76,18 @@ def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
         "Verdict: unclear where chance could explain the delta; corrected for the number of runs in the table.",
     ):
         console.print(Text(line, style="dim"))
+
+
+def print_outcomes(outcomes: Mapping[Path, Outcome], file: TextIO | None = None) -> None:
+    """Print what became of every run of a sweep, by its folder."""
+    file = file or sys.stdout
+    table = _table(("run", "left"), ("state", "left"))
+    table.add_column("reason", overflow="fold")
+    for folder, outcome in outcomes.items():
+        table.add_row(folder.name, Text(outcome.state, style=STATES.get(outcome.state, "red")), outcome.reason)
+    console = Console(file=file, highlight=False, emoji=False)
+    console.print()
+    console.print(table)
 
 
 def sweep_table(records: Sequence[Record]) -> Table:

@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqx.config import CONF_DIR, GROUPS, ConfigProblems
+from dqx.config import CONF_DIR, GROUPS, ConfigProblems, literal
 from dqx.quant.bits import BitsConfig, label
 from dqx.sharing import bundle
 
@@ -76,21 +76,12 @@ def settings(shared: bundle.Bundle) -> dict[str, Any]:
         raise bundle.BundleError("config.yaml is no configuration of a run")
     main = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     ours = [entry for entry in main["defaults"] if isinstance(entry, dict) and str(*entry).startswith("override ")]
-    config = _literal(config)
+    config = literal(config)
     with suppress(OmegaConfBaseException):  # of another version of dqx: Hydra will name the key
         widths = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), config["bits"]))
         if isinstance(widths, BitsConfig) and label(widths) == widths.name:
             config["bits"]["name"] = "${bits_name:}"
     return {"defaults": ["schema", *ours, "_self_"], **config, "hydra": main["hydra"]}
-
-
-def _literal(value: Any) -> Any:
-    """`value` with what OmegaConf would take for an interpolation escaped."""
-    if isinstance(value, dict):
-        return {key: _literal(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_literal(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def shared_command(shared: bundle.Bundle) -> str:

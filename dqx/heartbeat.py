@@ -1,0 +1,62 @@
+"""Signs of life: where a run gets on with its work it says so, and whoever watches it can tell work from a hang.
+
+`beat` stands where work is done: after a block's forward, a generated program, while another run is waited for. Nothing
+beats by the clock alone. In a process that nobody watches it does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+EVERY = 0.5  # seconds between two notes
+
+_file: Path | None = None  # whose modification time is the last beat
+_last = 0.0
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a process has told: who it is, what it is doing, and when it last got on with it."""
+
+    pid: int
+    stage: str
+    moved: int  # nanoseconds, as the file system counts them
+
+
+def start(file: Path) -> None:
+    """Note from now on, in `file`, that this process is at work."""
+    global _file
+    _file = file
+    stage("starting")
+
+
+def stage(name: str) -> None:
+    """A new part of the run begins."""
+    if _file is not None:
+        new = _file.with_suffix(".new")
+        with suppress(OSError):  # the folder goes when the process that watches is gone
+            new.write_text(json.dumps([os.getpid(), name]), encoding="utf-8")
+            new.replace(_file)
+
+
+def beat() -> None:
+    """Some work has been done."""
+    global _last
+    if _file is not None and time.monotonic() - _last >= EVERY:
+        _last = time.monotonic()
+        with suppress(OSError):
+            os.utime(_file)
+
+
+def read(file: Path) -> Sign | None:
+    """What a process has told, None where it has not begun."""
+    try:
+        pid, name = json.loads(file.read_text(encoding="utf-8"))
+        return Sign(pid, name, file.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,302 @@
+"""Runs that several processes share, started by launch.py: the results of one process, and what becomes of mishaps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dqx import dispatch
+from dqx.config import CONF_DIR, compose, resolve, restored
+from dqx.dispatch import dispatch_problems, process_count, separate
+from dqx.evaluate.results import TaskResult
+from dqx.outcomes import why
+from dqx.run import run
+from dqx.store import Record, RunFolder
+
+ROOT, TESTS = CONF_DIR.parent, Path(__file__).parent
+RUN = [
+    *("method=rtn", "bits=w3a16", "method.rounding._target_=mishaps.Mishap", "task=[nano_facts,nano_sums]"),
+    *("task.limit=3", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled"),
+]
+
+
+def command(tmp_path: Path, *arguments: str) -> list[str]:
+    """The arguments, `-m` first where it is among them, after those that all runs have."""
+    places = [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    sweep = arguments[:1] == ("-m",)
+    first = arguments[:1] if sweep else (f"hydra.run.dir={tmp_path / 'run'}",)
+    return [sys.executable, "launch.py", *first, *RUN, *arguments[sweep:], *places]
+
+
+def environment(tmp_path: Path, **more: str) -> dict[str, str]:
+    """Temporary files, whose names processes have on their command lines, lie in the test's own folder."""
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    path = os.pathsep.join([str(ROOT), str(TESTS)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp"), **more}
+
+
+def launch(tmp_path: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The launch from its start to its end, which leaves nothing behind."""
+    done = subprocess.run(
+        command(tmp_path, *arguments), cwd=ROOT, capture_output=True, text=True, env=environment(tmp_path, **more)
+    )
+    nothing_is_left(tmp_path)
+    return done
+
+
+def launched(tmp_path: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    """A launch that goes on, in a process group of its own, as in a terminal."""
+    return subprocess.Popen(
+        command(tmp_path, *arguments),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path, **more),
+        start_new_session=True,
+    )
+
+
+def living(tmp_path: Path) -> list[str]:
+    """The command lines of processes that work for this test."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode(errors="replace").replace("\0", " ")
+        except OSError:
+            continue
+        if str(tmp_path) in line and int(path.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def nothing_is_left(tmp_path: Path) -> None:
+    wait_for(lambda: not living(tmp_path))
+    assert not [path.name for path in (tmp_path / "tmp").iterdir() if path.name.startswith("dqx-")]
+
+
+def same(found: Record, expected: Record) -> None:
+    """Equal results: predictions and scores to the letter, likelihoods but for rounding."""
+    for side in ("full_precision", "quantized"):
+        for name, other in getattr(expected, side).items():
+            one: TaskResult = getattr(found, side)[name]
+            assert one.value == pytest.approx(other.value, rel=1e-5)
+            for a, b in zip(one.documents, other.documents, strict=True):
+                assert (a.doc_id, a.prediction, a.score) == (b.doc_id, b.prediction, b.score)
+                assert a.log_likelihoods == (b.log_likelihoods and pytest.approx(b.log_likelihoods, rel=1e-5))
+
+
+def alone(tmp_path: Path) -> Record:
+    """What a single process gives, computed in this one."""
+    overrides = [*RUN, "+method.rounding.kind=none", f"cache_dir={tmp_path / 'alone' / 'cache'}"]
+    return run(resolve(compose(overrides)), tmp_path / "alone" / "run")
+
+
+def failure(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "failure.json").read_text())
+
+
+def test_shared_runs_are_those_of_one_process_and_one_that_is_killed_takes_no_other_along(tmp_path: Path) -> None:
+    done = launch(tmp_path, "-m", "dispatch=2", "+method.rounding.kind=killed,none")
+    assert done.returncode == 1, done.stderr
+    killed, finished = (tmp_path / "sweep" / f"{i}-nano_llada-rtn-w3a16" for i in range(2))
+    found = RunFolder(finished).read()
+    same(found, alone(tmp_path))
+    assert found.environment["processes"] == 2
+    assert found.command.startswith("python launch.py method=rtn")
+    assert found.choices["bits"] == "w3a16"
+    reason = "process 2 of 2 was killed (signal 9; usually the machine ran out of memory)"
+    assert failure(killed) == {"reason": reason, "refused": False}
+    assert not (killed / "results.json").exists()
+    assert f"1 of 2 runs failed:\n  {killed.name}: {reason}\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("Record:") == 1
+    states = [line.split() for line in done.stdout.splitlines()]
+    assert [killed.name, "failed", "process", "2"] in [words[:4] for words in states]
+    assert [finished.name, "finished"] in states
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_results_of_one(tmp_path: Path) -> None:
+    done = launch(tmp_path, "dispatch=3", "+method.rounding.kind=none")
+    assert done.returncode == 0, done.stderr
+    found = RunFolder(tmp_path / "run").read()
+    assert found.environment["processes"] == 3
+    same(found, alone(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("killed", "process 2 of 2 was killed (signal 9; usually the machine ran out of memory)"),
+        ("raises", "process 2 of 2 failed: ValueError: too hot"),
+        ("memory", "process 2 of 2 failed: out of memory (RuntimeError: "),
+        ("hangs", "it hung: nothing moved for 0.3 minutes (process 1 in 'quantize' since "),
+    ],
+)
+def test_a_mishap_ends_the_run_which_completes_when_it_is_started_again(tmp_path: Path, kind: str, reason: str) -> None:
+    """Results that an earlier run has left in the folder do not stand for this one."""
+    over, arguments = tmp_path / "over", ("dispatch=2", f"+method.rounding.kind={kind}", "hang_minutes=0.3")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    done = launch(tmp_path, *arguments, MISHAP_OVER=str(over))
+    assert done.returncode == 1, done.stderr
+    assert failure(tmp_path / "run")["reason"].startswith(reason)
+    assert f"the run failed: {reason}" in done.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert reason in log
+    if kind in ("raises", "memory"):
+        assert "Traceback (most recent call last)" in log
+        assert f"in {kind}\n" in log  # where it was raised
+    elif kind == "hangs":
+        assert "mishaps.py" in log.partition("most recent call first")[2]  # where it hung
+    over.touch()
+    done = launch(tmp_path, *arguments, MISHAP_OVER=str(over))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run" / "failure.json").exists()
+    found = RunFolder(tmp_path / "run").read()
+    assert set(found.sources["full_precision"].values()) == {"reused"}  # computed before the mishap
+    same(found, alone(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_launch(tmp_path: Path, end: signal.Signals) -> None:
+    """Ctrl-C, which the terminal sends to the whole group; a polite request, and a rude one, to launch.py alone."""
+    arguments = ("-m", "dispatch=2", "+method.rounding.kind=hangs,none")
+    with launched(tmp_path, *arguments) as process:
+        log = tmp_path / "sweep" / "0-nano_llada-rtn-w3a16" / "run.log"
+        wait_for(lambda: log.exists() and "quantizing" in log.read_text())
+        (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
+        _, told = process.communicate(timeout=30)
+    if end == signal.SIGKILL:
+        wait_for(lambda: not living(tmp_path))
+        return
+    nothing_is_left(tmp_path)
+    assert process.returncode == 130
+    assert told.rstrip().endswith("interrupted")
+    assert "Traceback" not in told
+    assert not list((tmp_path / "sweep").glob("*/failure.json"))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_end_with_launch(tmp_path: Path) -> None:
+    """dispatch=separate starts launchers and runs as processes; all of them go on SIGTERM."""
+    pytest.importorskip("submitit")
+    over = tmp_path / "over"
+    arguments = ("-m", "dispatch=separate", "+method.rounding.kind=hangs,none")
+    with launched(tmp_path, *arguments, MISHAP_OVER=str(over)) as process:
+        log = tmp_path / "sweep" / "0-nano_llada-rtn-w3a16" / "run.log"
+        wait_for(lambda: log.exists() and "quantizing" in log.read_text())
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    wait_for(lambda: not living(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_processes_find_is_told_once(tmp_path: Path) -> None:
+    done = launch(tmp_path, "dispatch=2", "outliers.samples=1", "calib.samples=1000000")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("cannot run: calib.text=nano: ") == 1
+    assert "Traceback" not in done.stderr
+    assert failure(tmp_path / "run")["refused"]
+
+
+def test_launch_under_accelerate_says_what_to_write(tmp_path: Path) -> None:
+    """Every process it starts would be a launch of its own."""
+    for rank, told in (("0", "cannot run: launch.py starts the processes that share a run itself"), ("1", "")):
+        done = launch(tmp_path, WORLD_SIZE="2", RANK=rank)
+        assert done.returncode == 2
+        assert done.stderr.startswith(told)
+        assert bool(done.stderr) == bool(told)
+
+
+@pytest.mark.slow
+def test_a_single_run_cannot_be_separate(tmp_path: Path) -> None:
+    done = launch(tmp_path, "dispatch=separate", "seed=-1")
+    assert done.returncode == 2
+    assert "cannot run, 2 problems" in done.stderr
+    assert "dispatch=separate gives each run of a sweep a GPU of its own" in done.stderr
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("way", "device", "problem"),
+    [
+        ("auto", "auto", None),
+        ("4", "auto", None),
+        ("8", "cpu", None),
+        ("5", "auto", "dispatch=5, but 4 GPUs are visible here; give 4 or less, or model.device=cpu"),
+        ("2", "cuda:1", "dispatch=2, but model.device=cuda:1 is a single GPU; write model.device=auto"),
+        ("0", "auto", "dispatch=0 must be 1 or more processes, or one of auto, shared, separate"),
+        ("-2", "cpu", "dispatch=-2 must be 1 or more processes, or one of auto, shared, separate"),
+        ("shred", "auto", "dispatch=shred is unknown; did you mean shared?"),
+    ],
+)
+def test_what_cannot_be_dispatched(way: str, device: str, problem: str | None) -> None:
+    found = list(dispatch_problems(way, device))
+    assert [p[: len(problem or "")] for p in found] == ([problem] if problem else [])
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_who_gets_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(*overrides: str) -> int:
+        return process_count(resolve(compose(list(overrides))))
+
+    assert count() == count("dispatch=shared") == 4
+    assert count("dispatch=2") == 2
+    assert count("model.device=cuda:1") == count("model.device=cpu") == 1
+    assert separate("auto", "auto", 2, ["method=rtn,gptq"])
+    assert separate("separate", "cpu", 2, [])
+    assert not separate("shared", "auto", 2, [])
+    assert not separate("2", "auto", 2, [])
+    assert not separate("auto", "auto", 1, [])  # a search that asks for one run at a time
+    assert not separate("auto", "auto", 2, ["dispatch=1,2"])
+    assert not separate("auto", "cuda:0", 2, [])
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert not separate("auto", "auto", 2, [])
+
+
+def test_a_configuration_survives_the_way_to_the_processes() -> None:
+    config = resolve(compose(["experiment=quick", "method=duquant", "cache_max_gb=.inf"]))
+    config.model.path = "/a/${b}"
+    assert restored(yaml.safe_load(yaml.safe_dump(asdict(config)))) == config
+
+
+def test_where_memory_was_short_the_reason_says_what_to_lower() -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")):
+        assert why(error).startswith(f"out of memory ({type(error).__name__}: ")
+        assert "likelihood.batch_tokens" in why(error)
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 50)
+    assert why(found.value).startswith("out of memory (RuntimeError: ")
+    assert why(ValueError("too hot")) == "ValueError: too hot"
