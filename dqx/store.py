@@ -306,8 +306,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file in the same way."""
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    """Write a safetensors file in the same way. Of tensors that share memory each gets its own."""
+    write_bytes(path, save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

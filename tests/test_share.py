@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import records
+import torch
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -158,6 +159,14 @@ def test_what_must_be_given_anew_is_asked_for_at_once(tmp_path: Path) -> None:
         replayed(["--from", str(path)])
     found = again(path, "data_root=elsewhere", "model.path=a/b")
     assert settings(found) == settings(config) | {"data_root": "elsewhere", "model": settings(found)["model"]}
+
+
+def test_activations_stay_behind(tmp_path: Path) -> None:
+    run = records.record(activations={"quantized/0/mlp_out/channel_max": torch.ones(4)})
+    members = contents(run)[0]
+    bundle.write(tmp_path / "a.zip", {}, members)
+    read = RunFolder(bundle.read(tmp_path / "a.zip").unpack(tmp_path / "unpacked")).read()
+    assert (dict(read.activations), read.fidelity) == ({}, run.fidelity)
 
 
 def test_texts_of_documents_are_optional(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def test_folder_reads_back_equal(tmp_path):
 
 
 def test_activations_are_read_when_asked_for(tmp_path):
-    tensors = {f"{side}/0/mlp_out/channel_max": torch.rand(24) for side in store.SIDES}
+    same = torch.rand(24)  # of a method that changed nothing
+    tensors = {f"{side}/0/mlp_out/channel_max": same for side in store.SIDES}
     folder = RunFolder(tmp_path)
     folder.write(record(activations=tensors))
     found = folder.read().activations

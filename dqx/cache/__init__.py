@@ -14,7 +14,10 @@
     runs/cache/quantized/<name>-<digest>.json          report and digest of a quantized model
     runs/cache/quantized/<name>-<digest>/              the model (dqx/quant/saved.py)
     runs/cache/outliers/<name>-<digest>.json           outlier statistics of a model
-    runs/cache/predictions/<name>-<digest>.safetensors what `fidelity` compares
+    runs/cache/activations/<name>-<digest>.safetensors channel maxima and activation surfaces that go with them
+    runs/cache/denoising/<name>-<digest>.safetensors   answers of full precision in all their states
+    runs/cache/predictions/<name>-<digest>.safetensors what full precision says, for others to be compared with
+    runs/cache/fidelity/<name>-<digest>.json           how far a quantized model is from that
     runs/cache/calibration/<name>-<digest>.safetensors rollouts: calibration states that the model wrote itself
 
 So a sweep over steps or tasks quantizes once for each method and width, and a run of which everything is there loads no

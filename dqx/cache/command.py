@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("action", nargs="?", choices=("list", "verify", "prune"), default="list")
     parser.add_argument("--dir", type=Path, default=Path("runs/cache"), help="the cache's folder")
-    parser.add_argument("--kind", help="only these: results, quantized, outliers, predictions, calibration")
+    parser.add_argument("--kind", help="only these: results, quantized, outliers, predictions, fidelity, ...")
     parser.add_argument("--max-gb", type=float, help="prune: 10^9 bytes that may stay")
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="prune: only what was not used for so long")
     options = parser.parse_args(argv)

@@ -4,8 +4,9 @@
 
 The bundle has the resolved configuration, so that whoever runs it needs neither the config files of a team nor those
 of the same version. Documents are in it as scores and digests of their texts, enough to tell which predictions are
-identical; `--documents` puts in the texts. Nothing in it says on which machine or by whom it was made
-(`dqx/sharing/private.py`), except what `--documents` takes from the predictions themselves.
+identical; `--documents` puts in the texts. Activations by channel and token stay behind: whoever runs it makes them
+again. Nothing in it says on which machine or by whom it was made (`dqx/sharing/private.py`), except what `--documents`
+takes from the predictions themselves.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def cleaned(record: Record, paths: Mapping[str, str]) -> tuple[Record, Cleaner]:
         command=record.command and cleaner.command(record.command),
         warnings=cleaner.value(record.warnings),
         mirror={"state": "not shared"},
+        activations={},
     )
 
     def without(result: TaskResult) -> TaskResult:
