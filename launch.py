@@ -63,8 +63,7 @@ def main(cfg: DictConfig) -> None:
     except (ConfigProblems, CheckpointError) as error:
         problems = explain(error)
         log.error(plain(problems))
-        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        failure, cause = Failure(problems[0] + more, refused=True), error
+        failure, cause = Failure.of(problems, refused=True), error
     except TeamFailed as error:
         log.error(f"the run failed: {error}\n{error.traceback}".rstrip())
         failure, cause = Failure(str(error)), error

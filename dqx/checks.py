@@ -18,7 +18,15 @@ from dqx.config import Config, as_part
 from dqx.dispatch import dispatch_problems
 from dqx.evaluate.problems import task_problems
 from dqx.masking import masking_problems
-from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect
+from dqx.models.checkpoint import (
+    FAMILIES,
+    PACKAGED,
+    Checkpoint,
+    CheckpointError,
+    inspect,
+    locate,
+    read_config,
+)
 from dqx.models.tokenizer import tokenizer_problem
 from dqx.models.transformer import Architecture
 from dqx.names import did_you_mean
@@ -83,6 +91,22 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
     if method is not None:
         found += method.problems(config.bits, checkpoint.arch)
     return _once(found)
+
+
+def problems_before_launch(config: Config, *, elsewhere: bool = False) -> list[str]:
+    """All problems of a run that this machine only launches, if it is computed `elsewhere`.
+
+    Then the device is not looked at, and of a checkpoint that is not here nothing but its config.json on the hub;
+    where that cannot be had, the run alone can tell.
+    """
+    if not elsewhere:
+        return problems(config)
+    try:
+        return problems(
+            config, read_config(locate(config.model.path, config.model.revision, files=("config.json",)))[1]
+        )
+    except CheckpointError:
+        return []
 
 
 def reads_text(config: Config, method: Method) -> bool:

@@ -32,6 +32,12 @@ class Failure:
     reason: str
     refused: bool = False  # a mistake in the configuration or the files it names, told before anything heavy started
 
+    @classmethod
+    def of(cls, problems: Sequence[str], *, refused: bool = False) -> Failure:
+        """The first of the problems, and how many there are besides."""
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        return cls(problems[0] + more, refused)
+
     def write(self, folder: Path) -> None:
         from dqx.store import write_json
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dqx.config import ConfigProblems
+from dqx.config import Config, ConfigProblems
 from dqx.names import did_you_mean
 from dqx.outcomes import failures
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL, SAMPLERS = "search.journal", ("tpe", "nsga2")
+COSTS = ("seconds", "memory", "outliers")  # objectives that only a run can tell
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,33 @@ def measure(folder: Path, objectives: Sequence[str]) -> Outcome:
         if (row := rows.get(name)) and row.low is not None and row.high is not None
     }
     return Outcome(folder.name, values, intervals, record.average_bits)
+
+
+def unknown_objectives(config: Config, names: Sequence[str]) -> list[str]:
+    """Those of the names that no run of this configuration will have in its summary, with the nearest that it will.
+
+    The summary of a made-up run of the same tasks says what there will be; what a run costs is not judged.
+    """
+    from dqx.evaluate.results import DocumentRow, TaskResult
+    from dqx.fidelity import RATIOS
+    from dqx.mirror import summary
+    from dqx.store import Record
+
+    rows = [DocumentRow(f"{i}", 0.0) for i in range(2)]
+    tasks = {
+        name: TaskResult(name, spec.category, spec.metric, 1.0, len(rows), rows)
+        for name, spec in config.task.suite.items()
+    }
+    distances = [{"mask_ratio": ratio, "divergence": 0.0, "agreement": 1.0} for ratio in RATIOS]
+    fidelity = {"by_mask_ratio": distances, "answers": {"agreement": 1.0}} if config.fidelity.samples else {}
+    made_up = Record(asdict(config), {}, {}, tasks, tasks, {"average_bits": 4.0}, fidelity=fidelity)
+    known = [name for name, value in summary(made_up).items() if isinstance(value, int | float)]
+    judged = [name for name in names if name.partition("/")[0] not in COSTS]
+    return [
+        f"{name} will be no number of a run's summary; {did_you_mean(name, sorted(known))}"
+        for name in judged
+        if name not in known
+    ]
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -303,18 +303,38 @@ def test_quick_experiment() -> None:
     assert (config.task.limit, config.calib.samples, config.method.name) == (2, 4, "rtn")
 
 
-def test_sweep_experiment_launches_its_runs_and_each_fails_in_plain_words(tmp_path: Path) -> None:
-    """A preset that is a sweep, with one width from the command line; mistakes are told per run and at the end."""
-    done = launch("experiment=nano_weight_only", "bits=4", "seed=-1", f"hydra.sweep.dir={tmp_path}")
+def test_what_no_run_of_a_sweep_can_do_stops_it(tmp_path: Path) -> None:
+    """A preset that is a sweep, with one width from the command line."""
+    done = launch("experiment=nano_weight_only", "bits=4", "seed=-1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert done.returncode == 2, done.stderr
-    assert "Launching 2 jobs" in done.stderr
-    assert done.stderr.count("seed=-1 must be 0 or more") == 4
-    assert "2 of 2 runs failed" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
-        "0-nano_llada-rtn-w4a16",
-        "1-nano_llada-gptq-w4a16",
-    ]
+    assert done.stderr == "cannot run: seed=-1 must be 0 or more\n"
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_every_name_that_does_not_exist_stops_a_sweep(tmp_path: Path) -> None:
+    done = launch("-m", "method=rtn,gptx", "bits=w3,w99", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert done.returncode == 2, done.stderr
+    assert "1. bits=w99 is no choice; " in done.stderr
+    assert "[method=rtn bits=w99]" in done.stderr
+    assert "2. method=gptx is no choice; did you mean gptq or gptaq? [method=gptx bits=w3" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_runs_that_cannot_work_are_told_before_the_first_starts_and_left_out(tmp_path: Path) -> None:
+    """One run of eight can: it is done, and the others are told twice, at the beginning with what they share."""
+    widths = ["bits.blocks.b0.weight=4,9", "steps=8,-1", "seed=0,-1"]
+    quick = ["method=rtn", "task=nano_sums", "task.limit=1", "outliers.samples=0", "fidelity.samples=0"]
+    places = [f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
+    done = launch("-m", *widths, *quick, *places)
+    assert done.returncode == 2, done.stderr
+    told, _, rest = done.stderr.partition("Launching 1 jobs")
+    assert told.startswith("7 of 8 runs cannot work and are left out:\n  1. seed=-1 must be 0 or more [")
+    assert told.count("bits.blocks.b0.weight=9 is no width dqx has") == 1
+    assert "++bits.blocks.b0.weight=9 steps.count=-1 seed=-1" in told
+    assert "7 of 8 runs failed:\n  1-nano_llada-rtn-" in rest
+    assert "(and 1 more)" in rest
+    assert (tmp_path / "0-nano_llada-rtn-w3a16-b0w4-8steps" / "results.json").exists()
+    assert len(list(tmp_path.glob("*/failure.json"))) == 7
 
 
 @pytest.mark.parametrize(

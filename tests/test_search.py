@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dqx.config import CONF_DIR, ConfigProblems
+from dqx.config import CONF_DIR, ConfigProblems, compose, resolve
 from dqx.launching.pareto import ParetoSweeper
-from dqx.search import Interval, Outcome, Search, dominates
+from dqx.search import Interval, Outcome, Search, dominates, unknown_objectives
 
 pytest.importorskip("optuna", reason="pip install -e '.[search]'")
 
@@ -124,13 +124,31 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPa
     assert trials == "hydra.sweeper.trials=0 must be 1 or more"
 
 
-def test_a_mistake_in_a_name_claims_no_folder(tmp_path: Path) -> None:
-    command = ["launch.py", "-m", "hydra/sweeper=pareto", "method=rtn", "method.clip.ration=interval(0.6,1.0)"]
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("method.clip.ration=interval(0.6,1.0)", "method.clip.ration is not set"),
+        (
+            "hydra.sweeper.maximize=[delta/averge]",
+            "hydra.sweeper.maximize: delta/averge will be no number of a run's summary; did you mean delta/average",
+        ),
+    ],
+)
+def test_a_mistake_in_a_name_claims_no_folder(tmp_path: Path, mistake: str, told: str) -> None:
+    command = ["launch.py", "-m", "hydra/sweeper=pareto", "method=rtn", "bits=3,4", mistake]
     command.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
     done = subprocess.run([sys.executable, *command], cwd=CONF_DIR.parent, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-3000:]
-    assert "method.clip.ration is not set" in done.stderr
+    assert told in done.stderr
     assert not (tmp_path / "sweep").exists()
+
+
+def test_objectives_are_those_of_the_tasks() -> None:
+    config = resolve(compose(["task=[nano_facts,nano_text]", "fidelity.samples=0"]))
+    good = ["average_bits", "delta/nano_facts", "delta/average", "nll/nano_text", "seconds", "memory/ram_gib"]
+    bad = ["accuracy/nano_text", "delta/nano_sums", "fidelity/divergence/0.5", "level/average"]
+    found = unknown_objectives(config, [*good, *bad])
+    assert [problem.partition(" ")[0] for problem in found] == bad
 
 
 def test_a_search_end_to_end(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
 from dqx.config import ConfigProblems
-from dqx.launching.sweeper import Sweeper
+from dqx.launching.sweeper import Sweeper, resolved
 from dqx.outcomes import launched
-from dqx.search import Interval, Outcome, Search, measure
+from dqx.search import Interval, Outcome, Search, measure, unknown_objectives
 
 
 class ParetoSweeper(Sweeper):
@@ -47,7 +47,9 @@ class ParetoSweeper(Sweeper):
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if not o.is_sweep_override()]
         space = {key: values(override) for key, override in by_key.items() if override.is_sweep_override()}
         some = [f"{key}={v.low if isinstance(v, Interval) else v[0]}" for key, v in space.items()]
-        self.hydra_context.config_loader.load_sweep_config(self.config, [*fixed, *some])  # mistakes claim no folder
+        problems = self.unknown_objectives([*fixed, *some])  # mistakes claim no folder
+        if problems:
+            raise ConfigProblems(problems)
         folder = Path(self.config.hydra.sweep.dir)
         search = Search(
             folder,
@@ -62,17 +64,24 @@ class ParetoSweeper(Sweeper):
         launched.extend(folder / outcome.folder for outcome in search.outcomes())
 
         def launch(points: list[list[str]]) -> list[Outcome]:
-            assert self.launcher is not None
-            first, jobs = len(launched), [[*fixed, *point] for point in points]
-            self.validate_batch_is_legal(jobs)
-            for run in launched[first:]:  # left by a search that was killed
-                (run / "results.json").unlink(missing_ok=True)
-            self.launcher.launch(jobs, initial_job_idx=first)
-            return [measure(run, list(search.objectives)) for run in launched[first:]]
+            runs = self.start(self.judge([[*fixed, *point] for point in points]))
+            return [measure(run, list(search.objectives)) for run in runs]
 
         search.run(self.trials, self.batch, launch)
         search.write()
         sys.stdout.write(f"\n{search.table()}\nSearch:  {folder / 'pareto.json'}\n")
+
+    def unknown_objectives(self, overrides: list[str]) -> list[str]:
+        """Those that a run of the search, here its first point, will not have."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        named = {"minimize": self.minimize, "maximize": self.maximize}
+        return [
+            f"hydra.sweeper.{goal}: {problem}"
+            for goal, names in named.items()
+            for problem in unknown_objectives(resolved(config), names)
+        ]
 
     def problems(self, arguments: Sequence[str]) -> list[str]:
         """What keeps a search from starting."""

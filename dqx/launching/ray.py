@@ -18,6 +18,11 @@ except ImportError:  # whoever chooses it is told (dqx/command_line.py)
 
 
 class RayLauncher(HydraRayLauncher):
+    @property
+    def elsewhere(self) -> bool:
+        """Whether runs may be computed on other machines than this one."""
+        return bool(self.ray_cfg.init.address)
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run every job; Ray finds the room."""
         import ray

@@ -81,7 +81,7 @@ def returned(number: int, job: Any) -> JobReturn:
 class SlurmLauncher(QueueLauncher):
     """All runs as one job array of Slurm."""
 
-    _EXECUTOR = "slurm"
+    _EXECUTOR, elsewhere = "slurm", True
 
     def queue(self) -> SlurmQueue:
         if shutil.which("sbatch") is None:

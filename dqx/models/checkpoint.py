@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,8 +72,8 @@ class Checkpoint:
         return sum(shapes[name].numel() for name in tensor_names(self.arch))
 
 
-def locate(path_or_id: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: the path itself, a packaged one, or the hub's snapshot of its data files.
+def locate(path_or_id: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder of a checkpoint: the path itself, a packaged one, or the hub's snapshot of these `files`.
 
     Raises CheckpointError where neither a folder nor a reachable hub repository is meant.
     """
@@ -92,7 +92,7 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
     except Exception as error:
         raise CheckpointError(
             f"{path_or_id} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
