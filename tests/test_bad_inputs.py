@@ -107,6 +107,12 @@ CONFIGURATIONS = [
     ("no steps", ["steps=0"], "steps.count=0 must be 1 or more"),
     ("no gain", ["model.outliers.gain=0"], "model.outliers.gain=0.0 must be a number above 0"),
     (
+        "no such block",
+        ["outliers.surfaces=[0,9]"],
+        r"outliers.surfaces=\[0, 9\] names blocks that the model has not: 9; it has 0 to 2",
+    ),
+    ("negative steps", ["outliers.steps=-1"], "outliers.steps=-1 must be 0 or more"),
+    (
         "negative temperature",
         ["model.sampler.temperature=-1"],
         r"model.sampler.temperature=-1 is not a number at least 0",

@@ -373,7 +373,14 @@ def test_a_trajectory_follows_the_length_of_the_windows():
 
 def test_the_record_tells_the_masking(tmp_path):
     overrides = ["calib=trajectory", "calib.rollout=true", "calib.samples=2", "calib.length=64", "calib.block_length=8"]
-    quick = ["task=nano_facts", "task.limit=1", "outliers.samples=1", "wandb.mode=disabled", f"cache_dir={tmp_path}/c"]
+    quick = [
+        "task=nano_facts",
+        "task.limit=1",
+        "outliers.samples=1",
+        "outliers.steps=2",
+        "wandb.mode=disabled",
+        f"cache_dir={tmp_path}/c",
+    ]
     record = run(resolve(compose([*overrides, *quick])), tmp_path / "run")
     said = json.loads((tmp_path / "run" / "results.json").read_text())["calibration"]
     assert (said["masking"], said["rollout"], said["gen_length"], said["steps"]) == ("trajectory", True, 32, 32)

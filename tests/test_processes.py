@@ -126,7 +126,7 @@ def test_a_process_that_is_killed_and_a_run_that_goes_on_with_another_number(
 def test_a_run_of_two_processes_leaves_one_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One writes, both know; the second run, of one process, finds everything in the cache."""
     small = ["method=gptq", "bits=3", "task=[nano_facts,nano_sums]", "task.limit=3", "wandb.mode=disabled"]
-    small += ["calib.samples=2", "calib.length=64", "outliers.samples=1", "fidelity.samples=1"]
+    small += ["calib.samples=2", "calib.length=64", "outliers.samples=1", "outliers.steps=2", "fidelity.samples=1"]
     config = resolve(compose([*small, f"cache_dir={tmp_path / 'cache'}"]))
 
     def both() -> Any:

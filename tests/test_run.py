@@ -13,7 +13,14 @@ from dqx.origin import Origin
 from dqx.run import run
 from dqx.store import RunFolder
 
-SMALL = ["task.limit=2", "calib.samples=2", "calib.length=64", "outliers.samples=2", "fidelity.samples=1"]
+SMALL = [
+    "task.limit=2",
+    "calib.samples=2",
+    "calib.length=64",
+    "outliers.samples=2",
+    "outliers.steps=2",
+    "fidelity.samples=1",
+]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Mean and central moments of any number of values, merged chunk by chunk in float64 (Pebay 2008, SAND2008-6212).
+"""Mean and central moments of any number of values, merged chunk by chunk in float64 (as Pebay 2008, SAND2008-6212).
 
 G groups of tokens, N tokens, C channels.
 """
@@ -29,17 +29,16 @@ class Moments:
         square = d * d
         rows = torch.stack((n, d.sum(1), square.sum(1), (square * d).sum(1), square.square_().sum(1)), dim=1)
         s = rows.sum(0, keepdim=True) if member is None else member.double() @ rows
-        self.sums = merged(self.sums, _central(s, pivot))
+        self.sums = united(torch.stack((self.sums, _central(s, pivot))))
 
     def merge(self, other: Moments) -> None:
         """Take in what another one has."""
-        self.sums = merged(self.sums, other.sums)
+        self.sums = united(torch.stack((self.sums, other.sums)))
 
     def total(self) -> Moments:
         """All groups as one."""
         found = Moments(1, self.sums.device)
-        for row in self.sums:
-            found.sums = merged(found.sums, row[None])
+        found.sums = united(self.sums[:, None])
         return found
 
     def of(self, group: int = 0) -> tuple[float, float, float | None]:
@@ -59,24 +58,20 @@ def _central(s: Tensor, pivot: Tensor) -> Tensor:
     return torch.stack((n, pivot + m, m2, m3, m4), dim=1)
 
 
-def merged(a: Tensor, b: Tensor) -> Tensor:
-    """Pebay's formulas for the union of two sets, group by group; of an empty one nothing comes."""
-    na, mean, a2, a3, a4 = a.unbind(1)
-    nb, other, b2, b3, b4 = b.unbind(1)
-    n = na + nb
-    whole = n.clamp(min=1)
-    gap = torch.where((na > 0) & (nb > 0), other - mean, 0.0)
+def united(parts: Tensor) -> Tensor:
+    """Count, mean and central sums [..., 5] of the union of K sets [K, ..., 5], each about its own mean."""
+    n, mean, m2, m3, m4 = parts.unbind(-1)
+    whole = n.sum(0)
+    centre = (n * mean).sum(0) / whole.clamp(min=1)
+    d = mean - centre
+    square = d * d
     return torch.stack(
         (
-            n,
-            torch.where(na > 0, mean + gap * nb / whole, other),
-            a2 + b2 + gap**2 * na * nb / whole,
-            a3 + b3 + gap**3 * na * nb * (na - nb) / whole**2 + 3 * gap * (na * b2 - nb * a2) / whole,
-            a4
-            + b4
-            + gap**4 * na * nb * (na * na - na * nb + nb * nb) / whole**3
-            + 6 * gap**2 * (na * na * b2 + nb * nb * a2) / whole**2
-            + 4 * gap * (na * b3 - nb * a3) / whole,
+            whole,
+            centre,
+            (m2 + square * n).sum(0),
+            (m3 + d * (3 * m2 + square * n)).sum(0),
+            (m4 + d * (4 * m3 + d * (6 * m2 + square * n))).sum(0),
         ),
-        dim=1,
+        dim=-1,
     )
