@@ -37,7 +37,7 @@ from dqx.outcomes import FILE, Failure, RunFailed, expect, failures, launched, o
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
-    from dqx.planning import PlannedRun
+    from dqx.planning.runs import PlannedRun
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 planned: list[PlannedRun] = []  # with plan=true
@@ -47,7 +47,7 @@ planned: list[PlannedRun] = []  # with plan=true
 def main(cfg: DictConfig) -> None:
     """One run, of a sweep perhaps. A run that fails says so at once, and why in its folder; in a sweep others go on."""
     if cfg.plan:
-        from dqx.planning import plan_run
+        from dqx.planning.runs import plan_run
 
         planned.append(plan_run(cfg))
         return
@@ -158,7 +158,7 @@ def launch(developer: bool = False) -> int:
             return 2
         return print_summary() or 1
     if planned:
-        from dqx.planning import print_plan
+        from dqx.planning.table import print_plan
 
         print_plan(planned)
         return 0

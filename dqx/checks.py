@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dqx.api import DTYPES, pick_device
 from dqx.calib import calib_problems
 from dqx.config import Config, as_part
 from dqx.dispatch import dispatch_problems
@@ -31,9 +32,9 @@ from dqx.models.tokenizer import tokenizer_problem
 from dqx.models.transformer import Architecture
 from dqx.names import did_you_mean
 from dqx.parts import build_part, part_problems
+from dqx.planning.memory import memory_problems, pools
 from dqx.quant.method import Method
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -90,6 +91,9 @@ def problems(config: Config, arch: Architecture | None = None) -> list[str]:
     found += _architecture_problems(config, checkpoint.arch)
     if method is not None:
         found += method.problems(config.bits, checkpoint.arch)
+    if not found:  # what a run needs can be told of one that works
+        dtype = DTYPES[config.model.dtype] or checkpoint.stored_dtype()
+        found += memory_problems(pools(config, checkpoint.arch, dtype, pick_device(config.model.device)))
     return _once(found)
 
 
@@ -156,6 +160,9 @@ def _number_problems(config: Config) -> Iterator[str]:
     for key, number in above_zero.items():
         if not (number > 0 and math.isfinite(number)):
             yield f"{key}={number} must be a number above 0"
+    for key, limit in (("memory.ram_gb", config.memory.ram_gb), ("memory.gpu_gb", config.memory.gpu_gb)):
+        if limit is not None and not (limit > 0 and math.isfinite(limit)):
+            yield f"{key}={limit} must be a number above 0, or null for what the machine has"
 
 
 def _name_problems(config: Config) -> Iterator[str]:
@@ -168,7 +175,7 @@ def _name_problems(config: Config) -> Iterator[str]:
             yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
     one_of = {
         "model.family": (config.model.family, tuple(FAMILIES)),
-        "model.dtype": (config.model.dtype, DTYPES),
+        "model.dtype": (config.model.dtype, tuple(DTYPES)),
         "wandb.mode": (config.wandb.mode, WANDB_MODES),
     }
     for key, (value, known) in one_of.items():

@@ -27,10 +27,10 @@ from dqx.evaluate.spec import NLL
 from dqx.report import delta_legend, delta_table, visible
 from dqx.store import SIDES, Record, RunFolder
 
-#: Settings that say where things are, not what is computed.
+#: Settings that say where things are and what they may take, not what is computed.
 PLACES = (
-    *("cache_dir", "cache_max_gb", "keep_quantized", "reuse", "wandb", "plan", "plan_tflops", "bundle", "sweep"),
-    *("dispatch", "hang_minutes"),
+    *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
+    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes"),
 )
 ABSENT = "not set"
 SHOWN = 3  # flipped documents printed of each task

@@ -147,6 +147,17 @@ class FidelityConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """How much a run may take (`dqx/planning/memory.py`). What it took is in the record; results do not depend on it.
+
+    A model that does not fit together with what quantizing it needs is quantized from disk, block by block.
+    """
+
+    ram_gb: float | None = None  # 10^9 bytes resident in each process; null: what the machine has
+    gpu_gb: float | None = None  # 10^9 bytes on each GPU, where there is one; null: what it has
+
+
+@dataclass
 class WandbConfig:
     mode: str = "auto"  # online where a login exists, else offline; or online, offline, disabled
     project: str = "dqx"
@@ -183,6 +194,7 @@ class Config:
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
     outliers: OutlierConfig = field(default_factory=OutlierConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqx import activations, fidelity, heartbeat, mirror, report, store
+from dqx import activations, fidelity, mirror, report, store
+from dqx.api import pick_device
 from dqx.cache import keys
 from dqx.cache.journal import Journal
 from dqx.cache.keys import Key
@@ -29,6 +27,7 @@ from dqx.cache.store import Store
 from dqx.calib import CalibBatch, calibration_windows
 from dqx.checks import reads_text
 from dqx.config import Config, ConfigProblems, build, validate
+from dqx.costs import Costs
 from dqx.denoising import Rollout, State, schedule, spread, write
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
@@ -38,7 +37,9 @@ from dqx.masking import calibration_states
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.origin import Origin
+from dqx.planning.memory import exceeded
 from dqx.processes import main_first, processes
+from dqx.quant.memory import bound_gpu
 from dqx.quant.transforms.rotate import rotated
 from dqx.sharing.against import Against
 from dqx.subjects import MadeAnew, Subject, Subjects
@@ -56,37 +57,40 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
         raise ConfigProblems(problems)
     main, origin = processes().main, origin or Origin()
     output = store.RunFolder(folder)
-    timings: dict[str, float] = {}
+    device = pick_device(config.model.device)
+    costs = Costs(device)
+    bound_gpu(device, config.memory.gpu_gb)
 
-    with stage("read the data", timings), main_first():
+    with costs.stage("read the data"), main_first():
         windows = _data(config)
     once = Once(Store(config.cache_dir), reuse=config.reuse)
-    subjects = Subjects(config, once, timings)  # no weights yet: they are loaded when something has to be computed
+    subjects = Subjects(config, once, costs.seconds)  # no weights yet: they are loaded to compute something
     environment = store.environment(subjects.device)
     if main:
         output.start(config, environment)
-    shared = Against(config.bundle, config, environment) if config.bundle else None
+    text = None if windows is None else keys.tensor_digest([("ids", windows)])[:16]
+    shared = Against(config.bundle, config, environment, text) if config.bundle else None
     if shared and main:
         shared.tell()
 
     calibration: list[CalibBatch] = []
     if windows is not None:
-        with stage("make the calibration states", timings):
+        with costs.stage("make the calibration states"):
             calibration = _states(subjects, config, once, windows)
     reference = None
     if config.fidelity.samples:
-        with stage("predictions, full precision", timings):
+        with costs.stage("predictions, full precision"):
             reference = _reference(subjects.original, config, once)
     watched = _watched(config, calibration, reference)
-    before = _measure(subjects.original, config, once, watched, timings)
-    with stage("quantize", timings):
+    before = _measure(subjects.original, config, once, watched, costs)
+    with costs.stage("quantize"):
         quantization, source = subjects.quantize(calibration if subjects.method.needs_data else [])
     after = before
     if quantization.report.changed:
         try:
-            after = _measure(subjects.quantized, config, once, watched, timings, reference)
+            after = _measure(subjects.quantized, config, once, watched, costs, reference)
         except MadeAnew as made:  # what is known was measured on a model that is no more and differs from this one
-            after = _measure(subjects.quantized, config, once, watched, timings, reference)
+            after = _measure(subjects.quantized, config, once, watched, costs, reference)
             quantization, source = made.quantized, "computed"
 
     checkpoint = subjects.lm.checkpoint
@@ -117,8 +121,14 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
             for name, tensor in found.outliers.maps.items()
         },
         fidelity={} if reference is None else after.moved or reference.unmoved(),
+        calibration_text=text,
         mask_ratio=float(torch.cat([batch.mask_ratio for batch in calibration]).mean()) if calibration else None,
-        timings=timings,
+        timings=costs.seconds,
+        memory={
+            "limit": {pool.name: pool.limit for pool in subjects.pools},
+            "peak": costs.peak,
+            "stages": costs.peaks,
+        },
         sources={"full_precision": before.sources, "quantized": after.sources},
         choices=origin.choices or (shared.record.choices if shared else {}),
         command=origin.command,
@@ -127,6 +137,7 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
             *_notes(after.results),
             *quantization.report.notes,
             *quantization.notes,
+            *exceeded(subjects.pools, costs.peak),
         ],
     )
     if shared:
@@ -145,17 +156,6 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
             make_room(once.store, 0, int(config.cache_max_gb * 1e9))
     finished: store.Record = processes().broadcast(record)  # in no process before it is written
     return finished
-
-
-@contextmanager
-def stage(name: str, timings: dict[str, float]) -> Iterator[None]:
-    """Say what is going on, and note how many seconds it took."""
-    heartbeat.stage(name)
-    if processes().main:
-        log.info(name)
-    started = time.perf_counter()
-    yield
-    timings[name] = time.perf_counter() - started
 
 
 def _data(config: Config) -> Tensor | None:
@@ -238,18 +238,18 @@ def _measure(
     config: Config,
     once: Once,
     watched: Watched,
-    timings: dict[str, float],
+    costs: Costs,
     reference: fidelity.Reference | None = None,
 ) -> Measured:
     """Everything that a run wants to know of a model; its weights are loaded where something is not known yet."""
     statistics, moved = None, {}
     if watched.windows:
-        with stage(f"outliers, {subject.name}", timings):
+        with costs.stage(f"outliers, {subject.name}"):
             statistics = _outliers(subject, config, once, watched)
     if reference is not None:
-        with stage(f"predictions, {subject.name}", timings):
+        with costs.stage(f"predictions, {subject.name}"):
             moved = _moved(subject, config, once, reference)
-    with stage(f"evaluate, {subject.name}", timings):
+    with costs.stage(f"evaluate, {subject.name}"):
         return Measured(*_evaluate(subject, config, once), statistics, moved)
 
 

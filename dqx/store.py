@@ -63,8 +63,10 @@ class Record:
     outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
     activations: Mapping[str, Tensor] = field(default_factory=dict)  # SIDE/BLOCK/SITE/channel_max [C] or surface [T, C]
     fidelity: dict[str, Any] = field(default_factory=dict)  # predictions against full precision; empty: not measured
+    calibration_text: str | None = None  # fingerprint of the tokens of the calibration windows, before they are masked
     mask_ratio: float | None = None  # share of masked tokens in the calibration windows
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    memory: dict[str, Any] = field(default_factory=dict)  # bytes: limit, peak, and peak by stage
     sources: dict[str, dict[str, str]] = field(default_factory=dict)  # side -> task -> computed or reused
     choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
     command: str | None = None  # how to run it again
@@ -106,7 +108,9 @@ class Record:
             "variant": _at(config, "method", "variant") or None,
             "bits": _at(config, "bits", "name"),
             "average_bits": self.average_bits,
-            "calibration": {**config["calib"], "mask_ratio": self.mask_ratio} if config.get("calib") else None,
+            "calibration": {**config["calib"], "fingerprint": self.calibration_text, "mask_ratio": self.mask_ratio}
+            if config.get("calib")
+            else None,
             "steps": _at(config, "steps", "count"),
             "limit": _at(config, "task", "limit"),
             "seed": config.get("seed"),
@@ -116,6 +120,7 @@ class Record:
             "fidelity": self.fidelity,
             "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
             "timings": self.timings,
+            "memory": self.memory,
             "warnings": self.warnings,
             "mirror": self.mirror,
         }
@@ -191,9 +196,11 @@ class RunFolder:
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
             activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
+            calibration_text=(results["calibration"] or {}).get("fingerprint"),
             mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
             fidelity=results.get("fidelity", {}),
             timings=results["timings"],
+            memory=results.get("memory", {}),
             sources={
                 side: {name: task[side].get("source", "computed") for name, task in results["tasks"].items()}
                 for side in SIDES

@@ -3,11 +3,17 @@
 A quantized model is known from the cache without its weights: what was done (its report) and what came out (the digest
 of the model, of which its results are kept). The weights are kept too where calibration text was read to make them.
 Other methods (rtn) make them again in little more time than reading takes.
+
+A model that does not fit into memory together with what quantizing it needs is quantized from disk, block by block,
+straight into the folder of the cache. When a run was killed meanwhile, the next one goes on after the last finished
+block. The numbers are the same.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +28,14 @@ from dqx.cache.keys import Key
 from dqx.cache.once import Once
 from dqx.calib import CalibBatch
 from dqx.config import Config, build
+from dqx.models.checkpoint import CheckpointError, skeleton
 from dqx.names import method_label
+from dqx.planning.memory import pools, room_for_activations, streams_from_disk, weight_bytes
 from dqx.processes import one_model, processes
-from dqx.quant import QuantReport, load_quantized, quantize, save_quantized
+from dqx.quant import QuantReport, load_quantized, quantize, quantize_checkpoint, save_quantized
+from dqx.quant.memory import GB, trim
+from dqx.quant.on_disk import OtherJob, partial
+from dqx.quant.saved import read_recipe, verify_shards
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +88,7 @@ class Subjects:
         self.method = build(config.method)
         self.device = pick_device(config.model.device)
         self.dtype = DTYPES[config.model.dtype] or self.lm.checkpoint.stored_dtype()
+        self.pools = pools(config, self.lm.checkpoint.arch, self.dtype, self.device)
         self.fingerprint = self.lm.checkpoint.fingerprint()
         self.facts = keys.model_facts(
             fingerprint=self.fingerprint, model=config.model, dtype=self.dtype, device=self.device
@@ -101,6 +113,7 @@ class Subjects:
     def full_precision(self) -> DiffusionLM:
         """The model as it was."""
         if self._loaded != "full precision":
+            self._forget()
             self._say("loading the weights")
             started = time.perf_counter()
             self.lm.model = load_configured(self.config.model).model
@@ -156,27 +169,96 @@ class Subjects:
 
     def _make(self) -> Quantized:
         """Quantize, and keep the weights if they are worth it. The main process holds the lock."""
+        from_disk = processes().broadcast(streams_from_disk(self.pools))
+        report, notes = self._quantize_from_disk() if from_disk else self._quantize_in_memory()
+        return Quantized(report, keys.model_digest(self.lm.model), notes)
+
+    def _quantize_in_memory(self) -> tuple[QuantReport, list[str]]:
         config, lm, main = self.config, self.full_precision(), processes().main
         self._say("quantizing")
         self._loaded = "quantized"
         report = quantize(lm.model, self.method, config.bits, self.seen, seed=config.seed, progress=main)
         notes = one_model(lm.model, keys.model_digest)
-        made = Quantized(report, keys.model_digest(lm.model), notes)
-        if main and self.seen and report.changed and config.keep_quantized:
-            self._keep(report)
-        return made
-
-    def _keep(self, report: QuantReport) -> None:
-        config, model, store = self.config, self.lm.model, self.once.store
-        needed = sum(p.numel() * p.element_size() for p in model.parameters())
-        if config.cache_max_gb is not None and not space.make_room(store, needed, int(config.cache_max_gb * 1e9)):
-            store.warn(f"the quantized model was not kept: it is larger than cache_max_gb={config.cache_max_gb:g}")
-            return
 
         def write(folder: Path) -> None:
-            save_quantized(model, report, folder, method=self.method, bits=config.bits)
+            save_quantized(lm.model, report, folder, method=self.method, bits=config.bits)
 
-        store.write_folder(self.key, write)
+        if main and report.changed and self._is_kept():
+            self.once.store.write_folder(self.key, write)
+        return report, notes
+
+    def _quantize_from_disk(self) -> tuple[QuantReport, list[str]]:
+        """The main process writes the folder of the quantized model, from which all load it."""
+        store, team = self.once.store, processes()
+        folder, kept = store.folder_of(self.key), team.main and self._is_kept()
+        self._forget()
+        if team.main and not self._is_complete(folder):
+            self._say("quantizing from disk, block by block")
+            store.remove_folder(self.key)
+            self._write_quantized(folder)
+        team.broadcast(None)  # the others have waited
+        self.lm.model, report = load_quantized(folder, self.device, verify=team.main)
+        self._loaded = "quantized"
+        team.gather(None)
+        if team.main and not kept:
+            store.remove_folder(self.key)
+        return report, []
+
+    def _write_quantized(self, folder: Path) -> None:
+        """Quantize block by block, from where an earlier run stopped."""
+        config, planted = self.config, self.config.model.outliers
+
+        def write() -> None:
+            quantize_checkpoint(
+                self.lm.checkpoint,
+                folder,
+                self.method,
+                config.bits,
+                self.seen,
+                seed=config.seed,
+                dtype=DTYPES[config.model.dtype],
+                device=self.device,
+                activations_gb=room_for_activations(self.pools) / GB,
+                planted=(planted.gain, planted.channels),
+            )
+
+        if not self.once.reuse:
+            shutil.rmtree(partial(folder), ignore_errors=True)
+        try:
+            write()
+        except OtherJob as error:  # of another version of a library
+            self.once.store.warn(f"begun again: {error}")
+            shutil.rmtree(partial(folder))
+            write()
+
+    def _is_complete(self, folder: Path) -> bool:
+        """Whether an earlier run has written the whole folder, and was stopped before it could say so."""
+        if not (self.once.reuse and folder.is_dir()):
+            return False
+        try:
+            verify_shards(folder, read_recipe(folder))
+        except CheckpointError:
+            return False
+        return True
+
+    def _is_kept(self) -> bool:
+        """Whether the weights are worth keeping, and there is room for them now."""
+        config, store = self.config, self.once.store
+        if not (self.seen and config.keep_quantized):
+            return False
+        needed = weight_bytes(self.lm.checkpoint.arch, self.dtype)
+        if config.cache_max_gb is None or space.make_room(store, needed, int(config.cache_max_gb * GB)):
+            return True
+        store.warn(f"the quantized model was not kept: it is larger than cache_max_gb={config.cache_max_gb:g}")
+        return False
+
+    def _forget(self) -> None:
+        """Free the weights before others are loaded: two models are never held."""
+        self.lm.model, self._loaded = skeleton(self.lm.checkpoint.arch), ""
+        gc.collect()
+        trim()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _restore(self) -> bool:
         """Load the kept weights and see that they are those that are known. The main process holds the lock."""
@@ -184,6 +266,7 @@ class Subjects:
         folder, known = store.folder_of(self.key), self.known
         if known is None or not team.broadcast(self.once.reuse and folder.is_dir()):
             return False
+        self._forget()
         self._say(f"loading the quantized weights from {folder}")
         try:
             model, _report = load_quantized(folder, self.device, verify=False)

@@ -29,7 +29,7 @@ def on_disk(family, case, output, dtype=torch.float32, **options):
 
 
 def without_costs(report):
-    return replace(report, seconds=0.0, peak_ram=0, peak_gpu=0)
+    return replace(report, from_disk=False, seconds=0.0, peak_ram=0, peak_gpu=0)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -42,6 +42,7 @@ def test_from_disk_is_as_in_memory(case, family, tmp_path):
     assert_same(model, again)
     assert stored == found
     assert without_costs(found) == without_costs(report)
+    assert (found.from_disk, report.from_disk) == (True, False)
     assert found.peak_ram > 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}

@@ -16,7 +16,7 @@ import torch
 from conftest import TinyCheckpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import dqx.planning.runs
+import dqx.planning.memory
 from dqx import load
 from dqx.cache.journal import Line
 from dqx.cache.keys import evaluation_facts
@@ -30,13 +30,12 @@ from dqx.diffusion.scoring import Scorer
 from dqx.models.checkpoint import FAMILIES, inspect, load_weights
 from dqx.models.published import PUBLISHED, of_family
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
-from dqx.planning import plan_run, print_plan
 from dqx.planning.count_sizes import bundled, measured
 from dqx.planning.memory import weight_bytes
-from dqx.planning.runs import calibration_work, hessian_flops
+from dqx.planning.runs import calibration_work, hessian_flops, plan_run
 from dqx.planning.sizes import SIZES
 from dqx.planning.speed import Measured, block_flops, block_parameters, head_flops
-from dqx.planning.table import amount, duration
+from dqx.planning.table import amount, duration, print_plan
 from dqx.planning.work import different_states, task_work
 from dqx.run import run
 
@@ -202,10 +201,11 @@ def test_bytes_of_weights_are_those_of_the_loaded_model(family: str, tiny_checkp
 
 
 def test_what_does_not_fit_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dqx.planning.runs, "device_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr(dqx.planning.memory, "machine_bytes", lambda: 10_000_000)
     text = listing(["task=nano_sums", "calib.samples=64"])
-    assert "does not fit: about " in text
-    assert "cpu has 10 MB; take model.dtype=bfloat16 or fewer or shorter windows (calib.samples=32)" in text
+    assert "quantized from disk, block by block" in text
+    assert "does not fit into the 10 MB of RAM there are: about 8" in text
+    assert "smaller model.dtype" in text
     assert "does not fit" not in listing([*LLADA, "task=piqa"])  # another machine, of which no memory is known
 
 

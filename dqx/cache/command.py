@@ -24,6 +24,7 @@ from rich.table import Table
 from dqx.cache import space
 from dqx.cache.keys import digest, tensor_digest
 from dqx.cache.space import Entry
+from dqx.quant.on_disk import PARTIAL
 
 DAY = 24 * 3600.0
 
@@ -77,12 +78,12 @@ def verified(there: Sequence[Entry]) -> int:
 
 
 def damage(entry: Entry) -> str | None:
-    """What is wrong with an entry; None: nothing. A journal's lines vouch for themselves when they are read."""
+    """What is wrong with an entry; None: nothing. Unfinished ones are looked at when a run goes on with them."""
     from safetensors.torch import load_file
 
     from dqx.quant.saved import read_recipe, verify_shards
 
-    if ".journal." in entry.path.name:
+    if ".journal." in entry.path.name or entry.path.suffix == PARTIAL:
         return None
     try:
         if entry.path.is_dir():

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dqx.cache.store import Store
+from dqx.quant.on_disk import PARTIAL
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Entry:
     @property
     def lock(self) -> Path:
         """The lock of the artefact that it belongs to."""
-        stem = self.path.name.partition(".journal.")[0].removesuffix(".json").removesuffix(".safetensors")
+        stem = self.path.name.partition(".journal.")[0]
+        for suffix in (".json", ".safetensors", PARTIAL):
+            stem = stem.removesuffix(suffix)
         return self.path.with_name(f"{stem}.lock")
 
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dqx.diffusion.batches import free_memory
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.sampler import Sampler, count_problems, logits_at, most_confident, raise_if, write
 from dqx.models.cache import KVCache
@@ -312,14 +313,6 @@ class Engine:
             needed += cache_bytes(arch, length, self.model.dtype.itemsize)
         busy = BUSY.get(self.model.device.type, BUSY["cpu"]) // (length if window is None else window[1] - window[0])
         return max(1, int(min(busy, SHARE * free / needed)))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a batch may take on a GPU; infinite elsewhere, where `BUSY` is reached long before."""
-    if device.type != "cuda":
-        return float("inf")
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + cached)
 
 
 def row_bytes(arch: Architecture, length: int, read: int) -> int:

@@ -3,14 +3,9 @@
     runs.py     one composed configuration: its work, its seconds, its memory, what stands in its way
     work.py     how many sequences go through the model, as the evaluation engine needs them
     speed.py    how long they take on this machine: random blocks of the model's shapes, timed for some seconds
-    memory.py   what the device has to hold
+    memory.py   what a run has to hold, and whether there is room: runs ask it too
     found.py    what the results cache has already
     table.py    as it is printed
 
 `python launch.py experiment=qdlm_table1 plan=true` prints one row per run.
 """
-
-from dqx.planning.runs import PlannedRun, plan_run
-from dqx.planning.table import print_plan
-
-__all__ = ["PlannedRun", "plan_run", "print_plan"]

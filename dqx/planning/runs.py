@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +22,10 @@ from dqx.evaluate.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.models.checkpoint import PACKAGED, CheckpointError, inspect, locate, read_config
 from dqx.models.published import of_family
-from dqx.models.transformer import ROLES, SITES, Architecture
+from dqx.models.transformer import SITES, Architecture
 from dqx.names import method_label
 from dqx.planning.found import found_documents
-from dqx.planning.memory import Memory, device_bytes, evaluating_bytes, quantizing_bytes, weight_bytes
+from dqx.planning.memory import Memory, changes, memory_problems, of_run, pools, streams_from_disk
 from dqx.planning.speed import Assumed, Measured, Speed, measured, work_flops
 from dqx.planning.work import Work, fidelity_work, outlier_work, task_work
 from dqx.quant.bits import UNQUANTIZED, BitsConfig
@@ -125,7 +125,7 @@ def _planned(config: Config) -> PlannedRun:
     speed = _speed(config, arch, dtype)
     sampler = _exact(build(config.model.sampler), run)
     run.speed = speed.label
-    run.changes = _changes(method, config.bits)
+    run.changes = changes(method, config.bits)
 
     def cost(work: Work) -> Cost:
         return Cost(work_flops(arch, work), speed.seconds(work, sampler))
@@ -149,8 +149,10 @@ def _planned(config: Config) -> PlannedRun:
     run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12))
     if isinstance(speed, Measured) and _is_here(config.model.path):
         run.found = _found(config, dtype, speed.device, run)
-    run.memory = _memory(config, method, arch, dtype, speed, run.work)
-    run.notes += _memory_notes(config, run.memory, speed)
+    device = speed.device if isinstance(speed, Measured) else torch.device("cuda")
+    run.memory = of_run(config, arch, dtype, device)
+    if isinstance(speed, Measured):
+        run.notes += _memory_notes(config, arch, dtype, device)
     return run
 
 
@@ -262,14 +264,6 @@ def _program_seconds() -> float:
     return time.perf_counter() - started
 
 
-def _changes(method: Method, bits: BitsConfig) -> bool:
-    return any(
-        (method.rounding_of(role) is not None and bits.rounds_weight(role))
-        or (method.quantizes_input(role) and bits.rounds_input(role))
-        for role in ROLES
-    )
-
-
 def _baseline_key(config: Config, spec: TaskSpec) -> str:
     model = {key: value for key, value in asdict(config.model).items() if not key.startswith("calib_")}
     likelihood = config.likelihood.deciding() if spec.kind == "likelihood" else None
@@ -292,50 +286,8 @@ def _found(config: Config, dtype: torch.dtype, device: torch.device, run: Planne
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
-def _memory(
-    config: Config,
-    method: Method,
-    arch: Architecture,
-    dtype: torch.dtype,
-    speed: Speed,
-    work: Mapping[str, Work],
-) -> Memory:
-    calib = config.calib
-    return Memory(
-        weights=weight_bytes(arch, dtype),
-        quantizing=quantizing_bytes(
-            arch,
-            dtype,
-            len(method.streams(config.bits)),
-            calib.samples,
-            calib.length,
-            hessians=hessian_flops(method, config.bits, arch, 1) > 0,
-        )
-        if _changes(method, config.bits)
-        else 0,
-        evaluating=evaluating_bytes(arch, dtype, [(w, speed.rows(w)) for w in work.values()]),
-    )
-
-
-def _memory_notes(config: Config, memory: Memory, speed: Speed) -> list[str]:
-    if not isinstance(speed, Measured) or memory.total <= (there := device_bytes(speed.device)):
-        return []
-    advice = []
-    if config.model.dtype == "float32":
-        advice.append("model.dtype=bfloat16")
-    if memory.quantizing > memory.evaluating:
-        advice.append(f"fewer or shorter windows (calib.samples={config.calib.samples // 2})")
-    elif any(spec.kind != "generation" for spec in config.task.suite.values()):
-        advice.append("likelihood.batch_tokens=1024")
-    advice.append("a device with more")
-    return [
-        f"does not fit: about {gigabytes(memory.total)} are needed and {speed.device.type} has {gigabytes(there)}; "
-        f"take {' or '.join(advice)}"
-    ]
-
-
-def gigabytes(number: float) -> str:
-    """Bytes with two digits: 8.6 MB, 16 GB."""
-    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
-    value = number / size
-    return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"
+def _memory_notes(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
+    found = pools(config, arch, dtype, device)
+    if streams_from_disk(found):
+        yield "quantized from disk, block by block: it does not fit into memory together with what quantizing it needs."
+    yield from memory_problems(found)

@@ -45,10 +45,6 @@ class Speed(Protocol):
 
     def seconds(self, work: Work, sampler: Sampler) -> float: ...
 
-    def rows(self, work: Work) -> int:
-        """Sequences that go through the model at a time."""
-        ...
-
 
 def block_parameters(arch: Architecture) -> int:
     """Weights of the seven linears of one block."""
@@ -95,9 +91,6 @@ class Assumed:
     def seconds(self, work: Work, sampler: Sampler) -> float:
         return work_flops(self.arch, work) / (self.tflops * 1e12)
 
-    def rows(self, work: Work) -> int:
-        return batch_rows(work, "cuda")
-
 
 @dataclass
 class Measured:
@@ -139,6 +132,7 @@ class Measured:
         return blocks
 
     def rows(self, work: Work) -> int:
+        """Sequences that go through the model at a time."""
         return batch_rows(work, self.device.type)
 
     def block_seconds(self, rows: int, length: int) -> float:

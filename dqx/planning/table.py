@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dqx.planning.runs import Cost, PlannedRun, gigabytes
+from dqx.planning.memory import gigabytes
+from dqx.planning.runs import Cost, PlannedRun
 from dqx.report import RULES
 
 ASSUMPTIONS = """

@@ -23,6 +23,8 @@ class Progress:
     rows: Sequence[LinearRow] = ()  # of the report, for these
     inputs: Mapping[str, Row] = field(default_factory=dict)  # of the next block, by stream
     seconds: float = 0.0
+    peak_ram: int = 0
+    peak_gpu: int = 0
 
 
 class Home(Protocol):
@@ -31,6 +33,7 @@ class Home(Protocol):
     model: MaskedDiffusionTransformer  # weights may be missing (on torch's meta device); done blocks have their modules
     device: torch.device
     memory: Memory
+    from_disk: bool
     progress: Progress | None  # of an earlier attempt; None: start
 
     def problems(self) -> list[str]:
@@ -59,6 +62,7 @@ class InMemory:
 
     def __init__(self, model: MaskedDiffusionTransformer):
         self.model, self.device, self.memory = model, model.device, Memory()
+        self.from_disk = False
         self.progress: Progress | None = None
 
     def problems(self) -> list[str]:

@@ -92,6 +92,7 @@ def quantize_blocks(
     report.calibration_tokens = sum(rows.numel() for rows in ids)
     report.kv_bits = method.kv_bits(bits).bits
     report.transforms = list(method.transforms)
+    report.from_disk = home.from_disk
     context = Context(arch, bits, method, seed, memory=memory)
     changes = [part.prepare(context.at(name=name), device) for name, part in method.model_transforms.items()]
 
@@ -111,7 +112,8 @@ def quantize_blocks(
     def note(blocks: int) -> None:
         inputs = {name: stream.inputs for name, stream in streams.items()}
         report.seconds = done.seconds + time.perf_counter() - started
-        home.note(Progress(blocks, report.linears, inputs, report.seconds))
+        report.peak_ram, report.peak_gpu = max(done.peak_ram, peak_ram()), max(done.peak_gpu, peak_gpu(device))
+        home.note(Progress(blocks, report.linears, inputs, report.seconds, report.peak_ram, report.peak_gpu))
 
     with _progress_bar(progress) as bar:
         sites = len(SITES)
@@ -122,7 +124,6 @@ def quantize_blocks(
             report.linears += _one_block(home, changes, streams, of_block, lambda: bar.advance(task))
             note(index + 1)
     report.kept = _kept(home.model, method, bits)
-    report.peak_ram, report.peak_gpu = peak_ram(), peak_gpu(device)
     return report
 
 

@@ -36,7 +36,12 @@ from dqx.quant.report import LinearRow, QuantReport
 from dqx.store import jsonable, package_version, write_json
 
 PROGRESS = "progress.json"
+PARTIAL = ".partial"
 VERSIONS = ("dqx", "torch", "safetensors")
+
+
+class OtherJob(ValueError):
+    """An unfinished folder belongs to a call with other settings."""
 
 
 def quantize_checkpoint(
@@ -57,8 +62,8 @@ def quantize_checkpoint(
 
     Weights are loaded in `dtype` (None: as stored) on `device`. At most `activations_gb` of calibration activations
     (10^9 bytes; None: all) are held in RAM. `planted` is gain and number of the channels of `plant_outliers`. A call
-    that was interrupted, after any block, is continued by the same call. Raises ValueError as `quantize` does, where
-    `output` exists, and where an unfinished folder belongs to a call with other settings.
+    that was interrupted, after any block, is continued by the same call. Raises ValueError as `quantize` does and where
+    `output` exists, and OtherJob where an unfinished folder belongs to a call with other settings.
     """
     output = Path(output)
     if output.exists():
@@ -76,10 +81,15 @@ def quantize_checkpoint(
         "versions": {name: package_version(name) for name in VERSIONS},
     }
     limit = None if activations_gb is None else int(activations_gb * GB)
-    home = OnDisk(source, output.with_name(f"{output.name}.partial"), job, dtype, device, limit, planted)
+    home = OnDisk(source, partial(output), job, dtype, device, limit, planted)
     report = quantize_blocks(home, method, bits, batches, seed=seed, progress=progress)
     home.finish(output, report, method, bits)
     return report
+
+
+def partial(output: Path) -> Path:
+    """Where what will be the folder `output` is written."""
+    return output.with_name(output.name + PARTIAL)
 
 
 class OnDisk:
@@ -100,6 +110,7 @@ class OnDisk:
         self.model, self.device = skeleton(source.arch), torch.device(device)
         self.memory = Memory(folder / "activations", limit)
         self.shards: dict[str, Any] = {}
+        self.from_disk = True
         self.progress = self._continue()
 
     def problems(self) -> list[str]:
@@ -129,6 +140,8 @@ class OnDisk:
             "rows": [asdict(row) for row in progress.rows],
             "inputs": {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()},
             "seconds": progress.seconds,
+            "peak_ram": progress.peak_ram,
+            "peak_gpu": progress.peak_gpu,
             "shards": self.shards,
         }
         write_json(self.folder / PROGRESS, state)
@@ -151,7 +164,7 @@ class OnDisk:
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
         if others := [key for key in self.job if state["job"].get(key) != self.job[key]]:
-            raise ValueError(
+            raise OtherJob(
                 f"{self.folder} is an unfinished quantization with another {', '.join(others)}; remove it, or repeat "
                 "the call that began it"
             )
@@ -163,7 +176,7 @@ class OnDisk:
         self._remove_rows({entry["row"] for entry in state["inputs"].values()})
         inputs = {name: self._row(entry) for name, entry in state["inputs"].items()}
         rows = [LinearRow.from_dict(row) for row in state["rows"]]
-        return Progress(state["blocks"], rows, inputs, state["seconds"])
+        return Progress(state["blocks"], rows, inputs, state["seconds"], state["peak_ram"], state["peak_gpu"])
 
     def _row(self, entry: dict[str, Any]) -> Shelf:
         assert self.memory.folder is not None

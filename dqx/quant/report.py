@@ -84,8 +84,9 @@ class QuantReport:
     calibration_sequences: int = 0
     calibration_tokens: int = 0
     seconds: float = 0.0
-    peak_ram: int = 0  # bytes; the largest resident size of the process until the end of the quantization
-    peak_gpu: int = 0  # bytes; the most that tensors on a CUDA device took until then
+    from_disk: bool = False  # block by block; else the model was in memory
+    peak_ram: int = 0  # bytes; the largest resident size of the process (`dqx.quant.memory.watch_peaks`)
+    peak_gpu: int = 0  # bytes; the most that tensors on a CUDA device took
 
     @property
     def average_bits(self) -> float:
@@ -107,7 +108,7 @@ class QuantReport:
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> QuantReport:
         """The report that `to_dict` turned into JSON."""
-        own = {f.name: report[f.name] for f in fields(cls)}
+        own = {f.name: report[f.name] for f in fields(cls) if f.name in report}
         rows = [LinearRow.from_dict(row) for row in own["linears"]]
         return cls(**own | {"linears": rows, "kept": [KeptRow(**row) for row in own["kept"]]})
 
@@ -125,6 +126,7 @@ class QuantReport:
             "calibration_sequences": self.calibration_sequences,
             "calibration_tokens": self.calibration_tokens,
             "seconds": self.seconds,
+            "from_disk": self.from_disk,
             "peak_ram": self.peak_ram,
             "peak_gpu": self.peak_gpu,
             "linears": rows,

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Against:
     """The run in a bundle. `before` is what differs here, in plain words; `after` adds how the results compare."""
 
-    def __init__(self, path: str, config: Config, environment: Mapping[str, Any]):
-        """Raises ConfigProblems for a bundle that cannot be read."""
+    def __init__(self, path: str, config: Config, environment: Mapping[str, Any], calibration_text: str | None = None):
+        """`calibration_text` has this run's fingerprint. Raises ConfigProblems for a bundle that cannot be read."""
         try:
             shared = bundle.read(Path(path).expanduser())
             with TemporaryDirectory() as folder:
@@ -41,6 +41,7 @@ class Against:
             *environment_differences(self.record.environment, environment, config.model.dtype),
             *_checkpoint(self.record, config),
             *_data(shared.manifest.get("data", {}), data_fingerprints(settings)),
+            *_calibration(self.record.calibration_text, calibration_text),
             *_settings(self.record.config, settings, shared.manifest["give_anew"]),
         ]
 
@@ -83,6 +84,11 @@ def _data(there: Mapping[str, str], here: Mapping[str, str]) -> Iterator[str]:
         if there.get(name) != here.get(name):
             names = (found.get(name, "not known (not a local copy)") for found in (there, here))
             yield "data of {}: {} there, {} here".format(name, *names)
+
+
+def _calibration(there: str | None, here: str | None) -> Iterator[str]:
+    if there is not None and there != here:
+        yield f"calibration text: fingerprint {there} there, {here or 'none read'} here: other tokens"
 
 
 def _settings(there: Mapping[str, Any], here: Mapping[str, Any], give_anew: list[str]) -> Iterator[str]:

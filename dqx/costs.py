@@ -1,0 +1,42 @@
+"""What the stages of a run take: seconds, and the most memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dqx import heartbeat
+from dqx.processes import processes
+from dqx.quant.memory import peak_gpu, peak_ram, watch_peaks
+
+log = logging.getLogger(__name__)
+
+
+class Costs:
+    """By stage, of this process. `peaks` are bytes, resident in RAM and of tensors on the GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Say what is going on, and note what it took."""
+        heartbeat.stage(name)
+        if processes().main:
+            log.info(name)
+        watch_peaks(self.device)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.peaks[name] = {"ram": peak_ram(), "gpu": peak_gpu(self.device)}
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The most of all stages."""
+        return {kind: max(stage[kind] for stage in self.peaks.values()) for kind in ("ram", "gpu")}
