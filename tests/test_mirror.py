@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from records import record
+from wandb_server import Server
 
 from dqx import mirror
 from dqx.activations import PartStats
@@ -295,6 +296,64 @@ def test_nothing_is_lost_until_the_upload(copy):
         assert base64.b64encode(hashlib.md5(staged.read_bytes()).digest()).decode() == entry.digest
 
 
+KEY = "0" * 40  # of nobody
+
+
+def test_an_upload_later_has_everything(copy):
+    """`wandb sync`, to a server that keeps what it is sent."""
+    run, _, status = copy
+    run_folder = Path(status["folder"])
+    program = str(Path(sys.executable).with_name("wandb"))
+    with Server() as server:
+        login = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        done = subprocess.run(
+            [program, "sync", str(run_folder)], env=os.environ | login, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    config, _, history, started = read_back(run_folder)
+    sent = server.runs[status["id"]]
+    assert (sent["groupName"], sent["displayName"], sent["tags"]) == (
+        "sweep-7",
+        "nano_llada-gptq-w3",
+        list(started.tags),
+    )
+    assert {key: entry["value"] for key, entry in json.loads(sent["config"]).items()}["cfg"] == config["cfg"]
+    (text,) = server.lines["wandb-summary.json"].values()
+    assert {key: value for key, value in json.loads(text).items() if key in mirror.summary(run)} == mirror.summary(run)
+    rows = [json.loads(line) for _, line in sorted(server.lines["wandb-history.jsonl"].items())]
+    assert {key for row in rows for key in row} == history.keys()
+    media = [path.relative_to(run_folder / "files") for path in (run_folder / "files" / "media").rglob("*.*")]
+    assert {path.suffix for path in media} == {".png", ".json"}
+    for path in media:
+        assert server.files[f"run/{path}"] == (run_folder / "files" / path).read_bytes()
+    assert server.artifacts == {f"run-{status['id']}-{name}" for name in content.tables(run, 50)}
+    for name, (columns, rows) in content.tables(run, 50).items():
+        sent = json.loads(server.files[f"artifact/run-{status['id']}-{name}/{name}.table.json"])
+        assert sent["columns"] == list(columns)
+        assert sent["data"] == rows
+
+
+def test_online_a_run_that_is_started_again_is_written_in_the_place_of_the_first(tmp_path, monkeypatch):
+    import wandb
+
+    wandb.teardown()  # or it keeps the address it had
+    run = record(outliers={})
+    run.config["wandb"] |= {"mode": "auto", "figures": False}
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        first = mirror.log(run, tmp_path / "first")
+        lines = dict(server.lines["wandb-history.jsonl"])
+        second = mirror.log(run, tmp_path / "second")
+
+    wandb.teardown()
+    assert (first["state"], first["mode"], "message" in first) == ("written", "online", False)
+    assert second["url"] == first["url"] == f"{server.url}/somebody/dqx/runs/{identity(run)}"
+    assert list(server.runs) == [identity(run)]
+    assert server.runs[identity(run)]["displayName"] == "second"
+    assert server.lines["wandb-history.jsonl"].keys() == lines.keys()  # replaced, not appended
+
+
 def test_no_names_of_people_or_machines(copy):
     run_folder = Path(copy[2]["folder"])
     (path,) = run_folder.glob("run-*.wandb")
@@ -430,6 +489,7 @@ def test_the_readme_names_what_is_logged(copy):
     assert [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)] == []
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_view_for_a_team(monkeypatch):
     pytest.importorskip("wandb_workspaces")
     view = panels.workspace("our-team", "paper")._to_model().model_dump_json(by_alias=True)
@@ -438,6 +498,32 @@ def test_the_view_for_a_team(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(ImportError):
         panels.workspace("our-team", "paper")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_view_is_saved(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    pytest.importorskip("wandb_workspaces")
+    run = RunFolder(tmp_path / "run")
+    run.write(bare())
+    monkeypatch.setattr(
+        sys, "argv", ["dqx mirror", str(tmp_path), "--mode", "disabled", "--project", "paper", "--workspace"]
+    )
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        wandb.teardown()
+        with pytest.raises(SystemExit) as end:
+            command.main()
+    wandb.teardown()
+    assert end.value.code == 0
+    (view,) = server.views
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("somebody", "paper", panels.VIEW)
+    assert [s["name"] for s in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]] == list(
+        panels.SECTIONS
+    )
+    assert f"view: {server.url}/somebody/paper" in capsys.readouterr().out
 
 
 def test_the_quantized_model_is_an_artifact(tmp_path):
@@ -568,6 +654,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from records import record
+from wandb_server import Server
 import wandb
 from dqx import mirror
 if sys.argv[1] == "die":
