@@ -88,7 +88,7 @@ class SiteMeter:
         self.channel_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.channel_hits = torch.zeros(channels, dtype=torch.long, device=device)
         self.id_max = torch.zeros(vocabulary, device=device)  # the largest |x| by token id
-        self.top = Top(settings.top, device)
+        self.top = Top(settings.top, 1, device)
 
     @property
     def channel_max(self) -> Tensor:
@@ -181,14 +181,14 @@ class PartMeter:
         self.counts = torch.zeros(groups, 5, dtype=torch.long, device=device)  # see `_counted`
         self.abs_max = torch.zeros(groups, device=device)
         self.channel_hits = torch.zeros(groups, channels, dtype=torch.long, device=device)
-        self.top = [Top(PART_TOP, device) for _ in range(groups)]
+        self.top = Top(PART_TOP, groups, device)
 
     def update(self, x: Tensor, tokens: Tokens) -> None:
         """Take in x [B, T, C] of these tokens, which have groups."""
         for chunk in chunks(x, tokens):
             group = chunk.tokens.group
             assert group is not None
-            member = group == torch.arange(len(self.top), device=x.device)[:, None]  # [G, N]
+            member = group == torch.arange(len(self.counts), device=x.device)[:, None]  # [G, N]
             self.moments.add(chunk.x, chunk.finite, member)
             self.values.add(chunk.size, chunk.finite, group)
             self.counts += (member.double() @ self._counted(chunk)).long()
@@ -196,9 +196,7 @@ class PartMeter:
             # whole numbers below 2^24: exact in float32
             outstanding = chunk.outstanding(self.settings.channel_ratio).float()
             self.channel_hits += (member.float() @ outstanding).long()
-            values, places = chunk.largest()
-            for mine, top in zip(member, self.top, strict=True):
-                top.add(values[mine], places[mine])
+            self.top.add(*chunk.largest(), member)
 
     def _counted(self, chunk: Chunk) -> Tensor:
         """What every token counts [N, 5]: itself, massive values, whether it has any, and the same by the median."""
@@ -215,8 +213,7 @@ class PartMeter:
         self.counts += other.counts
         self.abs_max = torch.maximum(self.abs_max, other.abs_max)
         self.channel_hits += other.channel_hits
-        for top, more in zip(self.top, other.top, strict=True):
-            top.add(more.values, more.places)
+        self.top.merge(other.top)
 
     def total(self) -> PartMeter:
         """All groups as one."""
@@ -226,8 +223,7 @@ class PartMeter:
         found.counts += self.counts.sum(0)
         found.abs_max = self.abs_max.amax(0, keepdim=True)
         found.channel_hits += self.channel_hits.sum(0)
-        for top in self.top:
-            found.top[0].add(top.values, top.places)
+        found.top = self.top.total()
         return found
 
     def result(
@@ -259,26 +255,45 @@ class PartMeter:
             relative_values=relative_values,
             relative_tokens=relative_tokens,
             channels=channels[order][: self.settings.top].tolist(),
-            top_tokens=self.top[group].rows(),
+            top_tokens=self.top.rows(group),
         )
 
 
 class Top:
-    """The tokens with the largest |x|, at most `count`; of equals, those seen first."""
+    """Of each group the tokens with the largest |x|, at most `count`; of equals, those seen first."""
 
-    def __init__(self, count: int, device: torch.device):
-        self.count = count
-        self.values = torch.zeros(0, device=device)
-        self.places = torch.zeros(0, 4, dtype=torch.long, device=device)  # sequence, position, token id, channel
+    def __init__(self, count: int, groups: int, device: torch.device):
+        self.size = torch.full((groups, count), -1.0, device=device)  # |x|; below 0: no token yet
+        self.values = torch.zeros(groups, count, device=device)
+        self.places = torch.zeros(groups, count, 4, dtype=torch.long, device=device)  # sequence, ..., channel
 
-    def add(self, values: Tensor, places: Tensor) -> None:
-        """Take in the largest value [N] of each token, and its place [N, 4]."""
-        values, places = torch.cat((self.values, values)), torch.cat((self.places, places))
-        best = values.abs().sort(descending=True, stable=True).indices[: self.count]
-        self.values, self.places = values[best], places[best]
+    def add(self, values: Tensor, places: Tensor, member: Tensor | None = None) -> None:
+        """Take in the largest value [N] of each token, its place [N, 4], and its groups [G, N] (None: there is one)."""
+        groups = len(self.size)
+        size = values.abs().expand(groups, -1)
+        size = size if member is None else size.masked_fill(~member, -1.0)
+        self._keep(size, values.expand(groups, -1), places.expand(groups, -1, -1))
 
-    def rows(self) -> list[TokenRow]:
-        return [_token(place, value) for place, value in zip(self.places.tolist(), self.values.tolist(), strict=True)]
+    def merge(self, other: Top) -> None:
+        """Take in what another one has, group by group."""
+        self._keep(other.size, other.values, other.places)
+
+    def total(self) -> Top:
+        """All groups as one."""
+        found = Top(self.size.shape[1], 1, self.size.device)
+        found._keep(self.size.view(1, -1), self.values.view(1, -1), self.places.view(1, -1, 4))
+        return found
+
+    def rows(self, group: int = 0) -> list[TokenRow]:
+        found = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)
+        return [_token(place, value) for size, place, value in found if size >= 0]
+
+    def _keep(self, size: Tensor, values: Tensor, places: Tensor) -> None:
+        count, size = self.size.shape[1], torch.cat((self.size, size), dim=1)
+        best = size.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        self.size = size.gather(1, best)
+        self.values = torch.cat((self.values, values), dim=1).gather(1, best)
+        self.places = torch.cat((self.places, places), dim=1).gather(1, best[..., None].expand(-1, -1, 4))
 
 
 def _token(place: Sequence[int], value: float) -> TokenRow:
