@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import rich.console
-from records import outlier_stats, record, task_result
+from records import fidelity, outlier_stats, record, task_result
 
 from dqx.deltas import level
 from dqx.report import points, print_mirror, print_sweep, print_table, short
@@ -66,6 +66,14 @@ def test_predictions_against_full_precision_are_there():
         "Answers of 16 tokens: 75 % of the tokens are the same, 2 of 3 answers differ; "
         "the first differs after step 4 of 16." in lines
     )
+    assert (
+        "As full precision commits them: 12 % other tokens; SQNR of hidden states 42 to 20 dB, first to last block."
+        in lines
+    )
+    exact = fidelity() | {"layers": {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[None], [None]]}}
+    assert "As full precision commits them: 12 % other tokens." in printed(record(fidelity=exact))
+    earlier = {key: value for key, value in fidelity().items() if key not in ("by_step", "layers")}
+    assert "As full precision" not in printed(record(fidelity=earlier))
     assert "Against full precision" not in printed(record(fidelity={}))
 
 

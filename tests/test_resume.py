@@ -381,8 +381,8 @@ def test_simultaneous_runs_compute_each_artefact_once(tmp_path: Path, runs: int)
     assert [process.exitcode for process in started] == [0] * runs
     lines = [line for i in range(runs) for line in (tmp_path / f"{i}.log").read_text().splitlines()]
     computing = sorted(line for line in lines if line.startswith("  computing"))
-    assert len(computing) == len(set(computing)) == 7  # of two models: outliers, predictions, a task; and the second
-    assert sum(line.startswith("  reused") for line in lines) == 7 * (runs - 1)
+    assert len(computing) == len(set(computing)) == 8  # of two models outliers, predictions, a task; states; the second
+    assert sum(line.startswith("  reused") for line in lines) == 8 * (runs - 1)
     records = [RunFolder(tmp_path / str(i)).read() for i in range(runs)]
     assert all(
         (record.quantized, record.outliers, record.fidelity, record.warnings)

@@ -19,8 +19,8 @@ The result of a task depends on
 Outlier statistics depend on the model, every token it is shown (text and denoising states), the thresholds and the
 blocks whose surface is kept; denoising states on the model at full precision, the sampler, the prompts, the number of
 new tokens and of steps, and the seed; predictions on the model, the sampler, every token and position they are asked
-for, the answers of full precision, and the seed; rollouts on the model, the sampler, the text's tokens, the seed and the
-settings of `calib`; all of them on the sources that measure and the version of torch.
+for, the answers of full precision, and the seed; rollouts on the model, the sampler, the text's tokens, the seed and
+the settings of `calib`; all of them on the sources that measure and the version of torch.
 """
 
 from __future__ import annotations

@@ -139,7 +139,8 @@ def of_run(
     ]
     fidelity = config.fidelity
     works += [outlier_work(1, config.calib.length)] if config.outliers.samples else []
-    works += fidelity_work(1, fidelity.length, fidelity.gen_length, 1) if fidelity.samples else []
+    if fidelity.samples:
+        works += fidelity_work(1, fidelity.length, fidelity.gen_length, steps=1, states=1, guided=False)
     one = smallest and device.type == "cuda"
     rows = [(work, 1 if one else batch_rows(work, device.type)) for work in works if work is not None]
     quantizing = _working_bytes(config, arch, dtype) + _stored_bytes(config, arch, dtype)

@@ -248,11 +248,15 @@ def _checks(config: Config, guided: bool) -> list[Work]:
     """What is looked at on both sides besides the tasks."""
     outliers, fidelity = config.outliers.samples, config.fidelity
     found = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
+    steps = schedule(fidelity.gen_length, config.steps.count)
     if fidelity.samples and outliers:
-        states = min(config.outliers.steps, schedule(fidelity.gen_length, config.steps.count))
+        states = min(config.outliers.steps, steps)
         found.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
     if fidelity.samples:
-        found += fidelity_work(fidelity.samples, fidelity.length, fidelity.gen_length, 2 if guided else 1)
+        states = min(fidelity.steps, steps)
+        found += fidelity_work(
+            fidelity.samples, fidelity.length, fidelity.gen_length, steps=steps, states=states, guided=guided
+        )
     return found
 
 

@@ -182,7 +182,11 @@ def outlier_work(samples: int, length: int) -> Work:
     return Work("plain", samples, samples, length)
 
 
-def fidelity_work(samples: int, length: int, gen_length: int, passes: int) -> list[Work]:
-    """The predictions that are compared: every mask ratio, then answers of one token per step."""
-    ratios, steps = samples * len(RATIOS), samples * gen_length * passes
-    return [Work("plain", ratios, ratios, length), Work("plain", steps, steps, length // 2 + gen_length)]
+def fidelity_work(samples: int, length: int, gen_length: int, *, steps: int, states: int, guided: bool) -> list[Work]:
+    """The predictions that are compared: every mask ratio, then answers of so many steps, and on `states` of them.
+
+    Guidance takes two passes of a step, and of a state a third for its hidden states.
+    """
+    ratios = samples * len(RATIOS)
+    written = samples * (steps + states + (steps + 2 * states if guided else 0))
+    return [Work("plain", ratios, ratios, length), Work("plain", written, written, length // 2 + gen_length)]

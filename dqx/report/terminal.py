@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, TextIO
 
 from rich import box
@@ -244,7 +245,19 @@ def fidelity_lines(found: dict[str, Any]) -> list[str]:
         "same token most probable           " + " ".join(f"{100 * row['agreement']:6.0f} %" for row in rows),
         f"Answers of {answers['tokens']} tokens: {100 * answers['agreement']:.0f} % of the tokens are the same, "
         f"{len(steps)} of {answers['documents']} answers differ{first}.",
+        *step_lines(found),
     ]
+
+
+def step_lines(found: dict[str, Any]) -> list[str]:
+    """What the states of full precision show, on average over the steps looked at; nothing where none were."""
+    flips = [row["commit_flips"] for row in found.get("by_step", ()) if row["commit_flips"] is not None]
+    if not flips:
+        return []
+    blocks = [[float(value) for value in block if value is not None] for block in found["layers"]["sqnr_db"]]
+    means = [fmean(values) for values in blocks if values]
+    noise = f"; SQNR of hidden states {means[0]:.0f} to {means[-1]:.0f} dB, first to last block" if means else ""
+    return [f"As full precision commits them: {100 * fmean(flips):.0f} % other tokens{noise}."]
 
 
 def outlier_table(record: Record) -> Table:
