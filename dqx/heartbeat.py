@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVERY = 0.5  # seconds between two notes
+STARTING = "starting"  # the stage before the first one of the run
 
 _file: Path | None = None  # whose modification time is the last beat
 _last = 0.0
@@ -32,7 +33,7 @@ def start(file: Path) -> None:
     """Note from now on, in `file`, that this process is at work."""
     global _file
     _file = file
-    stage("starting")
+    stage(STARTING)
 
 
 def stage(name: str) -> None:

@@ -1,6 +1,6 @@
 """Roundings that end their run in the middle: used by the tests of runs that several processes share.
 
-The last process meets with the mishap, the others wait for it; `MISHAP_ONCE` names a file after which it is over.
+The last process meets with the mishap, the others wait for it; `MISHAP_OVER` names a file that ends it.
 """
 
 import os
@@ -19,7 +19,7 @@ from dqx.quant.rounding.rtn import RTN
 class Mishap(RTN):
     """Round to nearest; but in the last of several processes something else happens first."""
 
-    kind: str = "none"  # killed, raises, hangs, memory
+    kind: str = "none"  # none, killed, raises, hangs, memory
 
     def __call__(self, w_OI, bits, *more):
         over = os.environ.get("MISHAP_OVER")
@@ -35,7 +35,7 @@ class Mishap(RTN):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def raises(self):
-        raise ValueError("too hot")
+        raise RuntimeError("too hot")
 
     def hangs(self):
         while True:

@@ -92,7 +92,6 @@ def signs(job: Job, folder: Path) -> dict[int, Sign]:
 
 def watch(job: Job, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
     """Wait for the processes. Returns why they must be ended: none has moved for `hang_minutes`; else nothing."""
-    minutes = job.config.hang_minutes
     known: dict[int, Sign] = {}
     moved = {-1: time.time()}  # by rank, on the clock of this process: other clocks go differently
     while launcher.poll() is None:
@@ -100,16 +99,21 @@ def watch(job: Job, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
         now = signs(job, folder)
         moved |= {rank: time.time() for rank, sign in now.items() if sign != known.get(rank)}
         known = now
-        patience = float("inf") if minutes is None else 60 * minutes
-        if len(known) < job.processes:
-            patience = max(patience, STARTUP)
-        if time.time() - max(moved.values()) > patience:
+        if time.time() - max(moved.values()) > patience(job, known):
             for sign in known.values():
                 with suppress(ProcessLookupError):
                     os.kill(sign.pid, signal.SIGUSR1)
             time.sleep(DUMP)
             return hang(job, known, moved)
     return ""
+
+
+def patience(job: Job, known: dict[int, Sign]) -> float:
+    """Seconds without a move after which the run hangs: the longer while processes begin, on a busy machine slowly."""
+    minutes = job.config.hang_minutes
+    seconds = float("inf") if minutes is None else 60 * minutes
+    begun = [sign for sign in known.values() if sign.stage != heartbeat.STARTING]
+    return seconds if len(begun) == job.processes else max(seconds, STARTUP)
 
 
 def hang(job: Job, known: dict[int, Sign], moved: dict[int, float]) -> str:
@@ -120,8 +124,8 @@ def hang(job: Job, known: dict[int, Sign], moved: dict[int, float]) -> str:
         else f"process {rank + 1} has not begun"
         for rank in range(job.processes)
     ]
-    limit = f"{job.config.hang_minutes:g} minutes" if len(known) == job.processes else f"{STARTUP / 60:g} minutes"
-    return f"it hung: nothing moved for {limit} ({', '.join(seen)}); where they hung is in run.log"
+    minutes = patience(job, known) / 60
+    return f"it hung: nothing moved for {minutes:g} minutes ({', '.join(seen)}); where they hung is in run.log"
 
 
 def failure(job: Job, folder: Path, code: int) -> Exception:
