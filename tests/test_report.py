@@ -66,14 +66,11 @@ def test_predictions_against_full_precision_are_there():
         "Answers of 16 tokens: 75 % of the tokens are the same, 2 of 3 answers differ; "
         "the first differs after step 4 of 16." in lines
     )
-    assert (
-        "As full precision commits them: 12 % other tokens; SQNR of hidden states 42 to 20 dB, first to last block."
-        in lines
-    )
+    assert "On full precision's states: 12 % other commits; SQNR by block 42 to 20 dB." in lines
     exact = fidelity() | {"layers": {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[None], [None]]}}
-    assert "As full precision commits them: 12 % other tokens." in printed(record(fidelity=exact))
+    assert "On full precision's states: 12 % other commits." in printed(record(fidelity=exact))
     earlier = {key: value for key, value in fidelity().items() if key not in ("by_step", "layers")}
-    assert "As full precision" not in printed(record(fidelity=earlier))
+    assert "On full precision's" not in printed(record(fidelity=earlier))
     assert "Against full precision" not in printed(record(fidelity={}))
 
 

@@ -256,8 +256,8 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         return []
     blocks = [[float(value) for value in block if value is not None] for block in found["layers"]["sqnr_db"]]
     means = [fmean(values) for values in blocks if values]
-    noise = f"; SQNR of hidden states {means[0]:.0f} to {means[-1]:.0f} dB, first to last block" if means else ""
-    return [f"As full precision commits them: {100 * fmean(flips):.0f} % other tokens{noise}."]
+    noise = f"; SQNR by block {means[0]:.0f} to {means[-1]:.0f} dB" if means else ""
+    return [f"On full precision's states: {100 * fmean(flips):.0f} % other commits{noise}."]
 
 
 def outlier_table(record: Record) -> Table:
