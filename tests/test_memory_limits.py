@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import records
 import torch
 from filelock import FileLock
 from test_stages import SMALL, shown
@@ -23,6 +24,7 @@ from dqx.planning import memory
 from dqx.planning.memory import exceeded, gigabytes, memory_problems, pools, room_for_activations, streams_from_disk
 from dqx.quant.memory import GB, peak_ram, watch_peaks
 from dqx.quant.on_disk import PARTIAL, PROGRESS, OnDisk
+from dqx.report.terminal import footer
 from dqx.run import run
 from dqx.store import Record
 
@@ -83,6 +85,8 @@ def test_a_run_from_disk_is_the_run_in_memory(method: str, launch: Launch, taken
     assert taken == [0, 1, 2]
     assert shown(streamed) == shown(loaded)
     assert [record.quantization["from_disk"] for record in (streamed, loaded)] == [True, False]
+    assert streamed.calibration_text == loaded.calibration_text
+    assert len(streamed.calibration_text or "") == 16
     assert streamed.memory["limit"]["ram"] == int(float(limit.partition("=")[2]) * GB)
     assert streamed.memory["peak"]["ram"] == max(stage["ram"] for stage in streamed.memory["stages"].values())
     assert streamed.memory["stages"]["quantize"]["gpu"] == 0
@@ -241,6 +245,14 @@ def test_peaks_are_of_what_was_watched() -> None:
     del large
     watch_peaks(CPU)
     assert peak_ram() - before < 100_000_000
+
+
+def test_what_was_taken_is_printed() -> None:
+    taken = {"peak": {"ram": 612_000_000, "gpu": 0}}
+    assert footer(records.record(memory=taken), None)[0] == "Memory:  at most 0.61 GB of RAM"
+    taken["peak"]["gpu"] = 17 * GB
+    (line, _) = footer(records.record(memory=taken, quantization={"from_disk": True}), None)
+    assert line.endswith("0.61 GB of RAM, 17.00 GB of the GPU; quantized from disk, block by block")
 
 
 def test_a_limit_that_did_not_hold_is_in_the_record() -> None:

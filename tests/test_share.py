@@ -24,7 +24,7 @@ from dqx.__main__ import COMMANDS, main
 from dqx.compare import PLACES
 from dqx.config import CONF_DIR, Config, ConfigProblems, choices, compose, resolve
 from dqx.sharing import bundle
-from dqx.sharing.against import environment_differences, other_predictions, results_differences
+from dqx.sharing.against import Against, environment_differences, other_predictions, results_differences
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner
 from dqx.sharing.replay import NAME, replayed
@@ -269,6 +269,17 @@ def test_bombs_and_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---- against the bundle --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("there", "here"), [("0123", "0123"), ("0123", "4567"), ("0123", None), (None, "4567")])
+def test_another_calibration_text_is_told(tmp_path: Path, there: str | None, here: str | None) -> None:
+    """By the tokens of its windows: two machines may have files of one name."""
+    config = resolve(compose([]))
+    path = bundled(tmp_path, config, calibration_text=there)
+    told = [line for line in Against(str(path), config, {}, here).before if line.startswith("calibration text")]
+    differs = there is not None and there != here
+    expected = f"calibration text: fingerprint 0123 there, {here or 'none read'} here: other tokens"
+    assert told == ([expected] if differs else [])
 
 
 def test_every_difference_of_the_environment() -> None:

@@ -13,6 +13,7 @@
     runs/cache/results/nano_facts-<digest>.lock        held by the run that computes it
     runs/cache/quantized/<name>-<digest>.json          report and digest of a quantized model
     runs/cache/quantized/<name>-<digest>/              the model (dqx/quant/saved.py)
+    runs/cache/quantized/<name>-<digest>.partial/      its finished blocks, where it is quantized from disk
     runs/cache/outliers/<name>-<digest>.json           outlier statistics of a model
     runs/cache/activations/<name>-<digest>.safetensors channel maxima and activation surfaces that go with them
     runs/cache/denoising/<name>-<digest>.safetensors   answers of full precision in all their states

@@ -21,6 +21,7 @@ from rich import progress as bars
 from rich.console import Console
 from torch import Tensor, nn
 
+from dqx.heartbeat import beat
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
 from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits, block_range
 from dqx.quant.clip import ClipAtSite
@@ -119,9 +120,14 @@ def quantize_blocks(
         sites = len(SITES)
         task = bar.add_task(f"{method.name} {bits.name}", total=arch.n_blocks * sites, completed=done.blocks * sites)
         note(done.blocks)
+
+        def advance() -> None:
+            beat()
+            bar.advance(task)
+
         for index in range(done.blocks, arch.n_blocks):
             of_block = context.at(index=index, bits=bits.of_block(index))
-            report.linears += _one_block(home, changes, streams, of_block, lambda: bar.advance(task))
+            report.linears += _one_block(home, changes, streams, of_block, advance)
             note(index + 1)
     report.kept = _kept(home.model, method, bits)
     return report

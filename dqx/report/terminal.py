@@ -325,8 +325,13 @@ def outlier_legend(settings: Thresholds) -> list[str]:
 
 
 def footer(record: Record, folder: str | Path | None) -> list[str]:
-    """Notes, where the record lies, and how to run it again."""
+    """Notes, the memory taken, where the record lies, and how to run it again."""
     lines = [f"Note:    {text}" for text in record.warnings]
+    if record.memory:
+        ram, gpu = (record.memory["peak"][kind] / 1e9 for kind in ("ram", "gpu"))
+        taken = f"at most {ram:.2f} GB of RAM" + (f", {gpu:.2f} GB of the GPU" if gpu else "")
+        from_disk = "; quantized from disk, block by block" if record.quantization.get("from_disk") else ""
+        lines.append(f"Memory:  {taken}{from_disk}")
     if folder is not None:
         lines.append(f"Record:  {folder}")
     if record.command:
