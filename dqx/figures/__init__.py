@@ -67,10 +67,11 @@ def _named(name: str, title: str, of: int) -> str:
     return name if of == 1 else f"{name}_{re.sub(r'[^0-9A-Za-z]+', '_', title).strip('_')}"
 
 
-def save(figure: Figure, folder: str | Path, name: str) -> None:
+def save(figure: Figure, folder: str | Path, name: str, pdf: bool = True) -> None:
     """Write NAME.png and NAME.pdf into a folder, without dates or versions: the same figure gives the same bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with style.applied():
         figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        figure.savefig(folder / f"{name}.pdf", dpi=style.PRINT_DPI, metadata=NO_DATE)
+        if pdf:
+            figure.savefig(folder / f"{name}.pdf", dpi=style.PRINT_DPI, metadata=NO_DATE)

@@ -20,6 +20,7 @@ from dqx.models.transformer import SITES
 from dqx.store import Record
 
 MOST_BLOCKS = 3
+ROOM = 4.0  # times the highest line, for the names above it
 NAMED = 3  # largest channels of each side
 
 
@@ -45,9 +46,11 @@ def channel_maxima(record: Record) -> dict[str, Figure]:
         axes.set_title(SITE_NAMES[site])
     for axes in grid[-1]:
         axes.set_xlabel("channel, by rank")
+    for axes in grid[0]:
+        axes.set_ylim(top=ROOM * axes.get_ylim()[1])
     for axis in (axis for axes in grid[0] for axis in (axes.xaxis, axes.yaxis)):
         tick_plainly(axis)
-    legend(figure, columns=2)
+    legend(figure, grid[0], columns=2)
     return {"channel_maxima": figure}
 
 

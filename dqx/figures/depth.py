@@ -23,7 +23,7 @@ def sqnr(record: Record) -> dict[str, Figure]:
     values = masked(layers.get("sqnr_db") or [[]])
     if not values.count():
         return {}
-    absent = f"; grey: no error{'' if values.mask.any() else ' (nowhere)'}" if np.ma.is_masked(values) else ""
+    absent = "; grey: no error at all" if np.ma.is_masked(values) else ""
     caption = Caption(
         "Error of the hidden state behind every block",
         what_ran(record),

@@ -7,6 +7,7 @@ whose interval is over documents.
 from __future__ import annotations
 
 import math
+import re
 from statistics import fmean
 
 from dqx.deltas import Delta
@@ -57,18 +58,19 @@ def quantized(group: Group, delta: Delta) -> tuple[float, float, float]:
 
 
 def what_ran(groups: list[Group]) -> str:
-    """Model, tasks, documents, calibration and seeds; `groups` differ in their steps alone, if at all."""
+    """Model, tasks, documents, steps, calibration and seeds of groups that differ in their steps alone, if at all."""
     group = groups[0]
     records = [run.record for each in groups for row in each.rows for run in row.cell.runs]
-    steps = {(record.config.get("steps") or {}).get("count") for record in records}
+    counts = {(record.config.get("steps") or {}).get("count") for record in records}
+    steps = [str(count) for count in sorted(c for c in counts if c is not None)] + ["own"] * (None in counts)
     texts = sorted({str(c.get("text")) for record in records if (c := record.config.get("calib"))})
     seeds = sorted({int(record.config["seed"]) for record in records})
     documents = sum(result.n for result in group.full_precision.values())
     tasks = ", ".join(group.tasks) if len(group.tasks) <= NAMED else f"{len(group.tasks)} tasks"
     parts = [
-        ", ".join(dict.fromkeys(each.name for each in groups)),
+        re.sub(r", \d+ steps", "", group.name),
         f"{tasks}: {documents} documents",
-        *(["each task's own steps"] if steps == {None} else []),
+        "each task's own steps" if counts == {None} else f"{', '.join(steps)} steps",
         *([f"calibrated on {', '.join(texts)}"] if texts else []),
         f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}",
     ]

@@ -89,7 +89,9 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
         for axes, site in zip(row, sites, strict=True):
             for name, line in zip(CLASSES, style.CYCLE, strict=False):
                 of_class = sorted((p for p in found if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
-                axes.plot([p.block for p in of_class], [measure.of(p) for p in of_class], label=name, **line)
+                axes.plot(
+                    [p.block for p in of_class], [measure.of(p) for p in of_class], label=name, clip_on=False, **line
+                )
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         row[0].set_ylabel(f"{side.label}\n{measure.label}")
     for axes, site in zip(grid[0], sites, strict=True):
@@ -101,7 +103,7 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
             from_zero(axes)
     for axes in grid[-1]:
         axes.set_xlabel("block")
-    legend(figure, columns=3)
+    legend(figure, grid[0], columns=3)
     return figure
 
 

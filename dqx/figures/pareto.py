@@ -52,7 +52,7 @@ def accuracy_by_bits(group: Group) -> Figure:
     for row in grid:
         row[0].set_ylabel(groups.score(group))
     _limit(grid[0][0], group, rows)
-    legend(figure, columns, legend_rows)
+    legend(figure, grid.ravel(), columns, legend_rows)
     return figure
 
 

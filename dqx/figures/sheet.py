@@ -6,9 +6,11 @@ lies between the two; `between` says where, in shares of the figure.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -20,6 +22,7 @@ TITLE, TEXT, FOOT = 8.0, 6.5, 6.0  # points
 LEADING = 1.35  # of a line, in font sizes
 LEGEND_ROW, GAP = 0.15, 0.04  # inches
 POINTS = 72  # per inch
+FINE = 2400  # dots per inch: letters are as wide as in print
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,9 @@ def between(figure: Figure) -> tuple[float, float, float, float]:
     return left, bottom, width, height
 
 
-def legend(figure: Figure, columns: int, rows: int = 1) -> None:
-    """Put one legend for all axes below them, in the rows that `sheet` was asked to leave for it."""
-    found = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> None:
+    """Put one legend of these axes below them all, in the rows that `sheet` was asked to leave for it."""
+    found = {label: handle for axes in of for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     room = inches(figure)[0] / columns - 0.45
     height = rows * LEGEND_ROW / inches(figure)[1]
     box = figure.legend(
@@ -130,6 +131,6 @@ def shortened(text: str, room: float, size: float) -> str:
 def measured(text: str, size: float, bold: bool = False) -> float:
     """Width in inches of a line of text."""
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")))
-    font.set_size(size, POINTS)
+    font.set_size(size, FINE)
     font.set_text(text)
-    return float(font.get_width_height()[0]) / 64 / POINTS
+    return float(font.get_width_height()[0]) / 64 / FINE

@@ -9,10 +9,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from dqx.evaluate.spec import NLL
 from dqx.figures import groups, style
 from dqx.figures.heat import heat_map, masked, write_numbers
 from dqx.figures.sheet import Caption, sheet, shortened
 from dqx.names import natural
+from dqx.report import difference, value
 from dqx.report.gather import Group, Row, settings
 
 ACROSS = 3  # panels beside each other
@@ -68,18 +70,16 @@ def steps_by_bits(members: dict[int | None, Group]) -> Figure:
 
 def _panel(axes: Axes, members: Sequence[Group], rows: Sequence[Sequence[Row | None]], norm: Normalize) -> AxesImage:
     """One method: a row per number of steps; full precision, then the widths."""
-    unit, digits = groups.unit(members[0]), 3 if groups.nats(members[0]) else 1
+    unit, metric = groups.unit(members[0]), NLL if groups.nats(members[0]) else None
     values = masked([[0.0, *(None if row is None else unit * row.overall.delta for row in line)] for line in rows])
     image = heat_map(axes, values, rows=[], columns=[], norm=norm, colours=style.SIGNED)
     texts = []
     for group, line in zip(members, rows, strict=True):
         written = [
-            ""
-            if row is None
-            else f"{unit * row.overall.quantized:.{digits}f}\n({unit * row.overall.delta:+.{digits}f})"
+            "" if row is None else f"{value(row.overall.quantized, metric)}\n({difference(row.overall.delta, metric)})"
             for row in line
         ]
-        texts.append([f"{groups.full_precision(group):.{digits}f}", *written])
+        texts.append([value(groups.full_precision(group) / unit, metric), *written])
     if len(texts[0]) <= MOST_WRITTEN + 1:
         write_numbers(axes, image, texts)
     return image

@@ -29,6 +29,7 @@ from dqx.store import Record
 
 MOST_TOKENS, MOST_CHANNELS = 128, 256  # bars of a panel; its axes are not many more points long
 ONE_SCALE_UP_TO = 8.0  # times the smaller side's largest value
+ASIDE = 0.012  # of the figure: panels stand to the left of their middle, for the numbers at their right
 FLOOR = "#F3F3F3"
 LOWEST = 0.01  # of the scale's upper end: lower bars are the floor
 ELEVATION, AZIMUTH = 24.0, -58.0  # degrees
@@ -92,17 +93,20 @@ def _figure(record: Record, block: int, site: str) -> Figure:
     caption = Caption(
         f"Activations before and after: block {block}, {SITE_NAMES[site]}", what_ran(record), "; ".join(notes) + "."
     )
-    figure = sheet(caption, 2.4)
+    figure = sheet(caption, 2.55)
     left, bottom, width, height = between(figure)
     figure.set_layout_engine(None)
     for i, (side, surface) in enumerate(found.items()):
         share = width / len(found)
-        axes = figure.add_axes((left + i * share, bottom, share, height), projection="3d", computed_zorder=False)
+        axes = figure.add_axes(
+            (left + i * share - ASIDE, bottom, share, height), projection="3d", computed_zorder=False
+        )
         assert isinstance(axes, Axes3D)
         top = tops[i] if own_scales else max(tops)
         _draw(axes, surface.pooled(), top, (tokens, channels))
         own = ", its own scale" if own_scales else ""
-        axes.set_title(f"{side.label}: up to {surface.top:.3g}{own}", y=1, pad=0, va="top")
+        title = f"{side.label}: up to {surface.top:.3g}{own}"
+        figure.text(left + (i + 0.5) * share, bottom + height, title, ha="center", va="top")
     return figure
 
 
@@ -125,19 +129,21 @@ def _extent(record: Record, block: int, site: str) -> tuple[int, int]:
 def _draw(axes: Axes3D, surface: Surface, top: float, extent: tuple[int, int]) -> None:
     """The bars on their floor; `top` is the upper end of the scale, `extent` how many tokens and channels there are."""
     tokens, channels = extent
-    floor = [[(0, 0, 0), (channels, 0, 0), (channels, tokens, 0), (0, tokens, 0)]]
-    axes.add_collection3d(Poly3DCollection(floor, facecolor=FLOOR, linewidth=0), autolim=False)
+    corners = [(0, 0, 0), (channels, 0, 0), (channels, tokens, 0), (0, tokens, 0)]
+    floor = Poly3DCollection([corners], facecolor=FLOOR, linewidth=0)
     bars = surface.bars()
     token, channel, height = bars[bars[:, 2] >= LOWEST * top].T
     ends = [np.stack([channel, token, z], axis=1) for z in (np.zeros_like(height), height)]
     lines = Line3DCollection(
         np.stack(ends, axis=1), colors=PALETTE(height / top), linewidths=0.8, capstyle="butt", rasterized=True
     )
-    axes.add_collection3d(lines, autolim=False)
+    for part in (floor, lines):
+        part.set_clip_on(False)
+        axes.add_collection3d(part, autolim=False)
     for limit, end in ((axes.set_xlim, channels), (axes.set_ylim, tokens), (axes.set_zlim, top)):
         limit(0, end, view_margin=0)
     axes.view_init(ELEVATION, AZIMUTH)
-    axes.set_box_aspect((1.5, 1.1, 0.75), zoom=1.18)
+    axes.set_box_aspect((1.5, 1.1, 0.75), zoom=1.2)
     axes.set_xlabel("channel", labelpad=-7)
     axes.set_ylabel("token", labelpad=-7)
     axes.tick_params(pad=-3)
