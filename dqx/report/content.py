@@ -18,10 +18,11 @@ from dqx.store import Record
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that was saved as NAME.png and NAME.pdf; the path is that of the PNG."""
+    """A figure that was saved as a PNG; `width` is the number of pixels that it has in a page."""
 
     name: str
     path: Path
+    width: int
 
     @property
     def title(self) -> str:

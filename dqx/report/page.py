@@ -31,7 +31,7 @@ from dqx.store import jsonable
 
 FLIPS_PER_TASK = 3  # documents shown of each task of a run
 LONGEST = 2000  # characters shown of an output
-WIDEST = 1200  # pixels of an embedded figure
+QUALITY = 72  # of an embedded figure, which is a copy for the screen
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def embedded(picture: Picture) -> str:
 
     with Image.open(picture.path) as image:
         shown = image.convert("RGB")
-        shown.thumbnail((WIDEST, WIDEST))
+        shown.thumbnail((picture.width, picture.width))
         buffer = BytesIO()
-        shown.save(buffer, "WEBP", quality=82, method=4)
+        shown.save(buffer, "WEBP", quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,23 +1,46 @@
-"""The figures of a report, as files: those of all runs together, and those of each run in a folder of its own."""
+"""The figures of a report, as files: those of all runs together, and those of each run in a folder of its own.
+
+A run that is reported alone gets every figure that its record has the data for, as PNG and PDF. Where there are several,
+those of single runs are PNG, with one activation surface each: that of the largest value.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from dqx import figures
 from dqx.report.content import Picture, Report, anchor
+from dqx.store import Record
+
+WIDE, NARROW = 1400, 960  # pixels of a figure in the page: of all runs together, of one
 
 
 def draw(report: Report, folder: Path) -> None:
-    """Draw what the records have the data for, as PNG and PDF below `folder`, and put the places into the report."""
-    report.pictures = _saved(figures.of_runs(report.records) if report.runs else {}, folder)
+    """Draw figures below `folder`, and put their places into the report."""
+    alone = len(report.runs) == 1
+    report.pictures = _saved(figures.of_runs(report.records), folder, width=WIDE)
+    runs = tqdm(report.runs, "figures", unit=" runs", leave=False, disable=None)
     report.run_pictures = [
-        _saved(figures.of_run(run.record), folder / anchor(number)) for number, run in enumerate(report.runs, 1)
+        _saved(figures.of_run(run.record if alone else with_one_surface(run.record)), folder / anchor(number), alone)
+        for number, run in enumerate(runs, 1)
     ]
 
 
-def _saved(drawn: dict[str, figures.Figure], folder: Path) -> list[Picture]:
+def with_one_surface(record: Record) -> Record:
+    """The record with the activation surfaces of one block and site alone, that of the largest value."""
+    stats = record.outliers.get("full_precision")
+    sizes = {f"{row.block}/{row.site}": row.abs_max for row in stats.rows} if stats else {}
+    surfaces = [name for name in record.activations if name.endswith("/surface")]
+    places = {name: name.partition("/")[2].removesuffix("/surface") for name in surfaces}
+    largest = max(places.values(), key=lambda place: sizes.get(place, 0.0), default=None)
+    kept = {name: record.activations[name] for name in record.activations if places.get(name, largest) == largest}
+    return replace(record, activations=kept)
+
+
+def _saved(drawn: dict[str, figures.Figure], folder: Path, pdf: bool = True, width: int = NARROW) -> list[Picture]:
     for name, figure in drawn.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        figures.save(figure, folder, name)
-    return [Picture(name, folder / f"{name}.png") for name in drawn]
+        figures.save(figure, folder, name, pdf=pdf)
+    return [Picture(name, folder / f"{name}.png", width) for name in drawn]
