@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -658,7 +660,7 @@ from wandb_server import Server
 import wandb
 from dqx import mirror
 if sys.argv[1] == "die":
-    def log(*_):
+    def log(*_, **__):
         print("ready", flush=True)
         time.sleep(60)
     wandb.Table = log
@@ -666,7 +668,14 @@ print(mirror.log(record(), {folder!r})["state"])
 """
 
 
+@pytest.fixture
+def no_commit(monkeypatch):
+    """Whatever is committed meanwhile: dqx's commit is part of an identity."""
+    monkeypatch.setenv("GIT_DIR", "nowhere")
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_commit")
 def test_a_kill_while_it_is_written_leaves_nothing_half(tmp_path):
     code = CHILD.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     root = str(Path(__file__).parent.parent)
@@ -696,3 +705,29 @@ def test_a_kill_while_it_is_written_leaves_nothing_half(tmp_path):
     config, summary, _, _ = read_back(run_folder)
     assert config["cfg"]["method"] == {"name": "gptq"}
     assert summary["delta/average"] == record().deltas[-1].delta
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_commit")
+def test_a_run_that_was_killed_and_started_again_is_one_run_of_wandb(tmp_path):
+    """Killed in its evaluation, started again elsewhere, and once more in its own folder: always the same."""
+    small = ["method=rtn", "bits=4", "task=nano_facts", "task.limit=4", "outliers.samples=1", "fidelity.samples=0"]
+    small += ["wandb.mode=offline", "wandb.figures=false", f"cache_dir={tmp_path / 'cache'}"]
+
+    def start(folder):
+        place = f"hydra.run.dir={tmp_path / folder}"
+        root = Path(__file__).parent.parent
+        return subprocess.Popen([sys.executable, "launch.py", *small, place], cwd=root, stdout=subprocess.DEVNULL)
+
+    child, evaluating = start("first"), tmp_path / "cache" / "results"
+    while child.poll() is None and not list(evaluating.glob("*.journal.*")):
+        time.sleep(0.05)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert not (tmp_path / "first" / "wandb").exists()
+    for folder in ("second", "first"):
+        assert start(folder).wait() == 0
+    written = [read_back(path) for path in tmp_path.glob("*/wandb/offline-run-*")]
+    assert len(written) == 2
+    assert {run.run_id for *_, run in written} == {identity(RunFolder(tmp_path / "first").read())}
+    assert written[0][1]["accuracy/nano_facts"] == written[1][1]["accuracy/nano_facts"]
