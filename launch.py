@@ -33,7 +33,7 @@ from dqx.config import Config, ConfigProblems, resolve, validate
 from dqx.dispatch import ALONE, STARTED, dispatch_problems, process_count
 from dqx.launching import register
 from dqx.origin import Origin
-from dqx.outcomes import FILE, Failure, RunFailed, expect, failures, launched, outcomes, why
+from dqx.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def main(cfg: DictConfig) -> None:
         planned.append(plan_run(cfg))
         return
     from dqx.models.checkpoint import CheckpointError
-    from dqx.workers.team import TeamFailed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.RUN:  # a sweep's are known to the process that launched it
@@ -64,7 +63,7 @@ def main(cfg: DictConfig) -> None:
         problems = explain(error)
         log.error(plain(problems))
         failure, cause = Failure.of(problems, refused=True), error
-    except TeamFailed as error:
+    except RunEnded as error:
         log.error(f"the run failed: {error}\n{error.traceback}".rstrip())
         failure, cause = Failure(str(error)), error
     except Exception as error:
@@ -81,7 +80,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def dispatch(config: Config, folder: Path) -> None:
-    """Do a run in this process, or in several that share it. Raises what the run raises, TeamFailed for several."""
+    """Do a run in this process, or in several that share it. Raises what the run raises, or RunEnded."""
     hydra = HydraConfig.get()
     origin = Origin.of(hydra, config.bundle)
     if config.dispatch == "separate" and hydra.mode == RunMode.RUN:
@@ -89,8 +88,10 @@ def dispatch(config: Config, folder: Path) -> None:
     count = 1 if any(dispatch_problems(config.dispatch, config.model.device)) else process_count(config)
     if count == 1:
         from dqx.run import run
+        from dqx.workers.alone import watched
 
-        run(config, folder, origin)
+        with watched(config.hang_minutes, folder / LOG):
+            run(config, folder, origin)
         return
     problems = validate(config)
     if problems:

@@ -180,7 +180,7 @@ class Config:
     keep_quantized: bool = True  # false: no quantized weights in the cache, only what was measured on them
     reuse: bool = True  # false: compute everything afresh, and keep it
     dispatch: str = "auto"  # auto, shared, separate or a number: how runs use the GPUs of a machine (dqx/dispatch.py)
-    hang_minutes: float | None = 60.0  # when no process of a run has moved for so long it is ended; null: never
+    hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/planning)

@@ -1,7 +1,7 @@
 """Signs of life: where a run gets on with its work it says so, and whoever watches it can tell work from a hang.
 
 `beat` stands where work is done: after a block's forward, a generated program, while another run is waited for. Nothing
-beats by the clock alone. In a process that nobody watches it does nothing.
+beats by the clock alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 EVERY = 0.5  # seconds between two notes
 STARTING = "starting"  # the stage before the first one of the run
 
-_file: Path | None = None  # whose modification time is the last beat
-_last = 0.0
+_file: Path | None = None  # whose modification time is the last beat, where another process watches
+_stage, _moved, _noted = STARTING, 0.0, 0.0  # what is going on, and seconds of the monotonic clock
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def start(file: Path) -> None:
 
 def stage(name: str) -> None:
     """A new part of the run begins."""
+    global _stage, _moved
+    _stage, _moved = name, time.monotonic()
     if _file is not None:
         new = _file.with_suffix(".new")
         with suppress(OSError):  # the folder goes when the process that watches is gone
@@ -47,11 +49,22 @@ def stage(name: str) -> None:
 
 def beat() -> None:
     """Some work has been done."""
-    global _last
-    if _file is not None and time.monotonic() - _last >= EVERY:
-        _last = time.monotonic()
+    global _moved, _noted
+    _moved = time.monotonic()
+    if _file is not None and _moved - _noted >= EVERY:
+        _noted = _moved
         with suppress(OSError):
             os.utime(_file)
+
+
+def stage_now() -> str:
+    """What this process is doing."""
+    return _stage
+
+
+def idle() -> float:
+    """Seconds since this process last got on with it."""
+    return time.monotonic() - _moved
 
 
 def read(file: Path) -> Sign | None:

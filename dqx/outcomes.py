@@ -16,8 +16,8 @@ FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
 
-#: Settings that take less memory when they are lower, by what they make smaller.
-SMALLER = "likelihood.batch_tokens (likelihoods), calib.length (quantization), outliers.samples, fidelity.samples"
+#: Settings with which less memory is taken when they are lower.
+SMALLER = "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers)"
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 #: The run folders of this process's launch, in order; the sweepers and single runs fill it in.
@@ -54,6 +54,14 @@ class Outcome:
 
 class RunFailed(Exception):
     """A run has failed and said so. Stands for the error itself, which another process may be unable to unpickle."""
+
+
+class RunEnded(Exception):
+    """A run that did not end by itself: why it was ended or is gone, and the traceback where there is one."""
+
+    def __init__(self, reason: str, traceback: str = ""):
+        super().__init__(reason)
+        self.traceback = traceback
 
 
 def expect(folders: Iterable[Path]) -> None:
@@ -122,5 +130,5 @@ def why(error: BaseException) -> str:
     first = f"{type(error).__name__}: {told.partition(': ')[2] or 'no message'}".splitlines()[0]
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)):
-        return f"out of memory ({first}); lower what takes memory: {SMALLER}"
+        return f"out of memory ({first}); lower {SMALLER}"
     return told

@@ -17,13 +17,15 @@ import pytest
 import torch
 import yaml
 
-from dqx import dispatch
+from dqx import dispatch, heartbeat, outcomes
 from dqx.config import CONF_DIR, compose, resolve, restored
 from dqx.dispatch import dispatch_problems, process_count, separate
 from dqx.evaluate.results import TaskResult
-from dqx.outcomes import why
+from dqx.outcomes import Failure, Outcome, RunEnded, why
+from dqx.report import print_outcomes
 from dqx.run import run
 from dqx.store import Record, RunFolder
+from dqx.workers.alone import watched
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parent
 RUN = [
@@ -218,9 +220,10 @@ def test_runs_side_by_side_end_with_launch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mistake_that_only_the_processes_find_is_told_once(tmp_path: Path) -> None:
-    done = launch(tmp_path, "dispatch=2", "outliers.samples=1", "calib.samples=1000000")
+    (tmp_path / "short.txt").write_text("a few words")
+    done = launch(tmp_path, "dispatch=2", "outliers.samples=1", f"calib.text={tmp_path / 'short.txt'}")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("cannot run: calib.text=nano: ") == 1
+    assert done.stderr.count(f"cannot run: calib.text={tmp_path / 'short.txt'}: ") == 1
     assert "Traceback" not in done.stderr
     assert failure(tmp_path / "run")["refused"]
 
@@ -287,9 +290,67 @@ def test_who_gets_which_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_configuration_survives_the_way_to_the_processes() -> None:
-    config = resolve(compose(["experiment=quick", "method=duquant", "cache_max_gb=.inf"]))
+    config = resolve(compose(["experiment=quick", "method=duquant", "cache_max_gb=inf"]))
     config.model.path = "/a/${b}"
     assert restored(yaml.safe_load(yaml.safe_dump(asdict(config)))) == config
+
+
+def test_a_run_in_this_process_is_ended_when_it_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before nothing has moved for so long; and the clock is gone afterwards."""
+    idle = iter([0.0, 0.0, 60.0])
+    monkeypatch.setattr(heartbeat, "idle", lambda: next(idle))
+
+    def hang() -> None:
+        with watched(0.002, tmp_path / "run.log"):
+            heartbeat.stage("quantize")
+            time.sleep(60)
+
+    with pytest.raises(RunEnded, match=r"nothing moved for 0.002 minutes \(in 'quantize' since ..:..:..\)"):
+        hang()
+    assert not list(idle)
+    assert "test_dispatch.py" in (tmp_path / "run.log").read_text()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with watched(60, tmp_path / "run.log"):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_state_of_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What an earlier launch has left in the folders does not count; those that a launch of its own counts do."""
+    monkeypatch.setattr(outcomes, "launched", [])
+    names = ("finished", "reused", "failed", "refused", "stopped", "waiting", "new")
+    folders = [tmp_path / name for name in names]
+    for folder in folders[:-1]:
+        folder.mkdir()
+        for name in ("results.json", "failure.json", "run.log"):
+            (folder / name).write_text("{}")
+    outcomes.expect(folders)
+
+    def begin(name: str) -> None:
+        (tmp_path / name / "failure.json").unlink()
+        (tmp_path / name / "results.json").unlink()
+        (tmp_path / name / "run.log").write_text("read the data")
+
+    def finish(name: str, *sources: str) -> None:
+        begin(name)
+        sides = dict(zip(("full_precision", "quantized"), ({"source": source} for source in sources), strict=True))
+        (tmp_path / name / "results.json").write_text(json.dumps({"tasks": {"nano_sums": sides}}))
+
+    finish("finished", "reused", "computed")
+    finish("reused", "reused", "reused")
+    begin("stopped")
+    for name in ("failed", "refused"):
+        Failure("too hot", refused=name == "refused").write(tmp_path / name)
+    for interrupted, stopped in ((False, Outcome("failed", "it was killed")), (True, Outcome("interrupted"))):
+        found = list(outcomes.outcomes(outcomes.launched, interrupted).values())
+        assert found == [
+            *(Outcome("finished"), Outcome("reused"), Outcome("failed", "too hot"), Outcome("refused", "too hot")),
+            *(stopped, Outcome("not started"), Outcome("not started")),
+        ]
+    print_outcomes(outcomes.outcomes(outcomes.launched))
+    rows = [line.rstrip().split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [row[0] for row in rows[2:]] == list(names)
+    assert rows[4] == ["failed", "failed", "too hot"]
 
 
 def test_where_memory_was_short_the_reason_says_what_to_lower() -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dqx.heartbeat import beat
 from dqx.models import dream, llada
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 
@@ -90,9 +91,15 @@ def locate(path_or_id: str, revision: str | None = None, files: Sequence[str] = 
     if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{path_or_id} does not exist; give a folder, or a hub id such as GSAI-ML/LLaDA-8B-Base")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            beat()
+            return super().update(n)
 
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files)))
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=list(files), tqdm_class=Bar))
     except Exception as error:
         raise CheckpointError(
             f"{path_or_id} is no local folder and could not be fetched from the hub ({type(error).__name__}: "

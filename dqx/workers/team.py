@@ -21,6 +21,7 @@ from dqx import heartbeat
 from dqx.config import ConfigProblems
 from dqx.dispatch import gpus
 from dqx.heartbeat import Sign
+from dqx.outcomes import RunEnded
 from dqx.workers import messages
 from dqx.workers.messages import Job, Report
 
@@ -30,18 +31,10 @@ GRACE = 10.0  # seconds to leave, before they are killed
 DUMP = 1.0  # seconds to write down where they hang
 
 
-class TeamFailed(Exception):
-    """A process of the run has failed: the reason, and where it was raised (empty where nothing was)."""
-
-    def __init__(self, reason: str, traceback: str = ""):
-        super().__init__(reason)
-        self.traceback = traceback
-
-
 def share(job: Job) -> None:
     """Have the job done by its processes; its record is written when this returns.
 
-    Raises ConfigProblems for what they found wrong with the configuration or its files, TeamFailed for anything else.
+    Raises ConfigProblems for what they found wrong with the configuration or its files, RunEnded for anything else.
     """
     with TemporaryDirectory(prefix="dqx-") as place:
         folder = Path(place)
@@ -49,7 +42,7 @@ def share(job: Job) -> None:
         with started(job, folder) as launcher:
             hung = watch(job, folder, launcher)
         if hung:
-            raise TeamFailed(hung)
+            raise RunEnded(hung)
         if launcher.returncode:
             raise failure(job, folder, launcher.returncode)
 
@@ -136,16 +129,16 @@ def failure(job: Job, folder: Path, code: int) -> Exception:
     if own:
         return _reported(job, own[0])
     if silent:
-        return TeamFailed(f"process {silent[0].rank + 1} of {job.processes} {manner(silent[0].code)}")
+        return RunEnded(f"process {silent[0].rank + 1} of {job.processes} {manner(silent[0].code)}")
     if told:
         return _reported(job, told[0])
-    return TeamFailed(f"its {job.processes} processes could not be started (exit code {code})")
+    return RunEnded(f"its {job.processes} processes could not be started (exit code {code})")
 
 
 def _reported(job: Job, report: Report) -> Exception:
     if report.problems:
         return ConfigProblems(report.problems)
-    return TeamFailed(f"process {report.rank + 1} of {job.processes} failed: {report.reason}", report.traceback)
+    return RunEnded(f"process {report.rank + 1} of {job.processes} failed: {report.reason}", report.traceback)
 
 
 def manner(code: int) -> str:

@@ -16,10 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dqx import heartbeat
-from dqx.outcomes import why
+from dqx.outcomes import LOG, why
 from dqx.workers.messages import Job, Report
-
-LOG = "run.log"
 
 
 def main(folder: Path) -> int:
