@@ -157,6 +157,8 @@ def test_many_steps_are_sampled_and_those_that_write_nothing_left_out():
     assert [state.step for state in rollout.states(16)] == list(range(12))
     assert [state.step for state in rollout.states(3)] == [2, 6, 10]
     assert rollout.states(0) == []
+    none = refer(model, SAMPLERS["llada"], tokens, count=0).unmoved()
+    assert (none["by_step"], none["layers"]) == ([], {"steps": [], "mask_ratios": [], "sqnr_db": []})
     idle = Rollout(rollout.ids[[0, 0, 1, 1, 2]], rollout.prompt, rollout.mask_token_id)
     assert [state.step for state in idle.states(16)] == [1, 3]
 
@@ -164,9 +166,9 @@ def test_many_steps_are_sampled_and_those_that_write_nothing_left_out():
 # ---- the measures ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [*SAMPLERS, "cache"])
 def test_an_unchanged_model_agrees_exactly_and_a_changed_one_does_not(name):
-    sampler = SAMPLERS[name]
+    sampler = SAMPLERS.get(name, LLaDASampler(suppress_mask=True, cache="dual"))
     model, tokens = tiny("dream" if isinstance(sampler, DreamSampler) else "llada")
     reference = refer(model, sampler, tokens)
     same = measure(model, sampler, reference, seed=1)
