@@ -10,7 +10,7 @@ from goldens import GOLDEN, golden, tiny
 from rich.console import Console
 
 from dqx import config
-from dqx.benchmarks import plain, quantize
+from dqx.benchmarks import activations, plain, quantize
 from dqx.benchmarks.cases import MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SIDES, Job, compare, differences
 from dqx.models.transformer import SITES
@@ -154,3 +154,13 @@ def test_a_run(tmp_path, capsys):
     assert figures["seconds_per_model"]["dqx"] == pytest.approx(32 * figures["seconds"]["dqx"]["rounding"])
     assert figures["differences"]["codes"] < 0.01
     assert "llada_8b" in capsys.readouterr().out
+
+
+def test_cost_of_outlier_statistics_is_put_beside_a_document():
+    arch = replace(
+        MODELS["llada_8b"], n_blocks=2, n_heads=2, n_kv_heads=2, vocab_size=1001, mask_token_id=1000, **SMALL
+    )
+    found = activations.compare(arch, window=16, prompt=8, gen_length=4, steps=4)
+    assert min(found.document, found.windows, found.states, found.windows_metered) > 0
+    assert found.share(8) == pytest.approx(found.share(1) / 8)
+    assert len(activations.table(found).rows) == 3 + len(activations.DOCUMENTS)

@@ -1,1 +1,1 @@
-"""Benchmarks that a user can run: `python -m dqx.benchmarks.quantize`, `.evaluate` and `.memory`."""
+"""Benchmarks that a user can run: `python -m dqx.benchmarks.quantize`, `.evaluate`, `.memory`, `.sweep`, `.activations`."""

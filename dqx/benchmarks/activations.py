@@ -1,0 +1,155 @@
+"""What outlier statistics cost beside the evaluation that they accompany.
+
+    python -m dqx.benchmarks.activations                     LLaDA's shapes, a quarter as wide, 4 blocks
+    python -m dqx.benchmarks.activations --scale 1 --blocks 1
+    python -m dqx.benchmarks.activations --run               besides, the default run: its own timings
+
+A random model answers one question as evaluation does, and is measured with the settings of a run: text windows and
+denoising states, both also without meters. On a CPU the clock is the processor time of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dqx.activations import default_blocks, measure
+from dqx.benchmarks.cases import MODELS, scaled
+from dqx.benchmarks.sweep import launch
+from dqx.calib import CalibBatch
+from dqx.config import FidelityConfig, OutlierConfig
+from dqx.denoising import State, write
+from dqx.diffusion.llada import LLaDASampler
+from dqx.diffusion.noise import SeededNoise
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
+from dqx.report import RULES
+from dqx.store import RunFolder
+
+LIMIT = 0.15  # of the evaluation: the share that statistics may take
+DOCUMENTS = (8, 32, 128, 1000)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds."""
+
+    document: float  # one answer
+    windows: float  # forwards of the text windows
+    windows_metered: float
+    states: float  # forwards of the denoising states
+    states_metered: float
+
+    @property
+    def statistics(self) -> float:
+        return self.windows_metered + self.states_metered
+
+    def share(self, documents: int) -> float:
+        """What statistics take, of an evaluation of so many documents."""
+        return self.statistics / (documents * self.document)
+
+
+@torch.no_grad()
+def compare(arch: Architecture, *, window: int, prompt: int, gen_length: int, steps: int) -> Figures:
+    """One answer of `gen_length` tokens, and statistics at their default settings, with windows of `window` tokens."""
+    settings, fidelity = OutlierConfig(), FidelityConfig()
+    model = MaskedDiffusionTransformer(arch)
+    initialise(model, torch.Generator().manual_seed(0))
+    model.eval().requires_grad_(False)
+    sampler = LLaDASampler()
+
+    def text(rows: int, length: int) -> torch.Tensor:
+        return torch.randint(1, 1000, (rows, length), generator=torch.Generator().manual_seed(1))
+
+    batches = [CalibBatch(ids[None], torch.zeros(1)) for ids in text(settings.samples, window)]
+    rollout = write(
+        model, sampler, text(fidelity.samples, fidelity.length // 2), gen_length=fidelity.gen_length,
+        steps=fidelity.gen_length,
+    )  # fmt: skip
+    states = rollout.states(settings.steps)
+    noise = SeededNoise(0, [("document", 0)])
+    chosen = default_blocks(arch.n_blocks)
+
+    def metered(states: list[State]) -> float:
+        return seconds(lambda: measure(model, batches, states=states, surfaces=chosen))
+
+    def forwards(shown: Sequence[CalibBatch | State]) -> float:
+        return seconds(lambda: [deque(model.hidden_states(each.ids), maxlen=0) for each in shown])
+
+    forwards(batches)  # the first one pays for what is set up once
+    windows = metered([])
+    return Figures(
+        document=seconds(
+            lambda: sampler.generate(model, text(1, prompt), gen_length=gen_length, steps=steps, noise=noise)
+        ),
+        windows=forwards(batches),
+        windows_metered=windows,
+        states=forwards(states),
+        states_metered=metered(states) - windows,
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Processor time of `work`."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def default_run() -> dict[str, float]:
+    """Timings of `python launch.py`, everything computed afresh."""
+    with TemporaryDirectory() as folder:
+        launch(f"hydra.run.dir={folder}/run", f"cache_dir={folder}/cache", "wandb.mode=disabled")
+        return RunFolder(f"{folder}/run").read(documents=False).timings
+
+
+def table(found: Figures) -> Table:
+    rows = Table("", "seconds", "without meters", box=RULES)
+    rows.add_row("one document", "", f"{found.document:.2f}")
+    rows.add_row("statistics, text windows", f"{found.windows_metered:.2f}", f"{found.windows:.2f}")
+    rows.add_row("statistics, denoising states", f"{found.states_metered:.2f}", f"{found.states:.2f}")
+    for documents in DOCUMENTS:
+        rows.add_row(f"share of {documents} documents", f"{100 * found.share(documents):.1f} %", "")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dqx.benchmarks.activations", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="llada_8b", choices=MODELS, help="whose shapes (llada_8b)")
+    parser.add_argument("--scale", type=int, default=4, help="all widths divided by this (4)")
+    parser.add_argument("--blocks", type=int, default=4, help="number of blocks (4)")
+    parser.add_argument("--window", type=int, default=256, help="tokens of a text window (256)")
+    parser.add_argument("--prompt", type=int, default=192, help="tokens of a document's prompt (192)")
+    parser.add_argument("--gen-length", type=int, default=64, help="tokens of its answer (64)")
+    parser.add_argument("--steps", type=int, default=64, help="denoising steps (64)")
+    parser.add_argument("--run", action="store_true", help="also the default run of the bundled model: a minute or two")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    arch = scaled(MODELS[args.model], args.scale)
+    words = arch.vocab_size // args.scale
+    arch = replace(arch, n_blocks=args.blocks, vocab_size=words, mask_token_id=words - 1)
+    found = compare(arch, window=args.window, prompt=args.prompt, gen_length=args.gen_length, steps=args.steps)
+    console = Console(highlight=False, emoji=False)
+    console.print(table(found))
+    if args.run:
+        timings = default_run()
+        parts = {what: sum(v for k, v in timings.items() if k.startswith(what)) for what in ("outliers", "evaluate")}
+        share = parts["outliers"] / parts["evaluate"]
+        console.print("default run: statistics {outliers:.1f} s, evaluation {evaluate:.1f} s".format(**parts))
+        console.print(f"a share of {100 * share:.1f} %" + (", more than it should be" if share > LIMIT else ""))
+    if args.json is not None:
+        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
