@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
             self.gpus = list(visible_gpus)
 
         def submit(self, *_: object) -> SimpleNamespace:
-            job = SimpleNamespace(gpus=self.gpus, finished=False)
+            job = SimpleNamespace(gpus=self.gpus, finished=False, job_id="1")
             job.done = lambda: job.finished
             return job
 
@@ -150,16 +151,77 @@ def test_slurm_without_slurm(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_every_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "group", "more"),
+    [(signal.SIGINT, True, []), (signal.SIGTERM, False, []), (signal.SIGTERM, False, ["dispatch=2", "bits=2,3"])],
+    ids=["Ctrl-C", "SIGTERM", "SIGTERM, two processes per run"],
+)
+def test_no_process_is_left(tmp_path: Path, number: int, group: bool, more: list[str]) -> None:
+    """Ctrl-C reaches the launcher and its runs, SIGTERM the launcher alone."""
     pytest.importorskip("submitit")
     arguments = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "method=rtn", "bits=2,3,4,5,6,8"]
-    with launched(command(tmp_path, *arguments, "task.limit=null")) as launcher:
-        wait_for(lambda: list((tmp_path / "sweep").glob("*/run.log")))
-        os.killpg(launcher.pid, signal.SIGINT)
+    sweep = command(tmp_path, *arguments, "task.limit=null", *more)
+    with launched(sweep, LAUNCHER=str(tmp_path)) as launcher:
+        wait_for(lambda: any("evaluate" in log.read_text() for log in (tmp_path / "sweep").glob("*/run.log")))
+        (os.killpg if group else os.kill)(launcher.pid, number)
         _, told = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, told
     assert told.rstrip().endswith("interrupted")
-    wait_for(lambda: not subprocess.run(["pgrep", "-g", str(launcher.pid)], capture_output=True).stdout)
+    wait_for(lambda: not with_in_its_environment(f"LAUNCHER={tmp_path}"))
+
+
+def with_in_its_environment(setting: str) -> list[str]:
+    """The processes that were started with it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if setting.encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_that_takes_too_long(tmp_path: Path) -> None:
+    """Also one that does not listen when it is told; the others have their time."""
+    pytest.importorskip("submitit")
+    hangs = [
+        "method=rtn",
+        "method.rounding._target_=fatal.Fatal",
+        "bits=w2a16",
+        "bits.weight.bits=6,7,2",
+        "hydra.launcher.timeout_min=1",
+    ]
+    done = run(command(tmp_path, "hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", *hangs))
+    assert done.returncode == 1, done.stderr
+    _, _, listed = done.stderr.partition("2 of 3 runs failed:\n")
+    reason = "timed out: it took longer than hydra.launcher.timeout_min=1"
+    for folder in ("0-nano_llada-rtn-w6a16", "1-nano_llada-rtn-w7a16"):
+        assert f"  {folder}: {reason}" in listed
+        assert json.loads((tmp_path / "sweep" / folder / "failure.json").read_text())["reason"] == reason
+    assert (tmp_path / "sweep" / "2-nano_llada-rtn-w2a16" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_shared_run_again_through_a_launcher(tmp_path: Path) -> None:
+    """The bundle's configuration reaches processes that know nothing of `--from`."""
+    pytest.importorskip("submitit")
+    quick = ["method=rtn", "bits=w3a16", *QUICK, f"cache_dir={tmp_path / 'cache'}"]
+    first = run([sys.executable, "launch.py", *quick, "seed=7", f"hydra.run.dir={tmp_path / 'run'}"])
+    assert first.returncode == 0, first.stderr
+    bundle = str(tmp_path / "run.dqx.zip")
+    shared = run([sys.executable, "-m", "dqx", "share", str(tmp_path / "run"), "--to", bundle])
+    assert shared.returncode == 0, shared.stderr
+    places = [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}", "wandb.mode=disabled"]
+    again = ["launch.py", "--from", bundle, "-m", "hydra/launcher=local_gpus", "bits.weight.bits=3,4", *places]
+    done = run([sys.executable, *again])
+    assert done.returncode == 0, done.stderr
+    same, other = (
+        json.loads((path / "results.json").read_text()) for path in sorted((tmp_path / "sweep").glob("[01]-*"))
+    )
+    assert [(found["bits"], found["seed"]) for found in (same, other)] == [("w3a16", 7), ("w4a16", 7)]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert same["deltas"] == results["deltas"]
+    assert same["command"] == f"python launch.py --from {bundle} bits.weight.bits=3 {places[0]} wandb.mode=disabled"
 
 
 # ---- a Slurm and a Ray on this machine -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dqx.search import Interval, Outcome, Search, dominates, unknown_objectives
 
 pytest.importorskip("optuna", reason="pip install -e '.[search]'")
 
+SIDE_BY_SIDE = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "hydra.sweeper.batch=2"]
 SPACE = {"bits.overrides.o.weight": ["2", "3", "4"], "bits.overrides.down.weight": ["2", "3", "4", "8"]}
 
 
@@ -151,14 +152,17 @@ def test_objectives_are_those_of_the_tasks() -> None:
     assert [problem.partition(" ")[0] for problem in found] == bad
 
 
-def test_a_search_end_to_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(SIDE_BY_SIDE, marks=pytest.mark.slow)], ids=["here", "local_gpus"]
+)
+def test_a_search_end_to_end(tmp_path: Path, launcher: list[str]) -> None:
     """A role and a block by two widths, of which one does not exist: that run is refused, the search goes on."""
     command = [
         *(sys.executable, "launch.py", "-m", "hydra/sweeper=pareto", "hydra.sweeper.trials=4", "method=rtn"),
         *("bits.overrides.o.weight=2,8", "bits.blocks.b1.weight=4,9", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
         *("hydra.sweeper.minimize=[average_bits,fidelity/divergence/0.5]", "hydra.sweeper.maximize=[delta/average]"),
         *("task=nano_facts", "task.limit=2", "outliers.samples=0", "fidelity.samples=1", "fidelity.length=32"),
-        *("wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}"),
+        *("wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}", *launcher),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=CONF_DIR.parent, capture_output=True, text=True, env=environment)

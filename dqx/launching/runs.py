@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
-from dqx.outcomes import Failure, RunFailed, launched
+from dqx.outcomes import Failure, RunFailed, failures, launched
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +17,9 @@ def announce(number: int, overrides: Sequence[str]) -> None:
 
 
 def died(number: int, reason: str) -> JobReturn:
-    """A run whose process ended without a word. Says so in the run's folder, unless its results are there."""
-    if number < len(launched) and not (launched[number] / "results.json").exists():
-        Failure(reason).write(launched[number])
+    """A run that was ended before it could say why. Says so in its folder, unless it has left results."""
+    for folder in failures([launched[number]]):
+        Failure(reason).write(folder)
     dead = JobReturn(status=JobStatus.FAILED)
     dead.return_value = RunFailed(reason)
     return dead

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 
 from dqx.config import ConfigProblems
 from dqx.launching.runs import announce, died, ended
+from dqx.outcomes import failures, launched
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
@@ -59,7 +60,11 @@ class QueueLauncher(BaseSubmititLauncher):
                 time.sleep(POLL)
                 for number, job in [(number, job) for number, job in running if job.done()]:
                     running.remove((number, job))
-                    returns[number] = ended(number, returned(number, job))
+                    found = result(number, job)
+                    if found.status != JobStatus.COMPLETED and (queue.out_of_time(job) or told_of_timeout(number)):
+                        limit = f"hydra.launcher.timeout_min={self.params['timeout_min']:g}"
+                        found = died(number, f"timed out: it took longer than {limit}")
+                    returns[number] = ended(number, found)
         except BaseException:
             for _, job in running:
                 job.cancel(check=False)
@@ -70,12 +75,18 @@ class QueueLauncher(BaseSubmititLauncher):
         raise NotImplementedError
 
 
-def returned(number: int, job: Any) -> JobReturn:
+def result(number: int, job: Any) -> JobReturn:
     """What a run gave back; a failure where its process ended without a word."""
     try:
         return job.results()[0]
     except Exception:  # submitit's
         return died(number, f"it ended without results (state {job.state}); its output: {job.paths.stderr}")
+
+
+def told_of_timeout(number: int) -> bool:
+    """Whether a run says that submitit stopped it because its time was nearly up."""
+    folder = launched[number]
+    return any("timed-out" in failure.reason for failure in failures([folder]).values())
 
 
 class SlurmLauncher(QueueLauncher):
@@ -106,6 +117,10 @@ class SlurmQueue:
         jobs = self.executor.map_array(function, *zip(*calls, strict=True))
         return [(call[2], job) for call, job in zip(calls, jobs, strict=True)]
 
+    def out_of_time(self, job: Any) -> bool:
+        """Whether Slurm has stopped the job at its time limit."""
+        return str(job.state).startswith("TIMEOUT")
+
 
 class LocalLauncher(QueueLauncher):
     """As many runs at once as this machine has GPUs, each with its own; without GPUs, as the cores allow."""
@@ -128,9 +143,12 @@ class LocalQueue:
             self.free = [[] for _ in range(max(1, cores // (params["cpus_per_task"] or 1)))]
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(self.free))))  # of the runs
         self.taken: list[tuple[Any, list[int]]] = []
+        self.begun: dict[str, float] = {}  # by job
         self.log = Path(params["submitit_folder"]).parent / "processes.log"
         self.executor = submitit.LocalExecutor(params["submitit_folder"], max_num_timeout=0)
-        self.executor.update_parameters(timeout_min=params["timeout_min"])
+        warning = min(30, int(6 * params["timeout_min"]))  # seconds between asking a run to end and ending it
+        self.executor.update_parameters(timeout_min=params["timeout_min"], signal_delay_s=warning)
+        self.patience = 60 * params["timeout_min"] - warning
 
     def start(self, function: QueueLauncher, waiting: list[Call]) -> list[tuple[int, Any]]:
         """Start as many as there are free GPUs and take them off the list. Returns numbers and jobs."""
@@ -144,8 +162,13 @@ class LocalQueue:
             with errors_to(self.log):  # of the process beside each run, whose Ctrl-C is a traceback
                 job = self.executor.submit(function, *call)
             self.taken.append((job, gpus))
+            self.begun[job.job_id] = time.monotonic()
             started.append((call[2], job))
         return started
+
+    def out_of_time(self, job: Any) -> bool:
+        """Whether the job has run for as long as it may."""
+        return time.monotonic() - self.begun[job.job_id] >= self.patience
 
 
 @contextmanager

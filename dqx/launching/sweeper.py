@@ -96,7 +96,10 @@ class Sweeper(BasicSweeper):
             return error.problems
 
     def start(self, judged: Sequence[Job]) -> list[Path]:
-        """Launch the runs that can work and say what is wrong with the others. The folders of all, in order."""
+        """Launch the runs that can work and say what is wrong with the others. The folders of all, in order.
+
+        What became of the runs is in their folders.
+        """
         assert self.launcher is not None
         able, refused = ([job for job in judged if bool(job.problems) == wrong] for wrong in (False, True))
         if refused:
@@ -105,16 +108,12 @@ class Sweeper(BasicSweeper):
         first = len(launched)
         folders = {id(job): self.folder(job, number) for number, job in enumerate([*able, *refused], first)}
         expect(folders.values())
-        for folder in folders.values():
-            (folder / "results.json").unlink(missing_ok=True)  # of an earlier launch into this folder
         for job in refused:
             folders[id(job)].mkdir(parents=True, exist_ok=True)
             Failure.of(job.problems, refused=True).write(folders[id(job)])
-        size = self.max_batch_size or len(able)
-        for at in range(0, len(able), max(size, 1)):
-            batch = [list(job.overrides) for job in able[at : at + size]]
-            for returned in self.launcher.launch(batch, initial_job_idx=first + at):
-                _ = returned.return_value  # raises what the run has raised
+        size = self.max_batch_size or max(1, len(able))
+        for at in range(0, len(able), size):
+            self.launcher.launch([list(job.overrides) for job in able[at : at + size]], initial_job_idx=first + at)
         return [folders[id(job)] for job in judged]
 
     def folder(self, job: Job, number: int) -> Path:
