@@ -10,6 +10,7 @@ import torch
 from conftest import TESTS
 
 from dqx.api import load
+from dqx.calib import CalibBatch
 from dqx.checks import problems
 from dqx.config import build, compose, resolve, select
 from dqx.denoising import Rollout, State, noise, schedule, write
@@ -272,13 +273,16 @@ def test_positions_are_few_and_stay_the_same_while_they_are_masked():
     assert all((q.compared <= q.state.token_class("masked")).all() for q in found)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_a_rotation_of_the_residual_stream_is_no_error(family):
+@pytest.mark.parametrize(
+    ("family", "name", "setting"),
+    [("llada", "quarot", "seed=3"), ("dream", "d2quant", "method.transforms.rotate.tile=32")],
+)
+def test_a_rotation_of_the_residual_stream_is_no_error(family, name, setting):
     model, tokens = tiny(family)
     reference = refer(model, SAMPLERS["llada"], tokens)
-    config = select(method="quarot", bits="w16a16")
+    config = select(method=name, bits="w16a16", overrides=[setting])
     method = build(config.method)
-    quantize(model, method, config.bits, seed=3, progress=False)
+    quantize(model, method, config.bits, [CalibBatch(tokens, torch.zeros(3))], seed=3, progress=False)
     turn = rotated(method, config.bits, model.arch, seed=3)
     found = measure(model, SAMPLERS["llada"], reference, seed=1, turn=turn)["layers"]["sqnr_db"]
     assert all(value > 200 for block in found for value in block)  # float64
