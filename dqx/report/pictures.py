@@ -1,7 +1,7 @@
 """The figures of a report, as files: those of all runs together, and those of each run in a folder of its own.
 
-A run that is reported alone gets every figure that its record has the data for, as PNG and PDF. Where there are several,
-those of single runs are PNG, with one activation surface each: that of the largest value.
+A run that is reported alone gets every figure that its record has the data for, as PNG and PDF. Where there are
+several, those of single runs are PNG, with one activation surface each: that of the largest value.
 """
 
 from __future__ import annotations
