@@ -349,6 +349,7 @@ def test_problems_of_blocks(blocks, messages):
     bits = w4()
     bits.blocks = blocks
     found = Method("rtn", RTN()).problems(bits, TOY)
+    assert Method("rtn", RTN()).streams(bits) == set()  # can be asked before they are told
     assert len(found) == len(messages), found
     assert all(problem.startswith(message) for problem, message in zip(found, messages, strict=True)), found
 

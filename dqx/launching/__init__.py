@@ -1,6 +1,6 @@
 """How the runs of a sweep are started: our sweepers, and the launchers behind `conf/hydra/launcher`.
 
-    sweeper.py     every combination of the values given; notes where the runs leave their records
+    sweeper.py     every combination of the values given, judged before the first run starts
     pareto.py      a search for the best compromises instead
     submitit.py    `local_gpus`, one run per GPU of this machine, and `slurm`
     ray.py         `ray`

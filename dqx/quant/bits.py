@@ -145,9 +145,9 @@ class BitsConfig:
 
     def of_entry(self, name: str | None) -> BitsConfig:
         """The widths of an entry of `blocks`, or of the blocks that have none."""
-        entry = {} if name is None else self.blocks[name]
-        own = RoleBits(**{key: value for key, value in entry.items() if key in SETTINGS})
-        roles = {role: usual.changed(RoleBits(**entry.get(role, {}))) for role, usual in vars(self.overrides).items()}
+        entry = _mapping({} if name is None else self.blocks[name])
+        own = _role_bits(entry)
+        roles = {role: usual.changed(_role_bits(entry.get(role))) for role, usual in vars(self.overrides).items()}
         return replace(
             self,
             weight=own.of_weight(self.weight),
@@ -171,12 +171,22 @@ class BitsConfig:
             f"bits.overrides.{role}.{setting}": getattr(own, setting) for role, own in vars(self.overrides).items()
         }
         for name, entry in self.blocks.items():
-            said = {"": entry} | {f".{role}": entry.get(role, {}) for role in ROLES}
-            found |= {f"bits.blocks.{name}{role}.{setting}": own.get(setting) for role, own in said.items()}
+            said = {"": entry} | {f".{role}": _mapping(entry).get(role) for role in ROLES}
+            found |= {f"bits.blocks.{name}{role}.{setting}": _mapping(own).get(setting) for role, own in said.items()}
         return found
 
 
 SETTINGS, ROLES = (tuple(f.name for f in fields(cls)) for cls in (RoleBits, RoleOverrides))
+
+
+def _mapping(entry: Any) -> Mapping[str, Any]:
+    """An entry of `blocks`, or a role's part of it; nothing where it is none (which `entry_problems` tells)."""
+    return entry if isinstance(entry, Mapping) else {}
+
+
+def _role_bits(entry: Any) -> RoleBits:
+    """What an entry says, as far as it can be read."""
+    return RoleBits(**{key: value for key, value in _mapping(entry).items() if key in SETTINGS})
 
 
 def block_range(name: str) -> range:
@@ -197,9 +207,9 @@ def label(bits: BitsConfig) -> str:
     suffix = "" if set(formats) <= {"int"} else "_" + "_".join(dict.fromkeys(formats))
     overrides = [_changes(role, "", getattr(bits.overrides, role)) for role in ROLES]
     for name, entry in bits.blocks.items():
-        own = entry if isinstance(entry, Mapping) else {}
+        own = _mapping(entry)
         overrides.append(_changes(name, "w", own))
-        overrides += [_changes(f"{name}{role}", "", own[role]) for role in ROLES if own.get(role)]
+        overrides += [_changes(f"{name}{role}", "", _mapping(own.get(role))) for role in ROLES]
     return f"w{bits.weight.bits}a{bits.activation.bits}{kv}{suffix}{''.join(overrides)}"
 
 
