@@ -136,9 +136,13 @@ class Subjects:
 
         Raises MadeAnew where it had to be made again and is another one than before; `known` is then of this one.
         """
-        if self._loaded != "quantized":
+        if self._loaded == "quantized":
+            return self.lm
+        with self.once.reading(self.key):
+            found = self._restore()
+        if not found:
             with self.once.alone(self.key):
-                if not self._restore():
+                if not self._restore(alone=True):
                     before, self.known = self.known, self._make()
                     if before is None or before.model != self.known.model:
                         if processes().main:
@@ -260,8 +264,11 @@ class Subjects:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _restore(self) -> bool:
-        """Load the kept weights and see that they are those that are known. The main process holds the lock."""
+    def _restore(self, *, alone: bool = False) -> bool:
+        """Load the kept weights and see that they are those that are known.
+
+        The main process holds the lock, for reading, or `alone`: then what is damaged is removed.
+        """
         store, team = self.once.store, processes()
         folder, known = store.folder_of(self.key), self.known
         if known is None or not team.broadcast(self.once.reuse and folder.is_dir()):
@@ -275,7 +282,7 @@ class Subjects:
             damage = str(error)
         found = next((reason for reason in team.gather(damage) if reason), "")
         if found:
-            if team.main:
+            if alone and team.main:
                 store.warn(f"{folder} is damaged and was computed again ({found})")
                 store.remove_folder(self.key)
             return False

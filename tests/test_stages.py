@@ -111,6 +111,31 @@ def test_the_same_run_again_loads_no_weights(
     assert "loading" not in caplog.text
 
 
+def test_runs_read_kept_weights_at_the_same_time(
+    launch: Launch, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads waits for no other reader, and nothing is removed under it."""
+    first = launch(*GPTQ)
+    (entry,) = (e for e in space.entries(tmp_path / "cache") if e.path == quantized_folder(tmp_path))
+    locked: list[str] = []
+    lock = Store.lock
+
+    def noting(self: Store, key: Key) -> Any:
+        locked.append(key.kind)
+        return lock(self, key)
+
+    monkeypatch.setattr(Store, "lock", noting)
+    store, key = Store(tmp_path / "cache"), Key("quantized", "", {})
+    monkeypatch.setattr(store, "_place", lambda key, suffix="": entry.path.with_name(entry.path.name + suffix))
+    with store.reading(key):
+        assert not space.remove(entry)
+        second = launch(*GPTQ, "task.limit=3")
+    assert made[-1] == "quantized"
+    assert "quantized" not in locked
+    assert [record.deltas[0].n for record in (first, second)] == [2, 3]
+    assert space.remove(entry)
+
+
 def test_rtn_is_made_again_rather_than_kept(launch: Launch, made: list[str], tmp_path: Path) -> None:
     launch("method=rtn", "bits=w4a16")
     assert not [path for path in (tmp_path / "cache" / "quantized").iterdir() if path.is_dir()]

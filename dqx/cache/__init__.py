@@ -10,7 +10,7 @@
 
     runs/cache/results/nano_facts-<digest>.json        a result, with the facts it depends on
     runs/cache/results/nano_facts-<digest>.journal.0   what process 0 of an unfinished evaluation has done
-    runs/cache/results/nano_facts-<digest>.lock        held by the run that computes it
+    runs/cache/results/nano_facts-<digest>.lock        held by the run that computes it, or by those that read weights
     runs/cache/quantized/<name>-<digest>.json          report and digest of a quantized model
     runs/cache/quantized/<name>-<digest>/              the model (dqx/quant/saved.py)
     runs/cache/quantized/<name>-<digest>.partial/      its finished blocks, where it is quantized from disk

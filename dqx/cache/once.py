@@ -68,6 +68,15 @@ class Once:
         with self.store.lock(key):
             yield
 
+    @contextmanager
+    def reading(self, key: Key) -> Iterator[None]:
+        """What the main process finds stays as it is meanwhile; other runs may read it too."""
+        if not self.processes.main:
+            yield
+            return
+        with self.store.reading(key):
+            yield
+
     def _look(self, read: Callable[[], T | None]) -> T | None:
         found: T | None = self.processes.broadcast(read() if self.reuse and self.processes.main else None)
         return found

@@ -9,14 +9,16 @@ keeping anything.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -145,6 +147,17 @@ class Store:
         finally:
             lock.release()
 
+    @contextmanager
+    def reading(self, key: Key) -> Iterator[None]:
+        """Keep an artefact from being replaced or removed; several runs may read at a time, none while one writes."""
+        with ExitStack() as held:
+            with suppress(OSError):  # where nothing can be locked, the digest tells what was read
+                file = held.enter_context(self._place(key, ".lock").open("rb"))
+                while not _shared(file):
+                    beat()
+                    time.sleep(WAIT)
+            yield
+
     def journal(self, key: Key, rank: int = 0) -> Journal:
         """What is finished of an artefact that is being computed."""
         return Journal(self._place(key), key, rank, self.warn)
@@ -156,3 +169,12 @@ class Store:
     def _place(self, key: Key, suffix: str = "") -> Path:
         path = self.folder / key.path
         return path.with_name(path.name + suffix)
+
+
+def _shared(file: IO[bytes]) -> bool:
+    """Whether a lock file could be locked for reading: nobody has it for writing (`FileLock`, which is `flock` too)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
