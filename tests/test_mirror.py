@@ -113,7 +113,7 @@ def everything():
     """A record of which every part was measured."""
     run = record(warnings=["nano_sums: one prompt was cut"])
     run.config["wandb"]["mode"] = "auto"  # no login: offline
-    run.quantization["peak_ram"] = 3 * 2**29
+    run.memory = {"limit": {}, "peak": {"ram": 1_500_000_000, "gpu": 0}, "stages": {}}
     states = [(0, 1.0), (12, 0.25)]
     parts = [part(block, site, name) for block in (0, 1) for site in SITES for name in TOKEN_CLASSES]
     parts += [part(b, site, "all", s, r, abs_max=3.0 + s + b) for b in (0, 1) for site in SITES for s, r in states]
@@ -160,7 +160,7 @@ def test_a_copy_is_one_offline_run(copy):
     assert config["choices"] == run.choices
     assert config["checkpoint"]["fingerprint"] == "0123456789abcdef"
     assert (started.project, started.run_group, started.display_name) == ("dqx", "sweep-7", "nano_llada-gptq-w3")
-    assert sorted(started.tags) == ["gptq", "nano_llada", "w3a16"]
+    assert sorted(started.tags) == ["gptq", "group/code", "nano_llada", "nano_sums", "w3a16"]
 
 
 def test_summary(copy):
@@ -168,7 +168,7 @@ def test_summary(copy):
     summary = read_back(status["folder"])[1]
     assert summary["average_bits"] == 3.15
     assert summary["seconds"] == 2.0
-    assert summary["memory/ram_gib"] == 1.5
+    assert summary["memory/ram_gb"] == 1.5
     for row in run.deltas:
         assert summary[f"accuracy/{row.name}"] == row.quantized
         assert summary[f"delta/{row.name}"] == row.delta

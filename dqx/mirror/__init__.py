@@ -19,6 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from dqx.config import WandbConfig
 from dqx.mirror import writing
 from dqx.mirror.content import histogram, series, shown, summary, tables, tags
 from dqx.mirror.identity import identity
@@ -37,10 +39,7 @@ __all__ = ["log", "skip", "summary"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS: dict[str, Any] = {
-    "mode": "auto", "project": "dqx", "group": None, "entity": None, "tags": [], "documents": 50,
-    "figures": True,
-}  # fmt: skip
+DEFAULTS: dict[str, Any] = asdict(WandbConfig())
 DPI = 110  # of figures, for screens
 Fill = Callable[[Any], None]
 

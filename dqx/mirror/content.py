@@ -20,7 +20,7 @@ from dqx.models.transformer import SITES
 from dqx.names import method_label
 from dqx.store import Record, jsonable
 
-GIB = 2**30
+GB = 10**9
 TAG_LENGTH = 64  # W&B takes no longer ones
 DELTA_COLUMNS = (
     "name", "kind", "category", "metric", "n", "full_precision", "quantized", "delta", "low", "high",
@@ -44,10 +44,11 @@ Table = tuple[tuple[str, ...], list[list[Any]]]  # columns, rows
 
 
 def tags(record: Record) -> list[str]:
-    """Words by which runs are found: model, method, bits, the task's choice, and what makes the sampler approximate."""
+    """Words by which runs are found: model, method, bits, task, and what makes the sampler approximate."""
     method, bits = record.config.get("method") or {}, record.config.get("bits") or {}
     words = [record.model.get("name"), method_label(method.get("name"), method.get("variant")), bits.get("name")]
-    words += [record.choices.get("task"), *record.approximations]
+    words += [record.choices["task"]] if "task" in record.choices else list(record.full_precision)
+    words += record.approximations
     return [str(word)[:TAG_LENGTH] for word in words if word]
 
 
@@ -55,11 +56,7 @@ def summary(record: Record) -> dict[str, Any]:
     """Flat numbers for W&B's table of runs: `delta/average`, `accuracy/nano_sums`, `average_bits` ..."""
     found: dict[str, Any] = {"average_bits": record.average_bits, "seconds": sum(record.timings.values())}
     found |= {f"seconds/{stage}": seconds for stage, seconds in record.timings.items()}
-    found |= {
-        f"memory/{kind}_gib": record.quantization[f"peak_{kind}"] / GIB
-        for kind in ("ram", "gpu")
-        if record.quantization.get(f"peak_{kind}")
-    }
+    found |= {f"memory/{kind}_gb": peak / GB for kind, peak in record.memory.get("peak", {}).items() if peak}
     for row in record.deltas:
         values: dict[str, Any] = {
             "accuracy": row.quantized,

@@ -31,7 +31,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("scatter", ("accuracy/average",), x="average_bits"),
         Panel("scatter", ("delta/average",), x="average_bits"),
         Panel("bars", ("seconds",)),
-        Panel("bars", ("memory/ram_gib",)),
+        Panel("bars", ("memory/ram_gb",)),
         Panel("table", ("deltas",)),
     ),
     "Denoising": (
