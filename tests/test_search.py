@@ -129,6 +129,7 @@ def test_a_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPa
     ("mistake", "told"),
     [
         ("method.clip.ration=interval(0.6,1.0)", "method.clip.ration is not set"),
+        ("steps=8,seven", "steps=seven is no choice"),
         (
             "hydra.sweeper.maximize=[delta/averge]",
             "hydra.sweeper.maximize: delta/averge will be no number of a run's summary; did you mean delta/average",

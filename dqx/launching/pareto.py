@@ -12,9 +12,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
 from dqx.config import ConfigProblems
-from dqx.launching.sweeper import Sweeper, resolved
+from dqx.launching.sweeper import Job, Sweeper, grouped, resolved
 from dqx.outcomes import launched
-from dqx.search import Interval, Outcome, Search, measure, unknown_objectives
+from dqx.search import Interval, Outcome, Search, Space, measure, unknown_objectives
 
 
 class ParetoSweeper(Sweeper):
@@ -46,8 +46,9 @@ class ParetoSweeper(Sweeper):
         by_key = {o.get_key_element(): o for o in parser.parse_overrides([*self._parse_config(), *arguments])}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in by_key.items() if not o.is_sweep_override()]
         space = {key: values(override) for key, override in by_key.items() if override.is_sweep_override()}
-        some = [f"{key}={v.low if isinstance(v, Interval) else v[0]}" for key, v in space.items()]
-        problems = self.unknown_objectives([*fixed, *some])  # mistakes claim no folder
+        judged = self.judge([[*fixed, *point] for point in every_value(space)])  # mistakes claim no folder
+        hopeless = all(job.problems for job in judged)
+        problems = grouped(judged) if hopeless else self.unknown_objectives(judged)
         if problems:
             raise ConfigProblems(problems)
         folder = Path(self.config.hydra.sweep.dir)
@@ -71,16 +72,14 @@ class ParetoSweeper(Sweeper):
         search.write()
         sys.stdout.write(f"\n{search.table()}\nSearch:  {folder / 'pareto.json'}\n")
 
-    def unknown_objectives(self, overrides: list[str]) -> list[str]:
-        """Those that a run of the search, here its first point, will not have."""
-        assert self.config is not None
-        assert self.hydra_context is not None
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+    def unknown_objectives(self, judged: Sequence[Job]) -> list[str]:
+        """Those that the runs of the search, here the first that can work, will not have."""
+        config = next(resolved(job.config) for job in judged if job.config and not job.problems)
         named = {"minimize": self.minimize, "maximize": self.maximize}
         return [
             f"hydra.sweeper.{goal}: {problem}"
             for goal, names in named.items()
-            for problem in unknown_objectives(resolved(config), names)
+            for problem in unknown_objectives(config, names)
         ]
 
     def problems(self, arguments: Sequence[str]) -> list[str]:
@@ -94,6 +93,14 @@ class ParetoSweeper(Sweeper):
             if getattr(self, name) < 1:
                 found.append(f"hydra.sweeper.{name}={getattr(self, name)} must be 1 or more")
         return found
+
+
+def every_value(space: Space) -> list[list[str]]:
+    """Points in which every value of every setting occurs: the first of each, and from there one changed at a time."""
+    listed = {key: [repr(v.low), repr(v.high)] if isinstance(v, Interval) else v for key, v in space.items()}
+    first = {key: found[0] for key, found in listed.items()}
+    points = [first, *({**first, key: value} for key, found in listed.items() for value in found[1:])]
+    return [[f"{key}={value}" for key, value in point.items()] for point in points]
 
 
 def values(override: Override) -> list[str] | Interval:
