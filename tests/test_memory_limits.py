@@ -13,6 +13,7 @@ import pytest
 import records
 import torch
 from filelock import FileLock
+from test_processes import launch as launched
 from test_stages import SMALL, shown
 
 from dqx.api import DTYPES
@@ -22,6 +23,7 @@ from dqx.models.checkpoint import inspect
 from dqx.models.published import PUBLISHED
 from dqx.planning import memory
 from dqx.planning.memory import exceeded, gigabytes, memory_problems, pools, room_for_activations, streams_from_disk
+from dqx.processes import processes
 from dqx.quant.memory import GB, peak_ram, watch_peaks
 from dqx.quant.on_disk import PARTIAL, PROGRESS, OnDisk
 from dqx.report.terminal import footer
@@ -160,6 +162,23 @@ def test_blocks_made_by_other_versions_are_not_gone_on_with(launch: Launch, take
     found = launch(*GPTQ, limit)
     assert taken == [0, 1, 2]
     assert any("begun again" in warning and "another versions" in warning for warning in found.warnings)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_quantizes_from_disk_for_both(tmp_path: Path) -> None:
+    config = configured(f"cache_dir={tmp_path / 'cache'}", *GPTQ, too_little(*GPTQ))
+
+    def both() -> Any:
+        record = run(config, tmp_path / "run" / str(processes().rank))
+        return [record.quantization["from_disk"], {n: result.to_dict() for n, result in record.quantized.items()}]
+
+    first, second = launched(2, tmp_path / "ranks", both)
+    assert first == second
+    assert first[0]
+    alone = run(configured(f"cache_dir={tmp_path / 'other'}", *GPTQ), tmp_path / "alone")
+    expected = [row.to_dict()["log_likelihoods"] for row in alone.quantized["nano_facts"].documents]
+    found = [row["log_likelihoods"] for row in first[1]["nano_facts"]["documents"]]
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-5)
 
 
 def test_an_unfinished_model_is_an_entry_under_the_lock_of_its_artefact(tmp_path: Path) -> None:
