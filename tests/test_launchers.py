@@ -19,8 +19,9 @@ from types import SimpleNamespace
 import pytest
 from hydra.errors import MissingConfigException
 
+from dqx.checks import problems_before_launch
 from dqx.command_line import explain
-from dqx.config import CONF_DIR
+from dqx.config import CONF_DIR, compose, resolve
 from dqx.outcomes import Failure, failures
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parent
@@ -140,6 +141,16 @@ def test_an_engine_that_is_not_installed(error: Exception, choice: str) -> None:
     (told,) = explain(error)
     assert f"hydra/launcher={choice} needs a package" in told
     assert f"pip install -e '.[{choice}]'" in told
+
+
+def test_a_machine_that_only_launches_needs_no_device_and_no_checkpoint() -> None:
+    config = resolve(compose(["model.device=cuda:99", "bits.weight.group_size=100"]))
+    assert len(problems_before_launch(config)) == 3
+    assert all(
+        "group_size=100 does not divide" in problem for problem in problems_before_launch(config, elsewhere=True)
+    )
+    config.model.path = "/on/the/nodes/alone"
+    assert problems_before_launch(config, elsewhere=True) == []
 
 
 def test_slurm_without_slurm(tmp_path: Path) -> None:
