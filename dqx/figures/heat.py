@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from dqx.figures import style
 
 MOST_TICKS = 9
-MOST_WRITTEN = 80  # cells with their numbers written in
 
 Matrix = np.ma.MaskedArray[Any, np.dtype[np.float64]]
 
@@ -59,9 +58,8 @@ def name_ticks(axis: Axis, names: Sequence[str], most: int = MOST_TICKS) -> None
 
 def write_numbers(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], size: float = 5.5) -> None:
     """Write a text into every cell, light on dark and dark on light."""
-    values = np.ma.masked_invalid(image.get_array())  # type: ignore[arg-type]
+    colours = image.to_rgba(image.get_array())[..., :3]  # type: ignore[arg-type]
+    light = colours @ (0.299, 0.587, 0.114) > 0.5
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
-            red, green, blue, _ = image.cmap(image.norm(values[i, j]))  # type: ignore[misc]
-            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-            axes.text(j, i, text, ha="center", va="center", size=size, color="black" if light else "white")
+            axes.text(j, i, text, ha="center", va="center", size=size, color="black" if light[i, j] else "white")

@@ -22,7 +22,8 @@ TITLE, TEXT, FOOT = 8.0, 6.5, 6.0  # points
 LEADING = 1.35  # of a line, in font sizes
 LEGEND_ROW, GAP = 0.15, 0.04  # inches
 POINTS = 72  # per inch
-FINE = 2400  # dots per inch: letters are as wide as in print
+FINE = 720  # dots per inch: letters are as wide as in print
+HINTED = 1.03  # as wide as that they may be on a coarse grid
 
 
 @dataclass(frozen=True)
@@ -133,4 +134,4 @@ def measured(text: str, size: float, bold: bool = False) -> float:
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal")))
     font.set_size(size, FINE)
     font.set_text(text)
-    return float(font.get_width_height()[0]) / 64 / FINE
+    return HINTED * float(font.get_width_height()[0]) / 64 / FINE

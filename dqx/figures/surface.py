@@ -117,7 +117,7 @@ def _surface(record: Record, side: str, block: int, site: str) -> Surface | None
         return None
     whole = _extent(record, block, site)
     patch = [math.ceil(n / kept) for n, kept in zip(whole, tensor.shape, strict=True)]
-    return Surface(tensor.float().numpy(), (patch[0], patch[1]))
+    return Surface(tensor.float().nan_to_num(0.0, 0.0, 0.0).numpy(), (patch[0], patch[1]))
 
 
 def _extent(record: Record, block: int, site: str) -> tuple[int, int]:
