@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,16 @@ from dqx.report.gather import Evaluation, Group, Run, evaluations, gather, group
 from dqx.report.markdown import markdown
 from dqx.store import Record, RunFolder
 
+BASE = records.record(outliers={}, fidelity={})
+
 
 def run(seed=0, scores=(1, 1, 1, 1), method="gptq", bits="w3a16", task="nano_sums", **more) -> Record:
-    config = records.record().config | {"seed": seed, "method": {"name": method}, "bits": {"name": bits}}
-    config |= more.pop("config", {})
-    sides = {"full_precision": [1] * len(scores), "quantized": scores}
+    config = BASE.config | {"seed": seed, "method": {"name": method}, "bits": {"name": bits}} | more.pop("config", {})
     created = more.pop("created", "2026-01-01T00:00:00+00:00")
-    results = {side: {task: records.task_result(task, list(values), **more)} for side, values in sides.items()}
-    return records.record(config=config, created=created, **results)
+    full_precision, quantized = (
+        {task: records.task_result(task, list(values), **more)} for values in ([1] * len(scores), scores)
+    )
+    return replace(BASE, config=config, full_precision=full_precision, quantized=quantized, created=created, deltas=[])
 
 
 def sorted_out(*found: Record) -> list[Evaluation]:
@@ -67,7 +70,7 @@ def test_what_differs_in_more_than_the_seed_is_told_apart() -> None:
     """Neither of two step counts hides the other, nor two calibrations, nor two settings of a task."""
     base = run()
     steps = run(config={"steps": {"count": 64}})
-    longer = run(config={"calib": base.config["calib"] | {"length": 64}})
+    longer = run(config={"calib": BASE.config["calib"] | {"length": 64}})
     found = sorted_out(base, steps, longer)
     assert [evaluation.name for evaluation in found] == ["nano_llada", "nano_llada, 64 steps"]
     assert [cell.method for cell in found[0].cells] == ["gptq, calib.length=256", "gptq, calib.length=64"]
@@ -88,7 +91,7 @@ def test_the_studys_two_kinds_of_tasks_and_texts_have_tables_of_their_own() -> N
     side = {name: records.task_result(name, [1, 0], category) for name, category in kinds.items()}
     text = TaskResult("wikitext2", "text", "nll", 2.0, 2, side["piqa"].documents)
     both = {"full_precision": side | {"wikitext2": text}, "quantized": side | {"wikitext2": text}}
-    found = groups(sorted_out(records.record(**both)))
+    found = groups(sorted_out(replace(BASE, **both, deltas=[])))
     assert [(group.kind, group.tasks) for group in found] == [
         ("general tasks", ("piqa", "mmlu")),
         ("math and code", ("gsm8k", "mbpp")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dqx.report.published import DIFFERS, WITHIN, compared, lines, presets, verd
 from dqx.report.tables import MISSING
 from dqx.store import Record, jsonable
 
+BASE = records.record(outliers={}, fidelity={})
 TABLES = [f"qdlm_table{number}" for number in range(1, 6)]
 
 
@@ -37,7 +38,7 @@ def measured(*overrides: str, tasks: list[str], share: float = 0.6, n: int = 10)
     scores = [1] * round(share * n) + [0] * (n - round(share * n))
     side = {task: records.task_result(task, scores, "general") for task in tasks}
     model = {"name": config["model"]["name"], "fingerprint": "abc"}
-    return records.record(config=config, model=model, full_precision=side, quantized=side, outliers={}, fidelity={})
+    return replace(BASE, config=config, model=model, full_precision=side, quantized=side, deltas=[])
 
 
 def ours(*found: Record) -> list:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,20 @@ def hostile(task: str, scores: list[int], category: str):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of three runs, one of them hostile, and of one that has not finished."""
     runs, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("out")
+    base = records.record()
     for i, (method, scores) in enumerate({"rtn": [0, 0, 0, 1], "gptq": [1, 1, 1, 0], "awq": [1, 0, 1, 0]}.items()):
-        record = records.record(command=f"python launch.py method={method} {HOSTILE if i == 0 else ''}")
-        record.config["method"] = {"name": method}
-        if i == 0:
-            record.warnings.append(HOSTILE)
-            record.config["calib"]["text"] = HOSTILE
+        text = HOSTILE if i == 0 else ""
         side = {"a": hostile("a", scores, "math"), "b": records.task_result("b", [1, 1], "code")}
-        before = {"a": hostile("a", [1, 1, 1, 1], "math"), "b": side["b"]}
-        record = records.record(**{**vars(record), "full_precision": before, "quantized": side, "deltas": []})
+        record = replace(
+            base,
+            config=base.config | {"method": {"name": method}, "calib": base.config["calib"] | {"text": f"nano{text}"}},
+            command=f"python launch.py method={method} {text}",
+            warnings=[text] if text else [],
+            full_precision={"a": hostile("a", [1, 1, 1, 1], "math"), "b": side["b"]},
+            quantized=side,
+            deltas=[],
+            **({} if i == 0 else {"outliers": {}, "fidelity": {}}),
+        )
         RunFolder(runs / f"{i}-{method}").write(record)
     RunFolder(runs / "killed").start({"seed": 0}, {})
     with pytest.MonkeyPatch.context() as patch:
@@ -187,9 +193,9 @@ def test_the_files_are_whole(folder: Path) -> None:
         text = (folder / name).read_text()
         assert "\x1b" not in text
     assert "<script>" not in (folder / "report.md").read_text().replace("`", "<").split("## Runs")[0]
-    pictures = sorted((folder / "figures").rglob("*.png"))
-    assert pictures
-    assert all(path.with_suffix(".pdf").is_file() for path in pictures)
+    drawn = {path.relative_to(folder / "figures").as_posix() for path in (folder / "figures").rglob("*.*")}
+    assert {"accuracy_by_bits.png", "accuracy_by_bits.pdf", "run-1/divergence_by_step.png"} <= drawn
+    assert "run-1/divergence_by_step.pdf" not in drawn  # for a run that is reported alone
 
 
 def test_tables_are_printed_alone(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -204,10 +210,9 @@ EVIL = r"\input{x} $a$ 100 % #1 a_b ~^ {} & <i> `q` 'q' [x] -- é 中 " + '"'
 
 
 def test_latex_is_escaped_and_compiles(tmp_path: Path) -> None:
-    record = records.record()
-    record.model["name"] = EVIL
+    base = records.record(outliers={}, fidelity={})
     side = {EVIL: records.task_result(EVIL, [1, 0]), "b": records.task_result("b", [1, 0])}
-    record = records.record(**{**vars(record), "full_precision": side, "quantized": side, "deltas": []})
+    record = replace(base, model=base.model | {"name": EVIL}, full_precision=side, quantized=side, deltas=[])
     text = latex.latex(content.of_runs([Run(Path(), record)], presets=["qdlm_table1", "qdlm_table4"]))
     bare = re.sub(r"\\[\\{}$&#%_]", "", text)  # what is left of the special characters is ours
     assert "\\input" not in text
