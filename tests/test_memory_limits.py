@@ -137,6 +137,7 @@ def test_a_killed_run_goes_on_after_the_last_finished_block(launch: Launch, take
     assert shown(found) == shown(launch(*GPTQ, "reuse=false"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_could_say_that_all_is_written(launch: Launch, taken: list[int], tmp_path: Path) -> None:
     limit = too_little(*GPTQ)
     first = launch(*GPTQ, limit)
