@@ -74,6 +74,11 @@ def test_what_differs_in_more_than_the_seed_is_told_apart() -> None:
     found = sorted_out(base, steps, longer)
     assert [evaluation.name for evaluation in found] == ["nano_llada", "nano_llada, 64 steps"]
     assert [cell.method for cell in found[0].cells] == ["gptq, calib.length=256", "gptq, calib.length=64"]
+    other = replace(base, model=base.model | {"fingerprint": "fedc"})
+    assert [evaluation.name for evaluation in sorted_out(base, other)] == [
+        "nano_llada, checkpoint=0123456789abcdef",
+        "nano_llada, checkpoint=fedc",
+    ]
     suites = [{"task": {"limit": None, "suite": {"nano_sums": {"fewshot": n}}}} for n in (1, 2)]
     assert [evaluation.name for evaluation in sorted_out(*(run(config=suite) for suite in suites))] == [
         "nano_llada, task.suite.nano_sums.fewshot=1",

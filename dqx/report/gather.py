@@ -168,7 +168,8 @@ def settings(record: Record) -> tuple[dict[str, str], dict[str, str]]:
     """How a run was evaluated, without its tasks, and how it was quantized."""
     config = {key: value for key, value in record.config.items() if key not in UNSCORED}
     config["task"] = {key: value for key, value in (config.get("task") or {}).items() if key != "suite"}
-    config["model"] = (config.get("model") or {}) | {"path": record.model.get("fingerprint")}
+    config["model"] = (config.get("model") or {}) | {"path": None}
+    config["checkpoint"] = record.model.get("fingerprint")  # wherever it lies
     for group in ("model", "method"):
         config[group] = {k: v for k, v in (config.get(group) or {}).items() if k not in READ_ELSEWHERE}
     evaluated = flat({key: value for key, value in config.items() if key not in QUANTIZATION})

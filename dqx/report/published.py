@@ -35,7 +35,7 @@ NOTES = (
     "Published averages and drops are recomputed from the published cells; several of the printed ones do not follow.",
 )
 #: Settings of a run that may differ from the preset's without a word: where things are, and on which device.
-ELSEWHERE = ("model.path", "model.device", "data_root")
+ELSEWHERE = ("model.device", "data_root")
 
 
 def presets() -> list[str]:
