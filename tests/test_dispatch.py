@@ -155,6 +155,7 @@ def test_three_processes_give_the_results_of_one(tmp_path: Path) -> None:
         ("memory", "process 2 of 2 failed: out of memory (RuntimeError: "),
         ("hangs", "it hung: nothing moved for 0.5 minutes (process 1 in 'quantize' since "),
     ],
+    ids=["killed", "raises", "memory", "hangs"],
 )
 def test_a_mishap_ends_the_run_which_completes_when_it_is_started_again(tmp_path: Path, kind: str, reason: str) -> None:
     """Results that an earlier run has left in the folder do not stand for this one."""
