@@ -21,7 +21,7 @@ from dqx.figures.sheet import Caption, legend, sheet
 from dqx.names import natural
 from dqx.report.gather import Group, Row
 
-APART = 1.6  # points between methods, which often have the same bits
+APART = 2.2  # points between methods, which often have the same bits
 BESIDE = 0.6  # bits of room at the sides
 ACROSS = 3  # panels beside each other
 
@@ -88,7 +88,7 @@ def _panel(axes: Axes, group: Group, rows: Sequence[Row], looks: dict[str, dict[
     axes.step(*zip(*best, strict=True), where="post", color="#BBBBBB", linewidth=2.5, zorder=1, label="Pareto front")
     bits = [row.cell.average_bits for row in rows]
     axes.set_xlim(min(bits) - BESIDE, max(bits) + BESIDE)
-    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
     methods = [name for name in looks if any(row.cell.method == name for row in rows)]
     for i, method in enumerate(methods):
         cells = sorted((row for row in rows if row.cell.method == method), key=lambda row: row.cell.average_bits)

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 
 SINGLE, DOUBLE = 3.3, 6.9  # inches: one column, both columns
-DPI = 200  # of PNG
+DPI = 150  # of PNG
 PRINT_DPI = 300  # of what is no line in a PDF
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -37,7 +37,7 @@ CYCLE: tuple[dict[str, Any], ...] = (
     {"color": PURPLE, "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     {"color": SKY, "marker": "P", "linestyle": (0, (1, 1))},
     {"color": BLACK, "marker": "X", "linestyle": (0, (8, 2))},
-    {"color": YELLOW, "marker": "*", "linestyle": (0, (3, 1))},
+    {"color": YELLOW, "marker": "p", "linestyle": (0, (3, 1)), "markeredgecolor": BLACK, "markeredgewidth": 0.4},
 )
 
 
