@@ -21,7 +21,6 @@ PRINT_DPI = 300  # of what is no line in a PDF
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-GREY = "#767676"
 ABSENT = "#D9D9D9"  # where a heat map has no number
 
 LARGE_IS_DARK = "viridis_r"  # outliers: the eye goes to what is large
