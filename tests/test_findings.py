@@ -118,6 +118,8 @@ def test_a_model_without_outliers_has_none():
     assert all(row.massive_values == row.relative_values == row.outlier_channels == 0 for row in stats.rows)
     assert all(part.massive_values == part.relative_values == 0 for part in stats.parts)
     assert findings(stats) == ["No massive values.", "No outlier channels."]
+    counted = replace(stats, rows=[replace(stats.rows[0], massive_values=3), *stats.rows[1:]])  # as in older records
+    assert findings(counted)[0].startswith("Massive values at attn_in of block 0; the record does not say")
 
 
 def test_values_that_are_not_finite_are_named():

@@ -51,7 +51,10 @@ def findings(stats: OutlierStats) -> list[str]:
     outlying = _by_layers((("", channel), row, row.abs_max) for row in stats.rows for channel in _outliers(row))
     outlying.sort(key=lambda group: -len(group.rows))
     broken = [row for row in stats.rows if row.not_finite]
-    lines = [_massive(stats, group) for group in massive[:SENTENCES]] or ["No massive values."]
+    counted = [row for row in stats.rows if row.massive_values]
+    unplaced = f"Massive values at {_layers(stats, counted)}; the record does not say in which channels."
+    lines = [_massive(stats, group) for group in massive[:SENTENCES]]
+    lines = lines or [unplaced if counted else "No massive values."]  # records of before version 4 have counts alone
     lines += _left_out("Channels with massive values", massive)
     lines += [_touched(stats, site) for site in SITES if any(p.massive_values for p in _classes(stats, site))]
     lines += [
