@@ -15,6 +15,7 @@ from dqx.figures.sheet import Caption, legend, sheet
 from dqx.models.transformer import SITES
 from dqx.store import Record
 
+MOST_MARKERS = 12  # of a line
 CLASSES = ("prompt", "committed", "masked")
 STATES = "States that full precision visits while it writes, the same for both sides"
 
@@ -89,9 +90,8 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
         for axes, site in zip(row, sites, strict=True):
             for name, line in zip(CLASSES, style.CYCLE, strict=False):
                 of_class = sorted((p for p in found if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
-                axes.plot(
-                    [p.block for p in of_class], [measure.of(p) for p in of_class], label=name, clip_on=False, **line
-                )
+                marks = {"label": name, "clip_on": False, "markevery": 1 + len(of_class) // MOST_MARKERS}
+                axes.plot([p.block for p in of_class], [measure.of(p) for p in of_class], **marks | line)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         row[0].set_ylabel(f"{side.label}\n{measure.label}")
     for axes, site in zip(grid[0], sites, strict=True):
