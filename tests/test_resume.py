@@ -226,7 +226,7 @@ def assert_nothing_finished_is_computed(log: str) -> None:
         what, _, artefact = line.strip().partition(" ")
         assert what != "computing" or artefact.strip() not in done
         done |= {artefact.strip()} if what == "computed" else set()
-    assert log.count("  quantizing\n") == log.count("computing quantized/")
+    assert log.count("  quantizing\n") <= log.count("computing quantized/")  # a kill may fall between them
 
 
 def sweep(folder: Path, methods: Sequence[str], widths: Sequence[str], steps: Sequence[int]) -> list[Config]:
