@@ -206,6 +206,19 @@ def test_tables_are_printed_alone(folder: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.startswith("### nano_llada\n\n| method | w3a16 |")
 
 
+def test_published_tables_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first run: every cell is missing, and what would fill it is said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dqx report", "--preset", *(f"qdlm_table{n}" for n in range(1, 6))])
+    main()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<h1>qdlm_table1, qdlm_table2, qdlm_table3, qdlm_table4, qdlm_table5</h1>" in page
+    assert page.count("python launch.py experiment=") == 5 + 8 + 12 + 8 + 12 + 4
+    monkeypatch.setattr(sys, "argv", ["dqx report"])
+    with pytest.raises(SystemExit):
+        main()
+
+
 EVIL = r"\input{x} $a$ 100 % #1 a_b ~^ {} & <i> `q` 'q' [x] -- é 中 " + '"'
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         description="A report of all finished runs below the given folders: HTML, Markdown, LaTeX, figures.",
         epilog="Example: dqx report runs/2026-11-20 --out report",
     )
-    parser.add_argument("runs", nargs="*", default=["runs"], metavar="RUNS", help="folders of runs or sweeps (runs)")
+    parser.add_argument("runs", nargs="*", metavar="RUNS", help="folders of runs or sweeps (runs)")
     parser.add_argument("--out", default="report", metavar="FOLDER", help="where to write it (report); - prints tables")
     parser.add_argument(
         "--preset",
@@ -53,9 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(highlight=False, emoji=False)
     try:
-        report = content.build(arguments.runs, arguments.preset)
+        nothing = not arguments.runs and arguments.preset and not Path("runs").is_dir()
+        report = content.build([] if nothing else arguments.runs or ["runs"], arguments.preset)
         if arguments.out == "-":
-            print(markdown.tables(report))
+            print("\n\n".join([markdown.tables(report), *markdown.comparisons(report)]).strip())
             return
         written = write(report, Path(arguments.out))
     except (OSError, ValueError) as error:

@@ -50,9 +50,9 @@ def tables(content: Report) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(content: Report, folder: Path | None = None) -> str:
-    """The whole report; links to figures are relative to `folder` (None: without figures)."""
-    parts = ["# Report", escape(lede(content.records)), *_skipped(content), "## Results", tables(content)]
+def comparisons(content: Report) -> list[str]:
+    """The tables of presets beside the published values, and the commands for what is missing."""
+    parts = []
     for comparison in content.comparisons:
         counts = ", ".join(f"{count} {word}" for word, count in comparison.counts.items())
         parts += [f"## Beside the published values: {escape(comparison.preset)}", f"Cells: {counts}."]
@@ -60,6 +60,13 @@ def markdown(content: Report, folder: Path | None = None) -> str:
         if comparison.commands:
             rows = [f"- {code(command)} fills {escape(', '.join(tasks))}" for command, tasks in comparison.commands]
             parts += ["What is missing comes from:", "\n".join(rows)]
+    return parts
+
+
+def markdown(content: Report, folder: Path | None = None) -> str:
+    """The whole report; links to figures are relative to `folder` (None: without figures)."""
+    parts = ["# Report", escape(lede(content.records)), *_skipped(content), "## Results", tables(content)]
+    parts += comparisons(content)
     if folder is not None and content.pictures:
         images = [f"![{escape(p.title)}]({os.path.relpath(p.path, folder)})" for p in content.pictures]
         parts += ["## Figures", *images]
