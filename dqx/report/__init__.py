@@ -1,11 +1,12 @@
 """What runs have to say: tables in the terminal, and reports of many runs.
 
 terminal.py    one run, or a sweep, in the terminal
-gather.py      finished runs below any folders, sorted into groups that one table can hold; seeds make one cell
+gather.py      finished runs below any folders, sorted into what one table can hold; seeds make one cell
 tables.py      groups as tables, in the study's layout
 content.py     what a report says, in whichever format
 published.py   the published tables, cell by cell beside ours
-markdown.py, latex.py, page.py   a report as Markdown, LaTeX, one HTML page
+pictures.py    figures, as files
+markdown.py, latex.py, page.py   a report as Markdown, LaTeX, one HTML page (templates/)
 command.py     dqx report
 """
 
