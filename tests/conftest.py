@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dqx.quant.method import Method
 from dqx.quant.setting import Setting
 
 torch.set_num_threads(1)  # the models here are tiny: threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the commands that tests start as well
 
 TESTS = Path(__file__).parent
 DATA = TESTS / "data"  # a few real documents per benchmark, in the hub's layout
