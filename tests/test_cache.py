@@ -138,6 +138,15 @@ def test_code_version_follows_the_sources_it_is_asked_for(tmp_path: Path) -> Non
     evaluating, quantizing = zip(*versions, strict=True)
     assert [a == b for a, b in itertools.pairwise(evaluating)] == [True, False, False, True]
     assert [a == b for a, b in itertools.pairwise(quantizing)] == [False, False, True, False]
+    (tmp_path / "quant" / "RESULTS.md").write_text("words")  # and not what is written about them
+    assert code_version(keys.QUANTIZING, tmp_path) == quantizing[-1]
+
+
+def test_sources_that_are_asked_for_exist() -> None:
+    package = Path(keys.__file__).parents[1]
+    assert all((package / name).exists() for name in (*keys.EVALUATING, *keys.QUANTIZING, *keys.MEASURING))
+    measuring = {path.stem for path in (package / "activations").glob("*.py")} - {"__init__", "findings"}
+    assert {f"activations/{name}.py" for name in measuring} < set(keys.MEASURING)
 
 
 @pytest.mark.parametrize("pair", [("gptq", "w3a16"), ("smoothquant_as_published", "w8a8"), ("quarot", "w4a4")], ids=str)

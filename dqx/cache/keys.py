@@ -42,8 +42,15 @@ from dqx.store import file_name, jsonable, package_version
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
 QUANTIZING = ("models", "quant", "calib.py", "masking.py", "diffusion/noise.py")
-MEASURING = ("models", "diffusion", "masking.py", "denoising.py", "activations", "fidelity.py")
+MEASURING = ("models", "diffusion", "masking.py", "denoising.py", "fidelity.py")
+MEASURING += tuple(f"activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface"))
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
+UNREAD = (
+    ".safetensors",
+    ".md",
+    ".png",
+    ".csv",
+)  # beside the sources: weights have a fingerprint, nothing reads the rest
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
@@ -203,7 +210,7 @@ def code_version(parts: Sequence[str], package: Path | None = None) -> str:
     """Hash of the files of dqx, by name or below folders, that decide what a result is."""
     root = package or Path(__file__).parents[1]
     files = (p for name in parts for p in ((root / name).rglob("*") if (root / name).is_dir() else [root / name]))
-    return _content((p for p in files if "__pycache__" not in p.parts and p.suffix != ".safetensors"), root)
+    return _content((p for p in files if "__pycache__" not in p.parts and p.suffix not in UNREAD), root)
 
 
 def model_digest(model: nn.Module) -> str:
