@@ -26,15 +26,17 @@ class Costs:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Say what is going on, and note what it took."""
+        """Say what is going on, and note what it took; seconds of parts that are noted by themselves count there."""
         heartbeat.stage(name)
         if processes().main:
             log.info(name)
         watch_peaks(self.device)
-        started = time.perf_counter()
+        before, started = sum(self.seconds.values()), time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
-        self.peaks[name] = {"ram": peak_ram(), "gpu": peak_gpu(self.device)}
+        elapsed, inside = time.perf_counter() - started, sum(self.seconds.values()) - before
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inside
+        taken = {"ram": peak_ram(), "gpu": peak_gpu(self.device)}
+        self.peaks[name] = {kind: max(peak, self.peaks.get(name, taken)[kind]) for kind, peak in taken.items()}
 
     @property
     def peak(self) -> dict[str, int]:

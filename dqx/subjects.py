@@ -117,7 +117,7 @@ class Subjects:
             self._say("loading the weights")
             started = time.perf_counter()
             self.lm.model = load_configured(self.config.model).model
-            self.timings["load the model"] = time.perf_counter() - started
+            self.timings["load the model"] = self.timings.get("load the model", 0.0) + time.perf_counter() - started
             self._loaded = "full precision"
         return self.lm
 
