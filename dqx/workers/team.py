@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -86,13 +86,13 @@ def signs(job: Job, folder: Path) -> dict[int, Sign]:
 def watch(job: Job, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
     """Wait for the processes. Returns why they must be ended: none has moved for `hang_minutes`; else nothing."""
     known: dict[int, Sign] = {}
-    moved = {-1: time.time()}  # by rank, on the clock of this process: other clocks go differently
+    moved = {-1: time.monotonic()}  # by rank, on a clock that nobody sets and that sleeps with the machine
     while launcher.poll() is None:
         time.sleep(POLL)
         now = signs(job, folder)
-        moved |= {rank: time.time() for rank, sign in now.items() if sign != known.get(rank)}
+        moved |= {rank: time.monotonic() for rank, sign in now.items() if sign != known.get(rank)}
         known = now
-        if time.time() - max(moved.values()) > patience(job, known):
+        if time.monotonic() - max(moved.values()) > patience(job, known):
             for sign in known.values():
                 with suppress(ProcessLookupError):
                     os.kill(sign.pid, signal.SIGUSR1)
@@ -111,8 +111,9 @@ def patience(job: Job, known: dict[int, Sign]) -> float:
 
 def hang(job: Job, known: dict[int, Sign], moved: dict[int, float]) -> str:
     """Why a run that hangs was ended: what each process was doing, and since when."""
+    now, clock = datetime.now(), time.monotonic()
     seen = [
-        f"process {rank + 1} in '{known[rank].stage}' since {datetime.fromtimestamp(moved[rank]):%H:%M:%S}"
+        f"process {rank + 1} in '{known[rank].stage}' since {now - timedelta(seconds=clock - moved[rank]):%H:%M:%S}"
         if rank in known
         else f"process {rank + 1} has not begun"
         for rank in range(job.processes)
