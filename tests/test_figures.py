@@ -268,3 +268,8 @@ def test_words_are_broken_to_the_width():
 def test_nothing_is_left_behind(drawn):
     assert "matplotlib.pyplot" not in sys.modules
     assert rcParams["font.size"] == 10.0
+
+
+def test_control_characters_are_written_out():
+    figure = sheet.sheet(sheet.Caption("a\x1bb", "c\x07", ""), 1.0)
+    assert [words.get_text() for words in figure.texts[:2]] == ["a\\x1bb", "c\\x07"]

@@ -25,6 +25,10 @@ def test_every_number_of_the_comparison_is_there():
     text = printed(record())
     assert "nano_llada, gptq w3a16, 3.15 bits per weight on average" in text
     assert "calibrated on nano (clean, 128 x 256 tokens), each task's own steps, seed 0" in text
+    few = {**record().config, "task": {"limit": 8}}
+    assert ", first 8 documents of each task, seed 0" in printed(record(config=few))
+    one = {"a": task_result("a", [1, 0])}
+    assert ", first 8 documents, seed 0" in printed(record(config=few, full_precision=one, quantized=one))
     (line,) = [x for x in text.split("\n") if x.startswith("nano_sums")]
     assert re.split(r"\s+", line.strip()) == [
         "nano_sums", "4", "75.0", "25.0", "-50.0", "[-93.0,", "+26.3]", "66.7", "significant", "2/0", "unclear"
@@ -62,10 +66,8 @@ def test_predictions_against_full_precision_are_there():
     assert "Against full precision masked: 10 % 90 %" in lines
     assert "divergence, nats per masked token 0.0123 1.5" in lines
     assert "same token most probable 97 % 50 %" in lines
-    assert (
-        "Answers of 16 tokens: 75 % of the tokens are the same, 2 of 3 answers differ; "
-        "the first differs after step 4 of 16." in lines
-    )
+    assert "Answers of 16 tokens: 75 % of the tokens are the same, 2 of 3 answers differ." in lines
+    assert "The first differs after step 4 of 16." in lines
     assert "On full precision's states: 12 % other commits; SQNR by block 42 to 20 dB." in lines
     exact = fidelity() | {"layers": {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[None], [None]]}}
     assert "On full precision's states: 12 % other commits." in printed(record(fidelity=exact))
@@ -97,7 +99,7 @@ def test_nothing_is_cut_or_folded(width, monkeypatch):
     assert "a long warning " * 12 in text
     assert "Again:   python launch.py method=gptq bits=3\n" in text
     assert printed(run, "runs/" + "x" * 120) == text  # the same at every width
-    tables = [x for x in text.split("\n") if x and not x.startswith(("Note", "Record", "W&B", "Answers"))]
+    tables = [x for x in text.split("\n") if x and not x.startswith(("Note", "Record", "W&B"))]
     assert max(len(x.rstrip()) for x in tables) <= 84
 
 

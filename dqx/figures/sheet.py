@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from dqx.figures import style
+from dqx.report import visible
 
 MARGIN = 0.08  # inches
 TITLE, TEXT, FOOT = 8.0, 6.5, 6.0  # points
@@ -39,7 +40,7 @@ def sheet(caption: Caption, height: float, width: float = style.DOUBLE, legend_r
     """An empty figure `width` wide with `height` inches for what is drawn, which keeps clear of words and legend."""
     room = width - 2 * MARGIN
     parts = ((caption.title, TITLE, True), (caption.run, TEXT, False), (caption.foot, FOOT, False))
-    lines = [wrapped(text, room, size, bold) for text, size, bold in parts]
+    lines = [wrapped(visible(text), room, size, bold) for text, size, bold in parts]
     tall = [len(found) * size * LEADING / POINTS for found, (_, size, _) in zip(lines, parts, strict=True)]
     below = MARGIN + tall[2] + GAP
     base = below + legend_rows * LEGEND_ROW
@@ -77,7 +78,7 @@ def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> N
     height = rows * LEGEND_ROW / inches(figure)[1]
     box = figure.legend(
         list(found.values()),
-        [shortened(label, room, 6) for label in found],
+        [shortened(visible(label), room, 6) for label in found],
         ncols=columns,
         loc="center",
         bbox_to_anchor=(0, between(figure)[1] - height, 1, height),

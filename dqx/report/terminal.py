@@ -74,7 +74,7 @@ def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
     wide.print(sweep_table(records))
     for line in (
         "In percent, deltas in points; texts in nats per token; - where a run has no such task.",
-        "Verdict: unclear where chance could explain the delta; corrected for the number of runs in the table.",
+        "Verdict: unclear where chance could explain the delta, corrected for the number of runs.",
     ):
         console.print(Text(line, style="dim"))
 
@@ -155,7 +155,7 @@ def header(record: Record) -> list[str]:
         parts.append(f"approximate: {', '.join(record.approximations)}")
     limit = (config.get("task") or {}).get("limit")
     if limit is not None:
-        parts.append(f"first {limit} documents")
+        parts.append(f"first {limit} documents{' of each task' if len(record.quantized) > 1 else ''}")
     parts.append(f"seed {config.get('seed')}")
     return [what + (f", {average:.2f} bits per weight on average" if average else ""), ", ".join(parts)]
 
@@ -200,7 +200,7 @@ def delta_legend(rows: Sequence[Delta]) -> list[str]:
     if any(not row.lower_is_better for row in rows):
         lines.append("In percent, deltas in points. Every task counts the same in an average.")
     if any(row.lower_is_better for row in rows):
-        lines.append("Texts: nats per token, lower is better; a delta is the log of the ratio of perplexities.")
+        lines.append("Texts: nats per token, lower is better; a delta is the log of a perplexity ratio.")
     lines += [
         "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above",
         "significant. Verdict: unclear where chance could explain the difference; tested over",
@@ -238,13 +238,14 @@ def fidelity_lines(found: dict[str, Any]) -> list[str]:
     """How far predictions on a few fixed windows have moved from full precision."""
     rows, answers = found["by_mask_ratio"], found["answers"]
     steps = [step for step in answers["first_diverging_step"] if step is not None]
-    first = f"; the first differs after step {min(steps)} of {answers['steps']}" if steps else ""
+    first = [f"The first differs after step {min(steps)} of {answers['steps']}."] if steps else []
     return [
         "Against full precision     masked: " + " ".join(f"{100 * row['mask_ratio']:6.0f} %" for row in rows),
         "divergence, nats per masked token  " + " ".join(f"{short(float(row['divergence'])):>8}" for row in rows),
         "same token most probable           " + " ".join(f"{100 * row['agreement']:6.0f} %" for row in rows),
         f"Answers of {answers['tokens']} tokens: {100 * answers['agreement']:.0f} % of the tokens are the same, "
-        f"{len(steps)} of {answers['documents']} answers differ{first}.",
+        f"{len(steps)} of {answers['documents']} answers differ.",
+        *first,
         *step_lines(found),
     ]
 
