@@ -316,6 +316,7 @@ def test_runs_that_cannot_work_are_told_before_the_first_starts_and_left_out(tmp
     widths = ["bits.blocks.b0.weight=4,9", "steps=8,-1", "seed=0,-1"]
     quick = ["method=rtn", "task=nano_sums", "task.limit=1", "outliers.samples=0", "fidelity.samples=0"]
     places = [f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
+    places += ["hydra.sweep.subdir=${hydra.job.num}-${run_name:}"]  # without a value until a run has its number
     done = launch("-m", *widths, *quick, *places)
     assert done.returncode == 2, done.stderr
     told, _, rest = done.stderr.partition("Launching 1 jobs")

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,10 +44,12 @@ class Sweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take `hydra/launcher=local_gpus` where that is what `dispatch` asks for, and nobody chose a launcher."""
-        chosen = any(o.startswith("hydra/launcher=") for o in config.hydra.overrides.hydra)
-        device = config.model.device
-        if not (chosen or config.plan) and separate(config.dispatch, device, self.at_once, config.hydra.overrides.task):
-            overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task, "hydra/launcher=local_gpus"]
+        typed: Any = OmegaConf.to_container(
+            config.hydra.overrides
+        )  # as it was typed: ${hydra.job.num} has no value yet
+        chosen = any(o.startswith("hydra/launcher=") for o in typed["hydra"])
+        if not (chosen or config.plan) and separate(config.dispatch, config.model.device, self.at_once, typed["task"]):
+            overrides = [*typed["hydra"], *typed["task"], "hydra/launcher=local_gpus"]
             name = config.hydra.job.config_name
             other = hydra_context.config_loader.load_configuration(name, overrides, RunMode.MULTIRUN)
             with open_dict(config):
