@@ -42,8 +42,10 @@ from dqx.store import file_name, jsonable, package_version
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
 QUANTIZING = ("models", "quant", "calib.py", "masking.py", "diffusion/noise.py")
-MEASURING = ("models", "diffusion", "masking.py", "denoising.py", "fidelity.py")
-MEASURING += tuple(f"activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface"))
+MEASURING = (
+    *("models", "diffusion", "masking.py", "denoising.py", "fidelity.py"),
+    *(f"activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface")),
+)
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 UNREAD = (
     ".safetensors",
