@@ -246,6 +246,18 @@ def test_a_figure_that_cannot_be_drawn_costs_the_others_nothing(tmp_path, monkey
     assert "no figures in W&B: ValueError: too flat" in caplog.text
 
 
+@pytest.mark.parametrize(("group", "blocks"), [(None, 2), ("a sweep", 1)])
+def test_one_run_of_many_has_one_surface(tmp_path, monkeypatch, group, blocks):
+    seen = []
+    monkeypatch.setattr("dqx.figures.of_run", lambda run: seen.append(run) or {})
+    run = record()
+    run.activations = {f"full_precision/{block}/mlp_out/surface": torch.ones(2, 3) for block in range(2)}
+    run.activations |= {"full_precision/1/mlp_out/channel_max": torch.ones(3)}
+    assert mirror.log(run, tmp_path, group=group)["state"] == "written"
+    surfaces = [name for name in seen[0].activations if name.endswith("/surface")]
+    assert (len(surfaces), len(seen[0].activations)) == (blocks, blocks + 1)
+
+
 def test_histograms(copy):
     run, _, status = copy
     history = read_back(status["folder"])[2]

@@ -25,10 +25,11 @@ from matplotlib.figure import Figure
 from dqx.figures import channels, depth, errors, outliers, pareto, steps, style, surface
 from dqx.figures.groups import complete
 from dqx.figures.sheet import settled
+from dqx.figures.surface import with_one_surface
 from dqx.report.gather import Run, evaluations, groups
 from dqx.store import Record
 
-__all__ = ["Figure", "of_run", "of_runs", "save"]
+__all__ = ["Figure", "of_run", "of_runs", "save", "with_one_surface"]
 
 OF_RUN: tuple[Callable[[Record], dict[str, Figure]], ...] = (
     surface.surfaces,

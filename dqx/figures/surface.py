@@ -10,7 +10,7 @@ T tokens, C channels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -71,6 +71,17 @@ def surfaces(record: Record) -> dict[str, Figure]:
     kept = {(block, site) for _, block, site, what in map(_split, record.activations) if what == "surface"}
     order = sorted(kept, key=lambda place: (place[0], list(SITES).index(place[1])))
     return {f"surface_{block}_{site}": _figure(record, block, site) for block, site in order}
+
+
+def with_one_surface(record: Record) -> Record:
+    """The record with the activation surfaces of one block and site alone, that of the largest value."""
+    stats = record.outliers.get("full_precision")
+    sizes = {f"{row.block}/{row.site}": row.abs_max for row in stats.rows} if stats else {}
+    surfaces = [name for name in record.activations if name.endswith("/surface")]
+    places = {name: name.partition("/")[2].removesuffix("/surface") for name in surfaces}
+    largest = max(places.values(), key=lambda place: sizes.get(place, 0.0), default=None)
+    kept = {name: record.activations[name] for name in record.activations if places.get(name, largest) == largest}
+    return replace(record, activations=kept)
 
 
 def _split(name: str) -> tuple[str, int, str, str]:

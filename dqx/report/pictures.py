@@ -6,14 +6,12 @@ several, those of single runs are PNG, with one activation surface each: that of
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dqx import figures
 from dqx.report.content import Picture, Report, anchor
-from dqx.store import Record
 
 WIDE, NARROW = 1400, 960  # pixels of a figure in the page: of all runs together, of one
 
@@ -24,20 +22,13 @@ def draw(report: Report, folder: Path) -> None:
     report.pictures = _saved(figures.of_runs(report.records), folder, width=WIDE)
     runs = tqdm(report.runs, "figures", unit=" runs", leave=False, disable=None)
     report.run_pictures = [
-        _saved(figures.of_run(run.record if alone else with_one_surface(run.record)), folder / anchor(number), alone)
+        _saved(
+            figures.of_run(run.record if alone else figures.with_one_surface(run.record)),
+            folder / anchor(number),
+            alone,
+        )
         for number, run in enumerate(runs, 1)
     ]
-
-
-def with_one_surface(record: Record) -> Record:
-    """The record with the activation surfaces of one block and site alone, that of the largest value."""
-    stats = record.outliers.get("full_precision")
-    sizes = {f"{row.block}/{row.site}": row.abs_max for row in stats.rows} if stats else {}
-    surfaces = [name for name in record.activations if name.endswith("/surface")]
-    places = {name: name.partition("/")[2].removesuffix("/surface") for name in surfaces}
-    largest = max(places.values(), key=lambda place: sizes.get(place, 0.0), default=None)
-    kept = {name: record.activations[name] for name in record.activations if places.get(name, largest) == largest}
-    return replace(record, activations=kept)
 
 
 def _saved(drawn: dict[str, figures.Figure], folder: Path, pdf: bool = True, width: int = NARROW) -> list[Picture]:
