@@ -1,10 +1,10 @@
-"""Lists of names for people: the nearest to a mistyped one, and numbers in names sorted as numbers."""
+"""Names for people: in a row, the nearest to a mistyped one, numbers in names sorted as numbers, labels."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -14,6 +14,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

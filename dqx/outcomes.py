@@ -15,6 +15,7 @@ from pathlib import Path
 FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
+KILLED = "it was killed"  # or is still running, where another launch has started it
 
 #: Settings with which less memory is taken when they are lower.
 SMALLER = "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers)"
@@ -92,7 +93,7 @@ def failures(folders: Sequence[Path]) -> dict[Path, Failure]:
         if _is_new(folder, FILE):
             found[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
         elif not _is_new(folder, RESULTS):
-            found[folder] = Failure("it was killed" if _has_started(folder) else "it did not start")
+            found[folder] = Failure(KILLED if _has_started(folder) else "it did not start")
     return found
 
 

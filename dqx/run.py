@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqx import activations, fidelity, mirror, report, store
+from dqx import activations, fidelity, heartbeat, mirror, report, store
 from dqx.api import pick_device
 from dqx.cache import keys
 from dqx.cache.journal import Journal
@@ -147,6 +147,7 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
         output.write(record)
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if config.wandb.checkpoint else None
     if main:
+        heartbeat.stage("copy to Weights & Biases")
         record.mirror = mirror.log(record, output.path, config.wandb, group=origin.sweep, checkpoint=weights)
         output.write_results(record)
         report.print_mirror(record)

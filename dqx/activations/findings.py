@@ -8,6 +8,7 @@ from typing import Any
 
 from dqx.activations.stats import OutlierStats, PartStats, SiteStats
 from dqx.models.transformer import SITES
+from dqx.names import enumerated
 
 LISTED = 6  # channels or tokens named in a sentence
 SENTENCES = 6  # of a kind
@@ -141,7 +142,7 @@ def _layers(stats: OutlierStats, rows: Sequence[SiteStats]) -> str:
     for site, blocks in by_site.items():
         if blocks:
             sites_of.setdefault(blocks, []).append(site)
-    return "; ".join(f"{_and(sites)} of {_blocks(blocks, count)}" for blocks, sites in sites_of.items())
+    return "; ".join(f"{enumerated(sites)} of {_blocks(blocks, count)}" for blocks, sites in sites_of.items())
 
 
 def _blocks(blocks: Sequence[int], count: int) -> str:
@@ -163,7 +164,3 @@ def _listed(things: Sequence[object], unknown: int = 0) -> str:
     shown = ", ".join(map(str, things[:LISTED]))
     more = len(things[LISTED:]) + unknown
     return f"{shown} and {more} more" if more else shown
-
-
-def _and(words: Sequence[str]) -> str:
-    return ", ".join(words[:-1]) + " and " + words[-1] if words[1:] else words[0]

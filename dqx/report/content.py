@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dqx.deltas import headline
-from dqx.names import natural
+from dqx.names import enumerated, natural
 from dqx.report import published, tables
 from dqx.report.gather import Run, Skipped, evaluation_name, evaluations, gather, groups, quantization_name
 from dqx.report.published import Comparison
@@ -79,9 +79,9 @@ def lede(records: Sequence[Record]) -> str:
         return "No finished run."
     count = f"{len(records)} {'run' if len(records) == 1 else 'runs'}"
     parts = [
-        f"{count} of {_and(evaluation_name(record) for record in records)}",
-        f"{_and(quantization_name(record) for record in records)} at {_and(widths(records))}",
-        f"on {_and(name for record in records for name in record.quantized)}",
+        f"{count} of {_distinct(evaluation_name(record) for record in records)}",
+        f"{_distinct(quantization_name(record) for record in records)} at {_distinct(widths(records))}",
+        f"on {_distinct(name for record in records for name in record.quantized)}",
         f"{_plural('seed', sorted({int(record.config['seed']) for record in records}))}",
     ]
     return ", ".join(parts) + "."
@@ -163,10 +163,9 @@ def delta_rows(record: Record) -> Table:
     )
 
 
-def _and(names: Iterable[str]) -> str:
-    found = list(dict.fromkeys(names))
-    return ", ".join(found[:-1]) + f" and {found[-1]}" if len(found) > 1 else "".join(found)
+def _distinct(names: Iterable[str]) -> str:
+    return enumerated(list(dict.fromkeys(names)))
 
 
 def _plural(word: str, values: Sequence[int]) -> str:
-    return f"{word}{'' if len(values) == 1 else 's'} {_and(map(str, values))}"
+    return f"{word}{'' if len(values) == 1 else 's'} {_distinct(map(str, values))}"

@@ -129,10 +129,10 @@ def gather(folders: Iterable[str | Path]) -> tuple[list[Run], list[Skipped]]:
     for path in found.values():
         failure = outcomes.failures([path]).get(path)
         if failure is not None:
-            reason = (
-                "it has not finished: it runs, or was killed" if failure.reason == "it was killed" else failure.reason
+            unfinished = failure.reason == outcomes.KILLED
+            skipped.append(
+                Skipped(path, "it has not finished: it runs, or was killed" if unfinished else failure.reason)
             )
-            skipped.append(Skipped(path, reason))
             continue
         try:
             runs.append(Run(path, RunFolder(path).read()))

@@ -5,14 +5,13 @@ A table is columns and rows of entries; how an entry looks is left to those who 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from dqx import statistics
 from dqx.deltas import Delta
 from dqx.evaluate.spec import NLL
-from dqx.names import natural
+from dqx.names import enumerated, natural
 from dqx.report.gather import Group, Row
 from dqx.report.terminal import difference, points, value
 
@@ -162,9 +161,9 @@ def _outcome(row: Row | None, group: Group) -> Entry:
 def _what(group: Group) -> str:
     tasks = accuracies(group)
     if group.full_precision[tasks[0]].metric == NLL:
-        return f"Nats per token on {_and(tasks)}"
-    return f"Accuracy in percent on {tasks[0]}" if len(tasks) == 1 else f"Mean accuracy in percent over {_and(tasks)}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else names[0]
+        return f"Nats per token on {enumerated(tasks)}"
+    return (
+        f"Accuracy in percent on {tasks[0]}"
+        if len(tasks) == 1
+        else f"Mean accuracy in percent over {enumerated(tasks)}"
+    )
