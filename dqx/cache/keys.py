@@ -47,12 +47,8 @@ MEASURING = (
     *(f"activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface")),
 )
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
-UNREAD = (
-    ".safetensors",
-    ".md",
-    ".png",
-    ".csv",
-)  # beside the sources: weights have a fingerprint, nothing reads the rest
+#: Files beside the sources that decide nothing: weights have a fingerprint, the rest is for people.
+UNREAD = (".safetensors", ".md", ".png", ".csv")
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
