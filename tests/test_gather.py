@@ -48,6 +48,17 @@ def test_seeds_of_one_setting_make_one_cell() -> None:
     assert row.spread == (0.25, 0.5)
 
 
+def test_seeds_that_did_not_finish_all_tasks_have_no_average_of_their_own() -> None:
+    def code(seed: int) -> Record:
+        return run(seed, [1, 0, 1, 1], task="nano_code", category="code")
+
+    group = only(sorted_out(run(0, [1, 1, 0, 0]), code(0), run(1, [1, 0, 0, 0])))
+    assert group.rows[0].spread == (0.625, 0.625)
+    group = only(sorted_out(code(0), run(1, [1, 0, 0, 0])))
+    assert group.rows[0].spread is None
+    assert tables.study(group).rows[0][-1].text == "2: -"
+
+
 def test_the_later_of_two_equal_runs_counts() -> None:
     again = run(0, [1, 1, 1, 1], created="2026-01-02T00:00:00+00:00")
     assert only(sorted_out(run(0, [0, 0, 0, 0]), again)).rows[0].overall.quantized == 1

@@ -93,10 +93,11 @@ class Row:
     overall: Delta  # its verdict corrected for the number of rows
 
     @property
-    def spread(self) -> tuple[float, float]:
-        """The lowest and the highest average of a seed."""
-        means = [fmean(seed[name] for name in self.deltas) for seed in self.cell.by_seed.values() if seed]
-        return min(means), max(means)
+    def spread(self) -> tuple[float, float] | None:
+        """The lowest and the highest average of a seed; None where no seed has all tasks."""
+        whole = [seed for seed in self.cell.by_seed.values() if self.deltas.keys() <= seed.keys()]
+        means = [fmean(seed[name] for name in self.deltas) for seed in whole]
+        return (min(means), max(means)) if means else None
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,8 @@ def _row(row: Row, group: Group, *, averaged: bool, seeds: bool) -> list[Entry]:
         Entry(total.level or "-", kind=total.level or "", number=drop),
     ]
     if seeds:
-        low, high = (value(side, total.metric) for side in row.spread)
-        entries.append(Entry(f"{len(cell.seeds)}: {low}, {high}", number=len(cell.seeds)))
+        limits = ", ".join(value(side, total.metric) for side in row.spread or ())
+        entries.append(Entry(f"{len(cell.seeds)}: {limits or '-'}", number=len(cell.seeds)))
     return entries
 
 
