@@ -1,1 +1,1 @@
-"""Benchmarks that a user can run: `python -m dqx.benchmarks.quantize`, `.evaluate`, `.memory`, `.sweep`, `.activations`."""
+"""Benchmarks that a user can run, `python -m dqx.benchmarks.NAME`: quantize, evaluate, memory, sweep, activations."""
