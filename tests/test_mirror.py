@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -719,6 +718,18 @@ def test_a_kill_while_it_is_written_leaves_nothing_half(tmp_path):
     assert summary["delta/average"] == record().deltas[-1].delta
 
 
+KILLED = """
+import os, runpy, signal
+from dqx.cache.journal import Journal
+append = Journal.append
+def once(journal, lines):
+    append(journal, lines)
+    os.kill(os.getpid(), signal.SIGKILL)
+Journal.append = once
+runpy.run_path("launch.py", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_commit")
 def test_a_run_that_was_killed_and_started_again_is_one_run_of_wandb(tmp_path):
@@ -726,19 +737,16 @@ def test_a_run_that_was_killed_and_started_again_is_one_run_of_wandb(tmp_path):
     small = ["method=rtn", "bits=4", "task=nano_facts", "task.limit=4", "outliers.samples=1", "fidelity.samples=0"]
     small += ["wandb.mode=offline", "wandb.figures=false", f"cache_dir={tmp_path / 'cache'}"]
 
-    def start(folder):
+    def ends(*start, folder):
         place = f"hydra.run.dir={tmp_path / folder}"
         root = Path(__file__).parent.parent
-        return subprocess.Popen([sys.executable, "launch.py", *small, place], cwd=root, stdout=subprocess.DEVNULL)
+        return subprocess.run([sys.executable, *start, *small, place], cwd=root, stdout=subprocess.DEVNULL).returncode
 
-    child, evaluating = start("first"), tmp_path / "cache" / "results"
-    while child.poll() is None and not list(evaluating.glob("*.journal.*")):
-        time.sleep(0.05)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
+    assert ends("-c", KILLED, folder="first") == -signal.SIGKILL
+    assert list(tmp_path.glob("cache/results/*.journal.*"))
     assert not (tmp_path / "first" / "wandb").exists()
     for folder in ("second", "first"):
-        assert start(folder).wait() == 0
+        assert ends("launch.py", folder=folder) == 0
     written = [read_back(path) for path in tmp_path.glob("*/wandb/offline-run-*")]
     assert len(written) == 2
     assert {run.run_id for *_, run in written} == {identity(RunFolder(tmp_path / "first").read())}
