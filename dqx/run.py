@@ -93,31 +93,19 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
             after = _measure(subjects.quantized, config, once, watched, costs, reference)
             quantization, source = made.quantized, "computed"
 
-    checkpoint = subjects.lm.checkpoint
+    sides = {"full_precision": before, "quantized": after}
     record = store.Record(
         config=asdict(config),
         environment=environment,
-        model={
-            "name": config.model.name,
-            "family": checkpoint.arch.family,
-            "path": config.model.path,
-            "fingerprint": subjects.fingerprint,
-            "dtype": str(subjects.dtype).removeprefix("torch."),
-            "parameters": checkpoint.parameters(),
-            "sampler": subjects.lm.sampler.name,
-        },
+        model=subjects.described(),
         full_precision=before.results,
         quantized=after.results,
         quantization={**quantization.report.to_dict(), "source": source},
-        outliers={
-            side: found.outliers
-            for side, found in {"full_precision": before, "quantized": after}.items()
-            if found.outliers is not None
-        },
+        outliers={side: found.outliers for side, found in sides.items() if found.outliers},
         activations={
             f"{side}/{name}": tensor
-            for side, found in {"full_precision": before, "quantized": after}.items()
-            if found.outliers is not None
+            for side, found in sides.items()
+            if found.outliers
             for name, tensor in found.outliers.maps.items()
         },
         fidelity={} if reference is None else after.moved or reference.unmoved(),
@@ -129,7 +117,7 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
             "peak": costs.peak,
             "stages": costs.peaks,
         },
-        sources={"full_precision": before.sources, "quantized": after.sources},
+        sources={side: found.sources for side, found in sides.items()},
         choices=origin.choices or (shared.record.choices if shared else {}),
         command=origin.command,
         warnings=[
@@ -142,19 +130,9 @@ def run(config: Config, folder: str | Path, origin: Origin | None = None) -> sto
     )
     if shared:
         record.warnings += shared.notes(record)
-    if main:
-        report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
-        output.write(record)
-    weights = _checkpoint(subjects, record, output.path / "checkpoint") if config.wandb.checkpoint else None
-    if main:
-        heartbeat.stage("copy to Weights & Biases")
-        record.mirror = mirror.log(record, output.path, config.wandb, group=origin.sweep, checkpoint=weights)
-        output.write_results(record)
-        report.print_mirror(record)
-        if weights:
-            shutil.rmtree(weights, ignore_errors=True)
-        if config.cache_max_gb is not None:
-            make_room(once.store, 0, int(config.cache_max_gb * 1e9))
+    _keep(record, output, subjects, origin)
+    if main and config.cache_max_gb is not None:
+        make_room(once.store, 0, int(config.cache_max_gb * 1e9))
     finished: store.Record = processes().broadcast(record)  # in no process before it is written
     return finished
 
@@ -370,6 +348,22 @@ def _thresholds(config: Config) -> activations.Thresholds:
         massive_absolute=settings.massive_absolute,
         massive_relative=settings.massive_relative,
     )
+
+
+def _keep(record: store.Record, output: store.RunFolder, subjects: Subjects, origin: Origin) -> None:
+    """Print the record, write it, and copy it to W&B, with the quantized weights where they are wanted."""
+    main, wandb = processes().main, subjects.config.wandb
+    if main:
+        report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
+        output.write(record)
+    weights = _checkpoint(subjects, record, output.path / "checkpoint") if wandb.checkpoint else None
+    if main:
+        heartbeat.stage("copy to Weights & Biases")
+        record.mirror = mirror.log(record, output.path, wandb, group=origin.sweep, checkpoint=weights)
+        output.write_results(record)
+        report.print_mirror(record)
+        if weights:
+            shutil.rmtree(weights, ignore_errors=True)
 
 
 def _checkpoint(subjects: Subjects, record: store.Record, folder: Path) -> Path | None:

@@ -98,6 +98,19 @@ class Subjects:
         self.known: Quantized | None = None
         self._loaded = ""  # full precision, quantized
 
+    def described(self) -> dict[str, Any]:
+        """The model as a record has it."""
+        checkpoint = self.lm.checkpoint
+        return {
+            "name": self.config.model.name,
+            "family": checkpoint.arch.family,
+            "path": self.config.model.path,
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "parameters": checkpoint.parameters(),
+            "sampler": self.lm.sampler.name,
+        }
+
     @property
     def original(self) -> Subject:
         """The model at full precision."""
