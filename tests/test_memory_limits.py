@@ -220,6 +220,17 @@ def test_a_machine_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert problem.startswith("the run does not fit into the 500 MB of RAM there are: about ")
 
 
+def test_processes_that_share_a_run_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 3_000_000_000)
+    assert validate(configured("dispatch=2")) == []
+    (problem,) = validate(configured("dispatch=30"))
+    assert problem.startswith("the run does not fit into the 100 MB of RAM there are for each of 30 processes: about ")
+    assert "; fewer processes (dispatch), or " in problem
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")  # what a worker reads is its share already
+    assert validate(configured("dispatch=30")) == []
+
+
 def of_8b(device: torch.device = CPU, **limits: float) -> list[memory.Pool]:
     sizes = ("calib.samples=4", "calib.length=128")
     config = resolve(compose(["model=llada_8b_base", "method=gptq", "bits=w4a16", "task=gsm8k", *sizes]))

@@ -26,6 +26,7 @@ import torch
 from dqx.config import Config, build
 from dqx.diffusion.batches import token_bytes
 from dqx.diffusion.engine import row_bytes
+from dqx.dispatch import process_count
 from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer
 from dqx.planning.speed import batch_rows, block_parameters
 from dqx.planning.work import Work, fidelity_work, outlier_work, task_work
@@ -64,6 +65,7 @@ class Pool:
     evaluating: int
     in_memory: int  # quantizing the loaded model
     from_disk: int  # quantizing block by block, all activations in files
+    shared_by: int = 1  # processes that have as much each; together they have what the machine has
 
     @property
     def least(self) -> int:
@@ -77,15 +79,16 @@ def pools(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
     working = block + _working_bytes(config, arch, dtype)
     evaluating, in_memory = memory.weights + memory.evaluating, memory.weights + memory.quantizing
-    limit = _limit(settings.ram_gb, machine_bytes())
+    count = 1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config)  # a worker is told its own share
+    limit = _limit(settings.ram_gb, machine_bytes() // count)
     if device.type != "cuda":
         from_disk = max(sum(outer) + max(outer), working) if memory.quantizing else 0
-        return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk)]
+        return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk, count)]
     staged = FIXED + 2 * max(*outer, block)  # tensors on their way to a file, or from one
     from_disk = max(sum(outer), working) if memory.quantizing else 0
     there = _limit(settings.gpu_gb, device_bytes(device))
     return [
-        Pool("ram", settings.ram_gb, limit, staged, staged, staged),
+        Pool("ram", settings.ram_gb, limit, staged, staged, staged, count),
         Pool("gpu", settings.gpu_gb, there, evaluating, in_memory, from_disk),
     ]
 
@@ -115,7 +118,9 @@ def memory_problems(found: Sequence[Pool]) -> Iterator[str]:
             yield f"memory.{pool.name}_gb={pool.setting:g} is too little: {needed}; give {least:g} or more"
         else:
             kind = pool.name.upper()
-            yield f"the run does not fit into the {gigabytes(pool.limit)} of {kind} there are: {needed}; {remedy}"
+            there = f"there are for each of {pool.shared_by} processes" if pool.shared_by > 1 else "there are"
+            fewer = "fewer processes (dispatch), or " if pool.shared_by > 1 else ""
+            yield f"the run does not fit into the {gigabytes(pool.limit)} of {kind} {there}: {needed}; {fewer}{remedy}"
 
 
 def exceeded(found: Sequence[Pool], peak: dict[str, int]) -> Iterator[str]:
