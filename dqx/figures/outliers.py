@@ -51,8 +51,8 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
     caption = Caption(
         f"{measure.title} by block and denoising step",
         what_ran(record),
-        f"{STATES}. Colours: {measure.label}, one scale "
-        f"for both sides of a site{'; logarithmic' if measure.log else ''}. {_definition(record, measure)}",
+        f"{STATES}. Colours: {measure.label}, one scale for both sides of a site"
+        f"{'; logarithmic' if measure.log else ', white: none'}. {_definition(record, measure)}",
     )
     figure = sheet(caption, 0.6 + 1.05 * len(sites))
     grid = figure.subplots(len(sites), len(parts), sharex=True, sharey=True, squeeze=False)

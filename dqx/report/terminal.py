@@ -73,10 +73,10 @@ def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
     wide = Console(file=file, highlight=False, emoji=False, width=max(200, console.width))
     wide.print(sweep_table(records))
     for line in (
-        "In percent, deltas in points; texts in nats per token; - where a run has no such task.",
-        "Verdict: unclear where chance could explain the delta, corrected for the number of runs.",
+        "In percent, deltas in points; texts in nats per token; - where a task was not run.",
+        "Verdict: unclear where chance could explain the delta; corrected for several runs.",
     ):
-        console.print(Text(line, style="dim"))
+        console.print(Text(line, style="dim"), soft_wrap=True)
 
 
 def print_outcomes(outcomes: Mapping[Path, Outcome], file: TextIO | None = None) -> None:
