@@ -273,3 +273,13 @@ def test_nothing_is_left_behind(drawn):
 def test_control_characters_are_written_out():
     figure = sheet.sheet(sheet.Caption("a\x1bb", "c\x07", ""), 1.0)
     assert [words.get_text() for words in figure.texts[:2]] == ["a\\x1bb", "c\\x07"]
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    known = ["awq", "gptq", "rtn"]
+    alone, together = style.look(["rtn"], known), style.look(["awq", "gptq", "gptq, mcs", "mine", "rtn"], known)
+    assert alone["rtn"] == together["rtn"]
+    assert together["gptq, mcs"] == together["gptq"] | {"fillstyle": "none"}
+    assert len({look["color"] for look in together.values()}) == 4
+    many = style.look([f"own{i}" for i in range(20)])
+    assert len({tuple(map(str, look.items())) for look in many.values()}) == 20

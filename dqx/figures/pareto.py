@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
+from dqx.config import choices
 from dqx.figures import groups, style
 from dqx.figures.sheet import Caption, legend, sheet
 from dqx.names import natural
@@ -30,7 +31,8 @@ def accuracy_by_bits(group: Group) -> Figure:
     """The figure of a group of runs, some of which have all of its tasks."""
     rows = groups.complete(group)
     panels = _panels(rows)
-    looks = style.look(sorted({row.cell.method for row in rows}, key=natural))
+    families = [name for name in choices("method") if name != "fp16" and not name.endswith("_as_published")]
+    looks = style.look(sorted({row.cell.method for row in rows}, key=natural), families)
     across, down = min(ACROSS, len(panels)), -(-len(panels) // ACROSS)
     better = "less" if groups.nats(group) else "more"
     caption = Caption(

@@ -7,7 +7,9 @@ in lightness (viridis, cividis); a diverging one is used only where numbers have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,9 @@ CYCLE: tuple[dict[str, Any], ...] = (
     {"color": BLACK, "marker": "X", "linestyle": (0, (8, 2))},
     {"color": YELLOW, "marker": "p", "linestyle": (0, (3, 1)), "markeredgecolor": BLACK, "markeredgewidth": 0.4},
 )
+
+
+FILLS = ("full", "none", "left", "top")  # of markers
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +101,18 @@ def applied() -> Iterator[None]:
             yield
 
 
-def look(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style of each name, in their order; more names than colours change the fill."""
-    found = {}
-    for i, name in enumerate(names):
-        again, place = divmod(i, len(CYCLE))
-        found[name] = CYCLE[place] | {"fillstyle": ("full", "none", "left", "top")[again % 4]}
+def look(names: Sequence[str], known: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each name.
+
+    Known names look the same in every figure, and variants of one (`gptq_as_published`, `gptq, mcs`) differ from it in
+    the fill; names beyond those come next in order. More of them than colours change the fill as well.
+    """
+    places, variants, found = list(known), Counter[str](), {}
+    for name in names:
+        base = next((one for one in known if re.match(rf"{re.escape(one)}(_|\W|$)", name)), name)
+        if base not in places:
+            places.append(base)
+        again, place = divmod(places.index(base), len(CYCLE))
+        found[name] = CYCLE[place] | {"fillstyle": FILLS[(again + variants[base]) % len(FILLS)]}
+        variants[base] += 1
     return found

@@ -284,12 +284,12 @@ def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
 
 
 def evaluation_name(record: Record) -> str:
-    """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents`."""
+    """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents of each task`."""
     steps = (record.config.get("steps") or {}).get("count")
     limit = (record.config.get("task") or {}).get("limit")
     parts = [str(record.model.get("name")), *record.approximations]
     parts += [f"{steps} steps"] if steps else []
-    parts += [f"first {limit} documents"] if limit is not None else []
+    parts += [f"first {limit} documents of each task"] if limit is not None else []
     return ", ".join(parts)
 
 
