@@ -46,6 +46,7 @@ def problems(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def answer(*overrides: str) -> list[str]:
         base = [f"model.path={checkpoint}", f"calib.text={text}", "calib.length=64", "task=nano_sums"]
+        base += [f"cache_dir={tmp_path / 'cache'}"]
         keys = {o.split("=")[0].lstrip("+") for o in overrides}
         try:
             run(resolve(compose([*(b for b in base if b.split("=")[0] not in keys), *overrides])), tmp_path / "run")

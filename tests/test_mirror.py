@@ -320,7 +320,7 @@ def test_an_upload_later_has_everything(copy):
     with Server() as server:
         login = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         done = subprocess.run(
-            [program, "sync", str(run_folder)], env=os.environ | login, capture_output=True, text=True
+            [program, "sync", str(run_folder)], env=os.environ | login, capture_output=True, text=True, cwd=run_folder
         )
     assert done.returncode == 0, done.stderr
     config, _, history, started = read_back(run_folder)
