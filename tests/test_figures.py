@@ -254,6 +254,8 @@ def test_no_word_leaves_the_page(drawn):
     many = sweep(steps=(16, 32)) + [run(f"{LONG}{i}", "w3a16", 3.15, [1] * 8, steps=16) for i in range(4)]
     for figure in (*drawn.values(), *figures.of_run(named).values(), *figures.of_runs(many).values()):
         assert outside(figure) == [], figure.texts[0].get_text()
+        ends = [words.get_window_extent().x1 / figure.dpi for words in figure.texts]
+        assert max(ends) <= figure.get_figwidth() - sheet.MARGIN / 2  # captions keep their margin
 
 
 def test_words_are_broken_to_the_width():

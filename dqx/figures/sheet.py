@@ -24,7 +24,7 @@ LEADING = 1.35  # of a line, in font sizes
 LEGEND_ROW, GAP = 0.15, 0.04  # inches
 POINTS = 72  # per inch
 FINE = 720  # dots per inch: letters are as wide as in print
-HINTED = 1.03  # as wide as that they may be on a coarse grid
+HINTED = 1.05  # as wide as that they may be on the grid of a PNG
 
 
 @dataclass(frozen=True)
