@@ -11,8 +11,8 @@ what became of each artefact, so that it proves what was computed how often:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -59,23 +59,13 @@ class Once:
         self._say("reused   ", key)
         return found, "reused"
 
-    @contextmanager
-    def alone(self, key: Key) -> Iterator[None]:
+    def alone(self, key: Key) -> AbstractContextManager[None]:
         """The main process waits for the lock; the others wait for what it tells them next."""
-        if not self.processes.main:
-            yield
-            return
-        with self.store.lock(key):
-            yield
+        return self.store.lock(key) if self.processes.main else nullcontext()
 
-    @contextmanager
-    def reading(self, key: Key) -> Iterator[None]:
+    def reading(self, key: Key) -> AbstractContextManager[None]:
         """What the main process finds stays as it is meanwhile; other runs may read it too."""
-        if not self.processes.main:
-            yield
-            return
-        with self.store.reading(key):
-            yield
+        return self.store.reading(key) if self.processes.main else nullcontext()
 
     def _look(self, read: Callable[[], T | None]) -> T | None:
         found: T | None = self.processes.broadcast(read() if self.reuse and self.processes.main else None)
