@@ -28,16 +28,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dqx.command_line import explain, normalize
-from dqx.config import Config, ConfigProblems, resolve, validate
-from dqx.dispatch import ALONE, STARTED, dispatch_problems, process_count
-from dqx.launching import register
-from dqx.origin import Origin
-from dqx.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
+from dqx.common.devices import ALONE, STARTED, dispatch_problems, process_count
+from dqx.config.command_line import explain, normalize
+from dqx.config.compose import resolve
+from dqx.config.origin import Origin
+from dqx.config.schema import Config, ConfigProblems
+from dqx.launch import register
+from dqx.record.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
-    from dqx.planning.runs import PlannedRun
+    from dqx.study.plan.runs import PlannedRun
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 planned: list[PlannedRun] = []  # with plan=true
@@ -47,7 +48,7 @@ planned: list[PlannedRun] = []  # with plan=true
 def main(cfg: DictConfig) -> None:
     """One run, of a sweep perhaps. A run that fails says so at once, and why in its folder; in a sweep others go on."""
     if cfg.plan:
-        from dqx.planning.runs import plan_run
+        from dqx.study.plan.runs import plan_run
 
         planned.append(plan_run(cfg))
         return
@@ -73,9 +74,9 @@ def main(cfg: DictConfig) -> None:
         return
     failure.write(folder)
     if failure.refused and in_wandb_sweep():
-        from dqx import mirror
+        from dqx.report import wandb
 
-        mirror.skip(OmegaConf.to_container(cfg), folder, OmegaConf.to_container(cfg.wandb), failure.reason)
+        wandb.skip(OmegaConf.to_container(cfg), folder, OmegaConf.to_container(cfg.wandb), failure.reason)
     raise RunFailed(failure.reason) from cause
 
 
@@ -84,20 +85,28 @@ def dispatch(config: Config, folder: Path) -> None:
     hydra = HydraConfig.get()
     origin = Origin.of(hydra, config.bundle)
     if config.dispatch == "separate" and hydra.mode == RunMode.RUN:
+        from dqx.study.checks import validate
+
         raise ConfigProblems([ALONE, *validate(config)])
-    count = 1 if any(dispatch_problems(config.dispatch, config.model.device)) else process_count(config)
+    count = (
+        1
+        if any(dispatch_problems(config.dispatch, config.model.device))
+        else process_count(config.dispatch, config.model.device)
+    )
     if count == 1:
-        from dqx.run import run
-        from dqx.workers.alone import watched
+        from dqx.launch.workers.alone import watched
+        from dqx.study.run import run
 
         with watched(config.hang_minutes, folder / LOG):
             run(config, folder, origin)
         return
+    from dqx.study.checks import validate
+
     problems = validate(config)
     if problems:
         raise ConfigProblems(problems)
-    from dqx.workers.messages import Job
-    from dqx.workers.team import share
+    from dqx.launch.workers.messages import Job
+    from dqx.launch.workers.team import share
 
     logging_settings = OmegaConf.to_container(hydra.job_logging, resolve=True)
     share(Job(config, folder.absolute(), origin, count, logging_settings))
@@ -159,7 +168,7 @@ def launch(developer: bool = False) -> int:
             return 2
         return print_summary() or 1
     if planned:
-        from dqx.planning.table import print_plan
+        from dqx.study.plan.table import print_plan
 
         print_plan(planned)
         return 0
@@ -175,8 +184,8 @@ def print_summary(interrupted: bool = False) -> int:
     """What became of the runs of a sweep: results of those that have some, the state of all. Returns the exit code."""
     failed = failures(launched)
     if len(launched) > 1:
+        from dqx.record.folder import RunFolder
         from dqx.report import print_outcomes, print_sweep
-        from dqx.store import RunFolder
 
         finished = [folder for folder in launched if folder not in failed]
         if len(finished) > 1:

@@ -11,9 +11,9 @@ from importlib import import_module
 #: Command -> the module that does it, what it does, an example.
 COMMANDS = {
     "report": ("dqx.report.command", "many runs as HTML, Markdown and LaTeX", "dqx report runs"),
-    "compare": ("dqx.compare", "two runs, document by document", "dqx compare RUN OTHER"),
-    "cache": ("dqx.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
-    "mirror": ("dqx.mirror.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
+    "compare": ("dqx.report.compare", "two runs, document by document", "dqx compare RUN OTHER"),
+    "cache": ("dqx.study.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
+    "mirror": ("dqx.report.wandb.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
 }
 
@@ -31,7 +31,7 @@ def main() -> None:
         print(usage())
         return
     if command not in COMMANDS:
-        from dqx.names import did_you_mean
+        from dqx.common.names import did_you_mean
 
         print(f"dqx {command}: no such command; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
         sys.exit(2)

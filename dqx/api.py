@@ -23,31 +23,23 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dqx import config as configuration
-from dqx import processes
-from dqx.cache.journal import Journal
-from dqx.calib import CalibBatch, calibration_windows
+from dqx.common.devices import dtype_of, pick_device
+from dqx.config import compose as configuration
+from dqx.config.schema import CalibConfig
+from dqx.data.calibration import CalibBatch, calibration_windows
+from dqx.data.masking import calibration_states
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.noise import SeededNoise
+from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
-from dqx.masking import calibration_states
 from dqx.models.checkpoint import Checkpoint, inspect, load_weights, skeleton
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant import QuantReport, quantize
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU that accelerate gave this process, or the CPU (not Apple's GPU: it has no float64)."""
-    if name != "auto":
-        return torch.device(name)
-    return processes.state().device if torch.cuda.is_available() else torch.device("cpu")
 
 
 @dataclass
@@ -133,9 +125,7 @@ class DiffusionLM:
         perturbed[:, len(prefix_ids) :][masks] = self.model.arch.mask_token_id
         return log_likelihood_given(self.model, perturbed, tokens, masks.double().mean(1))
 
-    def calibration(
-        self, calib: configuration.CalibConfig, *, seed: int = 0, data_root: str | None = None
-    ) -> list[CalibBatch]:
+    def calibration(self, calib: CalibConfig, *, seed: int = 0, data_root: str | None = None) -> list[CalibBatch]:
         """Calibration batches of the settings in `calib`, from the text to the masks."""
         windows = calibration_windows(calib, self.tokenizer, seed=seed, data_root=data_root)
         return calibration_states(self.model, self.sampler, windows, calib, seed=seed)
@@ -220,7 +210,7 @@ def describe_configured(config: configuration.ModelConfig) -> DiffusionLM:
 def load_configured(config: configuration.ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
     lm = describe_configured(config)
-    lm.model = load_weights(lm.checkpoint, DTYPES[config.dtype], pick_device(config.device))
+    lm.model = load_weights(lm.checkpoint, dtype_of(config.dtype), pick_device(config.device))
     plant_outliers(lm.model, config.outliers.gain, config.outliers.channels)
     return lm
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dqx.formats.bits import BitsConfig
 from dqx.models.checkpoint import FAMILIES, save
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
-from dqx.quant.bits import BitsConfig
 from dqx.quant.method import Method
 from dqx.quant.setting import Setting
 

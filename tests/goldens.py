@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dqx.models import SITES, MaskedDiffusionTransformer, dream, inspect, llada, load_weights
+from dqx.models import SITES, MaskedDiffusionTransformer, inspect, load_weights
+from dqx.models.families import dream, llada
 from dqx.models.transformer import Architecture, Block, rope_tables
 from dqx.quant.stats import COLLECTORS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dqx.processes import processes
+from dqx.common.processes import processes
 from dqx.quant.rounding.rtn import RTN
 
 

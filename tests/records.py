@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import torch
 
-from dqx import store
-from dqx.activations import measure
+from dqx.common.environment import environment
+from dqx.diagnostics.activations import measure
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
-from dqx.store import Record
+from dqx.record.folder import Record
 
 ARCH = Architecture(
     family="llada", vocab_size=32, hidden_size=16, mlp_size=24, n_blocks=2, n_heads=2, n_kv_heads=2, rope_theta=1e4,
@@ -82,7 +82,7 @@ def record(**changes):
             "task": {"limit": None},
             "wandb": {"mode": "offline", "project": "dqx", "group": None, "entity": None, "tags": []},
         },
-        "environment": store.environment("cpu"),
+        "environment": environment("cpu"),
         "model": {"name": "nano_llada", "fingerprint": "0123456789abcdef"},
         "full_precision": fp,
         "quantized": q,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import dqx
-from dqx.calib import CalibBatch
-from dqx.config import ConfigProblems
+from dqx.config.schema import ConfigProblems
+from dqx.data.calibration import CalibBatch
 
 FAMILIES = ["llada", "dream"]
 

@@ -23,17 +23,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dqx.activations import default_blocks, measure
 from dqx.benchmarks.cases import MODELS, scaled
 from dqx.benchmarks.sweep import launch
-from dqx.calib import CalibBatch
-from dqx.config import FidelityConfig, OutlierConfig
-from dqx.denoising import State, write
-from dqx.diffusion.llada import LLaDASampler
+from dqx.config.schema import FidelityConfig, OutlierConfig
+from dqx.data.calibration import CalibBatch
+from dqx.diagnostics.activations import default_blocks, measure
 from dqx.diffusion.noise import SeededNoise
+from dqx.diffusion.rollout import State, write
+from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
+from dqx.record.folder import RunFolder
 from dqx.report import RULES
-from dqx.store import RunFolder
 
 LIMIT = 0.15  # of the evaluation: the share that statistics may take
 DOCUMENTS = (8, 32, 128, 1000)

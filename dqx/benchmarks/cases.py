@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dqx.models.families.published import PUBLISHED
 from dqx.models.plant import outlier_channels
-from dqx.models.published import PUBLISHED
 from dqx.models.transformer import ROLES, SITES, Architecture, Block, rope_tables
 
 LENGTH = 512  # tokens per sequence

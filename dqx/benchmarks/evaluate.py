@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dqx import config
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Outcome, Work, architecture, clock, random_model
+from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
 from dqx.report import RULES
@@ -115,7 +115,7 @@ def quick(spec: TaskSpec, documents: list[Lengths]) -> tuple[TaskSpec, list[Leng
 
 def measure(task: str, args: argparse.Namespace) -> Iterator[Figures]:
     """The figures of a task, after each round."""
-    spec = config.suite([task])[task]
+    spec = compose.suite([task])[task]
     if spec.gen_length is not None:
         spec = replace(spec, steps=spec.gen_length // args.tokens_per_step)
     documents = chosen(task, spec, args.documents or DOCUMENTS[task])

@@ -5,7 +5,7 @@
 The documents are a seeded sample of each task's split; of MMLU, some of each subject. Prompts are those that lm-eval
 builds with the study's number of examples. An answer that is generated is taken to be as long as the reference (of
 HumanEval, the canonical solution) with the stop string behind it. Tokens are counted by the rule of
-`dqx/planning/count_sizes.py`. On the multiple-choice tasks it is within 5 % of a common BPE of 100,000 tokens; it finds
+`count_sizes.py`. On the multiple-choice tasks it is within 5 % of a common BPE of 100,000 tokens; it finds
 about a tenth more in HumanEval, and, as that BPE packs three digits to a token, 15 % more in GSM8K's prompts and 25 %
 more in its answers.
 """
@@ -18,9 +18,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from dqx import config
+from dqx.benchmarks.count_sizes import by_rule
+from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
-from dqx.planning.count_sizes import by_rule
 
 FILE = Path(__file__).with_suffix(".json")
 TASKS = ("gsm8k", "humaneval", "mmlu", "arc_easy", "arc_challenge", "hellaswag")
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write (lengths.json beside this module)")
     args = parser.parse_args(argv)
     lines = []
-    for name, spec in config.suite(TASKS).items():
+    for name, spec in compose.suite(TASKS).items():
         rows = [[document.prompt, list(document.targets)] for document in measure(spec, args.data_root)]
         lines.append(f'"{name}": {json.dumps(rows, separators=(",", ":"))}')
     args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")

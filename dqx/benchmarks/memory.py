@@ -27,13 +27,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dqx import config
 from dqx.benchmarks.cases import MODELS
+from dqx.common.files import write_json
+from dqx.common.memory import GB
+from dqx.config import compose
 from dqx.models.checkpoint import INDEX, inspect, skeleton, tensor_names
 from dqx.models.transformer import Architecture
 from dqx.quant import QuantReport, quantize_checkpoint
-from dqx.quant.memory import GB
-from dqx.store import write_json
 
 #: Keys of the hub's config.json that have the fields of an `Architecture`.
 KEYS = {
@@ -149,8 +149,8 @@ def measure(job: Job) -> QuantReport:
 
 def _work(job: Job, pipe: Any) -> None:
     torch.set_num_threads(job.threads)
-    choice = config.select(method=job.method, bits=job.bits)
-    method, source = config.build(choice.method), inspect(str(job.source))
+    choice = compose.select(method=job.method, bits=job.bits)
+    method, source = compose.build(choice.method), inspect(str(job.source))
     noise = torch.Generator().manual_seed(1)
     ids = torch.randint(0, source.arch.vocab_size, (job.samples, job.length), generator=noise)
     batches = [_Batch(ids)] if method.needs_data else []

@@ -25,9 +25,9 @@ from dqx.diffusion import LLaDASampler, SeededNoise, greedy_matches, log_likelih
 from dqx.diffusion.batches import Request
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import mask_states
-from dqx.diffusion.scoring import Scorer
+from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.spec import TaskSpec
-from dqx.models.published import PUBLISHED
+from dqx.models.families.published import PUBLISHED
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, initialise
 
 PUBLISHED_MODEL = PUBLISHED["LLaDA-8B"]

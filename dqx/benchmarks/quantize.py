@@ -28,9 +28,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from dqx import config
 from dqx.benchmarks.cases import LENGTH, MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SIDES, Job, compare
+from dqx.config import compose
 from dqx.report import RULES
 
 NAMES = ("plain", "dqx")
@@ -105,8 +105,8 @@ def _work(figures: Figures, side: str, folder: str, pipe: Connection) -> None:
     """One side in a process of its own; the dqx side reads what the plain side left in `folder` and compares."""
     torch.set_num_threads(figures.threads)
     case = make_case(scaled(MODELS[figures.model], figures.scale), figures.tokens)
-    choice = config.select(method=figures.method, bits=figures.bits)
-    job = Job(case, config.build(choice.method), choice.bits, pipe.send)
+    choice = compose.select(method=figures.method, bits=figures.bits)
+    job = Job(case, compose.build(choice.method), choice.bits, pipe.send)
     start = _peak_mib()
     SIDES[figures.method][NAMES.index(side)](job)
     result: dict[str, Any] = {

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dqx.benchmarks import plain
 from dqx.benchmarks.cases import Case
+from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import SITES, RMSNorm
-from dqx.quant.bits import BitsConfig
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
 from dqx.quant.setting import Context

@@ -28,9 +28,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dqx.config import CONF_DIR
+from dqx.config.schema import CONF_DIR
+from dqx.record.folder import Record, RunFolder
 from dqx.report import RULES
-from dqx.store import Record, RunFolder
 
 GROUPS = ("method", "bits", "steps", "task")
 

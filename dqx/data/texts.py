@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dqx.evaluate.local_data import load_local
-
-ASSETS = Path(__file__).parent.parent / "assets"
+from dqx.common.files import ASSETS
+from dqx.data.local import load_local
 
 
 @dataclass(frozen=True)
@@ -124,3 +123,12 @@ def _field(row: dict[str, Any], text: TextSource) -> str:
             f"{text.path}: a line has no field {text.field!r}; it has {', '.join(row)}: set {text.where}.field"
         )
     return row[text.field]
+
+
+def token_stream(text: TextSource, tokenizer: Any) -> list[int]:
+    """All tokens of a text, its rows joined as its kind wants it."""
+    rows = load_texts(text)
+    if not text.documents:
+        return list(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
+    return [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]

@@ -28,11 +28,11 @@ The samplers' `generate` on one prompt and `log_likelihood` are the plain implem
 has to be proven equal.
 """
 
-from dqx.diffusion.dream import DreamSampler
 from dqx.diffusion.likelihood import LogLikelihood, greedy_matches, log_likelihood, log_likelihood_given
-from dqx.diffusion.llada import LLaDASampler
 from dqx.diffusion.noise import Noise, SeededNoise, generator
-from dqx.diffusion.sampler import Generation, Sampler
+from dqx.diffusion.samplers.base import Generation, Sampler
+from dqx.diffusion.samplers.dream import DreamSampler
+from dqx.diffusion.samplers.llada import LLaDASampler
 
 __all__ = [
     "DreamSampler",

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from dqx.diffusion.batches import free_memory
 from dqx.diffusion.noise import Key, SeededNoise, generator
-from dqx.diffusion.sampler import Sampler, count_problems, logits_at, most_confident, raise_if, write
-from dqx.models.cache import KVCache
+from dqx.diffusion.samplers.base import Sampler, count_problems, logits_at, most_confident, raise_if, write
+from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
 #: Tokens per forward that keep a device busy; more of them cost memory and gain nothing.

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqx.diffusion.llada import LLaDASampler
 from dqx.diffusion.noise import Key, generator
-from dqx.diffusion.sampler import count_problems, logits_at, number_problems, raise_if
+from dqx.diffusion.samplers.base import count_problems, logits_at, number_problems, raise_if
+from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 

@@ -23,7 +23,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dqx.evaluate.local_data import load_local
+from dqx.data.local import load_local
 from dqx.evaluate.spec import TaskSpec
 
 OWN_FOLDER = Path(__file__).parent / "lm_eval_tasks"

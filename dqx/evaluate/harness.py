@@ -1,6 +1,6 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
-Likelihoods are computed in batches over all requests (`dqx/diffusion/scoring.py`), and so are answers written
+Likelihoods are computed in batches over all requests (`dqx/diffusion/scorer.py`), and so are answers written
 (`dqx/diffusion/engine.py`), over several processes and sittings (`sitting.py`). A request's noise is a function of
 (seed, task, document, choice), so neither the order nor the number of documents matters.
 
@@ -23,21 +23,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dqx.cache.journal import Journal
-from dqx.cache.keys import digest
+from dqx.common.digest import digest
+from dqx.common.files import jsonable
+from dqx.common.processes import processes
 from dqx.diffusion.batches import Request
-from dqx.diffusion.dream import DreamSampler
 from dqx.diffusion.engine import Engine, Prompt
-from dqx.diffusion.llada import LLaDASampler
-from dqx.diffusion.sampler import Sampler
-from dqx.diffusion.scoring import Scorer
+from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers.llada import LLaDASampler
+from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
+from dqx.evaluate.journal import Journal
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.sitting import Document, Sitting, score
 from dqx.models.transformer import MaskedDiffusionTransformer
-from dqx.processes import processes
-from dqx.store import jsonable
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
 END_TOKENS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
@@ -183,7 +182,7 @@ class DiffusionHarness(LM):
                     self.model,
                     self.sampler,
                     gen_length=settings["max_gen_toks"],
-                    block_length=block_length(self.sampler, settings.get("block_length")),
+                    block_length=self.sampler.block_length(settings.get("block_length")),
                     steps=settings.get("steps") or settings["max_gen_toks"],
                     seed=self.seed,
                     settled=ending.settled,
@@ -325,11 +324,6 @@ def document_key(request: Instance) -> tuple[str, int]:
     if request.task_name is None or request.doc_id is None:
         return (str(request.args[0]), 0)
     return (request.task_name, request.doc_id)
-
-
-def block_length(sampler: Sampler, wanted: int | None) -> int | None:
-    """The block length to hand to a sampler: Dream's writes the whole answer at once and takes none."""
-    return None if isinstance(sampler, DreamSampler) else wanted
 
 
 def end_tokens(model: MaskedDiffusionTransformer, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dqx.data.local import data_files
 from dqx.data.texts import text_problems
-from dqx.diffusion.sampler import Sampler
+from dqx.diffusion.samplers.base import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
-from dqx.evaluate.harness import block_length
-from dqx.evaluate.local_data import data_files
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import CATEGORIES, KINDS, NLL, TaskSpec, steps_of
 from dqx.evaluate.text import text_of
@@ -123,7 +122,7 @@ def _schedule_problems(name: str, spec: TaskSpec, steps: int | None, sampler: Sa
     if not spec.gen_length or spec.gen_length < 1:
         return
     steps = steps_of(spec, steps)
-    blocks = block_length(sampler, spec.block_length)
+    blocks = sampler.block_length(spec.block_length)
     for problem in sampler.problems(spec.gen_length, blocks, spec.gen_length if steps is None else steps):
         yield problem if problem.startswith("sampler.") else f"task.suite.{name}: {problem}"
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dqx.cache.journal import Journal, Line, Past
+from dqx.common.processes import processes, shares
 from dqx.diffusion.batches import Request
-from dqx.diffusion.scoring import Progress, Scorer
+from dqx.diffusion.scorer import Progress, Scorer
 from dqx.diffusion.stopping import Question
-from dqx.processes import processes, shares
+from dqx.evaluate.journal import Journal, Line, Past
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
-from dqx.cache.journal import Journal
-from dqx.diffusion.dream import DreamSampler
-from dqx.diffusion.sampler import Sampler
+from dqx.common.processes import processes
+from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers.dream import DreamSampler
 from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
 from dqx.evaluate.harness import Answered, DiffusionHarness
+from dqx.evaluate.journal import Journal
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.evaluate.sandbox import isolation
+from dqx.evaluate.scorers.sandbox import isolation
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import evaluate_text
 from dqx.models.transformer import MaskedDiffusionTransformer
-from dqx.processes import processes
 
 __all__ = ["evaluate", "task_problems"]
 
@@ -53,8 +53,8 @@ def evaluate(
     are found there are not computed again, and finished ones are kept in it. A document's result depends on neither
     the other documents nor the other tasks, but for the rounding of likelihoods.
 
-    Several processes (`dqx/processes.py`) share the documents; programs run and scores are computed in the main one,
-    and all get the same results.
+    Several processes (`dqx.common.processes`) share the documents; programs run and scores are computed in the
+    main one, and all get the same results.
 
     Raises ValueError with `task_problems` of the suite.
     """

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dqx.cache.journal import Journal
-from dqx.cache.keys import digest
-from dqx.data.texts import TextSource, find_text, load_texts
+from dqx.common.digest import digest
+from dqx.data.texts import TextSource, find_text, token_stream
 from dqx.diffusion.batches import Request
-from dqx.diffusion.scoring import Scorer
+from dqx.diffusion.scorer import Scorer
+from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.sitting import Document, Sitting, score
@@ -43,15 +43,6 @@ def text_of(name: str, spec: TaskSpec, data_root: str | None = None) -> TextSour
         data_root=data_root,
         where=f"task.suite.{name}",
     )
-
-
-def token_stream(text: TextSource, tokenizer: Any) -> list[int]:
-    """All tokens of a text, its rows joined as its kind wants it."""
-    rows = load_texts(text)
-    if not text.documents:
-        return list(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
-    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
-    return [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]
 
 
 def text_windows(

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dqx.heartbeat import beat
-from dqx.models import dream, llada
+from dqx.common.files import PACKAGE
+from dqx.common.heartbeat import beat
+from dqx.models.families import dream, llada
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 
 FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
@@ -28,7 +29,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
 CHECKED_ROWS = 4096  # of a tensor, looked through for infinities at a time
 INDEX = "model.safetensors.index.json"
-QUANTIZED = "quantized.json"  # in the folder of a quantized checkpoint, see dqx/quant/saved.py
+QUANTIZED = "quantized.json"  # in the folder of a quantized checkpoint, see dqx/quant/checkpoint/folder.py
 
 
 class CheckpointError(ValueError):
@@ -79,7 +80,7 @@ def locate(path_or_id: str, revision: str | None = None, files: Sequence[str] = 
     Raises CheckpointError where neither a folder nor a reachable hub repository is meant.
     """
     if path_or_id.startswith(PACKAGED):
-        folder = Path(__file__).parents[2] / path_or_id.removeprefix(PACKAGED)
+        folder = PACKAGE.parent / path_or_id.removeprefix(PACKAGED)
     else:
         folder = Path(path_or_id).expanduser()
     if folder.is_dir():

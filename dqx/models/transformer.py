@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqx.heartbeat import beat
-from dqx.models.cache import KVCache
+from dqx.common.heartbeat import beat
+from dqx.models.kv_cache import KVCache
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 

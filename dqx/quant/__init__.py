@@ -1,6 +1,6 @@
 """Quantization: `quantize(model, method, bits, batches)` replaces a model's linears in place. See README.md.
 
-`dqx.quant.bits` needs no torch, so that config schemas stay quick to import; the rest loads on first use.
+`dqx.formats.bits` needs no torch, so that config schemas stay quick to import; the rest loads on first use.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dqx.quant.bits import ActivationBits, BitsConfig, WeightBits
+from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 
 if TYPE_CHECKING:
+    from dqx.quant.checkpoint.folder import load_quantized, save_quantized
+    from dqx.quant.checkpoint.on_disk import quantize_checkpoint
     from dqx.quant.loop import quantize
     from dqx.quant.method import Method
-    from dqx.quant.on_disk import quantize_checkpoint
     from dqx.quant.report import QuantReport
-    from dqx.quant.saved import load_quantized, save_quantized
 
 __all__ = [
     "ActivationBits",

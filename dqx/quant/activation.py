@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
+from dqx.formats.make import make_grid
 from dqx.models.transformer import ROLES
-from dqx.quant.bits import FORMATS, UNQUANTIZED, ActivationBits
-from dqx.quant.grid import make_grid
 from dqx.quant.setting import Setting
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 
+from dqx.common.names import did_you_mean
+from dqx.formats.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, block_range
 from dqx.models.transformer import ROLES, Architecture
-from dqx.names import did_you_mean
-from dqx.quant.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, block_range
 
 
 def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:

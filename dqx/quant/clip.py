@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dqx.quant.chunks import row_slices
-from dqx.quant.grid import Grid, extremes, wide
+from dqx.formats.chunks import row_slices
+from dqx.formats.integers import Grid, extremes, wide
 from dqx.quant.protocols import Clip
 from dqx.quant.setting import Setting
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
+from dqx.quant.activations_store import Memory, Row
 from dqx.quant.linear import QuantLinear
-from dqx.quant.memory import Memory, Row
 from dqx.quant.report import LinearRow
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
+from dqx.formats.integers import Grid
+from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
-from dqx.quant.bits import FORMATS, UNQUANTIZED, ActivationBits
-from dqx.quant.grid import Grid, make_grid
-from dqx.quant.hadamard import OnlineHadamard, tile_problems
 from dqx.quant.setting import Setting
+from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
 SHARES = ("token", "head")
 

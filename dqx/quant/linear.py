@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqx.quant.bits import UNQUANTIZED, ActivationBits, WeightBits
-from dqx.quant.grid import Grid, QuantizedWeight
+from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
+from dqx.formats.integers import Grid
+from dqx.formats.weight import QuantizedWeight
 from dqx.quant.protocols import Quantizer
 
 

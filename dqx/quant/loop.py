@@ -21,14 +21,16 @@ from rich import progress as bars
 from rich.console import Console
 from torch import Tensor, nn
 
-from dqx.heartbeat import beat
+from dqx.common.heartbeat import beat
+from dqx.common.memory import peak_gpu, peak_ram
+from dqx.formats.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits, block_range
+from dqx.formats.integers import wide
+from dqx.formats.weight import QuantizedWeight
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer, compose
-from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig, WeightBits, block_range
+from dqx.quant.activations_store import Row
 from dqx.quant.clip import ClipAtSite
-from dqx.quant.grid import QuantizedWeight, wide
 from dqx.quant.home import Home, InMemory, Progress
 from dqx.quant.linear import QuantLinear, scale_outputs
-from dqx.quant.memory import Row, peak_gpu, peak_ram
 from dqx.quant.method import Method
 from dqx.quant.protocols import Clip, ModelChange, Quantizer, Rounding
 from dqx.quant.report import KeptRow, LinearRow, QuantReport, stored_bits

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dqx.formats.bits import UNQUANTIZED, ActivationBits, BitsConfig
 from dqx.models.transformer import ROLES, SITES, Architecture
-from dqx.quant.bits import UNQUANTIZED, ActivationBits, BitsConfig
 from dqx.quant.bits_problems import bits_problems, entry_problems, in_entry
 from dqx.quant.protocols import (
     STREAMS,

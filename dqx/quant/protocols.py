@@ -20,9 +20,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.bits import ActivationBits, WeightBits
+from dqx.formats.integers import Grid
+from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
-from dqx.quant.bits import ActivationBits, WeightBits
-from dqx.quant.grid import BoundClip, Grid, QuantizedWeight
 from dqx.quant.setting import Context, Setting
 
 STREAMS = ("quantized", "fp", "both", "mean")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dqx.quant.bits import FORMATS, UNQUANTIZED
+from dqx.formats.bits import FORMATS, UNQUANTIZED
 
 INDEX_BITS = 16
 
@@ -85,7 +85,7 @@ class QuantReport:
     calibration_tokens: int = 0
     seconds: float = 0.0
     from_disk: bool = False  # block by block; else the model was in memory
-    peak_ram: int = 0  # bytes; the largest resident size of the process (`dqx.quant.memory.watch_peaks`)
+    peak_ram: int = 0  # bytes; the largest resident size of the process (`dqx.common.memory.watch_peaks`)
     peak_gpu: int = 0  # bytes; the most that tensors on a CUDA device took
 
     @property

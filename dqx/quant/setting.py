@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Key, generator
+from dqx.formats.bits import BitsConfig
+from dqx.formats.integers import Grid
 from dqx.models.transformer import Architecture, rope_tables
-from dqx.quant.bits import BitsConfig
-from dqx.quant.grid import Grid
-from dqx.quant.memory import Memory
+from dqx.quant.activations_store import Memory
 
 if TYPE_CHECKING:
     from dqx.quant.method import Method

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dqx.quant.grid import wide
-from dqx.quant.memory import Memory, Row
+from dqx.formats.integers import wide
+from dqx.quant.activations_store import Memory, Row
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least

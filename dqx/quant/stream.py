@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
-from dqx.quant.memory import Memory, Row
+from dqx.quant.activations_store import Memory, Row
 from dqx.quant.stats import Collector, collectors
 
 MEAN_POSITIONS = 64  # of all sequences, embedded at a time

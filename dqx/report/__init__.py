@@ -10,20 +10,16 @@ markdown.py, latex.py, page.py   a report as Markdown, LaTeX, one HTML page (tem
 command.py     dqx report
 """
 
+from dqx.record.words import difference, points, short, value, visible
 from dqx.report.terminal import (
     RULES,
     delta_legend,
     delta_table,
-    difference,
     header,
-    points,
     print_mirror,
     print_outcomes,
     print_sweep,
     print_table,
-    short,
-    value,
-    visible,
 )
 
 __all__ = [

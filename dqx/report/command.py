@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dqx.common.files import write_text
 from dqx.report import content, latex, markdown
 from dqx.report.published import presets
-from dqx.store import write_text
 
 
 def write(report: content.Report, folder: Path) -> list[Path]:

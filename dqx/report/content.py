@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dqx.deltas import headline
-from dqx.names import enumerated, natural
+from dqx.common.names import enumerated, natural
+from dqx.record.deltas import headline
+from dqx.record.folder import Record
+from dqx.record.words import value
 from dqx.report import published, tables
 from dqx.report.gather import Run, Skipped, evaluation_name, evaluations, gather, groups, quantization_name
 from dqx.report.published import Comparison
 from dqx.report.tables import Entry, Table
-from dqx.report.terminal import header, value
-from dqx.store import Record
+from dqx.report.terminal import header
 
 
 @dataclass(frozen=True)

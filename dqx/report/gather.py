@@ -3,8 +3,8 @@
 Runs that were evaluated in the same way (model, sampler, steps, documents) stand together: one full-precision row is
 that of all. Among them, runs that were quantized in the same way (method, bits, calibration) make a *cell*, whatever
 their seeds and tasks. The document is the unit of chance: each document's score is averaged over the seeds first, then
-documents are paired with full precision (`dqx/deltas.py`), so more seeds make the calibration's luck smaller but never
-claim more documents than there are. Of two runs alike in everything the later one counts.
+documents are paired with full precision (`dqx/record/deltas.py`), so more seeds make the calibration's luck smaller but
+never claim more documents than there are. Of two runs alike in everything the later one counts.
 
 Nothing hides anything: what has one name and differs in a setting carries the setting in its name, and folders without
 a finished run, or with one that cannot be read, are listed with the reason.
@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dqx import outcomes
-from dqx.compare import PLACES
-from dqx.deltas import Delta, compare, headline, judged
+from dqx.common.names import method_label, natural
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
-from dqx.names import method_label, natural
-from dqx.store import Record, RunFolder
+from dqx.record import outcomes
+from dqx.record.compare import PLACES
+from dqx.record.deltas import Delta, compare, headline, judged
+from dqx.record.folder import Record, RunFolder
 
 #: Settings on which no score depends, or only by the seed's luck.
 UNSCORED = (*PLACES, "seed", "outliers", "fidelity")

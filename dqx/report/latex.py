@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from dqx.record.words import visible
 from dqx.report.content import Report, lede
 from dqx.report.tables import MISSING, Entry, Table
-from dqx.report.terminal import visible
 
 PREAMBLE = r"""\documentclass{article}
 \usepackage[T1]{fontenc}

@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from dqx.record.words import visible
 from dqx.report.content import Report, lede
 from dqx.report.tables import Entry, Table
-from dqx.report.terminal import visible
 
 #: What Markdown would not show as it is: marks, underscores at the edge of a word, links, entities, headings and lists.
 SPECIAL = re.compile(r"([\\`*<>|~]|(?<!\w)_|_(?!\w)|\[(?=[^]]*\][(:\[])|&(?=#?\w+;)|^(?:#|[-+](?= )))")

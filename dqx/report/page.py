@@ -20,14 +20,15 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dqx import activations
-from dqx.compare import Flip, flips
+from dqx.common.files import jsonable
+from dqx.diagnostics import activations
+from dqx.record.compare import Flip, flips
+from dqx.record.words import visible
 from dqx.report import content
 from dqx.report.content import Picture, Report, anchor
 from dqx.report.gather import Run
 from dqx.report.tables import Table
-from dqx.report.terminal import header, visible
-from dqx.store import jsonable
+from dqx.report.terminal import header
 
 FLIPS_PER_TASK = 3  # documents shown of each task of a run
 LONGEST = 2000  # characters shown of an output

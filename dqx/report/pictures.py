@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dqx import figures
+from dqx.report import figures
 from dqx.report.content import Picture, Report, anchor
 
 WIDE, NARROW = 1400, 960  # pixels of a figure in the page: of all runs together, of one

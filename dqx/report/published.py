@@ -1,4 +1,4 @@
-"""The published tables (`dqx/reference`) cell by cell beside ours, with a verdict, and commands for what is missing.
+"""The published tables (`dqx/report`) cell by cell beside ours, with a verdict, and commands for what is missing.
 
 A verdict is about one number: the published accuracy lies *within* the 95 % interval of ours over documents (Wilson
 1927; averages by MOVER), or it *differs*. The interval is for a fresh sample of documents; both sides answered the same
@@ -18,15 +18,17 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from dqx.config import choices, compose, resolve
-from dqx.deltas import Z, level, mover
+from dqx.common.files import jsonable
+from dqx.common.names import method_label
+from dqx.config.compose import compose, resolve
+from dqx.config.schema import choices
 from dqx.evaluate.results import TaskResult
-from dqx.names import method_label
-from dqx.reference import published_cells
+from dqx.record.deltas import Z, level, mover
+from dqx.record.folder import Record
+from dqx.record.words import points, value
 from dqx.report.gather import FULL_PRECISION, Cell, Evaluation, flat, settings
+from dqx.report.reference import published_cells
 from dqx.report.tables import MISSING, Entry, Table
-from dqx.report.terminal import points, value
-from dqx.store import Record, jsonable
 
 NAME = re.compile(r"qdlm_table(\d)(?:_(\w+))?")
 WITHIN, DIFFERS = "within", "differs"

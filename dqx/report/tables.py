@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from dqx import statistics
-from dqx.deltas import Delta
+from dqx.common.names import enumerated, natural
 from dqx.evaluate.spec import NLL
-from dqx.names import enumerated, natural
+from dqx.record import statistics
+from dqx.record.deltas import Delta
+from dqx.record.words import difference, points, value
 from dqx.report.gather import Group, Row
-from dqx.report.terminal import difference, points, value
 
 MISSING = "missing"
 

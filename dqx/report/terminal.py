@@ -6,7 +6,6 @@ Everything is ASCII with colour as a hint only, so that a log file reads like th
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,23 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dqx import statistics
-from dqx.activations import Thresholds, summary
-from dqx.deltas import Delta, headline, judged
+from dqx.common.names import method_label
+from dqx.diagnostics.activations import Thresholds, summary
 from dqx.evaluate.results import TaskResult
-from dqx.evaluate.spec import NLL
-from dqx.names import method_label
-from dqx.outcomes import Outcome
-from dqx.store import SIDES, Record
+from dqx.record import statistics
+from dqx.record.deltas import Delta, headline, judged
+from dqx.record.folder import SIDES, Record
+from dqx.record.outcomes import Outcome
+from dqx.record.words import difference, points, short, value
 
 #: Rules across, nothing down: head, head rule, rows, section rule, foot.
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
 COLOURS = {"negligible": "green", "moderate": "yellow", "significant": "red"}
-#: Control characters but for tab and newline, separators of lines, marks of direction, halves of surrogate pairs.
-UNSEEN = re.compile(
-    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
-)
 STATES = {"finished": "green", "reused": "green", "interrupted": "yellow", "not started": "yellow"}
 VERDICTS = {statistics.UNDECIDED: "unclear"}
 
@@ -215,25 +210,6 @@ def delta_legend(rows: Sequence[Delta]) -> list[str]:
     return lines
 
 
-def value(score: float, metric: str | None) -> str:
-    """A score in percent, or in nats per token with three digits after the point."""
-    return f"{score:.3f}" if metric == NLL else f"{100 * score:.1f}"
-
-
-def difference(fraction: float, metric: str | None) -> str:
-    """A difference of scores in points or nats, always signed except for zero."""
-    if metric != NLL:
-        return points(fraction)
-    text = f"{fraction:+.3f}"
-    return "0.000" if text in ("+0.000", "-0.000") else text
-
-
-def points(fraction: float) -> str:
-    """A difference of fractions in percentage points, always signed except for zero."""
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
-
-
 def fidelity_lines(found: dict[str, Any]) -> list[str]:
     """How far predictions on a few fixed windows have moved from full precision."""
     rows, answers = found["by_mask_ratio"], found["answers"]
@@ -299,19 +275,6 @@ def _outlier_cells(row: dict[str, Any]) -> list[str]:
         f"{100 * row['massive_token_share']:.1f} %",
         f"{row['relative_values']}, {100 * row['relative_token_share']:.1f} %",
     ]
-
-
-def short(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def visible(text: str) -> str:
-    """Text of models and files as it may be shown: what steers a terminal or turns the direction of writing is escaped.
-
-    Lines and tabs stay; control characters, marks of direction and halves of surrogate pairs become `\\x1b`, `\\u202e`.
-    """
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def outlier_legend(settings: Thresholds) -> list[str]:

@@ -10,16 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dqx.compare import ABSENT, compare, differences
-from dqx.config import Config, ConfigProblems
+from dqx.common.files import jsonable
+from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.results import TaskResult
 from dqx.models import inspect
+from dqx.record.compare import ABSENT, compare, differences
+from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.report import difference, value
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import placeholder, without_places
 from dqx.sharing.share import conceal
-from dqx.store import SIDES, Record, RunFolder, jsonable
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _settings(there: Mapping[str, Any], here: Mapping[str, Any], give_anew: list
 def results_differences(there: Record, here: Record) -> Iterator[str]:
     """Per task and side: whether all predictions are identical, else how many are not and what that does to the metric.
 
-    Deltas are those of `dqx.compare`: here minus there, with a 95 % interval.
+    Deltas are those of `dqx.report.compare`: here minus there, with a 95 % interval.
     """
     missing = [name for name in there.quantized if name not in here.quantized]
     if missing:

@@ -4,7 +4,8 @@
                            fingerprints of the data, what was taken out, and the settings to give anew
     REPORT.md              for people
     config.yaml, environment.json, results.json, quantization.json, outliers.json, documents/TASK.jsonl
-                           as in a run's folder (`dqx/store.py`), so that what reads runs reads an unpacked bundle
+                           as in a run's folder (`dqx/record/folder.py`), so that what reads runs reads an unpacked
+                           bundle
 
 Nothing here imports torch. A reader trusts nothing: names outside those above, sizes beyond the limits, and content
 that does not have its checksum are refused before a byte is used. Checksums tell damage, not forgery.

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dqx.data.local import data_files
 from dqx.data.texts import ASSETS, LOCAL_SUFFIXES, find_text
 from dqx.evaluate.catalogue import leaves
-from dqx.evaluate.local_data import data_files
 
 
 def data_fingerprints(config: Mapping[str, Any]) -> dict[str, str]:

@@ -22,8 +22,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqx.config import CONF_DIR, GROUPS, ConfigProblems, literal
-from dqx.quant.bits import BitsConfig, label
+from dqx.config.compose import literal
+from dqx.config.schema import CONF_DIR, GROUPS, ConfigProblems
+from dqx.formats.bits import BitsConfig, label
 from dqx.sharing import bundle
 
 FLAG = "--from"
@@ -35,8 +36,8 @@ MEANINGS = {"data_root": "FOLDER_WITH_THE_DATASET_COPIES", "model.path": "FOLDER
 def replayed(argv: Sequence[str]) -> list[str]:
     """The command line without `--from BUNDLE`, for Hydra with the bundle's configuration; as it is without it.
 
-    Expects what `dqx.command_line.normalize` returns. Raises ConfigProblems for a bundle that cannot be used, for
-    choices of groups, and for settings that must be given anew and are not.
+    Expects what `dqx.config.command_line.normalize` returns. Raises ConfigProblems for a bundle that cannot be used,
+    for choices of groups, and for settings that must be given anew and are not.
     """
     at = next((i for i, a in enumerate(argv) if a == FLAG or a.startswith(f"{FLAG}=")), None)
     if at is None:

@@ -23,13 +23,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from dqx.common.environment import package_version
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.report import markdown, tables
 from dqx.report.gather import Run, evaluations, groups
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner, local_paths, placeholder, without_places
-from dqx.store import SIDES, Record, RunFolder, package_version
 
 DIGEST = "sha256:"
 

@@ -34,12 +34,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dqx.data import nano
-from dqx.diffusion.dream import DreamSampler
+from dqx.diffusion.samplers.dream import DreamSampler
 from dqx.models import MaskedDiffusionTransformer
 from dqx.models.checkpoint import FAMILIES as ARCHITECTURES
 from dqx.models.checkpoint import save
 from dqx.models.transformer import initialise
+from dqx.train import generated as nano
 from dqx.train.hold import OutlierPlan, plant
 from dqx.train.state import load_state, save_state
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqx.formats.bits import FORMATS, WeightBits
+from dqx.formats.integers import Grid, wide
+from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import ROLES
-from dqx.quant.bits import FORMATS, WeightBits
-from dqx.quant.grid import BoundClip, Grid, QuantizedWeight, wide
 from dqx.quant.protocols import Rounding
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.rtn import rtn_round

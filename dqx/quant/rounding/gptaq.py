@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dqx.quant.bits import WeightBits
-from dqx.quant.grid import BoundClip, Grid, QuantizedWeight, wide
+from dqx.formats.bits import WeightBits
+from dqx.formats.integers import Grid, wide
+from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
 from dqx.quant.setting import Setting
 

@@ -20,18 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dqx.quant.bits import WeightBits
-from dqx.quant.grid import (
-    BoundClip,
-    Grid,
-    QuantizedWeight,
-    consecutive_groups,
-    group_ranges,
-    group_width,
-    make_grid,
-    ranges,
-    wide,
-)
+from dqx.formats.bits import WeightBits
+from dqx.formats.integers import Grid, wide
+from dqx.formats.make import make_grid
+from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 from dqx.quant.setting import Setting
 

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dqx.quant.bits import WeightBits
-from dqx.quant.grid import BoundClip, Grid, QuantizedWeight, consecutive_groups, group_ranges, make_grid
+from dqx.formats.bits import WeightBits
+from dqx.formats.integers import Grid
+from dqx.formats.make import make_grid
+from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges
 from dqx.quant.setting import Setting
 
 

@@ -29,10 +29,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.chunks import row_slices
+from dqx.formats.integers import Grid, wide
+from dqx.formats.weight import group_width
 from dqx.models.transformer import ROLES, SITES, Block
-from dqx.quant.chunks import row_slices
-from dqx.quant.grid import Grid, group_width, wide
-from dqx.quant.memory import Row
+from dqx.quant.activations_store import Row
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import site_problems

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.integers import wide
 from dqx.models.transformer import ROLES
-from dqx.quant.grid import wide
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
 

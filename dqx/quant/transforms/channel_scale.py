@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.integers import wide
 from dqx.models.transformer import SITES, Architecture, Block, RMSNorm, compose
-from dqx.quant.grid import wide
 
 
 class Divide(nn.Module):

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from dqx.models.transformer import Block, compose
-from dqx.quant.hadamard import OnlineHadamard, OnlineHeads, core, no_matrix, tile_problems, transform, transform_heads
 from dqx.quant.protocols import ModelChange
 from dqx.quant.setting import Context, Setting
+from dqx.quant.transforms.hadamard import (
+    OnlineHadamard,
+    OnlineHeads,
+    core,
+    no_matrix,
+    tile_problems,
+    transform,
+    transform_heads,
+)
 from dqx.quant.transforms.rotate import map_columns, map_rows
 
 

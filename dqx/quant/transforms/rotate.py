@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, RMSNorm
-from dqx.quant.bits import BitsConfig
-from dqx.quant.hadamard import tile_problems, transform
 from dqx.quant.protocols import ModelChange
 from dqx.quant.setting import Context, Setting
+from dqx.quant.transforms.hadamard import tile_problems, transform
 
 if TYPE_CHECKING:
     from dqx.quant.method import Method

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.integers import wide
 from dqx.models.transformer import SITES, Architecture, Block
-from dqx.quant.grid import wide
 from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms.channel_scale import by_value_head, scale_site
 

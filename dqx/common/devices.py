@@ -1,0 +1,103 @@
+"""Devices and number types by the names that the configuration has for them, and which GPUs a run uses.
+
+torch is imported where it is asked, so that a command line can be judged without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dqx.common.names import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The number type of a name in DTYPES; None for `auto`, as stored."""
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU that accelerate gave this process, or the CPU (not Apple's GPU: it has no float64)."""
+    import torch
+
+    if name != "auto":
+        return torch.device(name)
+    from dqx.common import processes
+
+    return processes.state().device if torch.cuda.is_available() else torch.device("cpu")
+
+
+WAYS = ("auto", "shared", "separate")
+
+
+ALONE = (
+    "dispatch=separate gives each run of a sweep a GPU of its own, and this is a single run; add -m, or leave it out"
+)
+
+
+STARTED = "launch.py starts the processes that share a run itself: leave out accelerate launch, and write dispatch={}"
+
+
+def dispatch_problems(dispatch: str, device: str, *, here: bool = True) -> Iterator[str]:
+    """What is wrong with the setting; `here`, on the machine that runs it, also what it has too few GPUs for."""
+    if dispatch in WAYS:
+        return
+    try:
+        count = int(dispatch)
+    except ValueError:
+        yield f"dispatch={dispatch} is unknown; {did_you_mean(dispatch, WAYS)}, or a number of processes"
+        return
+    if count < 1:
+        yield f"dispatch={dispatch} must be 1 or more processes, or one of {', '.join(WAYS)}"
+    elif here and 0 < gpus(device) < count:
+        if gpus() > gpus(device):
+            yield f"dispatch={dispatch}, but model.device={device} is a single GPU; write model.device=auto"
+        else:
+            found = "1 GPU is" if gpus() == 1 else f"{gpus()} GPUs are"
+            yield f"dispatch={dispatch}, but {found} visible here; give {gpus()} or less, or model.device=cpu"
+
+
+def process_count(dispatch: str, device: str) -> int:
+    """How many processes share a run in this place."""
+    if dispatch in WAYS:
+        return max(1, gpus(device))
+    return int(dispatch)
+
+
+def gpus(device: str = "auto") -> int:
+    """How many GPUs a run with this `model.device` may use here."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 1
+
+
+def device_problems(name: str) -> Iterator[str]:
+    """Why this machine has no such device."""
+    if name == "auto":
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        yield f"model.device={name} is no device; write auto, cpu, cuda or cuda:1"
+        return
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            yield f"model.device={name}, but torch {torch.__version__} finds no CUDA device here; write cpu or auto"
+        elif (device.index or 0) >= count:
+            yield f"model.device={name}, but there are {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+    elif device.type != "cpu":
+        yield f"model.device={name} is not supported; write auto, cpu, cuda or cuda:1"

@@ -1,0 +1,62 @@
+"""Where a run was computed: versions, platform, device, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from dqx.common.files import PACKAGE
+from dqx.common.processes import processes
+
+PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """Versions, platform and device. No host, user or folder names."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "commit": commit(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        if cuda
+        else torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda if cuda else None,
+        "processes": processes().count,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed distribution, None where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The git commit of dqx's own sources, `-changed` appended where files differ; None outside a clone."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head, state = (
+            subprocess.run(
+                ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=5, check=True
+            ).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("-changed" if state.strip() else "")

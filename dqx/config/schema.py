@@ -1,0 +1,199 @@
+"""The configuration as types: what every key means and its default.
+
+`conf/` says which choices exist, this module says what a choice may contain: Hydra checks every file and every
+override against these classes. Parts (`method.rounding`, `model.sampler`, ...) stay plain mappings with a
+`_target_`, so that a new part needs no change here; their options are checked when they are built
+(`dqx/study/checks.py`).
+
+Nothing here imports torch, so that `--help` and tab completion answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from dqx.common.files import PACKAGE
+from dqx.common.names import natural
+from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.spec import TaskSpec
+from dqx.formats.bits import BitsConfig
+
+CONF_DIR = PACKAGE.parent / "conf"
+
+
+GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
+
+
+class ConfigProblems(ValueError):
+    """A configuration that cannot run: every problem found, each in plain words with its remedy."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(f"{i}. {p}" for i, p in enumerate(self.problems, 1)))
+
+
+@dataclass
+class OutlierPlanting:
+    """Outlier channels planted in the finished network by a rescaling that leaves its function unchanged."""
+
+    gain: float = 1.0  # factor on those channels; 1 plants nothing
+    channels: int = 4  # how many channels per place
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint, in which precision, and how it samples."""
+
+    name: str = MISSING
+    family: str = MISSING  # llada or dream
+    path: str = MISSING  # a folder, or a hub id; pkg://dqx/... lies inside this package
+    revision: str | None = None  # of the hub repository
+    dtype: str = "bfloat16"  # float32, bfloat16, float16, or auto: as stored
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    chat: bool = False  # put prompts through the checkpoint's chat template
+    mask_token_id: int | None = None  # null: the checkpoint's own
+    outliers: OutlierPlanting = field(default_factory=OutlierPlanting)
+    sampler: dict[str, Any] = MISSING  # a part: how answers are generated
+    calib_text: str | None = None  # what calibration uses with this model; null: what the method says
+    calib_samples: int | None = None
+    calib_length: int | None = None
+
+
+@dataclass
+class MethodConfig:
+    """A quantization method as a composition of parts; see `dqx.quant.method.Method`. Slots are empty by default."""
+
+    _target_: str = "dqx.quant.method.Method"
+    _convert_: str = "all"
+    name: str = MISSING
+    variant: str = ""  # tells settings of one method apart: as_published
+    transforms: dict[str, Any] = field(default_factory=dict)  # named parts, applied in this order
+    clip: Any = None  # a part; null: the whole range of a weight is represented
+    rounding: Any = None  # a part; null: weights stay as they are
+    rounding_by_role: dict[str, Any] = field(default_factory=dict)  # other parts for single roles; null: role untouched
+    activation: Any = None  # a part; null: a weight-only method
+    kv: Any = None  # a part; null: keys and values stay as they are
+    corrections: dict[str, Any] = field(default_factory=dict)  # named parts
+    quantizes: str = "weights"  # or weights_and_activations: what `bits=4` means with this method
+    symmetric_weights: bool = False  # what bits choices take unless they say otherwise
+    symmetric_activations: bool = False
+    calib_text: str = "wikitext2"  # the calibration its authors or the study used: text, windows, tokens per window
+    calib_samples: int = 128
+    calib_length: int = 2048
+
+
+@dataclass
+class CalibConfig:
+    """The text a method sees while it quantizes, and how much of it is masked (`dqx/data/masking.py`)."""
+
+    masking: str = MISSING  # clean, mcs, random_t or trajectory: none, two random shares, the sampler's states
+    text: str = MISSING  # a name (wikitext2, pile, nano), a local .txt/.jsonl/.parquet file, or a dataset id
+    config: str | None = None  # of a dataset id: its configuration, split and text field
+    split: str | None = None
+    field: str = "text"
+    samples: int = MISSING  # windows
+    length: int = MISSING  # tokens per window
+    visible: float | None = None  # mcs, random_t: share of each window, from its start, that is never masked
+    gen_length: int | None = None  # trajectory: tokens of the answer; what comes before them is the prompt
+    block_length: int | None = None  # trajectory: tokens per block; Dream's sampler has none; null: one block
+    steps: int | None = None  # trajectory: denoising steps over the whole answer; null: one per token
+    rollout: bool = False  # trajectory: the model writes the answer, half a generation per window
+
+
+@dataclass
+class StepsConfig:
+    count: int | None = None  # denoising steps per answer; null: the task's own
+
+
+@dataclass
+class TaskConfig:
+    limit: int | None = None  # documents per task; null: all
+    suite: dict[str, TaskSpec] = field(default_factory=dict)
+
+
+@dataclass
+class OutlierConfig:
+    """How activation outliers are measured; nothing else depends on it."""
+
+    samples: int = 8  # calibration windows looked at; 0: not measured
+    channel_ratio: float = 6.0  # a channel stands out at a token where |x| exceeds this many medians of the token
+    massive_absolute: float = 100.0  # a value is massive where it exceeds this ...
+    massive_relative: float = 1000.0  # ... and this many medians of the place where it is read
+    steps: int = 16  # denoising steps looked at, spread evenly over all of them; 0: none
+    surfaces: list[int] | None = None  # blocks of which |x| of one window is kept; null: first, middle and last
+
+
+@dataclass
+class FidelityConfig:
+    """How predictions are compared with full precision (`dqx/diagnostics/fidelity.py`); nothing else depends on it."""
+
+    samples: int = 4  # windows of the bundled text; 0: not measured
+    length: int = 128  # tokens per window
+    gen_length: int = 16  # tokens of the answers written after half a window
+    steps: int = 16  # denoising steps of those answers looked at, spread evenly over all of them; 0: none
+
+
+@dataclass
+class MemoryConfig:
+    """How much a run may take (`dqx/study/estimate/memory.py`). What it took is in the record.
+
+    Results do not depend on it. A model that does not fit together with what quantizing it needs is quantized from
+    disk, block by block.
+    """
+
+    ram_gb: float | None = None  # 10^9 bytes resident in each process; null: what the machine has
+    gpu_gb: float | None = None  # 10^9 bytes on each GPU, where there is one; null: what it has
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "auto"  # online where a login exists, else offline; or online, offline, disabled
+    project: str = "dqx"
+    group: str | None = None  # null: one group per sweep
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)  # besides those of the run: model, method, bits, task
+    documents: int = 50  # of each task, in the table of documents; those whose score changed come first
+    figures: bool = True  # false saves the seconds that drawing takes
+    checkpoint: bool = False  # true: the quantized model too, as an artifact
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = 0  # of calibration windows, sampling and Monte-Carlo masks
+    data_root: str | None = None  # a folder with local copies of hub datasets: data_root/openai/gsm8k ...
+    cache_dir: str = "runs/cache"  # what runs share: results, quantized models, ...; what a killed run had finished
+    cache_max_gb: float | None = 100.0  # 10^9 bytes; what was not used for longest makes room; null: no limit
+    keep_quantized: bool = True  # false: no quantized weights in the cache, only what was measured on them
+    reuse: bool = True  # false: compute everything afresh, and keep it
+    dispatch: str = (
+        "auto"  # auto, shared, separate or a number: how runs use the GPUs of a machine (dqx/launch/dispatch.py)
+    )
+    hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
+    bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
+    sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
+    plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/study/plan)
+    plan_tflops: float | None = None  # plan for a machine of so many 10^12 operations per second; null: measured here
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    calib: CalibConfig = field(default_factory=CalibConfig)
+    steps: StepsConfig = field(default_factory=StepsConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
+    outliers: OutlierConfig = field(default_factory=OutlierConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str]:
+    """The choices of a group: the files of that folder. Numbers in names sort as numbers."""
+    names = {p.stem for folder in folders for p in Path(folder, group).glob("*.yaml")}
+    return sorted(names, key=natural)

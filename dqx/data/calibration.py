@@ -1,0 +1,85 @@
+"""Calibration: text -> token windows. What of them is masked is decided in `dqx/data/masking.py`.
+
+Two ways of drawing windows, as the reference implementations do: `stream` texts (WikiText-2 in GPTQ's code) are
+joined and cut at random places; `documents` texts (the Pile in AWQ's code) are visited in random order, joined and
+cut one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dqx.data.texts import TextSource, find_text, load_texts, text_problems
+from dqx.diffusion.noise import generator
+
+
+@dataclass(frozen=True)
+class CalibBatch:
+    """`ids` [B, T] int64 as the model sees them, and the share of masked tokens of each row `mask_ratio` [B]."""
+
+    ids: Tensor
+    mask_ratio: Tensor
+
+
+class CalibSettings(Protocol):
+    """The fields of the `calib` config group that this module reads."""
+
+    text: str
+    config: str | None
+    split: str | None
+    field: str
+    samples: int
+    length: int
+
+
+def source(calib: CalibSettings, data_root: str | None = None) -> TextSource:
+    """The text that `calib.text` names: a registered name, a local file, or a dataset id (under `data_root` if set)."""
+    return find_text(calib.text, config=calib.config, split=calib.split, field=calib.field, data_root=data_root)
+
+
+def calib_problems(calib: CalibSettings, data_root: str | None = None) -> list[str]:
+    """What config alone can tell is wrong with the calibration text."""
+    return text_problems(calib.text, source(calib, data_root), data_root)
+
+
+def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
+    """[samples, length] token ids drawn from the text with `seed`.
+
+    Of the text's path only the last part enters the noise: another clone or data folder gives the same windows.
+
+    Raises ValueError where the text is too short for a single window.
+    """
+    noise = generator(seed, "calib", Path(text.path).name)
+    rows = load_texts(text)
+    if not text.documents:
+        ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+        _long_enough(text, len(ids), length)
+        starts = torch.randint(0, len(ids) - length + 1, (samples,), generator=noise)
+        return torch.stack([ids[s : s + length] for s in starts.tolist()])
+    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
+    stream: list[int] = []
+    while len(stream) < samples * length:
+        before = len(stream)
+        for i in torch.randperm(len(rows), generator=noise).tolist():
+            stream += tokenizer(rows[i].strip(), add_special_tokens=False).input_ids + gap
+            if len(stream) >= samples * length:
+                break
+        _long_enough(text, len(stream) - before, length if len(stream) < samples * length else 1)
+    return torch.tensor(stream[: samples * length]).view(samples, length)
+
+
+def _long_enough(text: TextSource, tokens: int, length: int) -> None:
+    if tokens < length:
+        raise ValueError(
+            f"{text.path} has only {tokens} tokens, fewer than one window of calib.length={length}; choose less"
+        )
+
+
+def calibration_windows(calib: CalibSettings, tokenizer: Any, *, seed: int, data_root: str | None = None) -> Tensor:
+    """The text that `calib` names as `calib.samples` windows of `calib.length` tokens [N, T], fully visible."""
+    return windows(source(calib, data_root), tokenizer, calib.samples, calib.length, seed)

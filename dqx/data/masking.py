@@ -1,0 +1,224 @@
+"""Calibration states: which tokens of the calibration windows are masked, by `calib.masking`.
+
+A mask predictor never sees at work what mainstream calibration shows it: text without a single mask. The kinds, all
+on the same windows of text, so that runs which differ in `calib` alone differ in nothing else:
+
+- `clean`: no masks.
+- `mcs`, masked calibration simulation (Zhang et al. 2025, arXiv:2510.03274): the first `visible` of a window stays (a
+  quarter), every later token of window i of N is masked with probability t = (i + 1) / N.
+- `random_t`, the states of training: every token is masked with probability t, t uniform in (0, 1). One draw per
+  window, stratified: t = (i + u) / N. So seeds differ in where masks are and hardly in how many: the share of masks in
+  32 windows of 256 tokens has a standard deviation of 0.5 points (with independent draws of t: 5 points).
+- `trajectory`, the states that the model's sampler visits. A window is a prompt, always visible, and an answer of
+  `gen_length` tokens. Window i shows one call of the model out of `Sampler.calls`: finished blocks are visible, the
+  current block has exactly as many masks as the sampler leaves there, later blocks are masked. The N windows are
+  spread evenly over the calls, so every call has the same weight. (Dream's sampler has one block; truncation is in its
+  counts. With guidance, every second call has masks in place of the prompt. A threshold writes more than is scheduled:
+  the calls stay those of the schedule, and a rollout then shows fewer masks.)
+  *Which* positions are still masked depends on the model's confidence. Without the model they are drawn uniformly,
+  and written ones hold the text's own tokens. With `rollout`, the model as it is before quantization continues the
+  prompt with its sampler, and the state at that call is taken: the states really visited, at the cost of half a
+  generation per window.
+
+`gen_length`, `block_length` and `steps` belong to `calib`, not to a task: a quantized model depends on model (with
+its sampler), method, bits, calibration and seed, and is the same whatever is evaluated afterwards.
+
+Random numbers are a function of (seed, window). N windows, T tokens per window, P of them prompt, G = gen_length.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dqx.common.names import did_you_mean
+from dqx.data.calibration import CalibBatch
+from dqx.diffusion.noise import SeededNoise, generator
+from dqx.diffusion.rollout import spread
+from dqx.diffusion.samplers.base import Call, Sampler
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+#: The kinds, and the settings of `calib` that each one reads.
+MASKINGS: dict[str, tuple[str, ...]] = {
+    "clean": (),
+    "mcs": ("visible",),
+    "random_t": ("visible",),
+    "trajectory": ("gen_length", "block_length", "steps", "rollout"),
+}
+
+
+class MaskingSettings(Protocol):
+    """The fields of the `calib` config group that this module reads."""
+
+    masking: str
+    length: int
+    visible: float | None
+    gen_length: int | None
+    block_length: int | None
+    steps: int | None
+    rollout: bool
+
+
+def masking_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[str]:
+    """What config alone can tell is wrong with the masking; without a sampler, its schedule is not judged."""
+    kind = calib.masking
+    if kind not in MASKINGS:
+        return [f"calib.masking={kind} is unknown; {did_you_mean(kind, tuple(MASKINGS))}"]
+    found = []
+    for setting in dict.fromkeys(name for names in MASKINGS.values() for name in names):
+        value = getattr(calib, setting)
+        if value not in (None, False) and setting not in MASKINGS[kind]:
+            readers = " and ".join(f"calib={other}" for other, read in MASKINGS.items() if setting in read)
+            found.append(f"calib.{setting}={value} does nothing with calib.masking={kind}; it belongs to {readers}")
+    if "visible" in MASKINGS[kind] and not (calib.visible is not None and 0 <= calib.visible < 1):
+        found.append(
+            f"calib.visible={_text(calib.visible)} must be the share of each window that stays visible, at least 0 "
+            f"and below 1; calib={kind} sets it"
+        )
+    return found + (_schedule_problems(calib, sampler) if kind == "trajectory" else [])
+
+
+def _schedule_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[str]:
+    length = calib.gen_length
+    if length is None:
+        return ["calib.gen_length is not set; calib=trajectory sets it to half of calib.length"]
+    found = []
+    if length >= calib.length:
+        found.append(
+            f"calib.gen_length={length} leaves no room for a prompt in windows of calib.length={calib.length} tokens; "
+            f"choose less than {calib.length}, or longer windows"
+        )
+    if sampler is not None:
+        steps = length if calib.steps is None else calib.steps
+        for problem in sampler.problems(length, sampler.block_length(calib.block_length), steps):
+            found.append(f"model.{problem}" if problem.startswith("sampler.") else f"calib.{problem}")
+    return found
+
+
+def calibration_states(
+    model: MaskedDiffusionTransformer,
+    sampler: Sampler,
+    windows: Tensor,
+    calib: MaskingSettings,
+    *,
+    seed: int,
+    progress: bool = True,
+) -> list[CalibBatch]:
+    """The windows [N, T] as `calib.masking` shows them, with the model's mask token, one batch per window.
+
+    Raises ValueError with the `masking_problems`. The model runs for rollouts only.
+    """
+    problems = masking_problems(calib, sampler)
+    if problems:
+        raise ValueError("; ".join(problems))
+    mask_id = model.arch.mask_token_id
+    if calib.rollout:
+        ids = rollouts(model, sampler, windows, calib, seed=seed, progress=progress)
+    else:
+        ids = windows.masked_fill(masks(calib, sampler, *windows.shape, seed=seed), mask_id)
+    return [CalibBatch(row[None], (row[None] == mask_id).float().mean(1)) for row in ids]
+
+
+def masks(calib: MaskingSettings, sampler: Sampler, samples: int, length: int, *, seed: int) -> Tensor:
+    """Which tokens are masked [N, T], by `calib.masking`."""
+    if calib.masking == "clean":
+        return torch.zeros(samples, length, dtype=torch.bool)
+    uniforms = torch.stack([_uniforms(seed, "mask", i, length) for i in range(samples)])
+    if calib.masking == "trajectory":
+        shown = shown_calls(calib, sampler, samples, seed=seed)
+        return torch.stack([_mask_of(call, calib, row) for call, row in zip(shown, uniforms, strict=True)])
+    window = torch.arange(samples, dtype=torch.float64)
+    within = torch.cat([_uniforms(seed, "t", i, 1) for i in range(samples)]) if calib.masking == "random_t" else 1.0
+    masked = uniforms < ((window + within) / samples)[:, None]
+    masked[:, : int((calib.visible or 0) * length)] = False
+    return masked
+
+
+def shown_calls(calib: MaskingSettings, sampler: Sampler, samples: int, *, seed: int) -> list[Call]:
+    """The call of the model that each of N windows shows, spread evenly over the calls of a generation."""
+    gen_length = calib.gen_length or 0
+    blocks, steps = sampler.block_length(calib.block_length), calib.steps or gen_length
+    shown = []
+    for i in range(samples):  # the schedule of Dream's `origin` is random: each window draws its own
+        calls = sampler.calls(gen_length, blocks, steps, generator(seed, "calib", "schedule", i))
+        shown.append(calls[spread(samples, len(calls))[i]])
+    return shown
+
+
+def _mask_of(call: Call, calib: MaskingSettings, uniforms: Tensor) -> Tensor:
+    """The masked tokens [T] of a window at a call, its open positions drawn uniformly by ranking `uniforms` [T]."""
+    prompt = len(uniforms) - (calib.gen_length or 0)
+    masked = torch.zeros(len(uniforms), dtype=torch.bool)
+    masked[:prompt] = call.blind
+    masked[prompt + call.stop :] = True
+    block = uniforms[prompt + call.start : prompt + call.stop]
+    masked[prompt + call.start + block.argsort(stable=True)[: call.masked]] = True
+    return masked
+
+
+def _uniforms(seed: int, kind: str, window: int, n: int) -> Tensor:
+    return torch.rand(n, dtype=torch.float64, generator=generator(seed, "calib", kind, window))
+
+
+def rollouts(
+    model: MaskedDiffusionTransformer,
+    sampler: Sampler,
+    windows: Tensor,
+    calib: MaskingSettings,
+    *,
+    seed: int,
+    progress: bool = True,
+) -> Tensor:
+    """States [N, T] that `sampler` really visits when it continues the first P tokens of each window with `model`.
+
+    Each window is taken at the step of its call in `shown_calls`. (For Dream's `origin` that step may write nothing in
+    this very generation; the state then is that of the next call.)
+    """
+    gen_length = calib.gen_length or 0
+    states = windows.clone()
+    shown = shown_calls(calib, sampler, len(windows), seed=seed)
+    seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
+    bar = tqdm(shown, desc="rollouts", unit=" windows", disable=not progress, mininterval=seconds)
+    for i, call in enumerate(bar):
+        states[i] = _state_before(
+            call.step,
+            sampler,
+            model,
+            windows[i : i + 1, :-gen_length],
+            gen_length=gen_length,
+            block_length=sampler.block_length(calib.block_length),
+            steps=calib.steps or gen_length,
+            noise=SeededNoise(seed, [("calib", i)]),
+        )[0].cpu()
+        if call.blind:
+            states[i, :-gen_length] = model.arch.mask_token_id
+    return states
+
+
+class _Reached(Exception):
+    """Ends a generation at the step that was asked for."""
+
+
+def _state_before(
+    step: int, sampler: Sampler, model: MaskedDiffusionTransformer, prompt: Tensor, **settings: Any
+) -> Tensor:
+    """The sequences [B, P + G] before a step of a generation, which ends there."""
+    seen: list[Tensor] = []
+
+    def on_step(ids: Tensor) -> None:
+        seen.append(ids)
+        if len(seen) > step:
+            raise _Reached
+
+    with suppress(_Reached):
+        sampler.generate(model, prompt, on_step=on_step, **settings)
+    return seen[-1]
+
+
+def _text(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""What a model's activations and predictions look like, before and after quantization."""

@@ -1,0 +1,150 @@
+"""Run a model once over text, and over its denoising states, and say what its linears read.
+
+Linears of one site (`q k v`, `o`, `gate up`, `down`) read the same tensor, so what is true of a site is true of its
+roles. It is looked at as the activation quantizer of these linears gets it: behind scalings and rotations, also those
+that run online.
+
+B rows, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dqx.diagnostics.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, SiteMeter, Tokens
+from dqx.diagnostics.activations.sketch import relative_error
+from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
+from dqx.diagnostics.activations.surface import surface
+from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
+from dqx.models.transformer import SITES, MaskedDiffusionTransformer
+
+Place = tuple[int, str]  # block and site
+See = Callable[[Place, Tensor], None]
+
+
+class HasIds(Protocol):
+    """A batch: token ids [B, T] as the model sees them."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+
+@torch.no_grad()
+def measure(
+    model: MaskedDiffusionTransformer,
+    batches: Iterable[HasIds],
+    thresholds: Thresholds | None = None,
+    *,
+    states: Sequence[State] = (),
+    surfaces: Sequence[int] = (),
+) -> OutlierStats:
+    """The statistics of every linear's input, over `batches` and, by token class and step, over `states`.
+
+    Works alike before and after quantization. Of the blocks `surfaces`, the activation surface of the first row of the
+    first batch is kept besides. Raises ValueError without batches.
+    """
+    settings = thresholds or Thresholds()
+    rows, maps, sequences = _rows(model, batches, settings, surfaces)
+    parts = _parts(model, states, settings, rows)
+    return OutlierStats(
+        thresholds=settings,
+        sequences=sequences,
+        tokens=next(iter(rows.values())).tokens,
+        rows=list(rows.values()),
+        relative_error=relative_error(MANTISSA_BITS),
+        parts=parts,
+        parts_relative_error=relative_error(PART_MANTISSA_BITS),
+        maps=maps,
+    )
+
+
+def _rows(
+    model: MaskedDiffusionTransformer, batches: Iterable[HasIds], settings: Thresholds, surfaces: Sequence[int]
+) -> tuple[dict[Place, SiteStats], dict[str, Tensor], int]:
+    """The statistics of every place over `batches`, the tensors that go with them, and the number of sequences."""
+    meters = {
+        (block, site): SiteMeter(model.arch.in_features(roles[0]), model.arch.vocab_size, model.device, settings)
+        for block in range(len(model.blocks))
+        for site, roles in SITES.items()
+    }
+    maps: dict[str, Tensor] = {}
+    shown, sequences = Tokens(torch.empty(0, 3, dtype=torch.long)), 0
+
+    def see(place: Place, x: Tensor) -> None:
+        meters[place].update(x, shown)
+        if not sequences and place[0] in surfaces:
+            maps["{}/{}/surface".format(*place)] = surface(x[0])
+
+    with watched(model, see):
+        for batch in batches:
+            ids = batch.ids.to(model.device)
+            shown = Tokens.of(ids, sequences)
+            _forward(model, ids)
+            sequences += len(ids)
+    if not sequences:
+        raise ValueError("no batch to measure outliers on; set outliers.samples to 1 or more")
+    maps |= {f"{block}/{site}/channel_max": meter.channel_max.cpu() for (block, site), meter in meters.items()}
+    return {place: meter.result(*place) for place, meter in meters.items()}, maps, sequences
+
+
+@contextmanager
+def watched(model: MaskedDiffusionTransformer, see: See) -> Iterator[None]:
+    """While it lasts, `see(place, x)` is called with what the linears of every place are about to read."""
+    with ExitStack() as stack:
+        for index, block in enumerate(model.blocks):
+            for site, roles in SITES.items():
+                hook = getattr(block, roles[0]).register_forward_pre_hook(_calling(see, (index, site)))
+                stack.callback(hook.remove)
+        yield
+
+
+def _calling(see: See, place: Place) -> Callable[..., None]:
+    return lambda module, inputs: see(place, inputs[0])
+
+
+def _forward(model: MaskedDiffusionTransformer, ids: Tensor) -> None:
+    """Every block, without the head."""
+    deque(model.hidden_states(ids), maxlen=0)
+
+
+def _parts(
+    model: MaskedDiffusionTransformer, states: Sequence[State], settings: Thresholds, rows: dict[Place, SiteStats]
+) -> list[PartStats]:
+    """By token class over all states, then state by state. One forward serves both: steps are summed up to classes."""
+
+    def fresh() -> dict[Place, PartMeter]:
+        return {
+            place: PartMeter(row.channels, len(TOKEN_CLASSES), model.device, settings, row)
+            for place, row in rows.items()
+        }
+
+    def at_step(state: State) -> list[PartStats | None]:
+        meters = fresh()
+        _show(model, state, meters)
+        for place, meter in meters.items():
+            over_all[place].merge(meter)
+        return [meter.total().result(ALL, 0, state.step, state.mask_ratio) for meter in meters.values()]
+
+    over_all = fresh()
+    by_step = [part for state in states for part in at_step(state)]
+    by_class = [meter.result(name, i) for meter in over_all.values() for i, name in enumerate(TOKEN_CLASSES)]
+    return [part for part in (*by_class, *by_step) if part is not None]
+
+
+def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, PartMeter]) -> None:
+    """Let the meters see a state, a few windows at a time. Token classes are their groups."""
+    classes = torch.zeros_like(state.ids)
+    for i, name in enumerate(TOKEN_CLASSES):
+        classes[state.token_class(name)] = i
+    shown = Tokens.of(state.ids[:0], 0)
+    with watched(model, lambda place, x: meters[place].update(x, shown)):
+        for first in range(0, len(state.ids), TOGETHER):
+            ids, group = (t[first : first + TOGETHER].to(model.device) for t in (state.ids, classes))
+            shown = Tokens.of(ids, first, group)
+            _forward(model, ids)

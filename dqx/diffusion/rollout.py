@@ -1,0 +1,126 @@
+"""Denoising states: fixed windows, state by state as the model at full precision writes their second parts.
+
+The first half of each window is a prompt; the run's sampler writes an answer after it, and what it sees before every
+step is recorded. The states are made once, by full precision, and both models are shown the same ones (teacher
+forcing): what differs on them differs in the models and not in the answers. Noise, if the sampler uses any, is a
+function of (seed, window, step, position).
+
+Shapes: N windows of T tokens, P of them given and G new, S steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.noise import SeededNoise
+from dqx.diffusion.samplers.base import Sampler
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+#: What a token is to the model at a state: given, generated and unmasked by now, or still masked.
+TOKEN_CLASSES = ("prompt", "committed", "masked")
+TOGETHER = 8  # windows that go through the model at a time
+
+
+@dataclass(frozen=True)
+class State:
+    """The windows at one denoising step."""
+
+    ids: Tensor  # [N, T] as the model sees them, masks included; on the CPU
+    step: int  # from 0
+    prompt: int  # tokens of each row that were given
+    mask_ratio: float  # share of the answers' tokens that are still masked
+    mask_token_id: int
+
+    def token_class(self, name: str) -> Tensor:
+        """The tokens [N, T] that are of a class. Raises ValueError for a name that is none of TOKEN_CLASSES."""
+        if name not in TOKEN_CLASSES:
+            raise ValueError(f"{name} is no class of tokens; they are {', '.join(TOKEN_CLASSES)}")
+        given = torch.arange(self.ids.shape[1], device=self.ids.device) < self.prompt
+        if name == "prompt":
+            return given.expand_as(self.ids)
+        masked = self.ids == self.mask_token_id
+        return ~given & (masked if name == "masked" else ~masked)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Answers as one model wrote them, in all their states."""
+
+    ids: Tensor  # [S + 1, N, T]: the windows before each step and in the end; on the CPU
+    prompt: int
+    mask_token_id: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def prompts(self) -> Tensor:
+        """What was given [N, P]."""
+        return self.ids[0, :, : self.prompt]
+
+    @property
+    def answers(self) -> Tensor:
+        """The new tokens [S + 1, N, G]."""
+        return self.ids[:, :, self.prompt :]
+
+    def state(self, step: int) -> State:
+        """The windows before a step, from 0."""
+        share = (self.answers[step] == self.mask_token_id).double().mean().item()
+        return State(self.ids[step], step, self.prompt, share, self.mask_token_id)
+
+    def states(self, count: int) -> list[State]:
+        """At most `count` states, spread evenly over the steps that write something."""
+        writing = [step for step in range(self.steps) if not self.ids[step].equal(self.ids[step + 1])]
+        return [self.state(writing[i]) for i in spread(min(count, len(writing)), len(writing))]
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` indices spread evenly over range(total), in ascending order.
+
+    Each index comes equally often, or once more than others where `total` does not divide `count`.
+    """
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def schedule(gen_length: int, steps: int | None) -> int:
+    """The steps of answers of `gen_length` tokens: the run's, at most (and, where it sets none) one per token."""
+    return min(steps or gen_length, gen_length)
+
+
+def noise(seed: int, rows: range) -> SeededNoise:
+    """The sampler's noise for some of the windows."""
+    return SeededNoise(seed, [("fidelity", i) for i in rows])
+
+
+def write(
+    model: MaskedDiffusionTransformer,
+    sampler: Sampler,
+    prompts: Tensor,
+    *,
+    gen_length: int,
+    steps: int,
+    seed: int = 0,
+    together: int = TOGETHER,
+) -> Rollout:
+    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P].
+
+    `together` windows go through the model at a time, which is only about speed and memory.
+    """
+    parts = []
+    for start in range(0, len(prompts), together):
+        given = prompts[start : start + together]
+        seen: list[Tensor] = []
+        answer = sampler.generate(
+            model,
+            given,
+            gen_length=gen_length,
+            steps=steps,
+            noise=noise(seed, range(start, start + len(given))),
+            on_step=lambda ids, seen=seen: seen.append(ids.cpu()),  # type: ignore[misc]
+        )
+        parts.append(torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)]))
+    return Rollout(torch.cat(parts, dim=1), prompts.shape[1], model.arch.mask_token_id)

@@ -1,0 +1,280 @@
+"""Likelihoods of many targets at once: `likelihood.log_likelihood` of each, computed with less work.
+
+What is saved, and why nothing changes but rounding (tests/test_scoring.py):
+- every masked sequence goes through the model once: repeated draws of a request are weighted (`states.py`), and
+  requests with one prefix share the sequences they have in common. Choices of one token are a single sequence with
+  several true tokens;
+- norm and head run at the masked positions of targets only (`MaskedDiffusionTransformer.logits_where`);
+- batches hold sequences of many requests, longest first, up to a number of tokens; shorter ones are padded on the
+  right, where no real token looks.
+As options, the expectation itself by enumeration (`states.enumerated`), and draws only until a question is decided
+(`stopping.py`).
+
+Sequences are put in an order that depends on nothing but their tokens, cut into batches in that order and never
+regrouped: neither the order of the requests nor timing changes anything at all. For the same reason a run that is
+continued plans its batches from all requests, leaves out those in which everything is known and takes the others whole:
+with equal batch sizes, to the last bit the values of a run without interruption. (With adaptive draws, where batches
+depend on what is decided, only what is missing is scored.) Running out of GPU memory halves the batches, which may
+change rounding and is noted.
+
+Shapes as in `batches.py`; B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dqx.diffusion.batches import Group, Part, Request, batches, default_batch_tokens, group, halves
+from dqx.diffusion.samplers.base import at_least_float32, count_problems, number_problems, raise_if
+from dqx.diffusion.states import Estimate, make_estimate, n_states
+from dqx.diffusion.stopping import Question, decided, stages
+from dqx.models.transformer import MaskedDiffusionTransformer
+
+Progress = Callable[[int], object]
+Finished = Callable[[dict[int, float]], object]
+
+
+class Scorer:
+    """Scores requests with one model and one set of settings.
+
+    `samples` draws per target; `exact` takes the enumerated expectation where a target has no more states than that.
+    `error_level` (null: always all draws) is the probability of deciding a question early for a choice that is not
+    the best. `batch_tokens` (null: by device and free memory) changes nothing but speed and rounding.
+
+    Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of
+    questions by the draws that their choices took, and `notes` says what a reader of the results should know.
+    """
+
+    def __init__(
+        self,
+        model: MaskedDiffusionTransformer,
+        *,
+        samples: int,
+        seed: int,
+        cfg_scale: float = 0.0,
+        exact: bool = False,
+        error_level: float | None = None,
+        batch_tokens: int | None = None,
+    ):
+        problems = count_problems(samples=samples) + number_problems("cfg_scale", cfg_scale, 0)
+        problems += [] if batch_tokens is None else count_problems(batch_tokens=batch_tokens)
+        problems += [] if error_level is None else number_problems("error_level", error_level, 0, 1, above=True)
+        raise_if(problems)
+        self.model, self.samples, self.seed, self.cfg_scale = model, samples, seed, cfg_scale
+        self.exact, self.error_level, self.batch_tokens = exact, error_level, batch_tokens
+        self.n_forwards = 0
+        self.n_tokens = 0
+        self.draws: dict[int, int] = {}
+        self.notes: list[str] = []
+
+    def work(self, request: Request) -> int:
+        """Tokens through the model that a request takes at most: the unit of `progress`."""
+        return min(self.samples, n_states(len(request.target))) * request.length
+
+    @torch.no_grad()
+    def score(
+        self,
+        requests: Sequence[Request],
+        questions: Sequence[Question] = (),
+        *,
+        known: Mapping[int, float] | None = None,
+        progress: Progress | None = None,
+        finished: Finished | None = None,
+    ) -> list[float]:
+        """Nats of each request. With an error level, those that belong to a question may get fewer draws.
+
+        `known` values, by index, are taken as they are (of a question, all or none). `progress` is told of finished
+        `work` in portions, that of the known ones first; `finished` of new values in portions, each once.
+        Raises FloatingPointError on NaN.
+        """
+        requests = [Request(r.prefix.cpu(), r.target.cpu(), r.key) for r in requests]
+        run = _Run(self, requests, known or {}, progress, finished)
+        compared = [] if self.error_level is None else list(questions)
+        undecided = [question for question in compared if not run.known.keys() >= set(question.requests)]
+        run.stage(set(range(len(requests))) - {i for question in compared for i in question.requests}, 1)
+        strides = stages(self.samples)
+        for stride in strides if undecided else ():
+            run.stage({i for question in undecided for i in question.requests}, stride)
+            still = []
+            for question in undecided:
+                if stride > 1 and not self._decided(question, run.estimates, stride, len(strides) - 1):
+                    still.append(question)
+                    continue
+                n = len(range(0, self.samples, stride))
+                self.draws[n] = self.draws.get(n, 0) + 1
+                for i in question.requests:
+                    run.close(i)
+            run.hand_over()
+            undecided = still
+        return run.values
+
+    def _decided(self, question: Question, estimates: dict[int, Estimate], stride: int, looks: int) -> bool:
+        scaled = [
+            estimates[i].draws(stride) / scale for i, scale in zip(question.requests, question.scales, strict=True)
+        ]
+        assert self.error_level is not None
+        return decided(torch.stack(scaled), looks=looks, error_level=self.error_level)
+
+
+class _Run:
+    """The state of one call of `Scorer.score`."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        requests: Sequence[Request],
+        known: Mapping[int, float],
+        progress: Progress | None,
+        finished: Finished | None,
+    ):
+        self.scorer, self.model, self.requests, self.known = scorer, scorer.model, requests, known
+        self.progress, self.finished = progress, finished
+        self.estimates: dict[int, Estimate] = {}  # of requests that are not finished
+        self.values = [known.get(i, 0.0) for i in range(len(requests))]
+        self.final = set(known)
+        self.fresh: dict[int, float] = {}  # values that became final and are not handed over
+        self.told = [0] * len(requests)
+        self.batch_tokens = scorer.batch_tokens or default_batch_tokens(self.model, requests)
+        for i in known:
+            self._tell(i, scorer.work(requests[i]))
+
+    def stage(self, members: Iterable[int], stride: int) -> None:
+        """Bring requests to every `stride`-th draw: their values are those of these draws. 1 finishes them."""
+        for batch in batches(self._groups(members, stride), lambda: self.batch_tokens):
+            if any(part.group.pairs.keys() - self.known.keys() for part in batch):
+                self._forward(batch)
+            for part in batch:
+                if part.stop == len(part.group.rows):
+                    for i, pairs in part.group.pairs.items():
+                        self.estimates[i].enter(self.estimates[i].missing(stride), part.group.log_probs[pairs])
+                        self._reached(i, stride)
+            self.hand_over()
+        self.hand_over()
+
+    def close(self, i: int) -> None:
+        """No more draws for a request: its value stays."""
+        self.estimates.pop(i, None)
+        if i not in self.final:
+            self.final.add(i)
+            self.fresh[i] = self.values[i]
+            self._tell(i, self.scorer.work(self.requests[i]))
+
+    def hand_over(self) -> None:
+        """Tell of the values that became final."""
+        if self.finished and self.fresh:
+            self.finished(self.fresh)
+        self.fresh = {}
+
+    def _reached(self, i: int, stride: int) -> None:
+        if i not in self.known:
+            self.values[i] = self.estimates[i].value(stride)
+        if stride == 1:
+            self.close(i)
+        else:
+            self._tell(i, self.scorer.work(self.requests[i]) // stride)
+
+    def _tell(self, i: int, work: int) -> None:
+        if self.progress and work > self.told[i]:
+            self.progress(work - self.told[i])
+            self.told[i] = work
+
+    def _groups(self, members: Iterable[int], stride: int) -> Iterator[Group]:
+        """Groups by falling length, made when they are asked for. Requests that need nothing are finished here."""
+        together: dict[tuple[int, int, bytes], list[int]] = {}
+        for i in members:
+            request = self.requests[i]
+            if not len(request.target):
+                self.close(i)
+                continue
+            key = (-request.length, len(request.target), request.prefix.numpy().tobytes())
+            together.setdefault(key, []).append(i)
+        for _, alike in sorted(together.items()):
+            needed = []
+            for i in alike:
+                estimate = self._estimate(i)
+                states = estimate.missing(stride)
+                if len(states):
+                    needed.append((i, self.requests[i], estimate.masks[states]))
+                else:
+                    self._reached(i, stride)
+            if needed:
+                yield group(needed, self.model.arch.mask_token_id)
+
+    def _estimate(self, i: int) -> Estimate:
+        if i not in self.estimates:
+            request, scorer = self.requests[i], self.scorer
+            self.estimates[i] = make_estimate(
+                len(request.target), samples=scorer.samples, seed=scorer.seed, key=request.key, exact=scorer.exact
+            )
+        return self.estimates[i]
+
+    # through the model
+
+    def _forward(self, batch: list[Part]) -> None:
+        """Run a batch, in halves where the GPU's memory does not do, and fill in the groups' `log_probs`."""
+        try:
+            self._log_probs(batch)
+            return
+        except torch.cuda.OutOfMemoryError:
+            if sum(map(len, batch)) == 1:
+                raise
+        torch.cuda.empty_cache()  # outside of the handler, which keeps the failed pass alive
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        note = "likelihood batches were made smaller because the GPU's memory was full"
+        self.scorer.notes += [] if note in self.scorer.notes else [note]
+        for half in halves(batch):
+            self._forward(half)
+
+    def _log_probs(self, batch: list[Part]) -> None:
+        n, width = sum(map(len, batch)), batch[0].group.length
+        ids = torch.full((n, width), self.model.arch.eos_token_id)
+        where = torch.zeros(n, width, dtype=torch.bool)
+        prefix, length = torch.zeros(2, n, 1, dtype=torch.long)
+        first = [0]
+        for part in batch:
+            begin, rows = len(part.group.prefix), slice(first[-1], first[-1] + len(part))
+            ids[rows, :begin] = part.group.prefix
+            ids[rows, begin : part.group.length] = part.group.rows[part.start : part.stop]
+            where[rows, begin : part.group.length] = part.group.wanted[part.start : part.stop]
+            prefix[rows], length[rows] = begin, part.group.length
+            first.append(rows.stop)
+
+        place = where.flatten().cumsum(0).view(n, width) - 1  # of a wanted position among the logits
+        picked, tokens, pairs = [], [], []
+        for part, top in zip(batch, first, strict=False):
+            low, high = torch.searchsorted(part.group.row, torch.tensor([part.start, part.stop])).tolist()
+            pair, at = part.group.scored[low:high].nonzero(as_tuple=True)
+            pair = pair + low
+            picked.append(place[part.group.row[pair] - part.start + top, len(part.group.prefix) + at])
+            tokens.append(part.group.tokens[pair, at])
+            pairs.append(pair)
+
+        column = torch.arange(width)
+        real = None if bool((length == width).all()) else column < length
+        found = self._true_log_probs(ids, where, column < prefix, real, torch.cat(picked), torch.cat(tokens))
+        passes = 2 if self.scorer.cfg_scale > 0 else 1
+        self.scorer.n_forwards += n * passes
+        self.scorer.n_tokens += int(length.sum()) * passes
+        for part, pair, values in zip(batch, pairs, found.split([len(p) for p in pairs]), strict=True):
+            part.group.log_probs.index_add_(0, pair, values)
+
+    def _true_log_probs(
+        self, ids: Tensor, where: Tensor, prompt: Tensor, real: Tensor | None, picked: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """Log-probabilities, float64 on the CPU, of `tokens` at the `picked` of the positions marked in `where`."""
+        device, cfg = self.model.device, self.scorer.cfg_scale
+        ids, where = ids.to(device), where.to(device)
+        real = None if real is None else real.to(device)
+        logits = at_least_float32(self.model.logits_where(ids, where, real))
+        if cfg > 0:
+            blind = ids.masked_fill(prompt.to(device), self.model.arch.mask_token_id)
+            without = at_least_float32(self.model.logits_where(blind, where, real))
+            logits = without + (cfg + 1) * (logits - without)
+        picked, tokens = picked.to(device), tokens.to(device)
+        found = (logits[picked, tokens].double() - logits.logsumexp(-1)[picked].double()).cpu()
+        if found.isnan().any():
+            raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
+        return found

@@ -1,0 +1,147 @@
+"""The finished documents of an evaluation that is not complete, so that a killed run goes on where it stopped.
+
+    d3486ae9 {"of": {"seed": 0, ...}}                                             the facts the evaluation depends on
+    51ab0c77 {"document": "nano_facts/3", "text": "9f...", "responses": [...]}    one line per finished document
+
+Each line begins with a checksum over it and over the name of the evaluation, so a line that is cut, damaged or from
+elsewhere costs its document and nothing more. Lines reach the disk before anything else is done (one `fsync` per call
+of `append`). Each process of a run has a file of its own, and all of them are read, however many processes go on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dqx.common.digest import digest
+from dqx.common.files import jsonable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A finished document: what the model answered to its requests, and what was spent since the line before."""
+
+    document: str
+    text: str  # digest of its requests' text
+    responses: list[Any]
+    spent: dict[str, int] = field(default_factory=dict)  # forwards, tokens, nanoseconds, ...
+    notes: list[str] = field(default_factory=list)  # what a reader of the result should know
+
+
+@dataclass
+class Past:
+    """What earlier sittings left."""
+
+    lines: dict[str, Line] = field(default_factory=dict)  # by document
+    spent: Counter[str] = field(default_factory=Counter)  # nanoseconds: of the process that took longest
+    notes: list[str] = field(default_factory=list)
+
+
+class Journal:
+    """The journal of one evaluation: `read` once, `append` as documents finish, `remove` when its result is kept.
+
+    `path` is the evaluation's place without a suffix, `rank` this process's number. A file that cannot be written is
+    told to `warn` once, and the evaluation goes on without.
+    """
+
+    def __init__(
+        self, path: Path, facts: Mapping[str, Any], rank: int = 0, warn: Callable[[str], object] = log.warning
+    ):
+        self.path, self.facts, self.warn = path.with_name(f"{path.name}.journal.{rank}"), facts, warn
+        self.seed = zlib.crc32(digest(facts).encode())
+        self._file: BinaryIO | None = None
+        self._broken = False
+
+    def read(self) -> Past:
+        """Everything that earlier sittings finished, of all processes. Journals of other evaluations are removed."""
+        past = Past()
+        for path in self._files():
+            lines = self._lines(path)
+            if lines is None:
+                self.warn(f"{path} is of an evaluation with other settings; it was not used and is removed")
+                path.unlink()
+                continue
+            time = sum(line.spent.pop("nanoseconds", 0) for line in lines)
+            past.spent["nanoseconds"] = max(past.spent["nanoseconds"], time)
+            for line in lines:
+                past.lines[line.document] = line
+                past.spent.update(line.spent)
+                past.notes += [note for note in line.notes if note not in past.notes]
+        return past
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Keep finished documents; they are on the disk when this returns."""
+        if self._broken:
+            return
+        try:
+            file = self._file or self._open()
+            file.write(b"".join(_encoded(asdict(line), self.seed) for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            self._broken = True
+            self.warn(
+                f"{self.path} cannot be written, so that this evaluation cannot be continued if it ends ({error})"
+            )
+
+    def close(self) -> None:
+        """Nothing more will be appended."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """The evaluation is complete, or was wanted afresh."""
+        self.close()
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.*"))
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file = self.path.open("ab")
+        if file.tell() == 0:
+            file.write(_encoded({"of": jsonable(self.facts)}))
+        else:
+            file.write(b"\n")  # what a killed run was writing ends here
+        return file
+
+    def _lines(self, path: Path) -> list[Line] | None:
+        """The undamaged lines of a file; None where its header has other facts."""
+        header, *rest = path.read_bytes().split(b"\n")
+        found = _decoded(header)
+        if found is not None and found.get("of") != self.facts:
+            return None
+        written = [line for line in rest if line]
+        lines = list(self._documents(written))
+        if len(lines) < len(written):
+            self.warn(f"{len(written) - len(lines)} of {len(written)} lines of {path} are damaged and were not used")
+        return lines
+
+    def _documents(self, written: Sequence[bytes]) -> Iterator[Line]:
+        for line in written:
+            found = _decoded(line, self.seed)
+            if found is not None:
+                yield Line(**found)
+
+
+def _encoded(value: Any, seed: int = 0) -> bytes:
+    text = json.dumps(jsonable(value), allow_nan=False).encode()
+    return b"%08x %s\n" % (zlib.crc32(text, seed), text)
+
+
+def _decoded(line: bytes, seed: int = 0) -> Any:
+    """The value in a line; None where its checksum does not fit."""
+    checksum, _, text = line.partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text, seed) else None

@@ -1,0 +1,1 @@
+"""Number formats: widths, grids and codes."""

@@ -1,0 +1,88 @@
+"""A rounded weight: codes, scales and groups; which inputs share a scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dqx.formats.integers import Grid, extremes
+
+
+class BoundClip(Protocol):
+    """A clip together with the statistics of one site: weights in groups in, the ranges to represent out.
+
+    `w_OGW` [O, G, W] holds G groups of W inputs, `columns_GW` the input each column stands for; lo, hi [O, G, 1].
+    With `clamps` the weights are clamped into their range before they are rounded.
+    """
+
+    @property
+    def clamps(self) -> bool: ...
+
+    def __call__(self, w_OGW: Tensor, grid: Grid, columns_GW: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A rounded weight: what a quantized checkpoint has to store.
+
+    With a `column_scale` the weight stands for `dequantize() * column_scale`; the linear before takes the scale over.
+    """
+
+    codes: Tensor  # [O, I] uint8
+    scale: Tensor  # [O, G] float
+    zero_point: Tensor  # [O, G] integers held as float
+    group_index: Tensor  # [I] int64: the group of each input
+    grid: Grid
+    notes: tuple[str, ...] = ()  # what the rounding had to do differently than asked, in plain words
+    column_scale: Tensor | None = None  # [I]
+
+    def dequantize(self) -> Tensor:
+        """The fake-quantized weight [O, I] in the dtype of the scales, without the column scale."""
+        index = self.group_index
+        return self.grid.dequantize(self.codes, self.scale[:, index], self.zero_point[:, index])
+
+    def split(self, rows: list[int]) -> list[QuantizedWeight]:
+        """Cut row-stacked weights apart again; `rows` are their output widths."""
+        parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows), strict=True)
+        return [replace(self, codes=c, scale=s, zero_point=z) for c, s, z in parts]
+
+
+def group_width(n_inputs: int, group_size: int) -> int:
+    """Inputs per group; -1 stands for all of them. Raises ValueError for 0 and other negative numbers."""
+    if group_size == -1:
+        return n_inputs
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be -1 (one group per row) or at least 1")
+    return group_size
+
+
+def consecutive_groups(n_inputs: int, group_size: int, device: torch.device | None = None) -> Tensor:
+    """Group of each input [I] when neighbours share a group; the last group may be shorter."""
+    return torch.arange(n_inputs, device=device) // group_width(n_inputs, group_size)
+
+
+def group_ranges(w_OI: Tensor, grid: Grid, group_size: int, clip: BoundClip | None = None) -> tuple[Tensor, Tensor]:
+    """The range lo, hi [O, G] of every group of consecutive inputs."""
+    n_out, n_in = w_OI.shape
+    width = group_width(n_in, group_size)
+    whole = n_in - n_in % width
+    found = []
+    for first, last in ((0, whole), (whole, n_in)):
+        if last == first:
+            continue
+        n_columns = min(width, last - first)
+        columns_GW = torch.arange(first, last, device=w_OI.device).view(-1, n_columns)
+        w_OGW = w_OI[:, first:last].reshape(n_out, -1, n_columns)
+        found.append([bound.squeeze(-1) for bound in ranges(w_OGW, grid, clip, columns_GW)])
+    lows, highs = zip(*found, strict=True)
+    return torch.cat(lows, 1), torch.cat(highs, 1)
+
+
+def ranges(w_OGW: Tensor, grid: Grid, clip: BoundClip | None, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
+    """The range lo, hi [O, G, 1] of every group: min and max, or what the clip says."""
+    if clip is not None:
+        return clip(w_OGW, grid, columns_GW)
+    return extremes(w_OGW)

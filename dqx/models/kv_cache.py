@@ -1,0 +1,65 @@
+"""Keys and values kept from one forward to the next, so that a forward of some columns can attend to all of them.
+
+What is kept are those of an earlier state of the sequence: with bidirectional attention an approximation, which
+samplers offer as a choice (`dqx/diffusion/samplers/llada.py`). Everything that quantization puts into a block acts on
+each token by itself, so it acts here as it does without: what is kept is rounded and rotated already.
+
+Shapes: N blocks, B rows, K key/value heads, T columns, E head width, W columns of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every block for B rows of T columns.
+
+    store: [N, 2, B, K, T, E], keys after rope and values, both as `Block.heads` leaves them.
+    columns: [B, W], those that the next forward computes; null: all of them, which fills the cache.
+    """
+
+    store: Tensor
+    columns: Tensor | None = None
+
+    def window(self, first: int | Sequence[int], stop: int | Sequence[int]) -> KVCache:
+        """The same cache for a forward of the columns [first, stop) of each row; one number serves all rows.
+
+        Narrower windows are padded by repeating their last column, which is computed twice to the same effect.
+        """
+        rows = self.store.shape[2]
+        begin, end = (torch.tensor(limit).expand(rows)[:, None] for limit in (first, stop))
+        columns = torch.minimum(begin + torch.arange(int((end - begin).max())), end - 1)
+        return replace(self, columns=columns.to(self.store.device))
+
+    def update(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the keys and values [B, K, W, E] of the computed columns in their place, and give those of all."""
+        for kept, new in zip(self.store[block], (k, v), strict=True):
+            if self.columns is None:
+                kept.copy_(new)
+            else:
+                kept.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
+        keys, values = self.store[block]
+        return keys, values
+
+    def take(self, rows: Sequence[int], length: int) -> KVCache:
+        """The cache of some rows, the last `length` columns of each. Nothing is copied where that is all of it."""
+        store = self.store[..., -length:, :]
+        if list(rows) != list(range(store.shape[2])):
+            store = store[:, :, torch.tensor(rows, device=store.device)]
+        return KVCache(store)
+
+    @staticmethod
+    def join(caches: Sequence[KVCache]) -> KVCache:
+        """The rows of all of them, the shorter ones padded on the left. A single one is not copied."""
+        if len(caches) == 1:
+            return KVCache(caches[0].store)
+        length = max(cache.store.shape[-2] for cache in caches)
+        stores = [F.pad(cache.store, (0, 0, length - cache.store.shape[-2], 0)) for cache in caches]
+        return KVCache(torch.cat(stores, dim=2))

@@ -1,0 +1,1 @@
+"""Quantized checkpoints: one folder, written at once or block by block."""

@@ -1,0 +1,317 @@
+"""Quantized checkpoints: a folder of safetensors and one JSON file, from which the same model is built again.
+
+    quantized.json             architecture, method, bits, report; size and SHA-256 of every other file
+    embed.safetensors          the embedding
+    head.safetensors           the final norm and, where it is not the embedding's tensor, the head
+    block-00000.safetensors    one file per block; `structure` in its header says which modules its tensors belong to
+
+Weights are stored as the model holds them, rounded but in its own dtype, with the scales and zero points of their
+grids. What else quantization put into a block (quantizers of inputs, keys and values; rotations and divisions at run
+time) is described by its class and options, of which tensors lie in the file. Only classes in `KINDS` are built, so
+reading a checkpoint runs no code that it names. Nothing is fitted or computed again: logits are equal to the bit.
+
+Files appear whole or not at all, and so does the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dqx.common.files import write_json
+from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
+from dqx.formats.floats import FP8, MXFP4, NVFP4
+from dqx.formats.integers import Grid
+from dqx.models.checkpoint import QUANTIZED, CheckpointError, assign, skeleton
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
+from dqx.quant.activation import PerGroup, PerToken, StaticRange
+from dqx.quant.kv import HeadQuantizer
+from dqx.quant.linear import QuantLinear
+from dqx.quant.method import Method
+from dqx.quant.report import QuantReport
+from dqx.quant.transforms.block_rotate import BlockRotation
+from dqx.quant.transforms.channel_scale import Divide
+from dqx.quant.transforms.hadamard import OnlineHadamard, OnlineHeads
+
+VERSION = 1
+EMBED, HEAD = "embed.safetensors", "head.safetensors"
+
+#: What a block may hold besides the parameters of its checkpoint. Modules have `options`, the arguments that build them
+#: again; those of a dataclass are its fields. A part of your own whose objects stay in the model joins by `KINDS[...]`.
+KINDS: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        *(QuantLinear, WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4, PerToken, PerGroup, StaticRange),
+        *(HeadQuantizer, OnlineHadamard, OnlineHeads, BlockRotation, Divide),
+    )
+}
+
+
+def save_quantized(
+    model: MaskedDiffusionTransformer,
+    report: QuantReport,
+    folder: str | Path,
+    *,
+    method: Method,
+    bits: BitsConfig,
+) -> None:
+    """Write a model that `quantize` has changed, with its report, to a new folder.
+
+    Raises ValueError where the folder exists, or for a module of a class that `KINDS` does not have.
+    """
+    with new_folder(Path(folder)) as unfinished:
+        shards = write_outer(unfinished, model)
+        for index, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            shards |= write_block(unfinished, index, block)
+        write_recipe(unfinished, model.arch, report, shards, method=method, bits=bits)
+
+
+def load_quantized(
+    folder: str | Path, device: torch.device | str = "cpu", *, verify: bool = True
+) -> tuple[MaskedDiffusionTransformer, QuantReport]:
+    """The model that was saved, on `device` and in eval mode, and the report of its quantization.
+
+    `verify` compares every file with its checksum first. Raises CheckpointError for a folder or file that is missing,
+    damaged or of another version.
+    """
+    folder = Path(folder)
+    recipe = read_recipe(folder)
+    if verify:
+        verify_shards(folder, recipe)
+    arch = Architecture(**recipe["architecture"])
+    model = skeleton(arch)
+    read_outer(folder, model, device)
+    for index in range(arch.n_blocks):
+        model.blocks[index] = read_block(folder, index, arch, device)
+    return model, QuantReport.from_dict(recipe["report"])
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What `quantized.json` says. Raises CheckpointError where there is none that this version reads."""
+    path = folder / QUANTIZED
+    try:
+        recipe: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read; a quantized checkpoint is a folder that holds it") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if recipe.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {recipe.get('version')}; this version of dqx reads {VERSION}")
+    return recipe
+
+
+def verify_shards(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Compare every file with its checksum. Raises CheckpointError naming those that differ."""
+    damaged = [
+        name
+        for name, shard in recipe["shards"].items()
+        if not (folder / name).is_file() or checksum(folder / name) != shard["sha256"]
+    ]
+    if damaged:
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} missing or changed since written; quantize again")
+
+
+def write_recipe(
+    folder: Path,
+    arch: Architecture,
+    report: QuantReport,
+    shards: Mapping[str, Any],
+    *,
+    method: Method,
+    bits: BitsConfig,
+) -> None:
+    """Write `quantized.json`, last: it stands for a finished checkpoint."""
+    recipe = {
+        "version": VERSION,
+        "architecture": asdict(arch),
+        "method": described(method),
+        "bits": asdict(bits),
+        "report": report.to_dict(),
+        "shards": dict(shards),
+    }
+    write_json(folder / QUANTIZED, recipe)
+
+
+def described(part: Any) -> Any:
+    """A part, and the parts inside it, as the mapping with `_target_` that a configuration would have for it."""
+    if is_dataclass(part) and not isinstance(part, type):
+        options = {f.name: described(getattr(part, f.name)) for f in fields(part)}
+        return {"_target_": f"{type(part).__module__}.{type(part).__qualname__}"} | options
+    if isinstance(part, Mapping):
+        return {name: described(value) for name, value in part.items()}
+    return [described(value) for value in part] if isinstance(part, (list, tuple)) else part
+
+
+# ---- embedding and head --------------------------------------------------------------------------------------
+
+
+def write_outer(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, Any]:
+    """Write what stands outside the blocks; the entries of `shards`."""
+    head: dict[str, Tensor] = {"norm.weight": model.norm.weight}
+    if model.head.weight is not model.embed.weight:
+        head["head.weight"] = model.head.weight
+    return write_shard(folder / EMBED, {"embed.weight": model.embed.weight}) | write_shard(folder / HEAD, head)
+
+
+def read_outer(folder: Path, model: MaskedDiffusionTransformer, device: torch.device | str) -> None:
+    """Put into `model` what `write_outer` wrote."""
+    tensors = read_shard(folder / EMBED, device)[0] | read_shard(folder / HEAD, device)[0]
+    assign(model, tensors)
+    if "head.weight" not in tensors:
+        model.head.weight = model.embed.weight
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def write_block(folder: Path, index: int, block: Block) -> dict[str, Any]:
+    """Write one block; its entry of `shards`."""
+    tensors: dict[str, Tensor] = {}
+    added = {path: module for path, module in _places(block).items() if not isinstance(module, nn.Identity | nn.Linear)}
+    structure = {path: encode(module, tensors, path) for path, module in added.items()}
+    for name, parameter in block.named_parameters():
+        if not any(name.startswith(f"{path}.") for path in added):
+            tensors[name] = parameter
+    return write_shard(folder / block_file(index), tensors, structure)
+
+
+def read_block(folder: Path, index: int, arch: Architecture, device: torch.device | str) -> Block:
+    """The block that `write_block` wrote. Raises CheckpointError for a file that does not hold it."""
+    path = folder / block_file(index)
+    tensors, structure = read_shard(path, device)
+    with torch.device("meta"):
+        block = Block(arch)
+    for place, value in structure.items():
+        parent, _, name = place.rpartition(".")
+        setattr(block.get_submodule(parent), name, decode(value, tensors))
+        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{place}.")}
+    assign(block, tensors)
+    missing = [name for name, parameter in block.named_parameters() if parameter.is_meta]
+    if missing and torch.device(device).type != "meta":
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
+    return block.eval().requires_grad_(False)
+
+
+def _places(block: Block) -> dict[str, nn.Module]:
+    """Where quantization puts modules of its own, by path."""
+    sites = {f"inputs.{site}": module for site, module in block.inputs.items()}
+    return {**block.linears(), **sites, **{f"heads.{part}": module for part, module in block.heads.items()}}
+
+
+def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """`value` for JSON; its tensors join `tensors` under names that begin with `path`.
+
+    Raises ValueError for an object whose class is not in `KINDS`.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, nn.Sequential):
+        return [encode(part, tensors, f"{path}.{i}") for i, part in enumerate(value)]
+    kind = type(value).__name__
+    if KINDS.get(kind) is not type(value):
+        raise ValueError(
+            f"{path} is a {kind}, which no quantized checkpoint can hold yet; give it `options` and add it to "
+            "dqx.quant.checkpoint.folder.KINDS"
+        )
+    options = {name: encode(option, tensors, f"{path}.{name}") for name, option in _options(value).items()}
+    return {"kind": kind} | options
+
+
+def _options(value: Any) -> dict[str, Any]:
+    """The arguments that build a module or a dataclass again."""
+    if hasattr(value, "options"):
+        return dict(value.options)
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The object behind what `encode` gave. Raises CheckpointError for a class that is not in `KINDS`."""
+    if isinstance(value, list):
+        return nn.Sequential(*(decode(part, tensors) for part in value))
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    cls = KINDS.get(value["kind"])
+    if cls is None:
+        raise CheckpointError(
+            f"{value['kind']} is not in dqx.quant.checkpoint.folder.KINDS; import the part that adds it"
+        )
+    options = {name: decode(option, tensors) for name, option in value.items() if name != "kind"}
+    return getattr(cls, "restored", cls)(**options)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name at the end, and is removed if anything goes wrong.
+
+    Raises ValueError where `folder` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; remove it, or write elsewhere")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], structure: Any = None) -> dict[str, Any]:
+    """Write a safetensors file, whole or not at all; its entry of `shards`: {name: {bytes, sha256}}."""
+    temporary = path.with_name(f".{path.name}")
+    seen: set[int] = set()
+    stored = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        stored[name] = own.clone() if own.data_ptr() in seen else own  # a file has no tensors that share memory
+        seen.add(own.data_ptr())
+    save_file(stored, temporary, metadata={"format": "pt", "structure": json.dumps(structure)})
+    with temporary.open("rb") as f:
+        os.fsync(f.fileno())
+    entry = {"bytes": temporary.stat().st_size, "sha256": checksum(temporary)}
+    temporary.replace(path)
+    return {path.name: entry}
+
+
+def read_shard(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and structure of a file. Raises CheckpointError where it cannot be read.
+
+    Tensors are copied out of the mapped file: the last bits of a product depend on where in memory a matrix begins.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as f:
+            names = f.keys()  # the file object itself cannot be iterated
+            return {name: f.get_tensor(name).clone() for name in names}, json.loads(f.metadata()["structure"]) or {}
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""Quantize a checkpoint on disk into a quantized checkpoint, with one block in memory at a time.
+
+Embedding, final norm and head are loaded first, changed by the method's model transforms, used to embed the calibration
+text, written and freed. Then each block is loaded, quantized, written and freed. Activations lie in memory as far as
+the limit allows, and in files beyond it. Every number is the one that `quantize` gives in memory.
+
+After each block the folder `OUTPUT.partial` holds all that the next one depends on: the files of the finished blocks
+and, for methods that read activations, the inputs of the next block. The same call continues from there. The folder
+takes the output's name when everything is done. Processes that may write the same output at the same time need a lock
+of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqx.common.environment import package_version
+from dqx.common.files import jsonable, write_json
+from dqx.common.memory import GB, trim
+from dqx.formats.bits import BitsConfig
+from dqx.models.checkpoint import Checkpoint, load_block, load_outer, skeleton
+from dqx.models.plant import plant_in_block
+from dqx.models.transformer import Block
+from dqx.quant.activations_store import Memory, Shelf
+from dqx.quant.checkpoint import folder as saved
+from dqx.quant.home import Progress
+from dqx.quant.loop import Batch, quantize_blocks
+from dqx.quant.method import Method
+from dqx.quant.report import LinearRow, QuantReport
+
+PROGRESS = "progress.json"
+PARTIAL = ".partial"
+VERSIONS = ("dqx", "torch", "safetensors")
+
+
+class OtherJob(ValueError):
+    """An unfinished folder belongs to a call with other settings."""
+
+
+def quantize_checkpoint(
+    source: Checkpoint,
+    output: str | Path,
+    method: Method,
+    bits: BitsConfig,
+    batches: Sequence[Batch] = (),
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    activations_gb: float | None = None,
+    planted: tuple[float, int] = (1.0, 0),
+    progress: bool = True,
+) -> QuantReport:
+    """Quantize the checkpoint `source` into the new folder `output`, which `load_quantized` reads.
+
+    Weights are loaded in `dtype` (None: as stored) on `device`. At most `activations_gb` of calibration activations
+    (10^9 bytes; None: all) are held in RAM. `planted` is gain and number of the channels of `plant_outliers`. A call
+    that was interrupted, after any block, is continued by the same call. Raises ValueError as `quantize` does and where
+    `output` exists, and OtherJob where an unfinished folder belongs to a call with other settings.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists already; remove it, or write elsewhere")
+    job = {
+        "checkpoint": source.fingerprint(),
+        "architecture": asdict(source.arch),
+        "method": saved.described(method),
+        "bits": asdict(bits),
+        "calibration": _digest(batches),
+        "seed": seed,
+        "dtype": str(dtype),
+        "device": torch.device(device).type,
+        "planted": planted,
+        "versions": {name: package_version(name) for name in VERSIONS},
+    }
+    limit = None if activations_gb is None else int(activations_gb * GB)
+    home = OnDisk(source, partial(output), job, dtype, device, limit, planted)
+    report = quantize_blocks(home, method, bits, batches, seed=seed, progress=progress)
+    home.finish(output, report, method, bits)
+    return report
+
+
+def partial(output: Path) -> Path:
+    """Where what will be the folder `output` is written."""
+    return output.with_name(output.name + PARTIAL)
+
+
+class OnDisk:
+    """A model whose blocks come from one checkpoint and go to the folder of another."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        folder: Path,
+        job: dict[str, Any],
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+        limit: int | None,
+        planted: tuple[float, int],
+    ):
+        self.source, self.folder, self.dtype, self.planted = source, folder, dtype, planted
+        self.job: dict[str, Any] = json.loads(json.dumps(jsonable(job)))
+        self.model, self.device = skeleton(source.arch), torch.device(device)
+        self.memory = Memory(folder / "activations", limit)
+        self.shards: dict[str, Any] = {}
+        self.from_disk = True
+        self.progress = self._continue()
+
+    def problems(self) -> list[str]:
+        return []
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        load_outer(self.model, self.source, self.dtype, self.device)
+        yield
+        self.shards |= saved.write_outer(self.folder, self.model)
+        self._free_outer()
+
+    def take(self, index: int) -> Block:
+        block = load_block(self.source, index, self.dtype, self.device)
+        plant_in_block(block, *self.planted)
+        return block
+
+    def put(self, index: int, block: Block) -> None:
+        self.shards |= saved.write_block(self.folder, index, block)
+        self.model.blocks[index] = block.to("meta")
+
+    def note(self, progress: Progress) -> None:
+        rows = {name: row for name, row in progress.inputs.items() if isinstance(row, Shelf)}
+        state = {
+            "job": self.job,
+            "blocks": progress.blocks,
+            "rows": [asdict(row) for row in progress.rows],
+            "inputs": {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()},
+            "seconds": progress.seconds,
+            "peak_ram": progress.peak_ram,
+            "peak_gpu": progress.peak_gpu,
+            "shards": self.shards,
+        }
+        write_json(self.folder / PROGRESS, state)
+        self._remove_rows({row.folder.name for row in rows.values()})
+        trim()
+
+    def finish(self, output: Path, report: QuantReport, method: Method, bits: BitsConfig) -> None:
+        """Complete the folder and give it its name."""
+        saved.write_recipe(self.folder, self.source.arch, report, self.shards, method=method, bits=bits)
+        self._remove_rows(set())
+        self.folder.rename(output)
+        (output / PROGRESS).unlink()
+
+    def _continue(self) -> Progress | None:
+        """What an earlier attempt left; the folder is emptied where it left nothing to continue from."""
+        path = self.folder / PROGRESS
+        if not path.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            return None
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if others := [key for key in self.job if state["job"].get(key) != self.job[key]]:
+            raise OtherJob(
+                f"{self.folder} is an unfinished quantization with another {', '.join(others)}; remove it, or repeat "
+                "the call that began it"
+            )
+        self.shards = state["shards"]
+        saved.read_outer(self.folder, self.model, "cpu")
+        self._free_outer()
+        for index in range(state["blocks"]):
+            self.model.blocks[index] = saved.read_block(self.folder, index, self.source.arch, "cpu").to("meta")
+        self._remove_rows({entry["row"] for entry in state["inputs"].values()})
+        inputs = {name: self._row(entry) for name, entry in state["inputs"].items()}
+        rows = [LinearRow.from_dict(row) for row in state["rows"]]
+        return Progress(state["blocks"], rows, inputs, state["seconds"], state["peak_ram"], state["peak_gpu"])
+
+    def _row(self, entry: dict[str, Any]) -> Shelf:
+        assert self.memory.folder is not None
+        folder = self.memory.folder / entry["row"]
+        return Shelf(self.memory, folder, keep=True, device=self.device, length=entry["length"])
+
+    def _remove_rows(self, wanted: set[str]) -> None:
+        """Delete all activations on disk but these rows."""
+        assert self.memory.folder is not None
+        for path in self.memory.folder.iterdir() if self.memory.folder.is_dir() else ():
+            if path.name not in wanted:
+                shutil.rmtree(path)
+        if not wanted:
+            shutil.rmtree(self.memory.folder, ignore_errors=True)
+
+    def _free_outer(self) -> None:
+        tied = self.model.head.weight is self.model.embed.weight
+        for module in (self.model.embed, self.model.norm, self.model.head):
+            module.to("meta")
+        if tied:
+            self.model.head.weight = self.model.embed.weight
+
+
+def _digest(batches: Sequence[Batch]) -> str:
+    """SHA-256 over the calibration tokens, sequence by sequence."""
+    digest = hashlib.sha256()
+    for row in (row for batch in batches for row in batch.ids.cpu()):
+        digest.update(json.dumps(row.tolist()).encode())
+    return digest.hexdigest()

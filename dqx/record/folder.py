@@ -1,0 +1,262 @@
+"""The record of a run: one folder that says what was run, on what, and everything that came out.
+
+    config.yaml            the resolved configuration
+    environment.json       versions, platform, device
+    results.json           the summary, by the schema in results.schema.json
+    documents/TASK.jsonl   every document: prediction, score and likelihoods of both models
+    outliers.json          outlier statistics per block and site, of both models
+    activations.safetensors  channel maxima and activation surfaces, of both models
+    quantization.json      one row per linear
+
+Files appear whole or not at all. JSON has no NaN or infinity: such numbers are written as the strings "NaN",
+"Infinity" and "-Infinity", which `float()` reads. `Record` is the same in memory; `RunFolder.read` gives it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+
+from dqx.common.files import file_name, jsonable, write_json, write_text
+from dqx.common.names import approximations
+from dqx.common.tensors import write_tensors
+from dqx.diagnostics import activations
+from dqx.diagnostics.activations import OutlierStats
+from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.record import deltas
+from dqx.record.deltas import Delta
+
+SCHEMA = Path(__file__).with_name("results.schema.json")
+SCHEMA_VERSION = 4
+#: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step.
+READABLE = (1, 2, 3, 4)
+ACTIVATIONS = "activations.safetensors"
+SIDES = ("full_precision", "quantized")
+
+
+@dataclass
+class Record:
+    """Everything a run has to say. `deltas` are computed from the results where they are not given."""
+
+    config: dict[str, Any]  # resolved
+    environment: dict[str, Any]
+    model: dict[str, Any]  # at least name and fingerprint
+    full_precision: dict[str, TaskResult]
+    quantized: dict[str, TaskResult]
+    quantization: dict[str, Any]  # QuantReport.to_dict()
+    outliers: dict[str, OutlierStats] = field(default_factory=dict)  # by side; empty where not measured
+    activations: Mapping[str, Tensor] = field(default_factory=dict)  # SIDE/BLOCK/SITE/channel_max [C] or surface [T, C]
+    fidelity: dict[str, Any] = field(default_factory=dict)  # predictions against full precision; empty: not measured
+    calibration_text: str | None = None  # fingerprint of the tokens of the calibration windows, before they are masked
+    mask_ratio: float | None = None  # share of masked tokens in the calibration windows
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    memory: dict[str, Any] = field(default_factory=dict)  # bytes: limit, peak, and peak by stage
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)  # side -> task -> computed or reused
+    choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
+    command: str | None = None  # how to run it again
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    warnings: list[str] = field(default_factory=list)  # where the run could not do exactly what was asked
+    mirror: dict[str, Any] = field(default_factory=lambda: {"state": "not written"})
+    deltas: list[Delta] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.deltas = self.deltas or deltas.compare(self.full_precision, self.quantized)
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What makes the sampler approximate, in short names."""
+        sampler = _at(self.config, "model", "sampler") or {}
+        return approximations(sampler.get("threshold"), sampler.get("cache"))
+
+    @property
+    def average_bits(self) -> float | None:
+        return self.quantization.get("average_bits")
+
+    def results(self) -> dict[str, Any]:
+        """What results.json says."""
+        tasks = {}
+        for name, before in self.full_precision.items():
+            sides = {
+                side: _cost(getattr(self, side)[name]) | {"source": self.sources.get(side, {}).get(name, "computed")}
+                for side in SIDES
+            }
+            tasks[name] = {"category": before.category, "metric": before.metric, "n": before.n, **sides}
+        config = self.config
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": self.created,
+            "command": self.command,
+            "choices": self.choices,
+            "model": self.model,
+            "method": _at(config, "method", "name"),
+            "variant": _at(config, "method", "variant") or None,
+            "bits": _at(config, "bits", "name"),
+            "average_bits": self.average_bits,
+            "calibration": {**config["calib"], "fingerprint": self.calibration_text, "mask_ratio": self.mask_ratio}
+            if config.get("calib")
+            else None,
+            "steps": _at(config, "steps", "count"),
+            "limit": _at(config, "task", "limit"),
+            "seed": config.get("seed"),
+            "tasks": tasks,
+            "deltas": [row.to_dict() for row in self.deltas],
+            "outliers": {side: activations.summary(stats) for side, stats in self.outliers.items()},
+            "fidelity": self.fidelity,
+            "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
+            "timings": self.timings,
+            "memory": self.memory,
+            "warnings": self.warnings,
+            "mirror": self.mirror,
+        }
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def start(self, config: Any, environment: Mapping[str, Any]) -> None:
+        """Write config.yaml and environment.json, so that a run that fails later has left what it was.
+
+        Results that an earlier run has left here are removed: they are not of this one.
+        """
+        (self.path / "results.json").unlink(missing_ok=True)
+        text = yaml.safe_dump(jsonable(config), sort_keys=False, allow_unicode=True)
+        write_text(self.path / "config.yaml", text)
+        write_json(self.path / "environment.json", environment)
+
+    def write(self, record: Record) -> None:
+        """Write every file of the record; results.json last, so that it stands for a finished run."""
+        self.start(record.config, record.environment)
+        for name, before in record.full_precision.items():
+            rows = _paired_rows(before, record.quantized[name])
+            lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            write_text(self.path / "documents" / f"{file_name(name)}.jsonl", "".join(lines))
+        write_json(self.path / "outliers.json", {side: stats.to_dict() for side, stats in record.outliers.items()})
+        write_json(self.path / "quantization.json", record.quantization)
+        if record.activations:
+            write_tensors(self.path / ACTIVATIONS, record.activations)
+        else:
+            (self.path / ACTIVATIONS).unlink(missing_ok=True)
+        self.write_results(record)
+
+    def write_results(self, record: Record) -> None:
+        """Write results.json alone, again where it exists (after the mirror has reported)."""
+        write_json(self.path / "results.json", record.results())
+
+    def read(self, documents: bool = True) -> Record:
+        """The record that `write` wrote, without its documents where a table is all that is wanted.
+
+        Raises OSError or ValueError for a folder without a finished run.
+        """
+        if not (self.path / "results.json").is_file():
+            raise FileNotFoundError(f"{self.path} holds no finished run: there is no results.json")
+        results = self._json("results.json")
+        version = results.get("schema_version")
+        if version not in READABLE:
+            raise ValueError(
+                f"{self.path / 'results.json'} has schema version {version}; "
+                f"this version of dqx reads {' and '.join(map(str, READABLE))}"
+            )
+        sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
+        for name, task in results["tasks"].items():
+            rows = self._rows(name) if documents or version == 1 else []
+            for side, found in sides.items():
+                cost = {k: v for k, v in task[side].items() if k != "source"}
+                cost["value"] = float(cost["value"])
+                found[name] = TaskResult(
+                    name=name,
+                    category=task["category"],
+                    metric=task["metric"],
+                    n=task["n"],
+                    documents=[DocumentRow.from_dict({**row, **row[side]}) for row in rows],
+                    **cost,
+                )
+        return Record(
+            config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
+            environment=self._json("environment.json"),
+            model=results["model"],
+            quantization=self._json("quantization.json"),
+            outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
+            activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
+            calibration_text=(results["calibration"] or {}).get("fingerprint"),
+            mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
+            fidelity=results.get("fidelity", {}),
+            timings=results["timings"],
+            memory=results.get("memory", {}),
+            sources={
+                side: {name: task[side].get("source", "computed") for name, task in results["tasks"].items()}
+                for side in SIDES
+            },
+            choices=results["choices"],
+            command=results["command"],
+            created=results["created"],
+            warnings=results["warnings"],
+            mirror=results["mirror"],
+            deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
+            **sides,
+        )
+
+    def _rows(self, task: str) -> list[dict[str, Any]]:
+        lines = (self.path / "documents" / f"{file_name(task)}.jsonl").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+
+    def _json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118  the file object itself cannot be searched
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        with safe_open(self.path, framework="pt") as file:
+            return iter(list(file.keys()))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _cost(result: TaskResult) -> dict[str, Any]:
+    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")}
+
+
+def _at(config: Mapping[str, Any], group: str, key: str) -> Any:
+    return (config.get(group) or {}).get(key)
+
+
+def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
+    other = {row.doc_id: row for row in after.documents}
+    return [
+        {
+            "doc_id": row.doc_id,
+            "target": row.target,
+            "truncated": row.truncated,
+            "full_precision": _outcome(row),
+            "quantized": _outcome(other[row.doc_id]),
+        }
+        for row in before.documents
+    ]
+
+
+def _outcome(row: DocumentRow) -> dict[str, Any]:
+    kept = ("score", "prediction", "answer", "log_likelihoods")
+    return {key: getattr(row, key) for key in kept}

@@ -1,0 +1,135 @@
+"""What became of the runs of one launch, in whichever process or on whichever machine they ran.
+
+Nothing is told through memory: in a run's folder `results.json` stands for a finished run, `failure.json` says why a
+run ended without one, and a run that left neither was killed or never started. What an earlier launch has left in the
+folder does not count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FILE = "failure.json"
+RESULTS = "results.json"
+LOG = "run.log"
+KILLED = "it was killed"  # or is still running, where another launch has started it
+
+#: Settings with which less memory is taken when they are lower.
+SMALLER = "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers)"
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
+
+#: The run folders of this process's launch, in order; the sweepers and single runs fill it in.
+launched: list[Path] = []
+_found: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were there before, by what changes with them
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ended without results."""
+
+    reason: str
+    refused: bool = False  # a mistake in the configuration or the files it names, told before anything heavy started
+
+    @classmethod
+    def of(cls, problems: Sequence[str], *, refused: bool = False) -> Failure:
+        """The first of the problems, and how many there are besides."""
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        return cls(problems[0] + more, refused)
+
+    def write(self, folder: Path) -> None:
+        from dqx.common.files import write_json
+
+        write_json(folder / FILE, asdict(self))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, reused (nothing had to be computed), failed, refused, interrupted, not started."""
+
+    state: str
+    reason: str = ""
+
+
+class RunFailed(Exception):
+    """A run has failed and said so. Stands for the error itself, which another process may be unable to unpickle."""
+
+
+class RunEnded(Exception):
+    """A run that did not end by itself: why it was ended or is gone, and the traceback where there is one."""
+
+    def __init__(self, reason: str, traceback: str = ""):
+        super().__init__(reason)
+        self.traceback = traceback
+
+
+def expect(folders: Iterable[Path]) -> None:
+    """The runs of these folders are launched now."""
+    for folder in folders:
+        launched.append(folder)
+        _found.update({(folder, name): _state(folder / name) for name in (FILE, RESULTS, LOG)})
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _is_new(folder: Path, name: str) -> bool:
+    """Whether a file is of this launch."""
+    state = _state(folder / name)
+    return state is not None and state != _found.get((folder, name))
+
+
+def failures(folders: Sequence[Path]) -> dict[Path, Failure]:
+    """The runs without results, and why."""
+    found = {}
+    for folder in folders:
+        if _is_new(folder, FILE):
+            found[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        elif not _is_new(folder, RESULTS):
+            found[folder] = Failure(KILLED if _has_started(folder) else "it did not start")
+    return found
+
+
+def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, Outcome]:
+    """How every run ended; `interrupted` is whether the launch was."""
+    failed = failures(folders)
+    return {folder: _outcome(folder, failed.get(folder), interrupted) for folder in folders}
+
+
+def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> Outcome:
+    if failure is None:
+        return Outcome("reused" if _is_reused(folder) else "finished")
+    if _is_new(folder, FILE):
+        return Outcome("refused" if failure.refused else "failed", failure.reason)
+    if not _has_started(folder):
+        return Outcome("not started")
+    return Outcome("interrupted") if interrupted else Outcome("failed", failure.reason)
+
+
+def _has_started(folder: Path) -> bool:
+    return _is_new(folder, LOG) if _found.get((folder, LOG)) else folder.exists()
+
+
+def _is_reused(folder: Path) -> bool:
+    """Whether a finished run had nothing to compute."""
+    tasks = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["tasks"].values()
+    return all(task[side].get("source") == "reused" for task in tasks for side in ("full_precision", "quantized"))
+
+
+def why(error: BaseException) -> str:
+    """An error in one line; where memory was short, with what takes less."""
+    import traceback
+
+    told = "".join(traceback.format_exception_only(error)).strip()
+    first = f"{type(error).__name__}: {told.partition(': ')[2] or 'no message'}".splitlines()[0]
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if short or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)):
+        return f"out of memory ({first}); lower {SMALLER}"
+    return told

@@ -1,0 +1,94 @@
+"""Two runs against each other, document by document: what another setting of the same model cost or gained.
+
+    dqx compare RUN OTHER --show 5
+
+A run's own table compares its quantized model with its full-precision one. This one compares the full-precision
+models of two runs, and their quantized ones: a sampler that approximates with one that does not, fewer denoising steps
+with more, one calibration with another. A delta is OTHER minus RUN, with the interval, test and verdict of
+`dqx/record/deltas.py`; verdicts are corrected over the tasks of a table. Tasks that only one run has are left out.
+Below each table stand documents whose score changed, with what both models answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.text import Text
+
+from dqx.evaluate.results import TaskResult
+from dqx.record.compare import compare, costs, differences, flips
+from dqx.record.folder import Record, RunFolder
+from dqx.report import delta_legend, delta_table, visible
+
+SHOWN = 3  # flipped documents printed of each task
+LONGEST = 600  # characters printed of an output
+
+
+def flip_lines(name: str, before: TaskResult, after: TaskResult, show: int) -> Iterator[str]:
+    """How many documents of a task flipped, and some of them with both outputs."""
+    found = flips(before, after)
+    if not found or not show:
+        return
+    lost = sum(flip.lost for flip in found)
+    yield f"{name}: {lost} lost, {len(found) - lost} gained" + (f"; {show} of them:" if len(found) > show else ":")
+    for flip in found[:show]:
+        what = "lost" if flip.lost else "gained"
+        yield f"  {visible(flip.before.doc_id)}, {what}; target {_output(flip.before.target)}"
+        yield f"    first run,  score {flip.before.score:g}: {_output(flip.before.prediction)}"
+        yield f"    second run, score {flip.after.score:g}: {_output(flip.after.prediction)}"
+
+
+def _output(text: str | None) -> str:
+    """An output on one line, without anything that a terminal would obey."""
+    if text is None:
+        return "not recorded"
+    more = f" ... ({len(text) - LONGEST} characters more)" if len(text) > LONGEST else ""
+    return visible(text[:LONGEST]).replace("\n", "\\n").replace("\t", "\\t") + more
+
+
+def print_comparison(before: Record, after: Record, console: Console, show: int = SHOWN) -> None:
+    """Print what differs; for each side a table, its costs, and up to `show` flipped documents of each task."""
+    changed = list(differences(before.config, after.config))
+    for line in changed or ["The two runs have the same settings."]:
+        console.print(Text(visible(line), style="bold"), soft_wrap=True)
+    tables = compare(before, after)
+    for side, rows in tables.items():
+        console.print(Text(f"\n{side.replace('_', ' ') if len(tables) > 1 else 'both sides'}\n"))
+        console.print(delta_table(rows, "first\nrun", "second\nrun"))
+        sides = getattr(before, side), getattr(after, side)
+        for line in costs(*sides):
+            console.print(Text(line), soft_wrap=True)
+        for name in (row.name for row in rows if row.kind == "task"):
+            for line in flip_lines(name, sides[0][name], sides[1][name], show):
+                console.print(Text(line), soft_wrap=True)
+    console.print()
+    for line in delta_legend(next(iter(tables.values()))):
+        console.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Two runs against each other, document by document.",
+        epilog="Example: dqx compare runs/2026-11-20/12-00-00-000000-nano_llada-gptq-w3a16 runs/2026-11-20/OTHER",
+    )
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("other", help="folder of the run that is compared with it")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=SHOWN,
+        metavar="N",
+        help=f"flipped documents printed of each task ({SHOWN}); 0: none",
+    )
+    arguments = parser.parse_args()
+    console = Console(highlight=False, emoji=False, width=max(120, Console().width))
+    try:
+        before, after = (RunFolder(folder).read() for folder in (arguments.run, arguments.other))
+        print_comparison(before, after, console, arguments.show)
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
+        sys.exit(2)

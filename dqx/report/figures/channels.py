@@ -1,0 +1,80 @@
+"""Channel maxima: how far the largest channels stand above the others, before and after.
+
+Channels are sorted by their largest |x|, each side by its own, and both axes are logarithmic: a model without outliers
+gives a flat line, and the few channels that a quantizer stumbles over stand at the left. Their numbers are written in.
+"""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dqx.models.transformer import SITES
+from dqx.record.folder import Record
+from dqx.report.figures import style
+from dqx.report.figures.axes import tick_plainly
+from dqx.report.figures.captions import SITE_NAMES, what_ran, windows
+from dqx.report.figures.sheet import Caption, legend, sheet
+
+MOST_BLOCKS = 3
+ROOM = 4.0  # times the highest line, for the names above it
+NAMED = 3  # largest channels of each side
+
+
+def channel_maxima(record: Record) -> dict[str, Figure]:
+    """`channel_maxima`: blocks down, sites across; empty where nothing was kept."""
+    kept = {name for name in record.activations if name.endswith("/channel_max")}
+    if not kept:
+        return {}
+    blocks = first_middle_last({int(name.split("/")[1]) for name in kept})
+    caption = Caption(
+        "Largest |x| of every channel, before and after",
+        what_ran(record),
+        f"Over {windows(record)}, as the linears read it, after rotations and scalings. Channels sorted by their "
+        f"largest |x|; in the corners the numbers of the {NAMED} largest channels.",
+    )
+    figure = sheet(caption, 0.35 + 1.3 * len(blocks), legend_rows=1)
+    grid = figure.subplots(len(blocks), len(SITES), sharex="col", sharey="col", squeeze=False)
+    for row, block in zip(grid, blocks, strict=True):
+        for axes, site in zip(row, SITES, strict=True):
+            _panel(axes, record, block, site)
+        row[0].set_ylabel(f"block {block}\nlargest |x|")
+    for axes, site in zip(grid[0], SITES, strict=True):
+        axes.set_title(SITE_NAMES[site])
+    for axes in grid[-1]:
+        axes.set_xlabel("channel, by rank")
+    for axes in grid[0]:
+        axes.set_ylim(top=ROOM * axes.get_ylim()[1])
+    for axis in (axis for axes in grid[0] for axis in (axes.xaxis, axes.yaxis)):
+        tick_plainly(axis)
+    legend(figure, grid[0], columns=2)
+    return {"channel_maxima": figure}
+
+
+def first_middle_last(blocks: set[int]) -> list[int]:
+    """At most three of the blocks."""
+    order = sorted(blocks)
+    return order if len(order) <= MOST_BLOCKS else [order[0], order[len(order) // 2], order[-1]]
+
+
+def _panel(axes: Axes, record: Record, block: int, site: str) -> None:
+    axes.set(xscale="log", yscale="log")
+    for i, side in enumerate(style.SIDES):
+        maxima = record.activations.get(f"{side.key}/{block}/{site}/channel_max")
+        if maxima is None:
+            continue
+        heights, order = maxima.double().sort(descending=True, stable=True)
+        axes.plot(range(1, len(heights) + 1), _drawable(heights), label=side.label, **side.line)
+        names = ", ".join(str(c) for c in order[:NAMED].tolist())
+        axes.text(
+            0.98, 0.97 - 0.13 * i, names, size=5.5, color=side.line["color"], ha="right", va="top",
+            transform=axes.transAxes,
+        )  # fmt: skip
+
+
+def _drawable(heights: Tensor) -> list[float]:
+    """Zeros and what is not finite have no place on a logarithmic axis."""
+    return [x if 0 < x < math.inf else math.nan for x in heights.tolist()]

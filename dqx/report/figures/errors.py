@@ -1,0 +1,114 @@
+"""How far predictions have moved: against denoising step and mask ratio, and when free generation goes its own way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dqx.record.folder import Record
+from dqx.report.figures import style
+from dqx.report.figures.axes import from_zero, mask_ratios_on_top
+from dqx.report.figures.captions import what_ran
+from dqx.report.figures.sheet import Caption, legend, sheet
+
+#: Key in the record -> label, factor.
+CURVES = {"divergence": ("KL to full precision, nats", 1.0), "agreement": ("top-1 agreement, %", 100.0)}
+COMMITS = {
+    "commit_flips": {"label": "another token", **style.CYCLE[2]},
+    "commit_delays": {"label": "stays masked", **style.CYCLE[3]},
+}
+RANDOM = {"label": "random masks", **style.CYCLE[0]}
+OWN = {"label": "the sampler's states", **style.CYCLE[1]}
+MOST_MARKERS = 32  # of a line
+SHARES = 105  # percent: where axes of shares end that are mostly near 100
+
+KL = "KL: mean KL(full precision || quantized) over masked tokens; top-1: the most probable token is the same."
+CHANGED = " Commits: of the tokens that full precision commits in a step, those that quantized would change."
+FREE = " Last: of {documents} answers of {tokens} tokens that each model writes by itself, those still the same."
+STATES = " Both models see the states that full precision visits ({positions} masked tokens compared at first)."
+
+
+def by_step(record: Record) -> dict[str, Figure]:
+    """`divergence_by_step`: KL, agreement, changed commits, and how many answers are still the same."""
+    rows, answers = record.fidelity.get("by_step"), record.fidelity.get("answers")
+    if not rows:
+        return {}
+    caption = Caption(
+        "Predictions against full precision, by denoising step",
+        what_ran(record),
+        KL + STATES.format(**rows[0]) + CHANGED + (FREE.format(**answers) if answers else ""),
+    )
+    figure = sheet(caption, 3.6 if answers else 2.0)
+    panels = figure.subplots(2, 2).ravel() if answers else figure.subplots(1, 3)
+    steps = [row["step"] for row in rows]
+    for axes, key in zip(panels, CURVES, strict=False):
+        _curve(axes, steps, rows, key, style.CYCLE[1])
+    _commits(panels[2], steps, rows)
+    for axes in panels[:3]:
+        axes.set_xlabel("denoising step")
+        mask_ratios_on_top(axes, steps, [row["mask_ratio"] for row in rows])
+    if answers:
+        _same_so_far(panels[3], answers)
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return {"divergence_by_step": figure}
+
+
+def by_mask_ratio(record: Record) -> dict[str, Figure]:
+    """`divergence_by_mask_ratio`: random masks, and beside them the states of the sampler where they were looked at."""
+    random, own = (record.fidelity.get(key) or [] for key in ("by_mask_ratio", "by_step"))
+    if not random:
+        return {}
+    caption = Caption(
+        "Predictions against full precision, by mask ratio",
+        what_ran(record),
+        f"{KL} Random masks: {random[0]['positions']} masked tokens per ratio."
+        + (f" The sampler's states: those that full precision visits.{CHANGED}" if own else ""),
+    )
+    figure = sheet(caption, 1.9, legend_rows=1)
+    panels = figure.subplots(1, len(CURVES) + bool(own))
+    for axes, key in zip(panels, CURVES, strict=False):
+        for rows, line in ((random, RANDOM), (own, OWN)):
+            _curve(axes, [100 * row["mask_ratio"] for row in rows], rows, key, line)
+    if own:
+        _commits(panels[-1], [100 * row["mask_ratio"] for row in own], own)
+    for axes in panels:
+        axes.set(xlabel="masked, %", xlim=(-3, 103))
+    legend(figure, panels[:1], columns=2)
+    return {"divergence_by_mask_ratio": figure}
+
+
+def _curve(axes: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]], key: str, line: dict[str, Any]) -> None:
+    """One measure of both models' predictions; nothing without rows."""
+    label, factor = CURVES[key]
+    if rows:
+        _line(axes, x, [factor * float(row[key]) for row in rows], line)
+    axes.set_ylabel(label)
+    from_zero(axes, SHARES if key == "agreement" else None)
+
+
+def _commits(axes: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]]) -> None:
+    """Which commits change, and how; None where a step commits nothing."""
+    for key, line in COMMITS.items():
+        _line(axes, x, [math.nan if row[key] is None else 100 * row[key] for row in rows], line)
+    axes.set_ylabel("commits, %")
+    from_zero(axes, SHARES)
+    axes.legend(loc="upper right")
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], line: dict[str, Any]) -> None:
+    axes.plot(x, y, markevery=1 + len(y) // MOST_MARKERS, clip_on=False, **line)
+
+
+def _same_so_far(axes: Axes, answers: dict[str, Any]) -> None:
+    """The share of answers that do not differ yet, after 0, 1, ... steps."""
+    first = answers["first_diverging_step"]
+    after = range(answers["steps"] + 1)
+    same = [100 * sum(step is None or step > done for step in first) / len(first) for done in after]
+    axes.step(after, same, where="post", color=style.BLUE)
+    axes.set(xlabel="steps done, each model by itself", ylabel="answers still the same, %", ylim=(0, SHARES))

@@ -1,0 +1,77 @@
+"""What figures of many runs say in the same words: scores of a group of runs, and what was run.
+
+Groups are those of reports (`dqx/report/gather.py`): runs that were evaluated in the same way; seeds make one cell,
+whose interval is over documents.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from statistics import fmean
+
+from dqx.evaluate.spec import NLL
+from dqx.record.deltas import Delta
+from dqx.report.gather import Group, Row
+
+NAMED = 6  # tasks; more are counted
+
+
+def complete(group: Group) -> list[Row]:
+    """The rows whose average is over all tasks of the group: others cannot be compared with them."""
+    return [row for row in group.rows if set(row.deltas) >= set(group.tasks)]
+
+
+def left_out(group: Group) -> str:
+    """How many rows are not shown."""
+    count = len(group.rows) - len(complete(group))
+    return f" {count} {'setting' if count == 1 else 'settings'} without all tasks left out." if count else ""
+
+
+def nats(group: Group) -> bool:
+    """Whether scores are nats per token, of which fewer are better; else they are shares."""
+    return all(result.metric == NLL for result in group.full_precision.values())
+
+
+def unit(group: Group) -> float:
+    """Factor from a score to the number shown."""
+    return 1.0 if nats(group) else 100.0
+
+
+def score(group: Group) -> str:
+    """The score's name with its unit."""
+    average = "mean " if len(group.tasks) > 1 else ""
+    return f"{average}nats per token" if nats(group) else f"{average}accuracy, %"
+
+
+def full_precision(group: Group) -> float:
+    """The score of full precision, in the unit shown."""
+    return unit(group) * fmean(group.full_precision[task].value for task in group.tasks)
+
+
+def quantized(group: Group, delta: Delta) -> tuple[float, float, float]:
+    """A score and its interval, in the unit shown and within what a score can be; NaN without an interval."""
+    low, high = (math.nan if x is None else delta.full_precision + x for x in (delta.low, delta.high))
+    if nats(group):
+        return delta.quantized, low, high
+    return 100 * delta.quantized, 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def what_ran(groups: list[Group]) -> str:
+    """Model, tasks, documents, steps, calibration and seeds of groups that differ in their steps alone, if at all."""
+    group = groups[0]
+    records = [run.record for each in groups for row in each.rows for run in row.cell.runs]
+    counts = {(record.config.get("steps") or {}).get("count") for record in records}
+    steps = [str(count) for count in sorted(c for c in counts if c is not None)] + ["own"] * (None in counts)
+    texts = sorted({str(c.get("text")) for record in records if (c := record.config.get("calib"))})
+    seeds = sorted({int(record.config["seed"]) for record in records})
+    documents = sum(result.n for result in group.full_precision.values())
+    tasks = ", ".join(group.tasks) if len(group.tasks) <= NAMED else f"{len(group.tasks)} tasks"
+    parts = [
+        re.sub(r", \d+ steps", "", group.name),
+        f"{tasks}: {documents} documents",
+        "each task's own steps" if counts == {None} else f"{', '.join(steps)} steps",
+        *([f"calibrated on {', '.join(texts)}"] if texts else []),
+        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}",
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,113 @@
+"""Outliers while an answer is written: block by denoising step, and by what a token is to the model."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dqx.diagnostics.activations import PartStats
+from dqx.models.transformer import SITES
+from dqx.record.folder import Record
+from dqx.report.figures import style
+from dqx.report.figures.axes import from_zero, mask_ratios_on_top, tick_plainly
+from dqx.report.figures.captions import SITE_NAMES, what_ran
+from dqx.report.figures.heat import heat_map, masked
+from dqx.report.figures.measures import MEASURES, Measure
+from dqx.report.figures.sheet import Caption, legend, sheet
+
+MOST_MARKERS = 12  # of a line
+CLASSES = ("prompt", "committed", "masked")
+STATES = "States that full precision visits while it writes, the same for both sides"
+
+
+def by_step(record: Record) -> dict[str, Figure]:
+    """`outliers_by_step` and, where there are massive values, `massive_by_step`."""
+    parts = {side: [p for p in found if p.step is not None] for side, found in _parts(record).items()}
+    return {f"{m.name}_by_step": _by_step(record, m, parts) for m in MEASURES if _shown(m, parts)}
+
+
+def by_class(record: Record) -> dict[str, Figure]:
+    """`outliers_by_class` and, where there are massive values, `massive_by_class`."""
+    parts = {side: [p for p in found if p.step is None] for side, found in _parts(record).items()}
+    return {f"{m.name}_by_class": _by_class(record, m, parts) for m in MEASURES if _shown(m, parts)}
+
+
+Parts = dict[style.Side, list[PartStats]]
+
+
+def _parts(record: Record) -> Parts:
+    return {side: record.outliers[side.key].parts for side in style.SIDES if side.key in record.outliers}
+
+
+def _shown(measure: Measure, parts: Parts) -> list[str]:
+    """The sites at which there is something to see."""
+    return [
+        site for site in SITES if any(measure.of(p) > 0 for found in parts.values() for p in found if p.site == site)
+    ]
+
+
+def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
+    sites = _shown(measure, parts)
+    caption = Caption(
+        f"{measure.title} by block and denoising step",
+        what_ran(record),
+        f"{STATES}. Colours: {measure.label}, one scale for both sides of a site"
+        f"{'; logarithmic' if measure.log else ', white: none'}. {_definition(record, measure)}",
+    )
+    figure = sheet(caption, 0.6 + 1.05 * len(sites))
+    grid = figure.subplots(len(sites), len(parts), sharex=True, sharey=True, squeeze=False)
+    for row, site in zip(grid, sites, strict=True):
+        at = {side: [p for p in found if p.site == site] for side, found in parts.items()}
+        norm = measure.norm([measure.of(p) for found in at.values() for p in found])
+        for axes, found in zip(row, at.values(), strict=True):
+            steps, blocks = (sorted({getattr(p, key) for p in found}) for key in ("step", "block"))
+            cells = {(p.block, p.step): measure.of(p) for p in found}
+            values = masked([[cells.get((block, step)) for step in steps] for block in blocks])
+            image = heat_map(axes, values, rows=list(map(str, blocks)), columns=list(map(str, steps)), norm=norm)
+        bar = figure.colorbar(image, ax=list(row), pad=0.01, label=measure.label)
+        if measure.log:
+            tick_plainly(bar.ax.yaxis)
+        row[0].set_ylabel(f"{SITE_NAMES[site]}\nblock")
+    for axes, (side, found) in zip(grid[0], parts.items(), strict=True):
+        axes.set_title(side.label)
+        ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in found))
+        mask_ratios_on_top(axes, range(len(ratios)), list(ratios.values()))
+    for axes in grid[-1]:
+        axes.set_xlabel("denoising step")
+    return figure
+
+
+def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
+    sites = _shown(measure, parts)
+    caption = Caption(
+        f"{measure.title} by what a token is: given, committed by now, or masked",
+        what_ran(record),
+        f"{STATES}; all steps together. {_definition(record, measure)}",
+    )
+    figure = sheet(caption, 0.35 + 1.3 * len(parts), legend_rows=1)
+    grid = figure.subplots(len(parts), len(sites), sharex=True, sharey="col", squeeze=False)
+    for row, (side, found) in zip(grid, parts.items(), strict=True):
+        for axes, site in zip(row, sites, strict=True):
+            for name, line in zip(CLASSES, style.CYCLE, strict=False):
+                of_class = sorted((p for p in found if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
+                marks = {"label": name, "clip_on": False, "markevery": 1 + len(of_class) // MOST_MARKERS}
+                axes.plot([p.block for p in of_class], [measure.of(p) for p in of_class], **marks | line)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        row[0].set_ylabel(f"{side.label}\n{measure.label}")
+    for axes, site in zip(grid[0], sites, strict=True):
+        axes.set_title(SITE_NAMES[site])
+        if measure.log:
+            axes.set_yscale("log", nonpositive="mask")
+            tick_plainly(axes.yaxis)
+        else:
+            from_zero(axes)
+    for axes in grid[-1]:
+        axes.set_xlabel("block")
+    legend(figure, grid[0], columns=3)
+    return figure
+
+
+def _definition(record: Record, measure: Measure) -> str:
+    limits = next(iter(record.outliers.values())).thresholds
+    absolute, relative = f"{limits.massive_absolute:g}", f"{limits.massive_relative:g}"
+    return "" if measure.log else f"Massive: |x| >= {absolute} and >= {relative} x the site's median."

@@ -1,0 +1,246 @@
+"""Everything that is wrong with a run, as far as it can be told without reading a weight, and all of it at once.
+
+Each part of the project judges its own settings (`Method.problems`, `Sampler.problems`, `task_problems`,
+`calib_problems`, `inspect`); this module asks them all, and adds the checks that need two groups at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dqx.common.devices import DTYPES, device_problems, dispatch_problems, dtype_of, pick_device
+from dqx.common.names import did_you_mean
+from dqx.common.parts import build_part, part_problems
+from dqx.config.compose import as_part, resolve
+from dqx.config.schema import Config
+from dqx.data.calibration import calib_problems
+from dqx.data.masking import masking_problems
+from dqx.evaluate.problems import task_problems
+from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.models.tokenizer import tokenizer_problem
+from dqx.models.transformer import Architecture
+from dqx.quant.method import Method
+from dqx.study.estimate.memory import memory_problems, pools
+
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+def problems(config: Config, arch: Architecture | None = None) -> list[str]:
+    """All problems in the order of the config groups, each once; empty when the run can start.
+
+    With `arch` the model is judged by that architecture, and what only the machine that runs it must have, the
+    checkpoint and the device, is not looked at.
+    """
+    found = [*_number_problems(config), *_name_problems(config)]
+    if arch is None:
+        found += device_problems(config.model.device)
+    found += dispatch_problems(config.dispatch, config.model.device, here=arch is None)
+    if not config.model.sampler:
+        found.append("model.sampler is empty; choose a model, or set its _target_")
+    sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
+    method_problems = part_problems(as_part(config.method), "method")
+    found += sampler_problems + method_problems
+    sampler = None if sampler_problems or not config.model.sampler else build_part(config.model.sampler)
+    method = None if method_problems else build_part(as_part(config.method))
+
+    task = config.task
+    from_tasks = task_problems(
+        task.suite,
+        data_root=config.data_root,
+        steps=config.steps.count if (config.steps.count or 0) > 0 else None,  # else told above
+        sampler=sampler,
+        limit=task.limit,
+        chat=config.model.chat,
+        likelihood=config.likelihood,
+    )
+    found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
+    if method is None or reads_text(config, method):
+        found += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
+
+    if not config.model.path.strip():
+        return _once(found)
+    if arch is not None:
+        found += _architecture_problems(config, arch)
+        found += [] if method is None else method.problems(config.bits, arch)
+        return _once(found)
+    if found and not _is_local(config.model.path):
+        found.append(
+            f"(model.path={config.model.path} was not looked at, to download nothing for a run that cannot start)"
+        )
+        return _once(found)
+    try:
+        checkpoint = inspect(config.model.path, config.model.revision)
+    except CheckpointError as error:
+        return _once([*found, str(error)])
+    found += _checkpoint_problems(config, checkpoint)
+    found += _architecture_problems(config, checkpoint.arch)
+    if method is not None:
+        found += method.problems(config.bits, checkpoint.arch)
+    if not found:  # what a run needs can be told of one that works
+        dtype = dtype_of(config.model.dtype) or checkpoint.stored_dtype()
+        found += memory_problems(pools(config, checkpoint.arch, dtype, pick_device(config.model.device)))
+    return _once(found)
+
+
+def problems_before_launch(config: Config, *, elsewhere: bool = False) -> list[str]:
+    """All problems of a run that this machine only launches, if it is computed `elsewhere`.
+
+    Then the device is not looked at, and of a checkpoint that is not here nothing but its config.json on the hub;
+    where that cannot be had, the run alone can tell.
+    """
+    if not elsewhere:
+        return problems(config)
+    try:
+        return problems(
+            config, read_config(locate(config.model.path, config.model.revision, files=("config.json",)))[1]
+        )
+    except CheckpointError:
+        return []
+
+
+def reads_text(config: Config, method: Method) -> bool:
+    """Whether a run needs calibration text: for its method, or to measure outliers."""
+    return method.needs_data or config.outliers.samples > 0
+
+
+def _once(found: list[str]) -> list[str]:
+    return list(dict.fromkeys(found))
+
+
+def _is_local(path: str) -> bool:
+    return not path or path.startswith(PACKAGED) or Path(path).expanduser().exists() or path.count("/") != 1
+
+
+def _number_problems(config: Config) -> Iterator[str]:
+    at_least = {
+        "seed": (config.seed, 0),
+        "calib.samples": (config.calib.samples, 1),
+        "calib.length": (config.calib.length, 1),
+        "steps.count": (config.steps.count, 1),
+        "model.mask_token_id": (config.model.mask_token_id, 0),
+        "model.outliers.channels": (config.model.outliers.channels, 0),
+        "outliers.samples": (config.outliers.samples, 0),
+        "outliers.steps": (config.outliers.steps, 0),
+        "fidelity.samples": (config.fidelity.samples, 0),
+        "fidelity.length": (config.fidelity.length, 16),
+        "fidelity.gen_length": (config.fidelity.gen_length, 1),
+        "fidelity.steps": (config.fidelity.steps, 0),
+        "wandb.documents": (config.wandb.documents, 0),
+    }
+    if config.seed >= 2**63:
+        yield f"seed={config.seed} must be below 2^63"
+    for key, (value, low) in at_least.items():
+        if value is not None and value < low:
+            yield f"{key}={value} must be {low} or more"
+    above_zero = {
+        "model.outliers.gain": config.model.outliers.gain,
+        "outliers.channel_ratio": config.outliers.channel_ratio,
+        "outliers.massive_absolute": config.outliers.massive_absolute,
+        "outliers.massive_relative": config.outliers.massive_relative,
+    }
+    if config.cache_max_gb is not None and not config.cache_max_gb >= 0:
+        yield f"cache_max_gb={config.cache_max_gb} must be 0 or more, or null for no limit"
+    if config.hang_minutes is not None and not config.hang_minutes > 0:
+        yield f"hang_minutes={config.hang_minutes:g} must be above 0, or null for no limit"
+    for key, number in above_zero.items():
+        if not (number > 0 and math.isfinite(number)):
+            yield f"{key}={number} must be a number above 0"
+    for key, limit in (("memory.ram_gb", config.memory.ram_gb), ("memory.gpu_gb", config.memory.gpu_gb)):
+        if limit is not None and not (limit > 0 and math.isfinite(limit)):
+            yield f"{key}={limit} must be a number above 0, or null for what the machine has"
+
+
+def _name_problems(config: Config) -> Iterator[str]:
+    for key, text in {
+        "model.path": config.model.path,
+        "data_root": config.data_root,
+        "calib.text": config.calib.text,
+    }.items():
+        if text is not None and not text.strip():
+            yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
+    one_of = {
+        "model.family": (config.model.family, tuple(FAMILIES)),
+        "model.dtype": (config.model.dtype, DTYPES),
+        "wandb.mode": (config.wandb.mode, WANDB_MODES),
+    }
+    for key, (value, known) in one_of.items():
+        if value not in known:
+            yield f"{key}={value} is unknown; {did_you_mean(value, known)}"
+    if Path(config.cache_dir).exists() and not Path(config.cache_dir).is_dir():
+        yield f"cache_dir={config.cache_dir} is a file; give a folder, it is made where it does not exist"
+
+
+def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
+    """What the folder is not or does not have: another family, no tokenizer, no chat template."""
+    model, arch = config.model, checkpoint.arch
+    if model.family in FAMILIES and arch.family != model.family:
+        yield (
+            f"model.family={model.family}, but {checkpoint.folder / 'config.json'} is of family {arch.family}; "
+            f"choose a model of that family, for example model={EXAMPLES[arch.family]} model.path={model.path}"
+        )
+    missing = tokenizer_problem(checkpoint.folder)
+    if missing:
+        yield missing
+    elif model.chat and not _has_chat_template(checkpoint.folder):
+        yield (
+            f"model.chat=true, but {checkpoint.folder} has no chat template (chat_template in tokenizer_config.json, "
+            f"or {TEMPLATE_FILES[0]}); set model.chat=false for a base model"
+        )
+
+
+def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
+    """Numbers that the model is too small for."""
+    model = config.model
+    if model.mask_token_id is not None and model.mask_token_id >= arch.vocab_size:
+        yield (
+            f"model.mask_token_id={model.mask_token_id} lies outside the vocabulary of {arch.vocab_size}; "
+            f"null takes the checkpoint's own, {arch.mask_token_id}"
+        )
+    if config.calib.length > arch.max_length:
+        yield (
+            f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "
+            f"choose {arch.max_length} or less"
+        )
+    fidelity = config.fidelity
+    positions = max(fidelity.length, fidelity.length // 2 + fidelity.gen_length)
+    if fidelity.samples > 0 and positions > arch.max_length:
+        yield (
+            f"fidelity.length={fidelity.length} and fidelity.gen_length={fidelity.gen_length} take {positions} "
+            f"positions, more than the model's {arch.max_length}; choose less, or fidelity.samples=0"
+        )
+    for name, spec in config.task.suite.items():
+        if spec.kind == "text" and spec.length is not None and spec.length >= arch.max_length:
+            yield (
+                f"task.suite.{name}.length={spec.length} and a start token are more than the model's "
+                f"{arch.max_length} positions; choose {arch.max_length - 1} or less"
+            )
+    channels = min(arch.hidden_size, arch.mlp_size)
+    if model.outliers.channels > channels:
+        yield f"model.outliers.channels={model.outliers.channels} is more than the model's {channels} channels"
+    absent = [block for block in config.outliers.surfaces or () if not 0 <= block < arch.n_blocks]
+    if absent:
+        yield (
+            f"outliers.surfaces={config.outliers.surfaces} names blocks that the model has not: "
+            f"{', '.join(map(str, absent))}; it has 0 to {arch.n_blocks - 1}"
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in TEMPLATE_FILES):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def validate(config: Config | DictConfig) -> list[str]:
+    """Everything that is wrong with a run, as far as can be told without reading a weight."""
+    return problems(config if isinstance(config, Config) else resolve(config))

@@ -1,0 +1,255 @@
+"""What a run has to hold at its most expensive moments, in bytes, and whether there is room for it.
+
+Weights are counted exactly. Evaluating takes besides them the activations of a batch, as the engine and the scorer plan
+it. Quantizing takes the working copies of what is rounded at once, the sums of squares of one site with their factors,
+the activations of one window, and, of all windows, the inputs and outputs of the current block for every stream and
+what a scale search reads. From disk (`dqx/quant/checkpoint/on_disk.py`) only one block is held in place of the weights,
+or embedding and head, and what belongs to all windows can lie in files. Both ways give the same numbers: which one a
+run takes follows from `memory.ram_gb` and `memory.gpu_gb`.
+
+These are estimates. LLaDA-8B from disk: 3.9 GB with RTN and 5.1 GB with GPTQ, where 3.54 and 3.59 GB were measured.
+D2Quant's search for dual scales holds more than is counted: twice as much, on a block a quarter as wide. A run
+that has taken more than a setting allows says so in its record; on a GPU it ends with torch's OutOfMemoryError.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dqx.common.devices import process_count
+from dqx.common.memory import GB
+from dqx.config.compose import build
+from dqx.config.schema import Config
+from dqx.diffusion.batches import token_bytes
+from dqx.diffusion.engine import row_bytes
+from dqx.formats.bits import BitsConfig
+from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer
+from dqx.quant.method import Method
+from dqx.study.estimate.speed import batch_rows, block_parameters
+from dqx.study.estimate.work import Work, fidelity_work, outlier_work, task_work
+
+#: Copies in float32 of the linears of a site while they are rounded and judged.
+COPIES = 5
+#: Matrices as wide as a site's input, for a statistic: the sum, its factor, and room to factor.
+FACTORS = {"hessian": 3, "cross": 4}
+#: RAM of a process besides: Python, the libraries, and what the C library keeps of freed memory.
+FIXED = 800_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes where the model is: the weights, and what comes on top while quantizing and while evaluating."""
+
+    weights: int
+    quantizing: int = 0
+    evaluating: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.quantizing, self.evaluating)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The RAM of a process, or its GPU's memory: bytes that may be taken, and that the parts of a run need."""
+
+    name: str  # ram, gpu
+    setting: float | None  # memory.ram_gb, memory.gpu_gb
+    limit: int
+    evaluating: int
+    in_memory: int  # quantizing the loaded model
+    from_disk: int  # quantizing block by block, all activations in files
+    shared_by: int = 1  # processes that have as much each; together they have what the machine has
+
+    @property
+    def least(self) -> int:
+        """What the run cannot do without."""
+        return max(self.evaluating, min(self.in_memory, self.from_disk))
+
+
+def pools(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device) -> list[Pool]:
+    """What a run needs where, beside what it may take; the RAM comes first."""
+    memory, settings = of_run(config, arch, dtype, device, smallest=True), config.memory
+    outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
+    working = block + _working_bytes(config, arch, dtype)
+    evaluating, in_memory = memory.weights + memory.evaluating, memory.weights + memory.quantizing
+    count = (
+        1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)
+    )  # a worker is told its own share
+    limit = _limit(settings.ram_gb, machine_bytes() // count)
+    if device.type != "cuda":
+        from_disk = max(sum(outer) + max(outer), working) if memory.quantizing else 0
+        return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk, count)]
+    staged = FIXED + 2 * max(*outer, block)  # tensors on their way to a file, or from one
+    from_disk = max(sum(outer), working) if memory.quantizing else 0
+    there = _limit(settings.gpu_gb, device_bytes(device))
+    return [
+        Pool("ram", settings.ram_gb, limit, staged, staged, staged, count),
+        Pool("gpu", settings.gpu_gb, there, evaluating, in_memory, from_disk),
+    ]
+
+
+def streams_from_disk(found: Sequence[Pool]) -> bool:
+    """Whether the model is quantized from disk because it does not fit together with what quantizing it needs."""
+    return any(pool.in_memory > pool.limit for pool in found)
+
+
+def room_for_activations(found: Sequence[Pool]) -> int:
+    """Bytes of RAM for calibration activations while the model is quantized from disk; the others go to files."""
+    return max(0, found[0].limit - found[0].from_disk)
+
+
+def memory_problems(found: Sequence[Pool]) -> Iterator[str]:
+    """Why a run cannot start."""
+    for pool in found:
+        if pool.least <= pool.limit:
+            continue
+        needed = (
+            f"about {gigabytes(pool.least)} are needed ({gigabytes(pool.evaluating)} to evaluate the model, "
+            f"{gigabytes(pool.from_disk)} to quantize it from disk, block by block)"
+        )
+        remedy = "choose a smaller model.dtype or likelihood.batch_tokens, or a machine with more"
+        if pool.setting is not None:
+            least = math.ceil(pool.least / GB * 100) / 100
+            yield f"memory.{pool.name}_gb={pool.setting:g} is too little: {needed}; give {least:g} or more"
+        else:
+            kind = pool.name.upper()
+            there = f"there are for each of {pool.shared_by} processes" if pool.shared_by > 1 else "there are"
+            fewer = "fewer processes (dispatch), or " if pool.shared_by > 1 else ""
+            yield f"the run does not fit into the {gigabytes(pool.limit)} of {kind} {there}: {needed}; {fewer}{remedy}"
+
+
+def exceeded(found: Sequence[Pool], peak: dict[str, int]) -> Iterator[str]:
+    """What has taken more than a setting allows, for the record."""
+    for pool in found:
+        if pool.setting is not None and peak[pool.name] > pool.limit:
+            yield f"memory.{pool.name}_gb={pool.setting:g}, but {gigabytes(peak[pool.name])} were taken"
+
+
+def of_run(
+    config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device, *, smallest: bool = False
+) -> Memory:
+    """Of a run whose configuration has no other problems.
+
+    Batches are those that keep the device busy; with `smallest` the least a GPU can do with, where they adapt to what
+    there is.
+    """
+    sampler = build(config.model.sampler)
+    works = [
+        task_work(spec, sampler, limit=config.task.limit, chat=config.model.chat, likelihood=config.likelihood)
+        for spec in config.task.suite.values()
+    ]
+    fidelity = config.fidelity
+    works += [outlier_work(1, config.calib.length)] if config.outliers.samples else []
+    if fidelity.samples:
+        works += fidelity_work(1, fidelity.length, fidelity.gen_length, steps=1, states=1, guided=False)
+    one = smallest and device.type == "cuda"
+    rows = [(work, 1 if one else batch_rows(work, device.type)) for work in works if work is not None]
+    quantizing = _working_bytes(config, arch, dtype) + _stored_bytes(config, arch, dtype)
+    return Memory(
+        weights=weight_bytes(arch, dtype),
+        quantizing=quantizing if changes(build(config.method), config.bits) else 0,
+        evaluating=evaluating_bytes(arch, dtype, rows),
+    )
+
+
+def changes(method: Method, bits: BitsConfig) -> bool:
+    """Whether a method at these bits quantizes or transforms anything."""
+    return bool(method.transforms) or any(
+        (method.rounding_of(role) is not None and bits.rounds_weight(role))
+        or (method.quantizes_input(role) and bits.rounds_input(role))
+        for role in ROLES
+    )
+
+
+def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """All parameters, a tied head once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in MaskedDiffusionTransformer(arch).parameters()) * dtype.itemsize
+
+
+def _outer_bytes(arch: Architecture, dtype: torch.dtype) -> tuple[int, int]:
+    """Embedding and head."""
+    embed = arch.vocab_size * arch.hidden_size * dtype.itemsize
+    return embed, 0 if arch.tied_head else embed
+
+
+def _working_bytes(config: Config, arch: Architecture, dtype: torch.dtype) -> int:
+    """While one block is quantized, on top of its weights."""
+    method = build(config.method)
+    largest = max(sum(arch.in_features(r) * arch.out_features(r) for r in roles) for roles in SITES.values())
+    if not method.streams(config.bits):
+        return COPIES * largest * 4
+    parts = [method.rounding, *method.rounding_by_role.values(), *method.corrections.values()]
+    needs = {name for part in parts if part is not None for name in part.needs}
+    factors = sum(count for name, count in FACTORS.items() if name in needs)
+    wide = max(arch.hidden_size, arch.mlp_size)
+    return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, config.calib.length, 0)
+
+
+def _stored_bytes(config: Config, arch: Architecture, dtype: torch.dtype) -> int:
+    """The activations of all calibration windows that are held at a time."""
+    method, calib = build(config.method), config.calib
+    windows = sum(1 if stream == "mean" else calib.samples for stream in method.streams(config.bits))
+    widths = [
+        arch.in_features(SITES[site][0])
+        for transform in method.block_transforms.values()
+        for site, needs in transform.needs.items()
+        if "inputs" in needs
+    ]
+    return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * calib.length * dtype.itemsize
+
+
+def evaluating_bytes(arch: Architecture, dtype: torch.dtype, works: Iterable[tuple[Work, int]]) -> int:
+    """The largest batch of all work, each with its number of sequences, as engine and scorer estimate it."""
+    return max((rows * _sequence_bytes(arch, dtype, work) for work, rows in works), default=0)
+
+
+def _sequence_bytes(arch: Architecture, dtype: torch.dtype, work: Work) -> int:
+    if work.kind == "generation":
+        return row_bytes(arch, work.length, round(work.read))
+    return work.length * token_bytes(arch, dtype.itemsize, work.length, work.target / work.length)
+
+
+def _limit(setting: float | None, there: int) -> int:
+    return there if setting is None else int(setting * GB)
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of a GPU, or the RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_bytes()
+
+
+def machine_bytes() -> int:
+    """RAM for each of the run's processes here: the machine's, or its control group's (container, Slurm job)."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    root = Path("/sys/fs/cgroup")
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                group = root / line.removeprefix("0::/")
+                found += [bytes_ for folder in (group, *group.parents) if (bytes_ := _group_limit(folder))]
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _group_limit(folder: Path) -> int | None:
+    with suppress(OSError):
+        text = (folder / "memory.max").read_text().strip()
+        return int(text) if text.isdigit() else None
+    return None
+
+
+def gigabytes(number: float) -> str:
+    """Bytes with two digits: 8.6 MB, 16 GB."""
+    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
+    value = number / size
+    return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"

@@ -1,0 +1,191 @@
+"""How many sequences go through the model, counted as the evaluation engine needs them.
+
+Likelihood: the draws of a target of L tokens repeat, so that the number of *different* states is counted, by its
+expectation over the draws of `mask_states`; and choices of one length after one prompt share the state that masks all
+of a target (those of one token are a single sequence). What choices share beyond that, having tokens in common, is
+not counted.
+
+Generation: answers are taken to be as long as those in the data, and a row stops when its answer has ended. The block
+in which it ends is written from the most confident token on, so that this happens anywhere between the answer's own
+tokens and the whole block: half way is counted. Dream's sampler has one block. `at_most` is the whole schedule;
+samplers with a confidence threshold need less.
+
+N draws, L tokens of a target, C tokens of it that are masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dqx.diagnostics.fidelity import RATIOS
+from dqx.diffusion.noise import generator
+from dqx.diffusion.samplers.base import Sampler
+from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.spec import TaskSpec, steps_of
+from dqx.study.estimate.sizes import SIZES, TEXT_TOKENS, BenchmarkSize
+
+CHAT_TOKENS = 20  # that a chat template adds to a prompt, about
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences of one length that one kind of work sends through the model.
+
+    `read` of the positions of each are scored or ranked, on average. `forwards` are expected, `at_most` is what they
+    cannot exceed where texts are as long as assumed. `draws` are those of one likelihood; 0: none is estimated.
+    """
+
+    kind: str  # likelihood, generation, or plain: one sequence at a time without a head
+    forwards: float
+    at_most: int
+    length: int
+    read: float = 0.0
+    draws: int = 0
+    target: int = 0  # likelihood: mean tokens of a target
+    documents: int = 1
+    each: str = ""  # "256 steps", "4 choices x 128 draws"
+    programs: int = 0  # run in the sandbox
+    batch: int | None = None  # sequences at a time, where the config says so
+
+    @property
+    def tokens(self) -> float:
+        return self.forwards * self.length
+
+
+def task_work(
+    spec: TaskSpec,
+    sampler: Sampler,
+    *,
+    limit: int | None = None,
+    steps: int | None = None,
+    chat: bool = False,
+    likelihood: LikelihoodSettings | None = None,
+) -> Work | None:
+    """One evaluation of a task; None where its size is not known."""
+    if spec.kind == "text":
+        return _text(spec, limit)
+    size = SIZES.get(spec.harness)
+    if size is None:
+        return None
+    documents = size.documents if limit is None else min(limit, size.documents)
+    prompt = size.prompt(spec) + (CHAT_TOKENS if chat else 0)
+    if spec.kind == "likelihood":
+        return _likelihood(spec, size, documents, prompt, likelihood or LikelihoodSettings())
+    return _generation(spec, size, documents, prompt, sampler, steps_of(spec, steps) or spec.gen_length or 0)
+
+
+def _likelihood(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, settings: LikelihoodSettings) -> Work:
+    draws = spec.mc_samples or 1
+    share = documents / size.documents
+    answers = sum(n for n, _ in size.answers.values())
+    target = sum(length * n for length, (n, _) in size.answers.items()) / answers
+    forwards = masked = 0.0
+    for length, (n, prompts) in size.answers.items():
+        by_count = different_states(length, draws, exact=settings.exact)
+        needed = n * sum(by_count.values()) - (n - prompts) * by_count[length]
+        forwards += needed
+        masked += n * sum(count * states for count, states in by_count.items())
+    choices = round(answers / size.documents)
+    longest = sum(n * min(draws, 2**length - 1) for length, (n, _) in size.answers.items())
+    return Work(
+        "likelihood",
+        forwards=forwards * share,
+        at_most=math.ceil(longest * share),
+        length=prompt + round(target),
+        read=masked / forwards,
+        draws=draws,
+        target=max(1, round(target)),
+        batch=settings.batch_tokens and max(1, settings.batch_tokens // (prompt + round(target))),
+        documents=documents,
+        each=f"{choices} choices x {draws} draw{'s' if draws > 1 else ''}",
+    )
+
+
+def different_states(length: int, draws: int, *, exact: bool = False) -> dict[int, float]:
+    """The expected number of different states of a target, by how many of its tokens they mask.
+
+    `mask_states` puts N points at equal distances on a circle and shifts them at random: each of the L counts has
+    floor(N / L) of them, and one more with the probability of the remainder. Of M = C(L, C) states n draws find
+    M (1 - (1 - 1/M)^n). With `exact` all states are enumerated where there are no more than N.
+    """
+    if exact and 2**length - 1 <= draws:
+        return {count: float(math.comb(length, count)) for count in range(1, length + 1)}
+    if length == 1:
+        return {1: 1.0}
+    fewest, more = divmod(Fraction(draws, length), 1)
+    return {
+        count: float(1 - more) * _found(math.comb(length, count), fewest)
+        + float(more) * _found(math.comb(length, count), fewest + 1)
+        for count in range(1, length + 1)
+    }
+
+
+def _found(states: int, draws: int) -> float:
+    """How many of so many equally likely states are expected among the draws."""
+    if states == 1 or draws == 0:
+        return float(min(states, draws))
+    return -states * math.expm1(draws * math.log1p(-1 / states))
+
+
+def _generation(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, sampler: Sampler, steps: int) -> Work:
+    gen_length = spec.gen_length or 0
+    block = sampler.block_length(spec.block_length)
+    schedule = len(sampler.calls(gen_length, block, steps, generator(0, "schedule")))
+    written = _written({length: n for length, (n, _) in size.answers.items()}, gen_length, block or gen_length)
+    return Work(
+        "generation",
+        forwards=documents * schedule * written,
+        at_most=documents * schedule,
+        length=prompt + gen_length,
+        read=((block or gen_length) + 1) / 2,
+        documents=documents,
+        each=f"{steps} steps",
+        programs=documents if spec.category == "code" else 0,
+        batch=spec.batch_size,
+    )
+
+
+def _written(answers: Mapping[int, int], gen_length: int, block: int) -> float:
+    """The share of the new tokens that is written before a row stops, on average."""
+    total = 0.0
+    for length, n in answers.items():
+        last = min(math.ceil(length / block) * block, gen_length)
+        total += n * (min(length, gen_length) + last) / 2
+    return total / (gen_length * sum(answers.values()))
+
+
+def _text(spec: TaskSpec, limit: int | None) -> Work | None:
+    tokens = TEXT_TOKENS.get(spec.text or "")
+    if tokens is None or not spec.length or not spec.mc_samples:
+        return None
+    windows = min(n for n in (tokens // spec.length, spec.windows, limit) if n is not None)
+    by_count = different_states(spec.length, spec.mc_samples)
+    return Work(
+        "likelihood",
+        forwards=windows * sum(by_count.values()),
+        at_most=windows * spec.mc_samples,
+        length=spec.length + 1,
+        read=(spec.length + 1) / 2,
+        draws=spec.mc_samples,
+        target=spec.length,
+        documents=windows,
+        each=f"{spec.mc_samples} draw{'s' if spec.mc_samples > 1 else ''}",
+    )
+
+
+def outlier_work(samples: int, length: int) -> Work:
+    """Windows, or denoising states, whose activations are looked at."""
+    return Work("plain", samples, samples, length)
+
+
+def fidelity_work(samples: int, length: int, gen_length: int, *, steps: int, states: int, guided: bool) -> list[Work]:
+    """The predictions that are compared: every mask ratio, then answers of so many steps, and on `states` of them.
+
+    Guidance takes two passes of a step, and of a state a third for its hidden states.
+    """
+    ratios = samples * len(RATIOS)
+    written = samples * (steps + states + (steps + 2 * states if guided else 0))
+    return [Work("plain", ratios, ratios, length), Work("plain", written, written, length // 2 + gen_length)]

@@ -1,0 +1,209 @@
+"""What an artefact depends on. Its facts stand in it in plain text, and a hash of them is its name.
+
+A model at full precision is the checkpoint (fingerprint of config and weights), dtype, device (the GPU's name, or the
+CPU's vector instructions), planted outliers and mask token. A quantized one is that, the method, the widths, the
+calibration (its settings and every token of it), the seed, the sources that quantize and the version of torch: by these
+facts it is found without being made. What is measured on it depends on its digest besides: all of its tensors and the
+settings of its modules.
+
+The result of a task depends on
+
+- the model, and the content of the checkpoint's other data files (tokenizer, chat template);
+- the task's whole spec, how likelihoods are estimated or the number of denoising steps, the sampler, the seed, the
+  limit, chat template use;
+- data_root by relative path, size and time of change of its files, not by their content. Without data_root the
+  data come from the hub's cache, of which nothing is checked: set reuse=false after a dataset has changed;
+- the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
+  transformers, tokenizers, datasets and lm-eval.
+
+Outlier statistics depend on the model, every token it is shown (text and denoising states), the thresholds and the
+blocks whose surface is kept; denoising states on the model at full precision, the sampler, the prompts, the number of
+new tokens and of steps, and the seed; predictions on the model, the sampler, every token and position they are asked
+for, the answers of full precision, and the seed; rollouts on the model, the sampler, the text's tokens, the seed and
+the settings of `calib`; all of them on the sources that measure and the version of torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqx.common.digest import _content, _listing, code_version, digest
+from dqx.common.environment import package_version
+from dqx.common.files import jsonable
+from dqx.common.tensors import tensor_digest
+from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.spec import TaskSpec, steps_of
+
+EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
+QUANTIZING = ("models", "formats", "quant", "data/calibration.py", "data/masking.py", "diffusion/noise.py")
+MEASURING = (
+    *("models", "diffusion", "data/masking.py", "diagnostics/fidelity.py"),
+    *(f"diagnostics/activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface")),
+)
+VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
+CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
+
+
+def model_facts(*, fingerprint: str, model: Any, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+    """What a model at full precision is.
+
+    `fingerprint` is `Checkpoint.fingerprint()`, `model` the `model` section of the config (`outliers` and
+    `mask_token_id` are read), `dtype` and `device` those in use.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "fingerprint": fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
+        "outliers": jsonable(model.outliers),
+        "mask_token_id": model.mask_token_id,
+    }
+
+
+def evaluation_facts(
+    *,
+    checkpoint: Path,
+    fingerprint: str,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    limit: int | None,
+    data_root: str | None,
+) -> dict[str, Any]:
+    """What every task's result at full precision depends on, besides the task.
+
+    `checkpoint` is the folder; of `model`, `chat` and `sampler` are read besides. Others as for `model_facts`.
+    """
+    return {
+        **model_facts(fingerprint=fingerprint, model=model, dtype=dtype, device=device),
+        "texts": _content(path for pattern in CHECKPOINT_TEXTS for path in checkpoint.glob(pattern)),
+        "chat": model.chat,
+        "sampler": jsonable(model.sampler),
+        "seed": seed,
+        "limit": limit,
+        "data": None if data_root is None else _listing(Path(data_root)),
+        "code": EVALUATION_CODE,
+        "versions": {name: package_version(name) for name in VERSIONS},
+    }
+
+
+def quantization_facts(
+    original: Mapping[str, Any], *, method: Any, bits: Any, calib: Any, calibration: Sequence[Any], seed: int
+) -> dict[str, Any]:
+    """What a quantized model depends on. `original` has the facts of the model at full precision.
+
+    `method`, `bits` and `calib` are sections of the config, `calib` null for methods that read no text, `calibration`
+    its batches.
+    """
+    return {
+        "original": dict(original),
+        "method": jsonable(method),
+        "bits": jsonable(bits),
+        "calib": jsonable(calib),
+        "calibration": tokens_digest(calibration),
+        "seed": seed,
+        **_measured_by(QUANTIZATION_CODE),
+    }
+
+
+def outlier_facts(
+    model: Mapping[str, Any],
+    *,
+    batches: Sequence[Any],
+    thresholds: Any,
+    states: Sequence[Any] = (),
+    surfaces: Sequence[int] = (),
+) -> dict[str, Any]:
+    """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
+    shown = {"tokens": tokens_digest(batches), "thresholds": jsonable(thresholds), "surfaces": list(surfaces)}
+    shown["states"] = [
+        {
+            "ids": tensor_digest([("ids", state.ids)]),
+            "step": state.step,
+            "prompt": state.prompt,
+            "ratio": state.mask_ratio,
+        }
+        for state in states
+    ]
+    return {"model": dict(model), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def prediction_facts(
+    model: Mapping[str, Any], *, sampler: Any, questions: Sequence[Any], rollout: Any, seed: int
+) -> dict[str, Any]:
+    """What predictions on `questions` depend on, and how far they are from those of full precision.
+
+    `model` as for `outlier_facts`; `rollout` has the answers of full precision.
+    """
+    asked = tensor_digest(
+        (f"{i}.{name}", tensor)
+        for i, question in enumerate(questions)
+        for name, tensor in (("ids", question.ids), ("compared", question.compared))
+    )
+    at = [None if question.state is None else question.state.step for question in questions]
+    answers = tensor_digest([("ids", rollout.ids)])
+    shown = {"questions": asked, "at": at, "answers": answers, "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def answer_facts(
+    model: Mapping[str, Any], *, sampler: Any, prompts: Tensor, gen_length: int, steps: int, seed: int
+) -> dict[str, Any]:
+    """What the answers that a model writes after `prompts` depend on, in all their states."""
+    asked = {"prompts": tensor_digest([("ids", prompts)]), "gen_length": gen_length, "steps": steps, "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **asked, **_measured_by(MEASUREMENT_CODE)}
+
+
+def rollout_facts(model: Mapping[str, Any], *, sampler: Any, calib: Any, windows: Tensor, seed: int) -> dict[str, Any]:
+    """What the states that a model's sampler visits depend on, from the `windows` of text on."""
+    shown = {"calib": jsonable(calib), "tokens": tensor_digest([("ids", windows)]), "seed": seed}
+    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+
+
+def _measured_by(code: str) -> dict[str, Any]:
+    return {"code": code, "versions": {"torch": package_version("torch")}}
+
+
+def task_facts(name: str, spec: TaskSpec, steps: int | None, likelihood: LikelihoodSettings) -> dict[str, Any]:
+    """What a task's result depends on of its own. `steps` is the run's number of denoising steps, null the task's."""
+    facts: dict[str, Any] = jsonable(spec) | {"name": name, "steps": steps_of(spec, steps)}
+    if spec.kind == "likelihood":
+        facts["likelihood"] = likelihood.deciding()
+    if spec.text is not None and Path(spec.text).expanduser().is_file():
+        facts["content"] = _content([Path(spec.text).expanduser()])
+    return facts
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of a model as it computes: parameters and buffers with name, dtype and shape, and its modules' settings."""
+    settings = {name: _settings(module) for name, module in model.named_modules()}
+    return digest([settings, tensor_digest([*model.named_parameters(), *model.named_buffers()])])
+
+
+def tokens_digest(batches: Sequence[Any]) -> str:
+    """Hash of calibration batches: every token, and the share of masks."""
+    return tensor_digest(
+        (f"{i}.{name}", tensor)
+        for i, batch in enumerate(batches)
+        for name, tensor in (("ids", batch.ids), ("mask_ratio", batch.mask_ratio))
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    """What a module holds besides tensors and modules: grids, ranges found in calibration, clip ratios."""
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    return {key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in plain.items()}
+
+
+#: Of the sources as they are when they are loaded: what is edited during a run is for the next one.
+EVALUATION_CODE, QUANTIZATION_CODE, MEASUREMENT_CODE = map(code_version, (EVALUATING, QUANTIZING, MEASURING))
