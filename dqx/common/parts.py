@@ -18,11 +18,25 @@ from dqx.common.names import did_you_mean
 
 RESERVED = ("_target_", "_convert_")
 SIMPLE = (bool, int, float, str)
+#: Where classes are that older configurations, bundles and quantized folders name: former `_target_` -> present one.
+MOVED = {
+    "dqx.diffusion.llada.LLaDASampler": "dqx.diffusion.samplers.llada.LLaDASampler",
+    "dqx.diffusion.dream.DreamSampler": "dqx.diffusion.samplers.dream.DreamSampler",
+}
 
 
 def build_part(part: Mapping[str, Any]) -> Any:
     """The object a part describes, its own parts included. Call `part_problems` first to hear of mistakes."""
-    return instantiate(dict(part), _convert_="all")
+    return instantiate(_present(part), _convert_="all")
+
+
+def _present(part: Any) -> Any:
+    """A part, and the parts inside it, with the classes where they are now."""
+    if not isinstance(part, Mapping):
+        return part
+    target = part.get("_target_")
+    renamed = {} if target is None else {"_target_": MOVED.get(target, target)}
+    return {key: _present(value) for key, value in part.items()} | renamed
 
 
 def part_problems(part: Any, where: str) -> list[str]:
@@ -60,7 +74,7 @@ def part_problems(part: Any, where: str) -> list[str]:
 
 def locate(target: str) -> Any:
     """The class at a dotted path. Raises whatever its import raises."""
-    module, _, name = target.rpartition(".")
+    module, _, name = MOVED.get(target, target).rpartition(".")
     return getattr(import_module(module), name)
 
 

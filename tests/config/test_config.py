@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dqx.common.parts import RESERVED, fits, locate, part_problems
+from dqx.common.parts import MOVED, RESERVED, build_part, fits, locate, part_problems
 from dqx.config.command_line import normalize
 from dqx.config.compose import as_part, build, compose, resolve, select, suite
 from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, choices
@@ -390,3 +390,11 @@ def test_methods_are_recombined_on_the_command_line(overrides: list[str], expect
         else:
             assert type(found).__name__ == names
     assert validate(config) == []
+
+
+def test_parts_of_older_configurations_are_found_where_they_are_now() -> None:
+    for old, new in MOVED.items():
+        name = new.rpartition(".")[2]
+        assert part_problems({"_target_": old}, "part") == []
+        assert type(build_part({"_target_": old})) is type(build_part({"_target_": new})) is locate(new)
+        assert locate(old).__name__ == name
