@@ -32,10 +32,10 @@ __all__ = [
 _LAZY = {
     "Method": "method",
     "QuantReport": "report",
-    "load_quantized": "saved",
+    "load_quantized": "checkpoint.folder",
     "quantize": "loop",
-    "quantize_checkpoint": "on_disk",
-    "save_quantized": "saved",
+    "quantize_checkpoint": "checkpoint.on_disk",
+    "save_quantized": "checkpoint.folder",
 }
 
 
