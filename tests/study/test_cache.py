@@ -131,11 +131,16 @@ def test_changed_files_make_another_result(folder: Path, file: str) -> None:
 
 
 def test_code_version_follows_the_sources_it_is_asked_for(tmp_path: Path) -> None:
-    for name in ("models", "quant", "evaluate/tasks"):
+    for name in ("models", "quant", "formats", "evaluate/tasks"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "models" / "a.py").write_text("x = 1")
     versions = [(code_version(keys.EVALUATING, tmp_path), code_version(keys.QUANTIZING, tmp_path))]
-    for file, text in (("quant/b.py", "y"), ("models/a.py", "2"), ("evaluate/tasks/t.yaml", "k: v"), ("calib.py", "1")):
+    for file, text in (
+        ("quant/b.py", "y"),
+        ("models/a.py", "2"),
+        ("evaluate/tasks/t.yaml", "k: v"),
+        ("formats/c.py", "1"),
+    ):
         (tmp_path / file).write_text(text)
         versions.append((code_version(keys.EVALUATING, tmp_path), code_version(keys.QUANTIZING, tmp_path)))
     evaluating, quantizing = zip(*versions, strict=True)
@@ -146,10 +151,11 @@ def test_code_version_follows_the_sources_it_is_asked_for(tmp_path: Path) -> Non
 
 
 def test_sources_that_are_asked_for_exist() -> None:
-    package = PACKAGE
-    assert all((package / name).exists() for name in (*keys.EVALUATING, *keys.QUANTIZING, *keys.MEASURING))
-    measuring = {path.stem for path in (package / "activations").glob("*.py")} - {"__init__", "findings"}
-    assert {f"activations/{name}.py" for name in measuring} < set(keys.MEASURING)
+    assert all((PACKAGE / name).exists() for name in (*keys.EVALUATING, *keys.QUANTIZING, *keys.MEASURING))
+    measuring = {path.stem for path in (PACKAGE / "diagnostics/activations").glob("*.py")}
+    measuring -= {"__init__", "findings"}
+    assert measuring
+    assert {f"diagnostics/activations/{name}.py" for name in measuring} < set(keys.MEASURING)
 
 
 @pytest.mark.parametrize("pair", [("gptq", "w3a16"), ("smoothquant_as_published", "w8a8"), ("quarot", "w4a4")], ids=str)
