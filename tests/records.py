@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from dqx.common.environment import environment
-from dqx.diagnostics.activations import measure
+from dqx.diagnostics.activations import measure_activations
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
 from dqx.record.folder import Record
@@ -37,7 +37,7 @@ def outlier_stats(seed=0, gain=1.0):
     initialise(net, torch.Generator().manual_seed(seed))
     net.requires_grad_(False).eval()
     net.blocks[1].mlp_norm.weight[3] = gain
-    return measure(net, [SimpleNamespace(ids=torch.arange(1, 25).view(2, 12))])
+    return measure_activations(net, [SimpleNamespace(ids=torch.arange(1, 25).view(2, 12))])
 
 
 def fidelity():

@@ -27,7 +27,7 @@ from dqx.benchmarks.cases import MODELS, scaled
 from dqx.benchmarks.sweep import launch
 from dqx.config.schema import FidelityConfig, OutlierConfig
 from dqx.data.calibration import CalibBatch
-from dqx.diagnostics.activations import default_blocks, measure
+from dqx.diagnostics.activations import default_blocks, measure_activations
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.rollout import State, write
 from dqx.diffusion.samplers.llada import LLaDASampler
@@ -80,7 +80,7 @@ def compare(arch: Architecture, *, window: int, prompt: int, gen_length: int, st
     chosen = default_blocks(arch.n_blocks)
 
     def metered(states: list[State]) -> float:
-        return seconds(lambda: measure(model, batches, states=states, surfaces=chosen))
+        return seconds(lambda: measure_activations(model, batches, states=states, surfaces=chosen))
 
     def forwards(shown: Sequence[CalibBatch | State]) -> float:
         return seconds(lambda: [deque(model.hidden_states(each.ids), maxlen=0) for each in shown])

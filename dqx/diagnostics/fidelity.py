@@ -90,19 +90,19 @@ class Reference:
         return compare(self, self.predictions, self.rollout)
 
 
-def measure(
+def measure_fidelity(
     model: MaskedDiffusionTransformer,
     sampler: Sampler,
     reference: Reference,
     *,
     seed: int = 0,
-    turn: Callable[[Tensor], Tensor] | None = None,
+    residual_map: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """How far `model` is from full precision, as results.json has it; see `compare` for `turn`."""
+    """How far `model` is from full precision, as results.json has it; see `compare` for `residual_map`."""
     theirs = reference.rollout
     how = {"steps": theirs.steps, "seed": seed}
     rollout = write(model, sampler, theirs.prompts, gen_length=theirs.answers.shape[2], **how)
-    return compare(reference, predict(model, sampler, reference.questions, **how), rollout, turn=turn)
+    return compare(reference, predict(model, sampler, reference.questions, **how), rollout, residual_map=residual_map)
 
 
 def questions(tokens: Tensor, states: Sequence[State], mask_token_id: int, *, seed: int = 0) -> list[Question]:
@@ -224,11 +224,11 @@ def compare(
     predictions: Iterable[Prediction],
     rollout: Rollout,
     *,
-    turn: Callable[[Tensor], Tensor] | None = None,
+    residual_map: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """The measures, as results.json has them, of another model's `predictions` and `rollout`.
 
-    `turn` maps hidden states [L, n, D] of full precision to the coordinates in which the other model has them.
+    `residual_map` maps hidden states [L, n, D] of full precision to the coordinates in which the other model has them.
     """
     by_ratio: list[dict[str, Any]] = []
     by_step: list[dict[str, Any]] = []
@@ -239,7 +239,9 @@ def compare(
             by_ratio.append(row)
             continue
         by_step.append({"step": question.state.step, **row, **_commits(ours, theirs)})
-        ratios_dB.append(sqnr(ours.hidden if turn is None else turn(ours.hidden.double()), theirs.hidden))
+        ratios_dB.append(
+            sqnr(ours.hidden if residual_map is None else residual_map(ours.hidden.double()), theirs.hidden)
+        )
     layers = {
         "steps": [row["step"] for row in by_step],
         "mask_ratios": [row["mask_ratio"] for row in by_step],

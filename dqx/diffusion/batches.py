@@ -36,7 +36,7 @@ class Request:
 
 
 @dataclass
-class Group:
+class SequenceGroup:
     """The sequences that requests with one prefix and targets of one length need, each once.
 
     `rows` [U, L] are the targets with masks, `wanted` [U, L] the positions whose logits are needed. Pair d reads
@@ -64,7 +64,7 @@ class Group:
 class Part:
     """Rows [start, stop) of a group."""
 
-    group: Group
+    group: SequenceGroup
     start: int
     stop: int
 
@@ -76,7 +76,7 @@ class Part:
 Needed = tuple[int, Request, Tensor]
 
 
-def group(needed: Sequence[Needed], mask_token_id: int) -> Group:
+def group(needed: Sequence[Needed], mask_token_id: int) -> SequenceGroup:
     """The group of requests that have one prefix and targets of one length."""
     masked = torch.cat([masks for _, _, masks in needed])
     tokens = torch.cat([request.target.expand(len(masks), -1) for _, request, masks in needed])
@@ -84,7 +84,7 @@ def group(needed: Sequence[Needed], mask_token_id: int) -> Group:
     scored = masked & (tokens != mask_token_id)
     order = row.argsort(stable=True)
     pairs = order.argsort().split([len(masks) for _, _, masks in needed])
-    return Group(
+    return SequenceGroup(
         prefix=needed[0][1].prefix,
         rows=rows,
         wanted=torch.zeros(rows.shape, dtype=torch.long).index_add_(0, row, scored.long()) > 0,
@@ -95,7 +95,7 @@ def group(needed: Sequence[Needed], mask_token_id: int) -> Group:
     )
 
 
-def batches(groups: Iterable[Group], tokens: Callable[[], int]) -> Iterator[list[Part]]:
+def batches(groups: Iterable[SequenceGroup], tokens: Callable[[], int]) -> Iterator[list[Part]]:
     """Rows of consecutive groups: as many as have at most `tokens()` if all are as long as the first; one at least.
 
     A batch that is half full ends where the length changes, so that most need no padding.

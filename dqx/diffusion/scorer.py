@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dqx.diffusion.batches import Group, Part, Request, batches, default_batch_tokens, group, halves
+from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves
 from dqx.diffusion.samplers.base import at_least_float32, count_problems, number_problems, raise_if
 from dqx.diffusion.states import Estimate, make_estimate, n_states
 from dqx.diffusion.stopping import Question, decided, stages
@@ -181,7 +181,7 @@ class _Run:
             self.progress(work - self.told[i])
             self.told[i] = work
 
-    def _groups(self, members: Iterable[int], stride: int) -> Iterator[Group]:
+    def _groups(self, members: Iterable[int], stride: int) -> Iterator[SequenceGroup]:
         """Groups by falling length, made when they are asked for. Requests that need nothing are finished here."""
         together: dict[tuple[int, int, bytes], list[int]] = {}
         for i in members:

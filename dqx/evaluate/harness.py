@@ -1,7 +1,7 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
 Likelihoods are computed in batches over all requests (`dqx/diffusion/scorer.py`), and so are answers written
-(`dqx/diffusion/engine.py`), over several processes and sittings (`sitting.py`). A request's noise is a function of
+(`dqx/diffusion/engine.py`), over several processes and sessions (`session.py`). A request's noise is a function of
 (seed, task, document, choice), so neither the order nor the number of documents matters.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
@@ -34,8 +34,8 @@ from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.journal import Journal
+from dqx.evaluate.session import Document, EvaluationSession, score
 from dqx.evaluate.settings import LikelihoodSettings
-from dqx.evaluate.sitting import Document, Sitting, score
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
@@ -57,9 +57,9 @@ class DiffusionHarness(LM):
     go to the `journal`, and those found there are not computed again. With several processes each has its share of a
     call; then all answers are returned in the main one, and the others raise Answered.
 
-    Over all calls, processes and sittings, `n_forwards` counts sequences through the model, `n_tokens` their
+    Over all calls, processes and sessions, `n_forwards` counts sequences through the model, `n_tokens` their
     tokens that were computed, `n_saved` sequences that were not needed because an answer had ended, `generated` the
-    tokens written (prompts never count). `earlier` has the seconds of earlier sittings, `truncated` the tokens cut from
+    tokens written (prompts never count). `earlier` has the seconds of earlier sessions, `truncated` the tokens cut from
     the left of prompts that did not fit, by (task, document), and `notes` what a reader of the results should know.
     """
 
@@ -147,23 +147,23 @@ class DiffusionHarness(LM):
             batch_tokens=self.likelihood.batch_tokens,
         )
         asked = self._likelihood_requests(requests)
-        sitting = Sitting(documents(requests), [scorer.work(request) for request in asked], self.journal)
+        session = EvaluationSession(documents(requests), [scorer.work(request) for request in asked], self.journal)
 
         def answers(values: dict[int, float]) -> dict[int, tuple[float, bool]]:
-            flags = self._greedy({i: asked[i] for i in values}, sitting) if self.greedy else {}
+            flags = self._greedy({i: asked[i] for i in values}, session) if self.greedy else {}
             return {i: (nats, flags.get(i, False)) for i, nats in values.items()}
 
-        with self._progress_bar(sum(scorer.work(asked[i]) for i in sitting.mine), unit="tokens") as bar:
+        with self._progress_bar(sum(scorer.work(asked[i]) for i in session.mine), unit="tokens") as bar:
             score(
                 scorer,
                 asked,
-                sitting,
+                session,
                 self._questions(requests),
                 answers=answers,
                 known=lambda answer: float(answer[0]),
                 progress=bar.update,
             )
-        return [(float(nats), bool(flag)) for nats, flag in self._gather(sitting)]
+        return [(float(nats), bool(flag)) for nats, flag in self._gather(session)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The generated text of each request, cut before its first stop string or end token.
@@ -172,9 +172,9 @@ class DiffusionHarness(LM):
         """
         prompts = [self._prompt(request) for request in requests]
         work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
-        sitting = Sitting(documents(requests), work, self.journal)
-        with self._progress_bar(len(sitting.todo)) as bar:
-            for indices in alike(requests, sitting.todo):
+        session = EvaluationSession(documents(requests), work, self.journal)
+        with self._progress_bar(len(session.todo)) as bar:
+            for indices in alike(requests, session.todo):
                 settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
                 ending = Ending(self.tokenizer, self.end_tokens, [until] if isinstance(until, str) else until)
@@ -189,33 +189,33 @@ class DiffusionHarness(LM):
                     batch_size=self.batch_size,
                 )
                 for at, answer in engine.stream([prompts[i] for i in indices]):
-                    sitting.spend(
+                    session.spend(
                         n_forwards=answer.n_forwards,
                         n_tokens=answer.n_tokens,
                         n_saved=answer.n_saved,
                         tokens=answer.n_written,
                     )
-                    sitting.note(engine.notes)
-                    sitting.enter({indices[at]: ending.text(answer.ids)})
+                    session.note(engine.notes)
+                    session.enter({indices[at]: ending.text(answer.ids)})
                     bar.update()
-        return [str(text) for text in self._gather(sitting)]
+        return [str(text) for text in self._gather(session)]
 
     # the pieces
 
-    def _gather(self, sitting: Sitting) -> list[Any]:
+    def _gather(self, session: EvaluationSession) -> list[Any]:
         """The answers to all requests, and what they cost. Raises Answered in all processes but the main one."""
-        answers = sitting.gather()
-        self.n_forwards += sitting.spent["n_forwards"]
-        self.n_tokens += sitting.spent["n_tokens"]
-        self.n_saved += sitting.spent["n_saved"]
-        self.generated += sitting.spent["tokens"]
-        self.earlier += sitting.past.spent["nanoseconds"] / 1e9
-        self.notes += sitting.notes + self._draws_note(sitting)
-        if not sitting.processes.main:
+        answers = session.gather()
+        self.n_forwards += session.spent["n_forwards"]
+        self.n_tokens += session.spent["n_tokens"]
+        self.n_saved += session.spent["n_saved"]
+        self.generated += session.spent["tokens"]
+        self.earlier += session.past.spent["nanoseconds"] / 1e9
+        self.notes += session.notes + self._draws_note(session)
+        if not session.processes.main:
             raise Answered
         return answers
 
-    def _greedy(self, asked: Mapping[int, Request], sitting: Sitting) -> dict[int, bool]:
+    def _greedy(self, asked: Mapping[int, Request], session: EvaluationSession) -> dict[int, bool]:
         """`likelihood.greedy_matches` of each request, in batches of targets of one length."""
         flags = {}
         lengths = sorted({len(request.target) for request in asked.values()})
@@ -223,9 +223,9 @@ class DiffusionHarness(LM):
             indices = [i for i, request in asked.items() if len(request.target) == length]
             engine = Engine(self.model, LLaDASampler(), gen_length=length, steps=length, batch_size=self.batch_size)
             for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
-                sitting.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
+                session.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
-            sitting.note(engine.notes)
+            session.note(engine.notes)
         return flags
 
     def _progress_bar(self, total: int, unit: str = "requests") -> tqdm[NoReturn]:
@@ -265,8 +265,8 @@ class DiffusionHarness(LM):
             return []
         return [Question(d.requests, [self.scale(requests[i]) for i in d.requests]) for d in documents(requests)]
 
-    def _draws_note(self, sitting: Sitting) -> list[str]:
-        draws = {int(what.split()[1]): n for what, n in sitting.spent.items() if what.startswith("draws ")}
+    def _draws_note(self, session: EvaluationSession) -> list[str]:
+        draws = {int(what.split()[1]): n for what, n in session.spent.items() if what.startswith("draws ")}
         if not draws:
             return []
         counts = ", ".join(f"{draws[n]} by {n}" for n in sorted(draws))

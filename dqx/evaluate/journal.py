@@ -39,7 +39,7 @@ class Line:
 
 @dataclass
 class Past:
-    """What earlier sittings left."""
+    """What earlier sessions left."""
 
     lines: dict[str, Line] = field(default_factory=dict)  # by document
     spent: Counter[str] = field(default_factory=Counter)  # nanoseconds: of the process that took longest
@@ -62,7 +62,7 @@ class Journal:
         self._broken = False
 
     def read(self) -> Past:
-        """Everything that earlier sittings finished, of all processes. Journals of other evaluations are removed."""
+        """Everything that earlier sessions finished, of all processes. Journals of other evaluations are removed."""
         past = Past()
         for path in self._files():
             lines = self._lines(path)

@@ -26,8 +26,8 @@ from dqx.diffusion.batches import Request
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.evaluate.session import Document, EvaluationSession, score
 from dqx.evaluate.settings import LikelihoodSettings
-from dqx.evaluate.sitting import Document, Sitting, score
 from dqx.evaluate.spec import NLL, TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -86,17 +86,17 @@ def evaluate_text(
     batch_tokens = None if likelihood is None else likelihood.batch_tokens
     scorer = Scorer(model, samples=spec.mc_samples, seed=seed, batch_tokens=batch_tokens)
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
-    sitting = Sitting(documents, [scorer.work(request) for request in requests], journal)
+    session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)
     with tqdm(
-        total=sum(scorer.work(requests[i]) for i in sitting.mine),
+        total=sum(scorer.work(requests[i]) for i in session.mine),
         desc=name,
-        disable=not (progress and sitting.processes.main),
+        disable=not (progress and session.processes.main),
         unit=" tokens",
         unit_scale=True,
         mininterval=1.0 if sys.stderr.isatty() else 60.0,  # a log file keeps every update
     ) as bar:
-        score(scorer, requests, sitting, progress=bar.update)
-    values = [float(nats) for nats in sitting.gather()]
+        score(scorer, requests, session, progress=bar.update)
+    values = [float(nats) for nats in session.gather()]
     rows = [
         DocumentRow(f"{name}/{i}", -value / windows.shape[1], log_likelihoods=[value]) for i, value in enumerate(values)
     ]
@@ -107,8 +107,8 @@ def evaluate_text(
         value=fmean(row.score for row in rows),
         n=len(rows),
         documents=rows,
-        seconds=time.perf_counter() - started + sitting.past.spent["nanoseconds"] / 1e9,
-        n_forwards=sitting.spent["n_forwards"],
-        n_tokens=sitting.spent["n_tokens"],
-        notes=sitting.notes,
+        seconds=time.perf_counter() - started + session.past.spent["nanoseconds"] / 1e9,
+        n_forwards=session.spent["n_forwards"],
+        n_tokens=session.spent["n_tokens"],
+        notes=session.notes,
     )

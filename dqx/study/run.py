@@ -294,14 +294,16 @@ def _outliers(subject: Subject, config: Config, once: Once, watched: Watched) ->
 
     def compute() -> activations.OutlierStats:
         model = subject.lm().model
-        return activations.measure(model, watched.windows, settings, states=watched.states, surfaces=surfaces)
+        return activations.measure_activations(
+            model, watched.windows, settings, states=watched.states, surfaces=surfaces
+        )
 
     def keep(found: activations.OutlierStats) -> None:
         once.store.write_tensors(maps, found.maps)
         once.store.write(numbers, found.to_dict())
 
     found, _ = once.get(numbers, read, compute, keep)
-    return found.spelled(lambda token_id: str(described.tokenizer.decode([token_id])))
+    return found.with_token_texts(lambda token_id: str(described.tokenizer.decode([token_id])))
 
 
 def _reference(subject: Subject, config: Config, once: Once) -> fidelity.Reference:
@@ -342,7 +344,7 @@ def _moved(subject: Subject, config: Config, once: Once, reference: fidelity.Ref
 
     def compute() -> dict[str, Any]:
         turn = rotated(build(config.method), config.bits, lm.checkpoint.arch, seed=seed)
-        return fidelity.measure(subject.lm().model, lm.sampler, reference, seed=seed, turn=turn)
+        return fidelity.measure_fidelity(subject.lm().model, lm.sampler, reference, seed=seed, residual_map=turn)
 
     found, _ = once.value(Key("fidelity", config.model.name, facts), dict[str, Any], compute)
     return found

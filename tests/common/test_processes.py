@@ -20,8 +20,8 @@ from dqx.common.processes import one_model, processes, shares
 from dqx.config.compose import compose, resolve
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
+from dqx.evaluate.session import Document, EvaluationSession
 from dqx.evaluate.settings import LikelihoodSettings
-from dqx.evaluate.sitting import Document, Sitting
 from dqx.record.folder import RunFolder
 from dqx.study.cache.key import Key
 from dqx.study.facts import model_digest
@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_and_a_run_that_goes_on_with_another_number(
     result = evaluated(lm, task, Journal(tmp_path / "task", KEY.facts))
     expected = alone(task)
     same(result, expected)
-    note = f"continued: {len(before)} of 5 documents were finished in earlier sittings"
+    note = f"continued: {len(before)} of 5 documents were finished in earlier sessions"
     assert result["notes"] == [*expected["notes"], note]
     again = launch(
         2, tmp_path / "again", lambda: evaluated(lm, task, Journal(tmp_path / "task", KEY.facts, processes().rank))
@@ -194,12 +194,12 @@ def test_shares_are_balanced_and_a_pure_function() -> None:
 
 def test_a_document_with_another_text_is_not_taken_from_the_journal(tmp_path: Path) -> None:
     documents = [Document("task/0", [0, 1], "text"), Document("task/1", [2], "text")]
-    sitting = Sitting(documents, [1, 1, 1], Journal(tmp_path / "task", KEY.facts))
-    sitting.enter({0: "a"})
+    session = EvaluationSession(documents, [1, 1, 1], Journal(tmp_path / "task", KEY.facts))
+    session.enter({0: "a"})
     assert not list(tmp_path.iterdir())  # not complete
-    sitting.enter({2: "c", 1: "b"})
-    assert sitting.gather() == ["a", "b", "c"]
+    session.enter({2: "c", 1: "b"})
+    assert session.gather() == ["a", "b", "c"]
     changed = [Document("task/0", [0, 1], "another text"), documents[1]]
-    again = Sitting(changed, [1, 1, 1], Journal(tmp_path / "task", KEY.facts))
+    again = EvaluationSession(changed, [1, 1, 1], Journal(tmp_path / "task", KEY.facts))
     assert again.known == {2: "c"}
     assert again.todo == [0, 1]

@@ -10,7 +10,7 @@ from test_outliers import ARCH, batches, model, stored
 from dqx.api import load
 from dqx.config.compose import compose, resolve
 from dqx.data.calibration import CalibBatch
-from dqx.diagnostics.activations import OutlierStats, Thresholds, default_blocks, measure, meter
+from dqx.diagnostics.activations import OutlierStats, Thresholds, default_blocks, measure_activations, meter
 from dqx.diagnostics.activations.meter import PART_MANTISSA_BITS, PartMeter, SiteMeter
 from dqx.diagnostics.activations.moments import Moments
 from dqx.diagnostics.activations.sketch import LogHistogram
@@ -77,7 +77,7 @@ def test_parts_equal_brute_force(monkeypatch, chunk):
     net, shown = model(), states()
     net.blocks[1].mlp_norm.weight[5] = 40.0
     net.blocks[0].attn_norm.weight[[3, 17]] = 8.0
-    stats = measure(net, batches(), SETTINGS, states=shown)
+    stats = measure_activations(net, batches(), SETTINGS, states=shown)
     by_state = [stored(net, [state]) for state in shown]
     row, column = torch.meshgrid(torch.arange(WINDOWS), torch.arange(PROMPT + ANSWER), indexing="ij")
     ids = [torch.stack((row, column, state.ids), dim=-1).flatten(0, 1) for state in shown]
@@ -106,19 +106,21 @@ def test_parts_equal_brute_force(monkeypatch, chunk):
 
 
 def test_rows_do_not_depend_on_states():
-    assert measure(model(), batches(), states=states()).rows == measure(model(), batches()).rows
-    assert measure(model(), batches()).parts == []
+    assert measure_activations(model(), batches(), states=states()).rows == measure_activations(model(), batches()).rows
+    assert measure_activations(model(), batches()).parts == []
 
 
 def test_a_class_without_tokens_has_no_part():
-    stats = measure(model(), batches(), states=states(count=1))  # before the first step nothing is committed
+    stats = measure_activations(
+        model(), batches(), states=states(count=1)
+    )  # before the first step nothing is committed
     assert {p.token_class for p in stats.parts} == {"prompt", "masked", "all"}
 
 
 def test_values_that_are_not_finite_are_left_out_of_parts():
     net = model()
     net.blocks[1].mlp_norm.weight[4] = torch.inf
-    stats = measure(net, batches(count=1), states=states(count=2))
+    stats = measure_activations(net, batches(count=1), states=states(count=2))
     part = next(p for p in stats.parts if (p.block, p.site, p.step) == (1, "mlp_in", 0))
     x = stored(net, states(count=1))[1, "mlp_in"]
     kept = x[:, [c for c in range(32) if c != 4]]
@@ -132,7 +134,7 @@ def test_values_that_are_not_finite_are_left_out_of_parts():
 
 def test_surfaces_and_channel_profiles():
     net, data = model(), batches(count=2)
-    stats = measure(net, data, surfaces=[1])
+    stats = measure_activations(net, data, surfaces=[1])
     kept = stored(net, data)
     assert set(stats.maps) == {f"{b}/{s}/channel_max" for b, s in kept} | {f"1/{s}/surface" for s in SITES}
     for (block, site), x in kept.items():
@@ -194,14 +196,14 @@ def test_memory_is_flat(monkeypatch):
         nonlocal most
         alive.clear()
         most = 0
-        measure(model(), (b for b in batches(count=2 * times)), states=states(count=times))
+        measure_activations(model(), (b for b in batches(count=2 * times)), states=states(count=times))
         return most
 
     assert held(1) == held(10) > 0
 
 
 def test_records_without_parts_are_read():
-    written = measure(model(), batches(count=1)).to_dict()
+    written = measure_activations(model(), batches(count=1)).to_dict()
     for key in ("parts", "parts_relative_error", "token_texts"):
         del written[key]
     for row in written["rows"]:
@@ -209,11 +211,13 @@ def test_records_without_parts_are_read():
             del row[key]
     found = OutlierStats.from_dict(written)
     assert found.parts == []
-    assert found.at(1, "mlp_in").abs_max == measure(model(), batches(count=1)).at(1, "mlp_in").abs_max
+    assert found.at(1, "mlp_in").abs_max == measure_activations(model(), batches(count=1)).at(1, "mlp_in").abs_max
 
 
 def test_parts_and_texts_survive_a_file():
-    stats = measure(model(), batches(count=1), states=states(), surfaces=[0]).spelled(lambda token: f"<{token}>")
+    stats = measure_activations(model(), batches(count=1), states=states(), surfaces=[0]).with_token_texts(
+        lambda token: f"<{token}>"
+    )
     again = OutlierStats.from_dict(stats.to_dict(), stats.maps)
     assert again == stats
     assert again.maps is stats.maps

@@ -5,7 +5,7 @@ import torch
 from test_methods_identities import bits_of, built, fresh, run, sequences
 
 from dqx.data.calibration import CalibBatch
-from dqx.diagnostics.activations import measure
+from dqx.diagnostics.activations import measure_activations
 from dqx.models.plant import plant_outliers
 from dqx.models.transformer import SITES
 
@@ -30,7 +30,7 @@ def shown():
 def test_what_the_quantizers_read_is_measured(name):
     model = fresh("dream")
     plant_outliers(model, 32.0, 4)
-    before = measure(model, shown())
+    before = measure_activations(model, shown())
     run(model, built(name, "dream"), bits_of(name, "dream", "w4a4"))
     heard = {}
     for index, block in enumerate(model.blocks):
@@ -38,7 +38,7 @@ def test_what_the_quantizers_read_is_measured(name):
             for role in roles:
                 linear = getattr(block, role)
                 linear.activation = heard[index, site, role] = Heard(linear.activation)
-    after = measure(model, shown())
+    after = measure_activations(model, shown())
     for (index, site, _), quantizer in heard.items():
         (x,) = quantizer.inputs  # one forward
         row = after.at(index, site)

@@ -21,7 +21,7 @@ from dqx.diagnostics.fidelity import (
     compare,
     first_step,
     from_tensors,
-    measure,
+    measure_fidelity,
     predict,
     questions,
     sqnr,
@@ -172,7 +172,7 @@ def test_an_unchanged_model_agrees_exactly_and_a_changed_one_does_not(name):
     sampler = SAMPLERS.get(name, LLaDASampler(suppress_mask=True, cache="dual"))
     model, tokens = tiny("dream" if isinstance(sampler, DreamSampler) else "llada")
     reference = refer(model, sampler, tokens)
-    same = measure(model, sampler, reference, seed=1)
+    same = measure_fidelity(model, sampler, reference, seed=1)
     assert same == reference.unmoved()
     assert [row["mask_ratio"] for row in same["by_mask_ratio"]] == list(RATIOS)
     assert [row["positions"] for row in same["by_mask_ratio"]] == [9, 24, 24, 24, 24]
@@ -183,7 +183,7 @@ def test_an_unchanged_model_agrees_exactly_and_a_changed_one_does_not(name):
     assert same["answers"]["agreement"] == 1
     assert same["answers"]["first_diverging_step"] == [None] * 3
 
-    other = measure(changed(model), sampler, reference, seed=1)
+    other = measure_fidelity(changed(model), sampler, reference, seed=1)
     assert all(row["divergence"] > 0 for row in other["by_mask_ratio"] + other["by_step"])
     exact, *moved = other["layers"]["sqnr_db"]
     assert set(exact) == {None}  # the block before the one that was changed
@@ -199,7 +199,7 @@ def test_measures_equal_those_of_two_models_in_memory(family):
     model, tokens = tiny(family)
     other, sampler = changed(model), SAMPLERS["llada"]
     reference = refer(model, sampler, tokens)
-    found = measure(other, sampler, reference, seed=1)
+    found = measure_fidelity(other, sampler, reference, seed=1)
 
     def look(net, ids):
         states = []
@@ -284,9 +284,9 @@ def test_a_rotation_of_the_residual_stream_is_no_error(family, name, setting):
     method = build(config.method)
     quantize(model, method, config.bits, [CalibBatch(tokens, torch.zeros(3))], seed=3, progress=False)
     turn = rotated(method, config.bits, model.arch, seed=3)
-    found = measure(model, SAMPLERS["llada"], reference, seed=1, turn=turn)["layers"]["sqnr_db"]
+    found = measure_fidelity(model, SAMPLERS["llada"], reference, seed=1, residual_map=turn)["layers"]["sqnr_db"]
     assert all(value > 200 for block in found for value in block)  # float64
-    found = measure(model, SAMPLERS["llada"], reference, seed=1)["layers"]["sqnr_db"]
+    found = measure_fidelity(model, SAMPLERS["llada"], reference, seed=1)["layers"]["sqnr_db"]
     assert all(value < 10 for block in found for value in block)
 
 

@@ -10,7 +10,7 @@ from test_outliers import ARCH, batches, model
 
 from dqx.config.compose import compose, resolve
 from dqx.data.calibration import CalibBatch, calibration_windows
-from dqx.diagnostics.activations import findings, measure
+from dqx.diagnostics.activations import findings, measure_activations
 from dqx.diffusion.rollout import State
 from dqx.models import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
@@ -32,8 +32,8 @@ def bundled(name):
         ids = windows[:, : PROMPT + ANSWER].clone()
         ids[:, PROMPT + written :] = mask
         shown.append(State(ids, written, PROMPT, 1 - written / ANSWER, mask))
-    stats = measure(net, [CalibBatch(windows, torch.zeros(2))], states=shown)
-    return windows, tokenizer, shown, stats.spelled(lambda token: str(tokenizer.decode([token])))
+    stats = measure_activations(net, [CalibBatch(windows, torch.zeros(2))], states=shown)
+    return windows, tokenizer, shown, stats.with_token_texts(lambda token: str(tokenizer.decode([token])))
 
 
 @pytest.mark.parametrize("name", ["nano_llada", "nano_dream"])
@@ -92,7 +92,7 @@ def test_planted_outliers_are_found(gain):
     """`model.outliers.gain`: channels at three sites of every block, on all tokens; very large ones are massive too."""
     net = model()
     plant_outliers(net, gain, 3)
-    stats = measure(net, batches(), states=states())
+    stats = measure_activations(net, batches(), states=states())
     planted = {"attn_in": 32, "mlp_in": 32, "mlp_out": 48}
     for row in stats.rows:
         expected = outlier_channels(planted[row.site], 3) if row.site in planted else []
@@ -114,7 +114,7 @@ def test_planted_outliers_are_found(gain):
 
 
 def test_a_model_without_outliers_has_none():
-    stats = measure(model(seed=3), batches(count=4, rows=3, length=16), states=states())
+    stats = measure_activations(model(seed=3), batches(count=4, rows=3, length=16), states=states())
     assert all(row.massive_values == row.relative_values == row.outlier_channels == 0 for row in stats.rows)
     assert all(part.massive_values == part.relative_values == 0 for part in stats.parts)
     assert findings(stats) == ["No massive values.", "No outlier channels."]
@@ -126,7 +126,8 @@ def test_values_that_are_not_finite_are_named():
     net = model()
     net.blocks[1].mlp_norm.weight[4] = torch.nan
     assert (
-        findings(measure(net, batches(count=1)))[-1] == "Values that are not finite at mlp_in and mlp_out of block 1."
+        findings(measure_activations(net, batches(count=1)))[-1]
+        == "Values that are not finite at mlp_in and mlp_out of block 1."
     )
 
 
@@ -135,7 +136,7 @@ def test_findings_of_many_layers_stay_short():
     net = model(arch=replace(ARCH, n_blocks=12))
     for index, block in enumerate(net.blocks):
         block.attn_norm.weight[[1, 10 + index]] = 50.0
-    text = findings(measure(net, batches()))
+    text = findings(measure_activations(net, batches()))
     assert len(text) <= 9
     assert text[1] == "Outlier channels at attn_in of every block: 1."
     assert text[-1] == "Outlier channels besides these: 7."

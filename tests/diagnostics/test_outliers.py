@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dqx.diagnostics.activations import OutlierStats, Thresholds, measure, meter
+from dqx.diagnostics.activations import OutlierStats, Thresholds, measure_activations, meter
 from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer, initialise
 
 ARCH = Architecture(
@@ -55,7 +55,7 @@ def test_equals_brute_force(monkeypatch, chunk):
     net, data = model(), batches()
     net.blocks[1].mlp_norm.weight[5] = 40.0
     settings = Thresholds(channel_ratio=4.0, massive_absolute=2.0, massive_relative=6.0, top=5)
-    stats = measure(net, data, settings)
+    stats = measure_activations(net, data, settings)
     assert (stats.sequences, stats.tokens, len(stats.rows)) == (6, 66, 8)
     ids = torch.cat([b.ids for b in data]).flatten()
     for place, x in stored(net, data).items():
@@ -113,7 +113,7 @@ def test_normal_outlier_channels_are_found():
     net.blocks[0].attn_norm.weight[[3, 17]] *= 64.0
     for role in ("q", "k", "v"):
         getattr(net.blocks[0], role).weight[:, [3, 17]] /= 64.0
-    stats = measure(net, batches())
+    stats = measure_activations(net, batches())
     for row in stats.rows:
         if (row.block, row.site) == (0, "attn_in"):
             assert row.outlier_channels == 2
@@ -137,7 +137,7 @@ def test_massive_outlier_is_found_at_its_token():
     reader = torch.linalg.lstsq(x, torch.full((2, 1), 100.0, dtype=x.dtype)).solution[:, 0]  # answers 100 at both
     block.gate.weight[unit] = block.up.weight[unit] = reader.float()
     size = stored(net, data)[1, "mlp_out"].abs()
-    stats = measure(net, data, Thresholds(massive_absolute=5000.0))
+    stats = measure_activations(net, data, Thresholds(massive_absolute=5000.0))
     row = stats.at(1, "mlp_out")
     assert row.massive_values >= 2
     assert row.massive_tokens == int((size >= row.massive_threshold).any(1).sum())
@@ -152,7 +152,7 @@ def test_both_conditions_are_needed_for_massive():
     net.blocks[0].attn_norm.weight[:] = 1000.0  # everything large: over the absolute threshold, not the relative one
     net.blocks[1].attn_norm.weight[:] = 1e-4
     net.blocks[1].attn_norm.weight[2] = 10.0  # large relative to the median, small in absolute terms
-    stats = measure(net, batches())
+    stats = measure_activations(net, batches())
     large, small = stats.at(0, "attn_in"), stats.at(1, "attn_in")
     assert large.median > 100
     assert (large.massive_values, large.relative_values) == (0, 0)
@@ -162,7 +162,7 @@ def test_both_conditions_are_needed_for_massive():
 
 
 def test_random_model_has_no_outliers():
-    stats = measure(model(seed=3), batches(count=4, rows=3, length=16))
+    stats = measure_activations(model(seed=3), batches(count=4, rows=3, length=16))
     for row in stats.rows:
         assert row.massive_values == row.massive_tokens == row.relative_values == 0
         assert row.outlier_channels == 0
@@ -185,7 +185,7 @@ def test_replaced_linears_are_measured_at_their_input():
     for block in net.blocks:
         for role in ROLES:
             setattr(block, role, RoundedLinear(getattr(block, role)))
-    stats = measure(net, data)
+    stats = measure_activations(net, data)
     for place, x in stored(net, data).items():
         assert stats.at(*place).abs_max == x.abs().max()
     assert not any(m._forward_pre_hooks for m in net.modules())
@@ -194,7 +194,7 @@ def test_replaced_linears_are_measured_at_their_input():
 def test_values_that_are_not_finite_are_counted_and_left_out():
     net, data = model(), batches(count=1)
     net.blocks[1].mlp_norm.weight[4] = math.nan
-    stats = measure(net, data)
+    stats = measure_activations(net, data)
     row = stats.at(1, "mlp_in")
     assert row.not_finite == 22
     assert math.isfinite(row.abs_max)
@@ -208,7 +208,7 @@ def test_values_that_are_not_finite_are_counted_and_left_out():
 def test_a_silent_site_has_no_relative_threshold():
     net = model()
     net.blocks[0].v.weight[:] = 0
-    row = measure(net, batches(count=1)).at(0, "attn_out")
+    row = measure_activations(net, batches(count=1)).at(0, "attn_out")
     assert (row.abs_max, row.median, row.kurtosis, row.relative_threshold, row.max_over_median) == (
         0,
         0,
@@ -222,14 +222,14 @@ def test_a_silent_site_has_no_relative_threshold():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype):
     net = model().to(dtype)
-    row = measure(net, batches(count=1)).at(1, "mlp_in")
+    row = measure_activations(net, batches(count=1)).at(1, "mlp_in")
     size = stored(net, batches(count=1))[1, "mlp_in"].abs()
     assert row.abs_max == size.max().float()
     assert row.median == pytest.approx(float(size.median()), rel=2**-8)
 
 
 def test_round_trip_and_no_batches():
-    stats = measure(model(), batches(count=1))
+    stats = measure_activations(model(), batches(count=1))
     assert OutlierStats.from_dict(stats.to_dict()) == stats
     with pytest.raises(ValueError, match=r"outliers\.samples"):
-        measure(model(), [])
+        measure_activations(model(), [])

@@ -16,7 +16,7 @@ from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, greedy_matche
 from dqx.diffusion.batches import Request
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, encode_pair, end_tokens
-from dqx.evaluate.sitting import Sitting
+from dqx.evaluate.session import EvaluationSession
 from dqx.models import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
@@ -113,12 +113,12 @@ def test_greedy_flags_are_those_of_the_plain_decoder(tiny_checkpoint: TinyCheckp
         prefix = torch.randint(0, 200, (n,), generator=random)
         written = LLaDASampler().generate(model, prefix[None], gen_length=length, steps=length).ids[0]
         asked += [Request(prefix, written), Request(prefix, written.roll(1) + 1)]
-    sitting = Sitting([], [])
+    session = EvaluationSession([], [])
     harness = DiffusionHarness(model, tokenizer, LLaDASampler(), greedy=True, progress=False)
-    flags = harness._greedy(dict(enumerate(asked)), sitting)
+    flags = harness._greedy(dict(enumerate(asked)), session)
     expected = [greedy_matches(model, one.prefix, one.target) for one in asked]
     assert [flags[i] for i in range(len(asked))] == expected
-    assert sitting.spent["n_forwards"] == 2 * (1 + 3 + 3 + 5 + 3)
+    assert session.spent["n_forwards"] == 2 * (1 + 3 + 3 + 5 + 3)
     assert {True, False} == set(expected)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dqx.data.calibration import CalibBatch
-from dqx.diagnostics.activations import measure
+from dqx.diagnostics.activations import measure_activations
 from dqx.models import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
 
@@ -29,9 +29,9 @@ def test_outliers_appear_where_they_were_planted():
     model = load_weights(checkpoint)
     ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
     batches = [CalibBatch(ids, torch.zeros(2))]
-    plain = measure(model, batches)
+    plain = measure_activations(model, batches)
     plant_outliers(model, 64.0, 4)
-    planted = measure(model, batches)
+    planted = measure_activations(model, batches)
     for site, width in (("attn_in", 64), ("mlp_in", 64), ("mlp_out", 192)):
         for block in range(3):
             row = planted.at(block, site)

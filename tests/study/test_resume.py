@@ -30,7 +30,7 @@ from dqx.diffusion.engine import Engine
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal, Line
 from dqx.evaluate.results import TaskResult
-from dqx.evaluate.sitting import Sitting
+from dqx.evaluate.session import EvaluationSession
 from dqx.models.transformer import Block
 from dqx.record.deltas import compare
 from dqx.record.folder import RunFolder
@@ -78,16 +78,16 @@ def counting(each: Callable[[], None]) -> None:
 
 def noting(path: Path) -> None:
     """Note, in this process from now on, by evaluation which documents are computed and which are finished."""
-    append, stream, score, begin = Journal.append, Engine.stream, Scorer.score, Sitting.__init__
+    append, stream, score, begin = Journal.append, Engine.stream, Scorer.score, EvaluationSession.__init__
     now = [""]
 
     def note(what: str, evaluation: str, documents: Iterable[Any]) -> None:
         with path.open("a") as f:
             f.write("".join(f"{what} {evaluation} {document}\n" for document in documents))
 
-    def begun(sitting: Sitting, *args: Any) -> None:
-        begin(sitting, *args)
-        now[0] = sitting.journal.path.name
+    def begun(session: EvaluationSession, *args: Any) -> None:
+        begin(session, *args)
+        now[0] = session.journal.path.name
 
     def appended(journal: Journal, lines: list[Line]) -> None:
         append(journal, lines)
@@ -101,7 +101,7 @@ def noting(path: Path) -> None:
         note("computed", now[0], sorted({r.key[1] for i, r in enumerate(requests) if i not in known}))
         return score(scorer, requests, *args, known=known, **more)
 
-    Sitting.__init__ = begun  # type: ignore[method-assign]
+    EvaluationSession.__init__ = begun  # type: ignore[method-assign]
     Journal.append = appended  # type: ignore[method-assign]
     Engine.stream = streamed  # type: ignore[method-assign]
     Scorer.score = scored  # type: ignore[method-assign]

@@ -32,7 +32,7 @@ calibration windows, so that the counts of classes and those of steps add up to 
 """
 
 from dqx.diagnostics.activations.findings import findings, summary
-from dqx.diagnostics.activations.measure import measure
+from dqx.diagnostics.activations.measure import measure_activations
 from dqx.diagnostics.activations.stats import ChannelRow, OutlierStats, PartStats, SiteStats, Thresholds, TokenRow
 from dqx.diagnostics.activations.surface import default_blocks
 
@@ -45,6 +45,6 @@ __all__ = [
     "TokenRow",
     "default_blocks",
     "findings",
-    "measure",
+    "measure_activations",
     "summary",
 ]

@@ -69,7 +69,7 @@ def findings(stats: OutlierStats) -> list[str]:
 
 
 @dataclass
-class Group:
+class ChannelGroup:
     """Channels that stand out at the same layers."""
 
     channels: list[int]
@@ -77,23 +77,23 @@ class Group:
     largest: float
 
 
-def _by_layers(found: Iterable[tuple[tuple[str, int], SiteStats, float]]) -> list[Group]:
+def _by_layers(found: Iterable[tuple[tuple[str, int], SiteStats, float]]) -> list[ChannelGroup]:
     """Groups from single finds: what has to be alike besides the layers, with the channel; the layer; the value."""
     layers: dict[tuple[str, int], list[SiteStats]] = {}
     largest: dict[tuple[str, int], float] = {}
     for key, row, value in found:
         layers.setdefault(key, []).append(row)
         largest[key] = max(value, largest.get(key, 0.0))
-    groups: dict[Hashable, Group] = {}
+    groups: dict[Hashable, ChannelGroup] = {}
     for (kind, channel), rows in sorted(layers.items()):
         places = (kind, *((row.block, row.site) for row in rows))
-        group = groups.setdefault(places, Group([], rows, 0.0))
+        group = groups.setdefault(places, ChannelGroup([], rows, 0.0))
         group.channels.append(channel)
         group.largest = max(group.largest, largest[kind, channel])
     return list(groups.values())
 
 
-def _massive(stats: OutlierStats, group: Group) -> str:
+def _massive(stats: OutlierStats, group: ChannelGroup) -> str:
     ids = sorted({i for row in group.rows for i in row.massive_token_ids})
     texts = [repr(stats.token_texts.get(i, i)) for i in ids]
     more = max(row.n_massive_token_ids - len(row.massive_token_ids) for row in group.rows)
@@ -105,7 +105,7 @@ def _massive(stats: OutlierStats, group: Group) -> str:
     )
 
 
-def _left_out(what: str, groups: Sequence[Group]) -> list[str]:
+def _left_out(what: str, groups: Sequence[ChannelGroup]) -> list[str]:
     count = sum(len(group.channels) for group in groups[SENTENCES:])
     return [f"{what} besides these: {count}."] if count else []
 

@@ -36,7 +36,7 @@ class HasIds(Protocol):
 
 
 @torch.no_grad()
-def measure(
+def measure_activations(
     model: MaskedDiffusionTransformer,
     batches: Iterable[HasIds],
     thresholds: Thresholds | None = None,

@@ -123,7 +123,7 @@ class OutlierStats:
     relative_error: float  # of the percentiles
     parts: list[PartStats] = field(default_factory=list)  # empty without denoising states
     parts_relative_error: float = 0.0  # of their percentiles
-    token_texts: dict[int, str] = field(default_factory=dict)  # how the token ids above read, once `spelled`
+    token_texts: dict[int, str] = field(default_factory=dict)  # how the token ids above read, once `with_token_texts`
     #: Tensors, in a file of their own: BLOCK/SITE/channel_max [C] and, of chosen blocks, BLOCK/SITE/surface [T', C'].
     maps: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
@@ -138,7 +138,7 @@ class OutlierStats:
         """The block whose largest value at this site is the largest; values that are not finite are larger than any."""
         return max((row for row in self.rows if row.site == site), key=lambda row: (row.not_finite, row.abs_max))
 
-    def spelled(self, text: Callable[[int], str]) -> OutlierStats:
+    def with_token_texts(self, text: Callable[[int], str]) -> OutlierStats:
         """The same with the texts of all token ids that are mentioned."""
         rows: list[SiteStats | PartStats] = [*self.rows, *self.parts]
         named = {token.token_id for row in rows for token in row.top_tokens}

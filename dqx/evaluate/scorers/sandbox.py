@@ -5,7 +5,7 @@ under limits on CPU time, memory, file size, open files and processes; what its 
 here. On Linux it also loses, as far as the system allows: its user (root becomes nobody), the network (own network
 namespace), files outside the temporary folder and Python's own (Landlock), and the system calls for processes, their
 priorities and limits, signals, sockets, folders, links and file attributes (seccomp); without Landlock it may write no
-file at all. `Outcome.isolation` says what was in force.
+file at all. `ProgramResult.isolation` says what was in force.
 
 A program has passed when it ran to its end: only then does the child send back a token drawn for this run. Exiting
 early, with whatever status, is no pass. What this does not stop is a program that searches the interpreter it runs
@@ -39,7 +39,7 @@ ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "O
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """Whether a program ran to its end, why not, and the layers of isolation it ran under."""
 
     passed: bool
@@ -47,7 +47,9 @@ class Outcome:
     isolation: tuple[str, ...] = ()
 
 
-def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, wall: float | None = None) -> Outcome:
+def run_program(
+    source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, wall: float | None = None
+) -> ProgramResult:
     """Run Python `source` with at most `timeout` seconds of CPU time and `memory` bytes of address space.
 
     The clock on the wall ends it after `wall` seconds (null: five times `timeout` plus 5), which is generous so that a
@@ -88,7 +90,7 @@ def run_program(source: str, *, timeout: float = TIMEOUT, memory: int = MEMORY, 
             os.close(child_end)
         with contextlib.suppress(RecursionError):  # folders in folders, where they cannot be forbidden
             shutil.rmtree(folder, ignore_errors=True)
-    return _outcome(report, token, stopped, status)
+    return _result(report, token, stopped, status)
 
 
 @functools.cache
@@ -129,7 +131,7 @@ def _is_full(folder: str) -> bool:
     return False
 
 
-def _outcome(report: bytes, token: str, stopped: str, status: int) -> Outcome:
+def _result(report: bytes, token: str, stopped: str, status: int) -> ProgramResult:
     head, _, rest = report.decode(errors="replace").partition("\n")
     kind, _, layers = head.partition(" ")
     if kind != "ready":
@@ -138,11 +140,11 @@ def _outcome(report: bytes, token: str, stopped: str, status: int) -> Outcome:
         )
     isolation = tuple(layers.split(","))
     if stopped:
-        return Outcome(False, stopped, isolation)
+        return ProgramResult(False, stopped, isolation)
     if rest == f"passed {token}\n":
-        return Outcome(True, "passed", isolation)
+        return ProgramResult(True, "passed", isolation)
     if rest.startswith("raised ") and len(rest) < 100:
-        return Outcome(False, rest[len("raised ") :].strip(), isolation)
+        return ProgramResult(False, rest[len("raised ") :].strip(), isolation)
     if status in (-signal.SIGXCPU, -signal.SIGKILL):
-        return Outcome(False, "took too long", isolation)
-    return Outcome(False, f"killed by signal {-status}" if status < 0 else "exited before its end", isolation)
+        return ProgramResult(False, "took too long", isolation)
+    return ProgramResult(False, f"killed by signal {-status}" if status < 0 else "exited before its end", isolation)

@@ -1,6 +1,6 @@
-"""One sitting of a task's evaluation: the documents that are left, those of this process, and what they cost.
+"""One session of a task's evaluation: the documents that are left, those of this process, and what they cost.
 
-A run that is killed and started again takes several sittings, each with any number of processes. Which process gets
+A run that is killed and started again takes several sessions, each with any number of processes. Which process gets
 which documents follows from their requests alone, finished or not, so that with the same number of processes a
 continued run has the batches of an undisturbed one.
 """
@@ -29,11 +29,11 @@ class Document:
     text: str
 
 
-class Sitting:
+class EvaluationSession:
     """The requests of a task: which are answered, which this process answers, and all answers in the end.
 
     `work` is the estimated work of each request. `spent` counts what this process spends and `notes` says what a reader
-    of the result should know; after `gather` they are those of all processes and sittings.
+    of the result should know; after `gather` they are those of all processes and sessions.
     """
 
     def __init__(self, documents: Sequence[Document], work: Sequence[float], journal: Journal | None = None):
@@ -81,7 +81,7 @@ class Sitting:
             self.journal.append(lines)
 
     def gather(self) -> list[Any]:
-        """The answers to all requests, in order, of all processes and sittings."""
+        """The answers to all requests, in order, of all processes and sessions."""
         self.spent["nanoseconds"] = time.perf_counter_ns() - self._started
         answers, notes, spent = dict(self.known), list(self.past.notes), Counter(self.past.spent)
         parts = self.processes.gather((self.answered, self.notes, self.spent))
@@ -93,7 +93,7 @@ class Sitting:
         spent["nanoseconds"] += slowest
         before = sum(all(i in self.known for i in d.requests) for d in self.documents)
         if before:
-            notes.append(f"continued: {before} of {len(self.documents)} documents were finished in earlier sittings")
+            notes.append(f"continued: {before} of {len(self.documents)} documents were finished in earlier sessions")
         self.spent, self.notes = spent, list(dict.fromkeys(notes))
         return [answers[i] for i in range(len(answers))]
 
@@ -101,36 +101,36 @@ class Sitting:
 def score(
     scorer: Scorer,
     requests: Sequence[Request],
-    sitting: Sitting,
+    session: EvaluationSession,
     questions: Sequence[Question] = (),
     *,
     answers: Callable[[dict[int, float]], Mapping[int, Any]] = dict,
     known: Callable[[Any], float] = float,
     progress: Progress | None = None,
 ) -> None:
-    """Answer a sitting's requests by their likelihoods.
+    """Answer a session's requests by their likelihoods.
 
     `answers` makes answers of likelihoods, by request, `known` a likelihood of an answer in the journal.
     """
-    place = {i: at for at, i in enumerate(sitting.mine)}
+    place = {i: at for at, i in enumerate(session.mine)}
     counted: Counter[str] = Counter()
 
     def count() -> None:
         total = Counter({f"draws {n}": times for n, times in scorer.draws.items()})
         total.update(n_forwards=scorer.n_forwards, n_tokens=scorer.n_tokens)
-        sitting.spent.update(total - counted)
+        session.spent.update(total - counted)
         counted.update(total - counted)
-        sitting.note(scorer.notes)
+        session.note(scorer.notes)
 
     def finished(values: dict[int, float]) -> None:
-        found = answers({sitting.mine[at]: nats for at, nats in values.items()})
+        found = answers({session.mine[at]: nats for at, nats in values.items()})
         count()
-        sitting.enter(found)
+        session.enter(found)
 
     scorer.score(
-        [requests[i] for i in sitting.mine],
+        [requests[i] for i in session.mine],
         [Question([place[i] for i in q.requests], q.scales) for q in questions if q.requests[0] in place],
-        known={place[i]: known(answer) for i, answer in sitting.known.items() if i in place},
+        known={place[i]: known(answer) for i, answer in session.known.items() if i in place},
         progress=progress,
         finished=finished,
     )
