@@ -16,7 +16,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.checkpoint import FAMILIES, save
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant.method import Method
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Context
 
 torch.set_num_threads(1)  # the models here are tiny: threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the commands that tests start as well
@@ -56,10 +56,10 @@ def write_tokenizer(folder: Path, family: str) -> None:
 
 
 @pytest.fixture
-def setting() -> Setting:
+def setting() -> Context:
     """Where parts are judged: the small Dream model, 16 bits, an empty method."""
     config = json.loads((TESTS / "golden" / "dream_tiny" / "config.json").read_text())
-    return Setting(FAMILIES["dream"].architecture(config), BitsConfig(), Method("empty"))
+    return Context(FAMILIES["dream"].architecture(config), BitsConfig(), Method("empty"))
 
 
 @pytest.fixture

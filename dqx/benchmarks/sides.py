@@ -23,7 +23,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import SITES, RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
-from dqx.quant.setting import Context
+from dqx.quant.protocols import Context
 from dqx.quant.stats import COLLECTORS
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, zigzag_permutation
 from dqx.quant.transforms.greedy_rotation import base_rotation, greedy_rotation
@@ -60,8 +60,7 @@ class Job:
 
     @property
     def context(self) -> Context:
-        arch, hidden = self.case.block.arch, self.case.hidden
-        return Context(arch, self.bits, self.method, index=0, sequence_lengths=(hidden.shape[1],) * len(hidden))
+        return Context(self.case.block.arch, self.bits, self.method, index=0)
 
     @contextmanager
     def timed(self, phase: str, detail: str, *, times: float = 1, aside: bool = False) -> Iterator[None]:

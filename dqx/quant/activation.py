@@ -24,7 +24,7 @@ from torch import Tensor
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.formats.make import make_grid
 from dqx.models.transformer import ROLES
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Context
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PerToken:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         return grid.fake(x, clip_ratio=self.clip_ratio)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         return _clip_problems(where, self.clip_ratio)
 
 
@@ -69,9 +69,9 @@ class PerGroup:
         groups = x.unflatten(-1, (-1, self.group_size))
         return grid.fake(groups, clip_ratio=self.clip_ratio).flatten(-2)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = _clip_problems(where, self.clip_ratio)
-        name = setting.bits.activation.format
+        name = context.bits.activation.format
         if name in FORMATS and (block := FORMATS[name].block):
             found.append(
                 f"bits.activation.format={name} has a scale per {block} channels by its specification, so that "
@@ -79,8 +79,8 @@ class PerGroup:
             )
         by_width: dict[int, list[str]] = {}
         for role in ROLES:
-            if setting.method.quantizes_input(role) and setting.bits.activation_of(role).bits != UNQUANTIZED:
-                by_width.setdefault(setting.arch.in_features(role), []).append(role)
+            if context.method.quantizes_input(role) and context.bits.activation_of(role).bits != UNQUANTIZED:
+                by_width.setdefault(context.arch.in_features(role), []).append(role)
         common = gcd(*by_width)
         for width, roles in by_width.items():
             if self.group_size < 1 or width % self.group_size:
@@ -104,9 +104,9 @@ class Static:
         lo, hi = (self.clip_ratio * bound for bound in stats["minmax"].tolist())
         return StaticRange(lo, hi, self.include_zero)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = _clip_problems(where, self.clip_ratio)
-        name = setting.bits.activation.format
+        name = context.bits.activation.format
         if name in FORMATS and (block := FORMATS[name].block) and not FORMATS[name].tensor_bits:
             found.append(
                 f"bits.activation.format={name} finds the scale of every {block} channels at run time and has no other "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-class Memory:
+class ActivationStore:
     """How many bytes of activations may be held, and the folder for the rest; without a folder there is no bound."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None):
@@ -42,20 +42,20 @@ class Shelf:
     """A row of tensors that may lie in files; they come back to the device they were on."""
 
     def __init__(
-        self, memory: Memory, folder: Path, *, keep: bool, device: torch.device | str = "cpu", length: int = 0
+        self, store: ActivationStore, folder: Path, *, keep: bool, device: torch.device | str = "cpu", length: int = 0
     ):
-        self.memory, self.folder, self.keep = memory, folder, keep
+        self.store, self.folder, self.keep = store, folder, keep
         self.device = torch.device(device)
         self._tensors: list[Tensor | None] = [None] * length  # None: in a file
-        weakref.finalize(self, _release, memory, self._tensors, None if keep else folder)
+        weakref.finalize(self, _release, store, self._tensors, None if keep else folder)
 
     def append(self, x: Tensor) -> None:
         self.device = x.device
-        fits = self.memory.fits(x.nbytes)
+        fits = self.store.fits(x.nbytes)
         if self.keep or not fits:
             self._write(x)
         if fits:
-            self.memory.held += x.nbytes
+            self.store.held += x.nbytes
         self._tensors.append(x.detach().cpu() if fits else None)
 
     def __len__(self) -> int:
@@ -81,8 +81,8 @@ class Shelf:
                 os.fsync(f.fileno())
 
 
-def _release(memory: Memory, tensors: list[Tensor | None], folder: Path | None) -> None:
-    memory.held -= sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def _release(store: ActivationStore, tensors: list[Tensor | None], folder: Path | None) -> None:
+    store.held -= sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 

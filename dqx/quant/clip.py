@@ -17,8 +17,7 @@ from torch import Tensor
 
 from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, extremes, wide
-from dqx.quant.protocols import Clip
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Clip, Context
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FixedRatio:
         lo, hi = extremes(w_OGW)
         return lo * self.ratio, hi * self.ratio
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         if 0 < self.ratio <= 1:
             return []
         return [f"{where}.ratio={self.ratio} must lie above 0 and not above 1; 0.8 is DuQuant's, 1.0 clips nothing"]
@@ -60,7 +59,7 @@ class WeightMSE:
     ) -> tuple[Tensor, Tensor]:
         return weight_mse_range(w_OGW, grid, n_grid=self.n_grid, max_shrink=self.max_shrink, power=self.power)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = _search_problems(where, self.n_grid, self.max_shrink)
         if self.power <= 0:
             found.append(f"{where}.power={self.power} must be positive; 2.4 is usual, 2 is the squared error")
@@ -88,7 +87,7 @@ class OutputMSE:
             w_OGW, grid, stats["tokens"], columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink
         )
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         return _search_problems(where, self.n_grid, self.max_shrink)
 
 

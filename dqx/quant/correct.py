@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dqx.models.transformer import Block
-from dqx.quant.setting import Context, Setting
+from dqx.quant.protocols import Context
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MeanShift:
         shift_I = mean_shift(stats["shift"], shrink=self.shrink).to(norm.weight)
         norm.bias = nn.Parameter(shift_I if norm.bias is None else norm.bias + shift_I, requires_grad=False)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         return []
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
-from dqx.quant.activations_store import Memory, Row
+from dqx.quant.activations_store import ActivationStore, Row
 from dqx.quant.linear import QuantLinear
 from dqx.quant.report import LinearRow
 
@@ -32,7 +32,7 @@ class Home(Protocol):
 
     model: MaskedDiffusionTransformer  # weights may be missing (on torch's meta device); done blocks have their modules
     device: torch.device
-    memory: Memory
+    store: ActivationStore
     from_disk: bool
     progress: Progress | None  # of an earlier attempt; None: start
 
@@ -61,7 +61,7 @@ class InMemory:
     """A model that is loaded as a whole and changed in place."""
 
     def __init__(self, model: MaskedDiffusionTransformer):
-        self.model, self.device, self.memory = model, model.device, Memory()
+        self.model, self.device, self.store = model, model.device, ActivationStore()
         self.from_disk = False
         self.progress: Progress | None = None
 

@@ -21,7 +21,7 @@ from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Context
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
 SHARES = ("token", "head")
@@ -59,7 +59,7 @@ class KeysValues:
         if self.values is not None:
             compose(block.heads, "v", HeadQuantizer(grid, self.values, self.value_clip_ratio))
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = []
         options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
         for name, share in options.items():
@@ -73,13 +73,13 @@ class KeysValues:
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
                 f"write {where}.keys=head, or {where}.queries=false"
             )
-        if self.rotate and self.keys is not None and setting.method.kv_bits(setting.bits).bits != UNQUANTIZED:
-            found += tile_problems(f"{where}.tile", setting.arch.head_size, self.tile, "the width of a head")
-        return found + self._format_problems(where, setting)
+        if self.rotate and self.keys is not None and context.method.kv_bits(context.bits).bits != UNQUANTIZED:
+            found += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
+        return found + self._format_problems(where, context)
 
-    def _format_problems(self, where: str, setting: Setting) -> list[str]:
+    def _format_problems(self, where: str, context: Context) -> list[str]:
         """What keeps the format of the activations, which keys and values share, from being theirs."""
-        bits, arch = setting.method.kv_bits(setting.bits), setting.arch
+        bits, arch = context.method.kv_bits(context.bits), context.arch
         if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
             return []
         found = []

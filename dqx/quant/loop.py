@@ -32,9 +32,8 @@ from dqx.quant.clip import ClipAtSite
 from dqx.quant.home import Home, InMemory, Progress
 from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
-from dqx.quant.protocols import Clip, ModelChange, Quantizer, Rounding
+from dqx.quant.protocols import Clip, Context, ModelChange, Quantizer, Rounding
 from dqx.quant.report import KeptRow, LinearRow, QuantReport, stored_bits
-from dqx.quant.setting import Context
 from dqx.quant.stream import Stream, as_is, collect_paired, snapshot
 
 JUDGED_OUTPUTS = 512  # at least so many outputs of a linear, where there are, make its output error
@@ -81,7 +80,7 @@ def quantize_blocks(
 ) -> QuantReport:
     """`quantize` for a model wherever it lies, from where an earlier attempt has stopped."""
     started = time.perf_counter()
-    arch, memory, device = home.model.arch, home.memory, home.device
+    arch, store, device = home.model.arch, home.store, home.device
     problems = method.problems(bits, arch) + home.problems()
     needed = method.streams(bits)
     if needed and not batches:
@@ -96,11 +95,11 @@ def quantize_blocks(
     report.kv_bits = method.kv_bits(bits).bits
     report.transforms = list(method.transforms)
     report.from_disk = home.from_disk
-    context = Context(arch, bits, method, seed, memory=memory)
-    changes = [part.prepare(context.at(name=name), device) for name, part in method.model_transforms.items()]
+    context = Context(arch, bits, method, seed, store=store)
+    changes = method.changes(context, device)
 
     def stream(name: str, inputs: Row | None = None) -> Stream:
-        return Stream(home.model, ids, mean=name == "mean", memory=memory, inputs=inputs)
+        return Stream(home.model, ids, mean=name == "mean", store=store, inputs=inputs)
 
     if home.progress is None:
         with home.outer():
@@ -129,7 +128,7 @@ def quantize_blocks(
 
         for index in range(done.blocks, arch.n_blocks):
             of_block = context.at(index=index, bits=bits.of_block(index))
-            report.linears += _one_block(home, changes, streams, of_block, advance)
+            report.linears += _one_block(home, method, changes, streams, of_block, advance)
             note(index + 1)
     report.kept = _kept(home.model, method, bits)
     return report
@@ -137,6 +136,7 @@ def quantize_blocks(
 
 def _one_block(
     home: Home,
+    method: Method,
     changes: Sequence[ModelChange],
     streams: Mapping[str, Stream],
     context: Context,
@@ -146,7 +146,7 @@ def _one_block(
     block = home.take(context.index)
     for change in changes:
         change.block(block)
-    work = _BlockWork(block, streams, context)
+    work = _BlockWork(block, method, streams, context)
     rows = []
     for found in work.quantize():
         rows += found
@@ -176,9 +176,9 @@ class Group:
 class _BlockWork:
     """One block on its way from full precision to quantized."""
 
-    def __init__(self, block: Block, streams: Mapping[str, Stream], context: Context):
+    def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context
-        self.method, self.bits = context.method, context.bits
+        self.method, self.bits = method, context.bits
         self.intact = block  # the block before rounding, once its transforms are in; of interest to "fp" alone
         self.site_maps: list[nn.Module] = []  # the transforms of the site at work
 

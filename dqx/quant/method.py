@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, BitsConfig
 from dqx.models.transformer import ROLES, SITES, Architecture
@@ -14,14 +18,15 @@ from dqx.quant.protocols import (
     Activation,
     BlockTransform,
     Clip,
+    Context,
     Correction,
     KeysValues,
+    ModelChange,
     ModelTransform,
     Rounding,
     SiteTransform,
     Transform,
 )
-from dqx.quant.setting import Setting
 
 QUANTIZES = ("weights", "weights_and_activations")
 SCOPES = ("model", "block", "site")
@@ -74,6 +79,19 @@ class Method:
         wanted = bits.activation.bits if bits.kv.bits is None else bits.kv.bits
         return replace(bits.activation, bits=UNQUANTIZED if self.kv is None else wanted)
 
+    def changes(self, context: Context, device: torch.device) -> list[ModelChange]:
+        """What the model transforms do, in their order."""
+        return [part.prepare(context.at(name=name), device) for name, part in self.model_transforms.items()]
+
+    def residual_map(self, bits: BitsConfig, arch: Architecture, *, seed: int = 0) -> Callable[[Tensor], Tensor]:
+        """How the residual stream x [..., D] of a model looks after `quantize(model, method, bits, seed=seed)`.
+
+        Rotations are drawn again from the seed; errors of rounding are not in it, nor other changes of the function.
+        """
+        changes = self.changes(Context(arch, bits, self, seed), torch.device("cpu"))
+        maps = [change.residual for change in changes if change.residual is not None]
+        return lambda x: reduce(lambda y, change: change(y), maps, x)
+
     @property
     def model_transforms(self) -> dict[str, ModelTransform]:
         return self._transforms("model")
@@ -119,9 +137,9 @@ class Method:
         entries = entry_problems(bits, arch)
         if entries:
             return [*self._slot_problems(), *entries]
-        found = [*self._slot_problems(), *self._part_problems(Setting(arch, bits.of_entry(None), self))]
+        found = [*self._slot_problems(), *self._part_problems(Context(arch, bits.of_entry(None), self))]
         for name in bits.blocks:
-            found += in_entry(name, self._part_problems(Setting(arch, bits.of_entry(name), self)), found)
+            found += in_entry(name, self._part_problems(Context(arch, bits.of_entry(name), self)), found)
         return [*found, *self._pair_problems(bits), *bits_problems(bits, arch)]
 
     def _slot_problems(self) -> Iterator[str]:
@@ -145,8 +163,8 @@ class Method:
             if stream not in STREAMS:
                 yield f"{where}.stream={stream} is unknown; write {', '.join(STREAMS)}"
 
-    def _part_problems(self, setting: Setting) -> list[str]:
-        return [problem for where, part in self._parts().items() for problem in part.problems(where, setting)]
+    def _part_problems(self, context: Context) -> list[str]:
+        return [problem for where, part in self._parts().items() for problem in part.problems(where, context)]
 
     def _parts(self) -> dict[str, Any]:
         """All parts by their config keys."""

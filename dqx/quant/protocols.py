@@ -1,4 +1,4 @@
-"""What each slot of a method holds: the interfaces of its parts.
+"""What each slot of a method holds, the interfaces of its parts, and what the parts are told about where they work.
 
 A part is a frozen dataclass whose fields are its options. `needs` names statistics of `dqx.quant.stats`, `stream` says
 whose activations they are taken from:
@@ -14,27 +14,75 @@ B batch, T tokens, O outputs, I inputs, G groups of W inputs, H heads, E head wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dqx.formats.bits import ActivationBits, WeightBits
+from dqx.diffusion.noise import Key, generator
+from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.integers import Grid
 from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.models.transformer import Block, MaskedDiffusionTransformer
-from dqx.quant.setting import Context, Setting
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
+from dqx.quant.activations_store import ActivationStore
 
 STREAMS = ("quantized", "fp", "both", "mean")
 Needs = frozenset[str]
 Stats = Mapping[str, Any]
 
 
+class Composition(Protocol):
+    """What a part can ask the method it belongs to."""
+
+    @property
+    def transforms(self) -> Mapping[str, Transform]: ...
+
+    def rounding_of(self, role: str) -> Rounding | None: ...
+
+    def clip_of(self, role: str) -> Clip | None: ...
+
+    def quantizes_input(self, role: str) -> bool: ...
+
+    def kv_bits(self, bits: BitsConfig) -> ActivationBits: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a part works: looked at before weights load, to tell whether it can, and while it is applied."""
+
+    arch: Architecture
+    bits: BitsConfig
+    method: Composition
+    seed: int = 0
+    name: str = ""  # the part's name in the method
+    index: int = -1  # of the block; -1: the whole model
+    store: ActivationStore = field(default_factory=ActivationStore)  # for what grows with the calibration text
+
+    def at(self, **changes: object) -> Context:
+        """The context of another part or block."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def generator(self, *key: Key) -> torch.Generator:
+        """Random numbers as a pure function of seed, part, block and `key`."""
+        return generator(self.seed, "quantize", self.name, self.index, *key)
+
+    def grid(self, role: str) -> tuple[Grid, int] | None:
+        """The grid and group size that the role's weight will be rounded to; None where it stays in 16 bit."""
+        rounding, bits = self.method.rounding_of(role), self.bits.weight_of(role)
+        grid = None if rounding is None else rounding.grid(bits)
+        return None if grid is None or grid.identity else (grid, bits.group_size)
+
+    def rope(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """The rotary tables of a sequence of `length` tokens."""
+        positions = torch.arange(length, device=device)[None]
+        return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, dtype)
+
+
 class Part(Protocol):
     """What all parts have."""
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         """What cannot work, with the remedy; `where` is the part's config key."""
         ...
 
@@ -54,7 +102,7 @@ class ModelChange:
 
     outer: Callable[[MaskedDiffusionTransformer], None]
     block: Callable[[Block], None]
-    residual: Callable[[Tensor], Tensor] | None = None  # null: it stays
+    residual: Callable[[Tensor], Tensor] | None = None  # None: it stays
 
     def apply(self, model: MaskedDiffusionTransformer) -> None:
         """Change a model that is in memory as a whole."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dqx.formats.integers import wide
-from dqx.quant.activations_store import Memory, Row
+from dqx.quant.activations_store import ActivationStore, Row
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
@@ -205,7 +205,7 @@ COLLECTORS: dict[str, Callable[[int], Collector]] = {
 PAIRED: dict[str, Callable[[int], Collector]] = {"cross": Cross, "shift": Shift}
 
 
-def collectors(names: Iterable[str], n_tokens: int, memory: Memory) -> dict[str, Collector]:
-    """Fresh collectors by name; what grows with the calibration text goes where `memory` has room."""
-    known = COLLECTORS | PAIRED | {"inputs": lambda n_tokens: Inputs(n_tokens, memory.row())}
+def collectors(names: Iterable[str], n_tokens: int, store: ActivationStore) -> dict[str, Collector]:
+    """Fresh collectors by name; what grows with the calibration text goes where `store` has room."""
+    known = COLLECTORS | PAIRED | {"inputs": lambda n_tokens: Inputs(n_tokens, store.row())}
     return {name: known[name](n_tokens) for name in names}

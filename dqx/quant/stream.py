@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
-from dqx.quant.activations_store import Memory, Row
+from dqx.quant.activations_store import ActivationStore, Row
 from dqx.quant.stats import Collector, collectors
 
 MEAN_POSITIONS = 64  # of all sequences, embedded at a time
@@ -31,7 +31,7 @@ class Stream:
 
     Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
     With `mean` there is one sequence, the mean of the others position by position; they must be equally long. Inputs
-    lie where `memory` has room for them; those of a later block than the first may be given.
+    lie where `store` has room for them; those of a later block than the first may be given.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Stream:
         ids: Sequence[Tensor],
         *,
         mean: bool = False,
-        memory: Memory | None = None,
+        store: ActivationStore | None = None,
         inputs: Row | None = None,
     ):
-        self.model, self.memory = model, memory or Memory()
+        self.model, self.store = model, store or ActivationStore()
         self.ids = [row for batch in ids for row in batch.split(1)]
         if mean and len({row.shape for row in self.ids}) > 1:
             raise ValueError(
                 "stream=mean needs calibration sequences of one length; make them equal, or set stream=quantized"
             )
         if inputs is None:
-            inputs = self.memory.row(keep=True)
+            inputs = self.store.row(keep=True)
             for x in _mean_embedding(model, self.ids) if mean else map(model.embed, self.ids):
                 inputs.append(x)
         self.ids = self.ids[: len(inputs)]
@@ -69,7 +69,7 @@ class Stream:
     def advance(self, block: nn.Module) -> None:
         """Move on to the input of the next block."""
         if self.outputs is None:
-            self.outputs = self.memory.row(keep=True)
+            self.outputs = self.store.row(keep=True)
             for i in range(len(self.inputs)):
                 self.outputs.append(self.forward(block, i))
         self.inputs, self.outputs = self.outputs, None
@@ -87,7 +87,7 @@ class Stream:
         `seen` maps a linear's input to what its matmul sees. A pass ends at the last site that is asked for, unless
         the block's outputs are kept for `advance`.
         """
-        wanted = {site: collectors(names, self.n_tokens, self.memory) for site, names in needs.items() if names}
+        wanted = {site: collectors(names, self.n_tokens, self.store) for site, names in needs.items() if names}
         if not wanted:
             return {}
 
@@ -96,7 +96,7 @@ class Stream:
                 collector.add(seen(x))
 
         stop_at = None if keep_outputs else [site for site in SITES if site in wanted][-1]
-        outputs = self.memory.row(keep=True) if keep_outputs else []
+        outputs = self.store.row(keep=True) if keep_outputs else []
         with listening(block, wanted, add, stop_at):
             for i in range(len(self.inputs)):
                 output = self._forward_to(block, i, stop_at)
@@ -132,7 +132,7 @@ def collect_paired(
     intact_seen: Seen = as_is,
 ) -> dict[str, Any]:
     """Statistics of one site from both streams in lockstep, sequence by sequence."""
-    found = collectors(needs, quantized.n_tokens, quantized.memory)
+    found = collectors(needs, quantized.n_tokens, quantized.store)
     for i in range(len(quantized.inputs)):
         x = seen(quantized.input_at(block, i, site))
         wanted = intact_seen(intact.input_at(intact_block, i, site))

@@ -36,7 +36,6 @@ from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import text_windows
 from dqx.models import inspect
 from dqx.models.tokenizer import load_tokenizer
-from dqx.quant.transforms.rotate import rotated
 from dqx.record import folder as store
 from dqx.report import wandb as mirror
 from dqx.sharing.against import Against
@@ -343,8 +342,8 @@ def _moved(subject: Subject, config: Config, once: Once, reference: fidelity.Ref
     )
 
     def compute() -> dict[str, Any]:
-        turn = rotated(build(config.method), config.bits, lm.checkpoint.arch, seed=seed)
-        return fidelity.measure_fidelity(subject.lm().model, lm.sampler, reference, seed=seed, residual_map=turn)
+        change = build(config.method).residual_map(config.bits, lm.checkpoint.arch, seed=seed)
+        return fidelity.measure_fidelity(subject.lm().model, lm.sampler, reference, seed=seed, residual_map=change)
 
     found, _ = once.value(Key("fidelity", config.model.name, facts), dict[str, Any], compute)
     return found

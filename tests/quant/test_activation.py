@@ -10,8 +10,8 @@ from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits
 from dqx.quant.activation import PerGroup, PerToken, Static, StaticRange
 from dqx.quant.loop import quantize
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.rtn import RTN
-from dqx.quant.setting import Setting
 
 X = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) + 0.3
 X[0, 1, 7] = 30.0  # one token with an outlier
@@ -143,7 +143,7 @@ def test_static_needs_data():
 
 
 def problems(part, bits: BitsConfig) -> list[str]:
-    return part.problems("method.activation", Setting(TOY, bits, Method("rtn", RTN(), part)))
+    return part.problems("method.activation", Context(TOY, bits, Method("rtn", RTN(), part)))
 
 
 def test_problems():

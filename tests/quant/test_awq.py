@@ -12,9 +12,9 @@ from dqx.formats.integers import Grid
 from dqx.models.transformer import SITES
 from dqx.quant import BitsConfig, Method, WeightBits, quantize
 from dqx.quant.clip import OutputMSE
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
-from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms import awq
 from dqx.quant.transforms.awq import AWQScale, channel_scales
 
@@ -227,10 +227,10 @@ def test_models_of_16_bit_numbers(dtype):
 
 def test_settings_are_checked():
     arch = tiny("llada").arch
-    setting = Setting(arch, BitsConfig(), METHOD)
+    setting = Context(arch, BitsConfig(), METHOD)
     assert AWQScale().problems("method.transforms.scale", setting) == []
     bad = AWQScale(n_grid=0, judge="model", sites=["attn"]).problems("method.transforms.scale", setting)
     assert len(bad) == 3
     assert all(p.startswith("method.transforms.scale.") for p in bad)
-    (problem,) = AWQScale().problems("method.transforms.scale", Setting(arch, BitsConfig(), Method("m")))
+    (problem,) = AWQScale().problems("method.transforms.scale", Context(arch, BitsConfig(), Method("m")))
     assert "method.rounding is null" in problem

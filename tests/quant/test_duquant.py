@@ -16,8 +16,8 @@ from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.clip import FixedRatio
 from dqx.quant.kv import KeysValues
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.rtn import RTN
-from dqx.quant.setting import Setting
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, find_rotation, zigzag_permutation
 from dqx.quant.transforms.greedy_rotation import (
     Int8Tiles,
@@ -309,7 +309,7 @@ def test_settings_are_checked():
 
     def problems(**changes):
         part = replace(ROTATES, **changes)
-        return part.problems("method.transforms.rotate", Setting(model.arch, W4A4, official(part, 16)))
+        return part.problems("method.transforms.rotate", Context(model.arch, W4A4, official(part, 16)))
 
     assert problems() == []
     assert problems(tile=128) == [

@@ -14,7 +14,7 @@ from dqx.models.transformer import apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.kv import KeysValues
 from dqx.quant.method import Method
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Context
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -109,7 +109,7 @@ def test_problems_say_what_to_write():
     def problems(part, kv=4, head_size=8, **activation):
         bits = BitsConfig(activation=ActivationBits(**({"bits": 4} | activation)), kv=KVBits(kv))
         shape = replace(arch, hidden_size=head_size * arch.n_heads)
-        return part.problems("method.kv", Setting(shape, bits, Method(name="m", kv=part)))
+        return part.problems("method.kv", Context(shape, bits, Method(name="m", kv=part)))
 
     assert problems(KeysValues(keys="head", queries=True, rotate=True)) == []
     for part, expected in (

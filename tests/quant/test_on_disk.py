@@ -15,12 +15,12 @@ from dqx.config.compose import build, select
 from dqx.models import inspect, load_weights
 from dqx.models.plant import plant_outliers
 from dqx.quant import load_quantized, quantize, quantize_checkpoint
-from dqx.quant.activations_store import Memory
+from dqx.quant.activations_store import ActivationStore
 from dqx.quant.checkpoint.on_disk import OnDisk
 
 
 def on_disk(family, case, output, dtype=torch.float32, **options):
-    """The report of a case quantized from disk, no activation in memory."""
+    """The report of a case quantized from disk, no activation in store."""
     config = configured(family, CASES[case])
     part, source = build(config.method), inspect(str(GOLDEN / f"{family}_tiny"))
     batches = [Batch(IDS)] if part.needs_data else []
@@ -156,21 +156,21 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 def test_rows_spill_and_come_back_the_same(tmp_path):
-    memory = Memory(tmp_path, limit=400)
+    store = ActivationStore(tmp_path, limit=400)
     sent = [torch.randn(2, 16, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
-    row = memory.row()
+    row = store.row()
     for x in sent:
         row.append(x)
-    assert memory.held == 128 + 64  # the last one had no room
+    assert store.held == 128 + 64  # the last one had no room
     assert [len(list(p.iterdir())) for p in tmp_path.iterdir()] == [1]
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(row, sent, strict=True))
     assert torch.equal(row[-1], sent[-1])
-    kept = memory.row(keep=True)
+    kept = store.row(keep=True)
     kept.append(sent[0])
     del row
-    assert memory.held == 128
+    assert store.held == 128
     assert len(list(tmp_path.iterdir())) == 1
     del kept
-    assert memory.held == 0
+    assert store.held == 0
     assert len(list(tmp_path.iterdir())) == 1
-    assert isinstance(Memory().row(), list)
+    assert isinstance(ActivationStore().row(), list)

@@ -19,9 +19,8 @@ from dqx.quant.clip import WeightMSE
 from dqx.quant.kv import KeysValues
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
-from dqx.quant.protocols import ModelChange
+from dqx.quant.protocols import Context, ModelChange
 from dqx.quant.rounding.rtn import RTN
-from dqx.quant.setting import Context, Setting
 from dqx.quant.transforms import rotate
 from dqx.quant.transforms.online import HeadRotation, OnlineDown, rotate_down, rotate_heads
 from dqx.quant.transforms.rotate import (
@@ -372,7 +371,7 @@ def test_outlier_channels_are_spread():
 def test_problems_say_what_to_write():
     def problems(transforms, **changes):
         arch = inspect(str(GOLDEN / "dream_tiny")).arch
-        setting = Setting(replace(arch, **changes), BitsConfig(), Method(name="m", transforms=transforms))
+        setting = Context(replace(arch, **changes), BitsConfig(), Method(name="m", transforms=transforms))
         return [p for name, part in transforms.items() for p in part.problems(f"method.transforms.{name}", setting)]
 
     assert problems(FULL) == []

@@ -12,8 +12,8 @@ from dqx.models.transformer import shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.kv import KeysValues
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.rtn import RTN
-from dqx.quant.setting import Context
 from dqx.quant.transforms.awq import AWQScale
 from dqx.quant.transforms.channel_scale import Divide, scale_site
 from dqx.quant.transforms.online import HeadRotation, OnlineDown

@@ -30,7 +30,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.checkpoint import Checkpoint, load_block, load_outer, skeleton
 from dqx.models.plant import plant_in_block
 from dqx.models.transformer import Block
-from dqx.quant.activations_store import Memory, Shelf
+from dqx.quant.activations_store import ActivationStore, Shelf
 from dqx.quant.checkpoint import folder as saved
 from dqx.quant.home import Progress
 from dqx.quant.loop import Batch, quantize_blocks
@@ -110,7 +110,7 @@ class OnDisk:
         self.source, self.folder, self.dtype, self.planted = source, folder, dtype, planted
         self.job: dict[str, Any] = json.loads(json.dumps(jsonable(job)))
         self.model, self.device = skeleton(source.arch), torch.device(device)
-        self.memory = Memory(folder / "activations", limit)
+        self.store = ActivationStore(folder / "activations", limit)
         self.shards: dict[str, Any] = {}
         self.from_disk = True
         self.progress = self._continue()
@@ -181,18 +181,18 @@ class OnDisk:
         return Progress(state["blocks"], rows, inputs, state["seconds"], state["peak_ram"], state["peak_gpu"])
 
     def _row(self, entry: dict[str, Any]) -> Shelf:
-        assert self.memory.folder is not None
-        folder = self.memory.folder / entry["row"]
-        return Shelf(self.memory, folder, keep=True, device=self.device, length=entry["length"])
+        assert self.store.folder is not None
+        folder = self.store.folder / entry["row"]
+        return Shelf(self.store, folder, keep=True, device=self.device, length=entry["length"])
 
     def _remove_rows(self, wanted: set[str]) -> None:
         """Delete all activations on disk but these rows."""
-        assert self.memory.folder is not None
-        for path in self.memory.folder.iterdir() if self.memory.folder.is_dir() else ():
+        assert self.store.folder is not None
+        for path in self.store.folder.iterdir() if self.store.folder.is_dir() else ():
             if path.name not in wanted:
                 shutil.rmtree(path)
         if not wanted:
-            shutil.rmtree(self.memory.folder, ignore_errors=True)
+            shutil.rmtree(self.store.folder, ignore_errors=True)
 
     def _free_outer(self) -> None:
         tied = self.model.head.weight is self.model.embed.weight

@@ -26,10 +26,9 @@ from dqx.formats.bits import FORMATS, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import ROLES
-from dqx.quant.protocols import Rounding
+from dqx.quant.protocols import Context, Rounding
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.rtn import rtn_round
-from dqx.quant.setting import Setting
 from dqx.quant.transforms.online import HeadRotation, OnlineDown
 
 PRODUCERS = {"down": "up", "o": "v"}  # into whose rows a role's scales go
@@ -61,11 +60,11 @@ class DualScale:
         rounded = self.rounding(w / s_I, bits, scaled_statistics(stats, s_I), clip)
         return replace(rounded, column_scale=s_I)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
-        found = self.rounding.problems(f"{where}.rounding", setting)
+    def problems(self, where: str, context: Context) -> list[str]:
+        found = self.rounding.problems(f"{where}.rounding", context)
         if self.iterations < 0:
             found.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
-        roles = [role for role in ROLES if setting.method.rounding_of(role) is self]
+        roles = [role for role in ROLES if context.method.rounding_of(role) is self]
         strange = [role for role in roles if role not in PRODUCERS]
         if strange:
             found.append(
@@ -73,14 +72,14 @@ class DualScale:
                 "for down only (method.rounding_by_role.down)"
             )
         for role in set(roles) & set(PRODUCERS):
-            found += self._obstacles(where, role, setting)
+            found += self._obstacles(where, role, context)
         return found
 
-    def _obstacles(self, where: str, role: str, setting: Setting) -> Iterator[str]:
+    def _obstacles(self, where: str, role: str, context: Context) -> Iterator[str]:
         """What lies between the scales of a role and the linear they go into."""
-        method, producer = setting.method, PRODUCERS[role]
+        method, producer = context.method, PRODUCERS[role]
         instead = f"give {role} another rounding (method.rounding_by_role.{role}=gptaq)"
-        if role == "o" and setting.arch.n_heads != setting.arch.n_kv_heads:
+        if role == "o" and context.arch.n_heads != context.arch.n_kv_heads:
             yield (
                 f"{where}: with grouped heads several inputs of o are one output of v, so that o's scales cannot go "
                 f"into v; {instead}"
@@ -98,7 +97,7 @@ class DualScale:
                 f"{where}: method.clip judges the inputs of {role} as they are before they are rescaled; write "
                 f"method.clip=weight_mse, or add {role} to method.clip.skip_roles"
             )
-        weight = setting.bits.weight_of(producer)
+        weight = context.bits.weight_of(producer)
         if method.rounding_of(producer) is not None and getattr(FORMATS.get(weight.format), "block", None):
             yield (
                 f"{where}: the scales of {weight.format} are rounded themselves, so that {producer} cannot take over "

@@ -24,8 +24,8 @@ from torch import Tensor
 from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
-from dqx.quant.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class GPTAQ:
             fresh_ranges=self.fresh_ranges,
         )
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
-        found = self._gptq().problems(where, setting)
+    def problems(self, where: str, context: Context) -> list[str]:
+        found = self._gptq().problems(where, context)
         if not 0 <= self.alpha <= 1:
             found.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.25 is usual, and 0 is GPTQ")
         return found

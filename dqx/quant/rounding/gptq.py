@@ -24,8 +24,8 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
+from dqx.quant.protocols import Context
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
-from dqx.quant.setting import Setting
 
 STREAMS = ("quantized", "fp")
 
@@ -63,7 +63,7 @@ class GPTQ:
             fresh_ranges=self.fresh_ranges,
         )
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = []
         if not 0 <= self.damping <= 1:
             found.append(f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual")
@@ -74,7 +74,7 @@ class GPTQ:
                 f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
                 "group is reached; set one of them to false"
             )
-        for name in setting.bits.block_formats if self.act_order and not self.static_groups else ():
+        for name in context.bits.block_formats if self.act_order and not self.static_groups else ():
             found.append(
                 f"{where}.act_order=true groups inputs in the order of their activations, but {name} shares a scale "
                 f"among neighbours; add {where}.static_groups=true"

@@ -16,7 +16,7 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges
-from dqx.quant.setting import Setting
+from dqx.quant.protocols import Context
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RTN:
     ) -> QuantizedWeight:
         return rtn_round(w_OI, self.grid(bits), bits.group_size, clip)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         return []
 
 

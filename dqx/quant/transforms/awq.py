@@ -34,7 +34,7 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import group_width
 from dqx.models.transformer import ROLES, SITES, Block
 from dqx.quant.activations_store import Row
-from dqx.quant.setting import Context, Setting
+from dqx.quant.protocols import Context
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import site_problems
 
@@ -101,9 +101,9 @@ class AWQScale:
         best = min(range(len(losses)), key=losses.__getitem__)  # the first of equals
         return candidates[best], [loss / n_outputs for loss in losses]
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = site_problems(self.sites, where)
-        if all(setting.method.rounding_of(role) is None for role in ROLES):
+        if all(context.method.rounding_of(role) is None for role in ROLES):
             found.append(
                 f"{where} searches scales for rounded weights, but method.rounding is null; set it, or leave it out"
             )
@@ -200,7 +200,7 @@ def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row,
     """Judges the linears at attn_in or mlp_in by the output of their sublayer, or of the whole block."""
 
     def kept(tensors: Iterable[Tensor]) -> Row:
-        row = context.memory.row()
+        row = context.store.row()
         for tensor in tensors:
             row.append(tensor)
         return row

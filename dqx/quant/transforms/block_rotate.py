@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dqx.formats.integers import wide
 from dqx.models.transformer import ROLES
-from dqx.quant.setting import Context, Setting
+from dqx.quant.protocols import Context
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
 
 STREAMS = ("mean", "quantized", "fp")
@@ -53,12 +53,12 @@ class BlockRotate:
         rotation = find_rotation(x_NC, bases, self.steps, self.index)
         return rotation.to(device=w_OI.device, dtype=wide(w_OI[:0]).dtype)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = []
         if self.tile < 2:
             found.append(f"{where}.tile={self.tile} leaves nothing to rotate; 128 is usual")
         else:
-            found += tile_problems(f"{where}.tile", self.tile, setting)
+            found += tile_problems(f"{where}.tile", self.tile, context)
         for name, value, usual in (("steps", self.steps, 256), ("permutations", self.permutations, 1)):
             if value < 0:
                 found.append(f"{where}.{name}={value} must not be negative; {usual} is usual")
@@ -69,11 +69,11 @@ class BlockRotate:
         return found
 
 
-def tile_problems(key: str, tile: int, setting: Setting) -> list[str]:
+def tile_problems(key: str, tile: int, context: Context) -> list[str]:
     """The widths of a model that `tile` does not divide, with tiles that divide all of them."""
     roles: dict[int, list[str]] = {}
     for role in ROLES:
-        roles.setdefault(setting.arch.in_features(role), []).append(role)
+        roles.setdefault(context.arch.in_features(role), []).append(role)
     offenders = {width: readers for width, readers in roles.items() if width % tile}
     common = gcd(*roles)
     remedies = [str(2**n) for n in range(9, 2, -1) if common % 2**n == 0][:3] or [str(common)]

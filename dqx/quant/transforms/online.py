@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dqx.models.transformer import Block, compose
-from dqx.quant.protocols import ModelChange
-from dqx.quant.setting import Context, Setting
+from dqx.quant.protocols import Context, ModelChange
 from dqx.quant.transforms.hadamard import (
     OnlineHadamard,
     OnlineHeads,
@@ -41,9 +40,9 @@ class HeadRotation:
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
         return ModelChange(lambda model: None, lambda block: rotate_heads(block, online=self.online))
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = []
-        heads, size = setting.arch.n_heads, setting.arch.head_size
+        heads, size = context.arch.n_heads, context.arch.head_size
         if core(size) is None:
             found.append(f"{where}: the width of a head: {no_matrix(size)}; leave this transform out: ~{where}")
         if self.online and core(heads) is None:
@@ -61,8 +60,8 @@ class OnlineDown:
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
         return ModelChange(lambda model: None, lambda block: rotate_down(block, self.tile))
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
-        return tile_problems(f"{where}.tile", setting.arch.mlp_size, self.tile, "the inputs of down")
+    def problems(self, where: str, context: Context) -> list[str]:
+        return tile_problems(f"{where}.tile", context.arch.mlp_size, self.tile, "the inputs of down")
 
 
 @torch.no_grad()

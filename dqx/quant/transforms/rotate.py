@@ -15,20 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dqx.formats.bits import BitsConfig
-from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, RMSNorm
-from dqx.quant.protocols import ModelChange
-from dqx.quant.setting import Context, Setting
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
+from dqx.quant.protocols import Context, ModelChange
 from dqx.quant.transforms.hadamard import tile_problems, transform
-
-if TYPE_CHECKING:
-    from dqx.quant.method import Method
 
 #: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
 Rotation = Callable[[Tensor], Tensor]
@@ -52,7 +46,7 @@ class FoldNorms:
 
         return ModelChange(outer, fold_block)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         return []
 
 
@@ -68,16 +62,16 @@ class ResidualRotation:
         width = context.arch.hidden_size
         return residual_rotation(make_rotation(self.kind, width, self.tile, context.generator(), device))
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = []
-        width = setting.arch.hidden_size
+        width = context.arch.hidden_size
         if self.kind not in KINDS:
             found.append(f"{where}.kind={self.kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         elif self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
             found.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
         elif self.kind != "orthogonal":
             found += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
-        earlier = list(setting.method.transforms.values())
+        earlier = list(context.method.transforms.values())
         earlier = earlier[: earlier.index(self)] if self in earlier else earlier
         if not any(isinstance(part, FoldNorms) for part in earlier):
             found.append(
@@ -139,17 +133,6 @@ def residual_rotation(rotate: Rotation) -> ModelChange:
                 map_rows(writer.bias[None], rotate)
 
     return ModelChange(outer, within, rotate)
-
-
-def rotated(method: Method, bits: BitsConfig, arch: Architecture, *, seed: int = 0) -> Rotation:
-    """How the residual stream x [..., D] of a model looks after `quantize(model, method, bits, seed=seed)`.
-
-    Rotations are drawn again from the seed; errors of rounding are not in it, nor other changes of the function.
-    """
-    context = Context(arch, bits, method, seed)
-    changes = [part.prepare(context.at(name=n), torch.device("cpu")) for n, part in method.model_transforms.items()]
-    maps = [change.residual for change in changes if change.residual is not None]
-    return lambda x: reduce(lambda y, rotate: rotate(y), maps, x)
 
 
 def _rotate_readers(norm: RMSNorm, readers: Iterable[nn.Linear], rotate: Rotation) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dqx.formats.integers import wide
 from dqx.models.transformer import SITES, Architecture, Block
-from dqx.quant.setting import Context, Setting
+from dqx.quant.protocols import Context
 from dqx.quant.transforms.channel_scale import by_value_head, scale_site
 
 SMALLEST = 1e-5  # maxima below are raised to it, so that dead channels give no infinity
@@ -65,7 +65,7 @@ class Smooth:
             x_max, w_max = _over_shared_heads(x_max, block.arch), _over_shared_heads(w_max, block.arch)
         return smooth_scale(x_max, w_max, self.alpha, self.floor)
 
-    def problems(self, where: str, setting: Setting) -> list[str]:
+    def problems(self, where: str, context: Context) -> list[str]:
         found = site_problems(self.sites, where)
         if not 0 <= self.alpha <= 1:
             found.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.5 is usual")
