@@ -36,6 +36,7 @@ from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.models.checkpoint import Checkpoint, inspect, load_weights, skeleton
+from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -220,11 +221,13 @@ def load(name_or_path: str = "nano_llada", **overrides: Any) -> DiffusionLM:
 
     Keyword arguments override the model's config: `load("llada_8b_base", path="/data/llada", dtype="float16")`.
     """
-    name = name_or_path
-    if name not in configuration.choices("model"):
-        family = inspect(name_or_path).arch.family
-        name = {"llada": "llada_8b_base", "dream": "dream_7b_base"}[family]
-        overrides = {"name": Path(name_or_path).name, "path": name_or_path, "dtype": "auto"} | overrides
-    model = OmegaConf.to_object(OmegaConf.merge(configuration.compose([f"model={name}"]).model, overrides))
+    if name_or_path in configuration.choices("model"):
+        chosen = configuration.compose([f"model={name_or_path}"]).model
+    else:
+        family = family_of(inspect(name_or_path).arch.family)
+        chosen = configuration.ModelConfig(
+            Path(name_or_path).name, family.name, name_or_path, dtype="auto", sampler=dict(family.sampler)
+        )
+    model = OmegaConf.to_object(OmegaConf.merge(chosen, overrides))
     assert isinstance(model, configuration.ModelConfig)
     return load_configured(model)

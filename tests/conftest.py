@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dqx.formats.bits import BitsConfig
-from dqx.models.checkpoint import FAMILIES, save
+from dqx.models.checkpoint import save
+from dqx.models.family import family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
@@ -59,7 +60,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
 def setting() -> Context:
     """Where parts are judged: the small Dream model, 16 bits, an empty method."""
     config = json.loads((TESTS / "golden" / "dream_tiny" / "config.json").read_text())
-    return Context(FAMILIES["dream"].architecture(config), BitsConfig(), Method("empty"))
+    return Context(family_of("dream").architecture(config), BitsConfig(), Method("empty"))
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
         config = json.loads((TESTS / "golden" / f"{family}_tiny" / "config.json").read_text())
         length = "max_sequence_length" if family == "llada" else "max_position_embeddings"
         config |= {"eos_token_id": 256, "pad_token_id": 256, "mask_token_id": 257, length: 1024, **changes}
-        model = MaskedDiffusionTransformer(FAMILIES[family].architecture(config))
+        model = MaskedDiffusionTransformer(family_of(family).architecture(config))
         initialise(model, torch.Generator().manual_seed(seed))
         folder = tmp_path / f"{family}_{len(list(tmp_path.iterdir()))}"
         save(model, config, folder, max_shard_bytes)

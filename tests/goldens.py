@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dqx.models import SITES, MaskedDiffusionTransformer, inspect, load_weights
-from dqx.models.families import dream, llada
-from dqx.models.transformer import Architecture, Block, rope_tables
+from dqx.models.checkpoint import inspect, load_weights
+from dqx.models.family import families, family_of
+from dqx.models.transformer import SITES, Architecture, Block, MaskedDiffusionTransformer, rope_tables
 from dqx.quant.stats import COLLECTORS
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = {"llada": llada, "dream": dream}
+FAMILIES = tuple(families())
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def cases(name: str) -> list[dict]:
 
 def hub_name(family: str, role: str) -> str:
     """What the family's checkpoints call a linear or norm inside a block."""
-    return FAMILIES[family].BLOCK_NAMES[role]
+    return family_of(family).block_names[role]
 
 
 def awq_dream_block() -> Block:
@@ -67,7 +67,7 @@ def awq_dream_block() -> Block:
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             module, kind = name.rsplit(".", 1)
-            parameter.copy_(data[f"block.{dream.BLOCK_NAMES[module]}.{kind}"])
+            parameter.copy_(data[f"block.{hub_name('dream', module)}.{kind}"])
     return block
 
 

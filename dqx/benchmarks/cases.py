@@ -11,14 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dqx.models.families.published import PUBLISHED
+from dqx.models.family import families
 from dqx.models.plant import outlier_channels
 from dqx.models.transformer import ROLES, SITES, Architecture, Block, rope_tables
 
 LENGTH = 512  # tokens per sequence
 HEAD = 128  # head width of both models; also the group size of weights and DuQuant's tile
 
-MODELS = {"llada_8b": PUBLISHED["LLaDA-8B"], "dream_7b": PUBLISHED["Dream-7B"]}
+#: The published shapes by name: llada_8b, dream_7b.
+MODELS = {
+    published[0].lower().replace("-", "_"): published[1]
+    for published in (family.published for family in families().values())
+    if published is not None
+}
 
 
 def scaled(arch: Architecture, scale: int) -> Architecture:

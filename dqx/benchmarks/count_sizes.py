@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from dqx.config.compose import suite
 from dqx.evaluate.catalogue import LocalTask, build, leaves
 from dqx.evaluate.spec import TaskSpec
-from dqx.models import inspect
+from dqx.models.checkpoint import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.study.estimate.sizes import BenchmarkSize
 

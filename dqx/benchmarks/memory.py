@@ -32,43 +32,10 @@ from dqx.common.files import write_json
 from dqx.common.memory import GB
 from dqx.config import compose
 from dqx.models.checkpoint import INDEX, inspect, skeleton, tensor_names
+from dqx.models.family import family_of
 from dqx.models.transformer import Architecture
 from dqx.quant import QuantReport, quantize_checkpoint
 
-#: Keys of the hub's config.json that have the fields of an `Architecture`.
-KEYS = {
-    "llada": {
-        "embedding_size": "vocab_size",
-        "d_model": "hidden_size",
-        "mlp_hidden_size": "mlp_size",
-        "n_layers": "n_blocks",
-        "n_heads": "n_heads",
-        "n_kv_heads": "n_kv_heads",
-        "rope_theta": "rope_theta",
-        "rms_norm_eps": "norm_eps",
-        "include_qkv_bias": "qkv_bias",
-        "mask_token_id": "mask_token_id",
-        "eos_token_id": "eos_token_id",
-        "max_sequence_length": "max_length",
-    },
-    "dream": {
-        "vocab_size": "vocab_size",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "mlp_size",
-        "num_hidden_layers": "n_blocks",
-        "num_attention_heads": "n_heads",
-        "num_key_value_heads": "n_kv_heads",
-        "rope_theta": "rope_theta",
-        "rms_norm_eps": "norm_eps",
-        "mask_token_id": "mask_token_id",
-        "eos_token_id": "eos_token_id",
-        "max_position_embeddings": "max_length",
-    },
-}
-CONSTANTS = {
-    "llada": {"model_type": "llada", "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu"},
-    "dream": {"model_type": "Dream", "hidden_act": "silu"},
-}
 POOL = 2**24 + 43  # random numbers that all weights are cut from; the prime keeps rows of a matrix apart
 
 
@@ -89,7 +56,7 @@ class Job:
 def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
     """Write random weights of `arch` to a new folder, a file at a time; how many bytes. Same seed, same weights."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", CONSTANTS[arch.family] | hub_config(arch))
+    write_json(folder / "config.json", family_of(arch.family).config(arch))
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).bfloat16()
     weight_map: dict[str, str] = {}
     total = 0
@@ -101,11 +68,6 @@ def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
         total += sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
-
-
-def hub_config(arch: Architecture) -> dict[str, Any]:
-    """The part of config.json that says what `arch` does."""
-    return {key: getattr(arch, name) for key, name in KEYS[arch.family].items()}
 
 
 def _files(arch: Architecture) -> Iterator[dict[str, tuple[str, torch.Size]]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqx.benchmarks.cases import scaled
+from dqx.benchmarks.cases import MODELS, scaled
 from dqx.benchmarks.lengths import Lengths
 from dqx.diffusion import LLaDASampler, SeededNoise, greedy_matches, log_likelihood_given
 from dqx.diffusion.batches import Request
@@ -27,10 +27,9 @@ from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import mask_states
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.spec import TaskSpec
-from dqx.models.families.published import PUBLISHED
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, initialise
 
-PUBLISHED_MODEL = PUBLISHED["LLaDA-8B"]
+PUBLISHED_MODEL = MODELS["llada_8b"]
 BATCH = 8  # sequences at a time in the study's likelihoods
 SHARPNESS, MASK = 4, 0.1  # factors of queries and of the mask's embedding, so that answers depend on their prompts
 

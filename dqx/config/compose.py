@@ -25,6 +25,7 @@ from dqx.common.parts import build_part, part_problems
 from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, MethodConfig, ModelConfig, choices
 from dqx.evaluate.spec import TaskSpec
 from dqx.formats.bits import label
+from dqx.models.family import families, family_of
 
 # ---- what the YAML files may compute -------------------------------------------------------------------------
 
@@ -37,12 +38,15 @@ def by_method(quantizes: str, weights: int, weights_and_activations: int) -> int
     return values[quantizes]
 
 
-def by_family(family: str, llada: Any, dream: Any) -> Any:
-    """One of two values, by the model's family: `${by_family:${model.family},block,sublayer}`."""
-    values = {"llada": llada, "dream": dream}
-    if family not in values:
-        raise ValueError(f"model.family={family} is unknown; it is one of {', '.join(values)}")
-    return values[family]
+def by_trait(family: str, trait: str, yes: Any, no: Any) -> Any:
+    """One of two values, by whether a family has the trait: `${by_trait:${model.family},awq_judges_block,yes,no}`.
+
+    Raises ValueError for a family that is not known and a trait that none has.
+    """
+    traits = family_of(family).traits
+    if all(trait not in other.traits for other in families().values()):
+        raise ValueError(f"no family has the trait {trait}")
+    return yes if trait in traits else no
 
 
 def first_set(*values: Any) -> Any:
@@ -82,7 +86,7 @@ def group_choices(*, _root_: DictConfig) -> str:
     return "\n".join(wrapper.fill(f"  {g:<11} {', '.join(choices(g, folders))}") for g in GROUPS) + "\n"
 
 
-RESOLVERS = (by_method, by_family, first_set, half, bits_name, run_name, group_choices)
+RESOLVERS = (by_method, by_trait, first_set, half, bits_name, run_name, group_choices)
 for _resolver in RESOLVERS:
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 

@@ -50,7 +50,7 @@ class ModelConfig:
     """Which checkpoint, in which precision, and how it samples."""
 
     name: str = MISSING
-    family: str = MISSING  # llada or dream
+    family: str = MISSING  # one that is registered (`dqx.models.family`)
     path: str = MISSING  # a folder, or a hub id; pkg://dqx/... lies inside this package
     revision: str | None = None  # of the hub repository
     dtype: str = "bfloat16"  # float32, bfloat16, float16, or auto: as stored

@@ -1,7 +1,7 @@
 """Hub-format checkpoints: `config.json`, `*.safetensors` (single or sharded), tokenizer files. Nothing is executed.
 
 A checkpoint is a local folder or a hub id. From the hub only data files are fetched, never `*.py`, and
-`auto_map` entries are ignored: the two families are written natively in this package.
+`auto_map` entries are ignored: the families are written natively in this package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 
 from dqx.common.files import PACKAGE
 from dqx.common.heartbeat import beat
-from dqx.models.families import dream, llada
-from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
+from dqx.models.architecture import Architecture
+from dqx.models.family import families, family_of
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, block_of
 
-FAMILIES: dict[str, ModuleType] = {llada.FAMILY: llada, dream.FAMILY: dream}
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
 CHECKED_ROWS = 4096  # of a tensor, looked through for infinities at a time
@@ -120,12 +119,12 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    by_type = {family.MODEL_TYPE.lower(): family for family in FAMILIES.values()}
+    by_type = {family.model_type.lower(): family for family in families().values()}
     family = by_type.get(str(model_type).lower())
     if family is None:
-        known = ", ".join(repr(f.MODEL_TYPE) for f in FAMILIES.values())
+        known = ", ".join(repr(f.model_type) for f in families().values())
         raise CheckpointError(f"{path}: model_type is {model_type!r}; dqx has {known}")
-    for key, allowed in family.REQUIRED.items():
+    for key, allowed in family.required.items():
         if key in config and config[key] not in allowed:
             raise CheckpointError(
                 f"{path}: {key}={config[key]!r} is not supported (only {allowed[0]!r}); the logits would be wrong"
@@ -186,7 +185,7 @@ def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
             )
     extra = [n for n in shapes if n not in expected and not n.endswith("inv_freq")]
     if arch.tied_head:
-        extra = [n for n in extra if n != FAMILIES[arch.family].OUTER_NAMES["head.weight"]]
+        extra = [n for n in extra if n != family_of(arch.family).outer_names["head.weight"]]
     if extra:
         raise CheckpointError(
             f"{files[extra[0]]}: {len(extra)} tensors that the model has no place for, first {extra[0]!r}"
@@ -237,13 +236,13 @@ def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
 
 def tensor_names(arch: Architecture) -> dict[str, str]:
     """Our parameter name -> the family's tensor name on the hub."""
-    family = FAMILIES[arch.family]
-    names = dict(family.OUTER_NAMES)
+    family = family_of(arch.family)
+    names = dict(family.outer_names)
     if arch.tied_head:
         del names["head.weight"]
     for i in range(arch.n_blocks):
-        prefix = family.BLOCK_PREFIX.format(i)
-        for ours, theirs in family.BLOCK_NAMES.items():
+        prefix = family.block_prefix.format(i)
+        for ours, theirs in family.block_names.items():
             names[f"blocks.{i}.{ours}.weight"] = f"{prefix}{theirs}.weight"
             if arch.qkv_bias and ours in ("q", "k", "v"):
                 names[f"blocks.{i}.{ours}.bias"] = f"{prefix}{theirs}.bias"
@@ -290,7 +289,7 @@ def load_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None, de
     prefix = f"blocks.{index}."
     names = {ours: hub for ours, hub in tensor_names(checkpoint.arch).items() if ours.startswith(prefix)}
     with torch.device("meta"):
-        block = Block(checkpoint.arch)
+        block = block_of(checkpoint.arch)
     state = _read(checkpoint, names, dtype, device)
     assign(block, {ours.removeprefix(prefix): tensor for ours, tensor in state.items()})
     return block.eval()

@@ -1,8 +1,8 @@
 """The one transformer behind every model family: bidirectional, RMSNorm, rope, grouped heads, gated MLP.
 
 LLaDA and Dream differ in tensor names, biases, constants and in which row of the logits predicts which
-token. Names and constants are an `Architecture` plus a name map (see `llada.py`, `dream.py`); everything
-else is shared, so quantization code only ever sees the seven roles `q k v o gate up down`.
+token. Names and constants are an `Architecture` plus a name map (`dqx/models/families`); everything else is
+shared. A family with other linears brings a subclass of `Block`.
 
 Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, E head width, F MLP width, V vocabulary.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,57 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqx.common.heartbeat import beat
+from dqx.common.parts import locate
+from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-
-#: The four places where a linear reads activations, and the roles that read there.
-SITES: dict[str, tuple[str, ...]] = {
-    "attn_in": ("q", "k", "v"),
-    "attn_out": ("o",),
-    "mlp_in": ("gate", "up"),
-    "mlp_out": ("down",),
-}
-
+SITES = Architecture.sites
+ROLES = tuple(role for roles in SITES.values() for role in roles)
 SITE_OF_ROLE = {role: site for site, roles in SITES.items() for role in roles}
 
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E].
 Reuse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Everything `config.json` says that changes the function computed."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    mlp_size: int
-    n_blocks: int
-    n_heads: int
-    n_kv_heads: int
-    rope_theta: float
-    norm_eps: float
-    qkv_bias: bool
-    mask_token_id: int
-    eos_token_id: int
-    max_length: int
-    logit_shift: bool  # True: row i-1 of the head's output predicts token i (Dream)
-    tied_head: bool = False
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.n_heads
-
-    def in_features(self, role: str) -> int:
-        """Input width of a role's linear."""
-        return self.mlp_size if role == "down" else self.hidden_size
-
-    def out_features(self, role: str) -> int:
-        """Output width of a role's linear."""
-        if role in ("k", "v"):
-            return self.n_kv_heads * self.head_size
-        return self.mlp_size if role in ("gate", "up") else self.hidden_size
 
 
 class RMSNorm(nn.Module):
@@ -107,7 +65,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One transformer block. Its seven linears are attributes named by role.
+    """One transformer block. Its linears are attributes named by role; here those of a dense transformer.
 
     Quantization methods may put modules of their own in two places, which hold nothing in a checkpoint:
     `inputs[site]` transforms the input [B, T, I] of a site's linears, and `heads` the queries, keys and values
@@ -125,17 +83,17 @@ class Block(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
-        for role in ROLES:
+        for role in arch.roles:
             bias = arch.qkv_bias and role in ("q", "k", "v")
             self.add_module(role, nn.Linear(arch.in_features(role), arch.out_features(role), bias=bias))
         self.attn_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.inputs = nn.ModuleDict({site: nn.Identity() for site in SITES})
+        self.inputs = nn.ModuleDict({site: nn.Identity() for site in arch.sites})
         self.heads = nn.ModuleDict({part: nn.Identity() for part in ("q", "k", "v")})
 
     def linears(self) -> dict[str, nn.Module]:
         """The block's linears by role, in data-flow order."""
-        return {role: getattr(self, role) for role in ROLES}
+        return {role: getattr(self, role) for role in self.arch.roles}
 
     def attention(
         self,
@@ -188,6 +146,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def block_of(arch: Architecture) -> Block:
+    """A new block of the class that the architecture names."""
+    block: Block = locate(arch.block)(arch)
+    return block
+
+
 def pick(x: Tensor, rows: Tensor) -> Tensor:
     """The `rows` [..., R] of x [..., T, D], leading dimensions broadcast: [..., R, D]."""
     return x.gather(-2, rows[..., None].expand(*x.shape[:-2], -1, x.shape[-1]))
@@ -209,8 +173,11 @@ class MaskedDiffusionTransformer(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
-        self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size)
-        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.n_blocks))
+        embeddings = torch.empty(arch.vocab_size, arch.hidden_size)
+        if not embeddings.is_meta:  # drawing on the meta device would import torch._dynamo, which takes a second
+            embeddings.normal_()
+        self.embed = nn.Embedding(arch.vocab_size, arch.hidden_size, _weight=embeddings)
+        self.blocks = nn.ModuleList(block_of(arch) for _ in range(arch.n_blocks))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
         if arch.tied_head:

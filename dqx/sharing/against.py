@@ -13,7 +13,7 @@ from typing import Any
 from dqx.common.files import jsonable
 from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.results import TaskResult
-from dqx.models import inspect
+from dqx.models.checkpoint import inspect
 from dqx.record.compare import ABSENT, compare, differences
 from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.report import difference, value

@@ -21,14 +21,14 @@ from dqx.config.schema import Config
 from dqx.data.calibration import calib_problems
 from dqx.data.masking import masking_problems
 from dqx.evaluate.problems import task_problems
-from dqx.models.checkpoint import FAMILIES, PACKAGED, Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.models.checkpoint import PACKAGED, Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.models.family import families, family_of
 from dqx.models.tokenizer import tokenizer_problem
 from dqx.models.transformer import Architecture
 from dqx.quant.method import Method
 from dqx.study.estimate.memory import memory_problems, pools
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-EXAMPLES = {"llada": "llada_8b_base", "dream": "dream_7b_base"}
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -166,7 +166,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         if text is not None and not text.strip():
             yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
     one_of = {
-        "model.family": (config.model.family, tuple(FAMILIES)),
+        "model.family": (config.model.family, tuple(families())),
         "model.dtype": (config.model.dtype, DTYPES),
         "wandb.mode": (config.wandb.mode, WANDB_MODES),
     }
@@ -180,10 +180,11 @@ def _name_problems(config: Config) -> Iterator[str]:
 def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
     """What the folder is not or does not have: another family, no tokenizer, no chat template."""
     model, arch = config.model, checkpoint.arch
-    if model.family in FAMILIES and arch.family != model.family:
+    if model.family in families() and arch.family != model.family:
         yield (
             f"model.family={model.family}, but {checkpoint.folder / 'config.json'} is of family {arch.family}; "
-            f"choose a model of that family, for example model={EXAMPLES[arch.family]} model.path={model.path}"
+            f"choose a model of that family, for example model={family_of(arch.family).example or 'NAME'} "
+            f"model.path={model.path}"
         )
     missing = tokenizer_problem(checkpoint.folder)
     if missing:

@@ -34,7 +34,7 @@ from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import text_windows
-from dqx.models import inspect
+from dqx.models.checkpoint import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.record import folder as store
 from dqx.report import wandb as mirror

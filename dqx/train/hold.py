@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqx.models import MaskedDiffusionTransformer
+from dqx.models.transformer import MaskedDiffusionTransformer
 
 
 @dataclass(frozen=True)

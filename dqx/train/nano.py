@@ -25,8 +25,9 @@ import json
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dqx.diffusion.samplers.dream import DreamSampler
-from dqx.models import MaskedDiffusionTransformer
-from dqx.models.checkpoint import FAMILIES as ARCHITECTURES
+from dqx.common.parts import build_part
 from dqx.models.checkpoint import save
-from dqx.models.transformer import initialise
+from dqx.models.family import Family, families, family_of
+from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.train import generated as nano
 from dqx.train.hold import OutlierPlan, plant
 from dqx.train.state import load_state, save_state
@@ -47,7 +47,6 @@ FAMILIES = ("facts", "sums", "code")
 STATE = "last.safetensors"  # what training resumes from
 PACKED_LENGTH = 96
 BLOCK = {"sums": 8, "code": 20}  # block length of LLaDA's sampler
-DREAM_SAMPLER = DreamSampler(alg="entropy", temperature=0.0, top_p=0.95)
 VOCABULARY = 512  # rows of the embedding; the tokenizer uses a little fewer
 
 
@@ -59,38 +58,27 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return int(number)
 
 
-def config(tokenizer: Tokenizer, family: str = "llada") -> dict[str, object]:
-    """`config.json` with the keys of the published checkpoints of a family."""
+def config(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
+    """The `config.json` of a family's bundled model: heads are grouped where the published ones are."""
     eos, mask = token_id(tokenizer, nano.EOS), token_id(tokenizer, nano.MASK)
     assert tokenizer.get_vocab_size() <= VOCABULARY
-    if family == "dream":
-        return {
-            "architectures": ["DreamModel"], "attention_dropout": 0.0,
-            "auto_map": {
-                "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel",
-            },
-            "bos_token_id": eos, "eos_token_id": eos, "full_attn_mask": True, "hidden_act": "silu",
-            "hidden_size": 256, "initializer_range": 0.02, "intermediate_size": 512, "mask_token_id": mask,
-            "max_position_embeddings": 4096, "max_window_layers": 3, "model_type": "Dream",
-            "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2, "pad_token_id": eos,
-            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": None,
-            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.46.2",
-            "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": VOCABULARY,
-        }  # fmt: skip
-    return {
-        "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
-        "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": 256,
-        "embedding_dropout": 0.0, "embedding_size": VOCABULARY, "eos_token_id": eos, "flash_attention": False,
-        "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta",
-        "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms",
-        "layer_norm_with_affine": True, "mask_token_id": mask,
-        "max_sequence_length": 4096, "mlp_hidden_size": 512, "mlp_ratio": 2, "model_type": "llada",
-        "multi_query_attention": None, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "pad_token_id": eos,
-        "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": True,
-        "rope_full_precision": True, "rope_theta": 10000.0, "scale_logits": False, "torch_dtype": "bfloat16",
-        "use_cache": False, "vocab_size": VOCABULARY, "weight_tying": False,
-    }  # fmt: skip
+    published = family_of(family).published
+    assert published is not None
+    return family_of(family).config(
+        replace(
+            published[1],
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            mlp_size=512,
+            n_blocks=3,
+            n_heads=4,
+            n_kv_heads=4 if published[1].n_kv_heads == published[1].n_heads else 2,
+            rope_theta=10000.0,
+            mask_token_id=mask,
+            eos_token_id=eos,
+            max_length=4096,
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -103,11 +91,12 @@ class Batch:
 
 
 class Batches:
-    """Training batches by family; the draw depends on the seed and the step only."""
+    """Training batches by family of documents; the draw depends on the seed and the step only."""
 
-    def __init__(self, tokenizer: Tokenizer, n_documents: int, seed: int, family: str = "llada"):
+    def __init__(self, tokenizer: Tokenizer, n_documents: int, seed: int, model: Family):
         self.seed = seed
-        self.dream = family == "dream"
+        self.first = int(model.architecture(config(tokenizer, model.name)).logit_shift)  # of a window, to be masked
+        self.in_blocks = build_part(model.sampler).block_length(1) is not None
         self.mask_id = token_id(tokenizer, nano.MASK)
         self.groups: dict[str, list[tuple[Tensor, int]]] = {}  # family -> (ids [N, T], prompt length)
         documents: list[list[int]] = []
@@ -130,7 +119,7 @@ class Batches:
         rng = random.Random(f"{self.seed}/{family}/{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         if family == "packed":
-            rows, prompt = torch.tensor([self.window(rng) for _ in range(size)]), int(self.dream)
+            rows, prompt = torch.tensor([self.window(rng) for _ in range(size)]), self.first
         else:
             groups = self.groups[family]
             pool, prompt = rng.choices(groups, [len(rows) for rows, _ in groups])[0]
@@ -141,7 +130,7 @@ class Batches:
         count = (t * length).floor().long().clamp(max=length - 1) + 1
         hidden = torch.rand(size, length, generator=generator).argsort(1).argsort(1) < count[:, None]
         scored = hidden.clone()
-        if family in nano.GEN_LENGTH and not self.dream:  # every second row: a state of the semi-autoregressive sampler
+        if family in nano.GEN_LENGTH and self.in_blocks:  # every second row: a state of the sampler
             width = BLOCK[family]
             block = torch.arange(length) // width
             current = torch.randint(length // width, (size, 1), generator=generator)
@@ -173,22 +162,11 @@ def loss_of(model: MaskedDiffusionTransformer, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def generate(model: MaskedDiffusionTransformer, prompts: Tensor, length: int, block: int) -> Tensor:
-    """Answers [B, length] of the family's sampler, greedy, as many steps as tokens.
-
-    LLaDA: semi-autoregressive, low-confidence remasking. Dream: `DREAM_SAMPLER`, which ignores `block`.
-    """
-    if model.arch.logit_shift:
-        return DREAM_SAMPLER.generate(model, prompts, gen_length=length, steps=length).ids
-    mask_id = model.arch.mask_token_id
-    start = prompts.shape[1]
-    ids = torch.cat((prompts, torch.full((len(prompts), length), mask_id)), dim=1)
-    for end in range(start + block, start + length + 1, block):
-        for _ in range(block):
-            logits = model(ids)[:, start:end].float()
-            p, token = logits.softmax(-1).max(-1)
-            best = p.masked_fill(ids[:, start:end] != mask_id, -1.0).argmax(1, keepdim=True)
-            ids[:, start:end].scatter_(1, best, token.gather(1, best))
-    return ids[:, start:]
+    """Answers [B, length] of the family's sampler, as many steps as tokens, in blocks where it has any."""
+    sampler = build_part(family_of(model.arch.family).sampler)
+    settings = {"gen_length": length, "block_length": sampler.block_length(block), "steps": length}
+    answers: Tensor = sampler.generate(model, prompts, **settings).ids
+    return answers
 
 
 def generated(model: MaskedDiffusionTransformer, tokenizer: Tokenizer, family: str, prompts: list[str]) -> list[str]:
@@ -249,12 +227,12 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = nano.tokenizer()
     settings = config(tokenizer, args.family)
-    model = MaskedDiffusionTransformer(ARCHITECTURES[args.family].architecture(settings))
+    model = MaskedDiffusionTransformer(family_of(args.family).architecture(settings))
     generator = torch.Generator().manual_seed(args.seed)
     initialise(model, generator)
     held = plant(model, OutlierPlan(), token_id(tokenizer, "Ċ"), generator)
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
-    batches = Batches(tokenizer, args.documents, args.seed, args.family)
+    batches = Batches(tokenizer, args.documents, args.seed, family_of(args.family))
     args.out.mkdir(parents=True, exist_ok=True)
     first, tokens, seconds = 0, 0, 0.0
     if (args.out / STATE).exists():
@@ -303,7 +281,7 @@ def save_all(
     out: Path,
     model: MaskedDiffusionTransformer,
     optimiser: torch.optim.Optimizer,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     tokenizer: Tokenizer,
     step: int,
     tokens: int,
@@ -321,7 +299,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints; training resumes from it")
-    parser.add_argument("--family", choices=sorted(ARCHITECTURES), default="llada")
+    parser.add_argument("--family", choices=sorted(families()), required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--until", type=int, help="stop after this step (a multiple of --eval-every), to resume later")

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from dqx.benchmarks import evaluate, lengths, paths
+from dqx.benchmarks.cases import MODELS
 from dqx.benchmarks.count_sizes import by_rule
 from dqx.benchmarks.evaluate import Figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import Outcome, Work
 from dqx.config import compose
-from dqx.models.families.published import PUBLISHED
 
 
 def model(seed=0):
@@ -60,7 +60,7 @@ def test_lengths_of_a_task_are_measured_on_its_prompts():
 
 
 def test_the_head_has_its_share_of_the_work():
-    real = PUBLISHED["LLaDA-8B"]
+    real = MODELS["llada_8b"]
     assert evaluate.head_share(real) == pytest.approx(0.069, abs=5e-4)
     for scale, blocks in ((8, 4), (16, 4), (32, 2)):
         assert evaluate.head_share(paths.architecture(scale, blocks)) == pytest.approx(0.069, abs=1e-3)

@@ -16,7 +16,7 @@ from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers.dream import DreamSampler
 from dqx.diffusion.samplers.llada import LLaDASampler
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.quant.loop import Stream
 from dqx.record.folder import RunFolder
 from dqx.report import header

@@ -31,7 +31,7 @@ from dqx.diagnostics.fidelity import (
 from dqx.diffusion.rollout import Rollout, State, noise, schedule, write
 from dqx.diffusion.samplers.dream import DreamSampler
 from dqx.diffusion.samplers.llada import LLaDASampler
-from dqx.models.checkpoint import FAMILIES
+from dqx.models.family import family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant import quantize
 from dqx.study.checks import problems
@@ -50,7 +50,7 @@ GEN_LENGTH = 12
 def tiny(family="llada"):
     """A random model in float64, and the windows [3, 32] it is asked about."""
     config = json.loads((TESTS / "golden" / f"{family}_tiny" / "config.json").read_text())
-    model = MaskedDiffusionTransformer(FAMILIES[family].architecture(config))
+    model = MaskedDiffusionTransformer(family_of(family).architecture(config))
     initialise(model, torch.Generator().manual_seed(0))
     tokens = torch.randint(model.arch.mask_token_id, (3, 32), generator=torch.Generator().manual_seed(0))
     return model.requires_grad_(False).eval().double(), tokens

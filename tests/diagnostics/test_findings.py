@@ -12,7 +12,7 @@ from dqx.config.compose import compose, resolve
 from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.diagnostics.activations import findings, measure_activations
 from dqx.diffusion.rollout import State
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.train.hold import OutlierPlan

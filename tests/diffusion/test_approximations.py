@@ -14,7 +14,7 @@ from dqx.config.compose import build, compose, resolve, run_name
 from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise
 from dqx.diffusion.engine import Engine, Prompt, cache_bytes, row_bytes
 from dqx.diffusion.samplers.llada import share
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer, shift_logits
 from dqx.record.folder import RunFolder
 from dqx.study.checks import problems

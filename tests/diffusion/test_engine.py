@@ -12,7 +12,7 @@ import torch
 from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise
 from dqx.diffusion.engine import Engine, Prompt, row_bytes
 from dqx.diffusion.samplers.base import Sampler
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"

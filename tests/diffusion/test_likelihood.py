@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dqx.diffusion.likelihood import greedy_matches, log_likelihood, log_likelihood_given, mask_states, masked_log_probs
 from dqx.diffusion.samplers.llada import LLaDASampler
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = {family: json.loads((GOLDEN / f"{family}_loglik.json").read_text()) for family in ("llada", "dream")}

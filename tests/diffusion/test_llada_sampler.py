@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.samplers.llada import LLaDASampler, share
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "llada_generate.json").read_text())["cases"]}

@@ -24,7 +24,7 @@ from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.study.cache.store import Store

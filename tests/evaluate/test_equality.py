@@ -27,7 +27,7 @@ from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, document_key, encode, encode_pair, end_tokens
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from dqx.diffusion.batches import Request
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, encode_pair, end_tokens
 from dqx.evaluate.session import EvaluationSession
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
 END = 256

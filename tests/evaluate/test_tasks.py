@@ -28,7 +28,7 @@ from dqx.evaluate.problems import task_problems
 from dqx.evaluate.scorers.math_check import equal_answers
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate, in_turn
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf" / "task"

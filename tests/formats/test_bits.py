@@ -9,7 +9,7 @@ from test_quant_loop import TOY, Batch, ids, toy
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR, choices
 from dqx.formats.bits import FORMATS, KVBits, RoleBits, RoleOverrides, label
-from dqx.models import ROLES
+from dqx.models.transformer import ROLES
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.bits_problems import bits_problems

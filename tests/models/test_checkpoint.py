@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dqx
-from dqx.models import CheckpointError, inspect, load_weights
-from dqx.models.checkpoint import locate, tensor_names
+from dqx.models.checkpoint import CheckpointError, inspect, load_weights, locate, tensor_names
 from dqx.models.tokenizer import load_tokenizer
 
 FAMILIES = ["llada", "dream"]
@@ -161,7 +160,7 @@ def test_index_that_points_outside_the_folder_is_refused(tiny_checkpoint):
     ("key", "value", "words"),
     [
         ("mask_token_id", 5000, "mask_token_id=5000 lies outside the vocabulary of 320"),
-        ("model_type", "gpt2", "model_type is 'gpt2'; dqx has 'llada', 'Dream'"),
+        ("model_type", "gpt2", "model_type is 'gpt2'; dqx has 'Dream', 'llada'"),
         ("alibi", True, "alibi=True is not supported"),
         ("n_heads", 5, "5 heads do not divide the hidden size 64"),
         ("n_layers", "three", "not a positive integer"),

@@ -7,7 +7,7 @@ import torch
 
 from dqx.data.calibration import CalibBatch
 from dqx.diagnostics.activations import measure_activations
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
 
 GOLDEN = Path(__file__).parents[1] / "golden"

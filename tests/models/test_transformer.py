@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import shift_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,9 +9,8 @@ from goldens import GOLDEN, Batch, golden, hub_name, rope, tiny
 from torch import Tensor
 
 from dqx.formats.make import make_grid
-from dqx.models import ROLES, SITES
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import shift_logits
+from dqx.models.transformer import ROLES, SITES, shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.clip import FixedRatio

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.kv import KeysValues

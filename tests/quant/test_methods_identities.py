@@ -13,9 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import choices
-from dqx.models import ROLES, Architecture, MaskedDiffusionTransformer
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import initialise
+from dqx.models.transformer import ROLES, Architecture, MaskedDiffusionTransformer, initialise
 from dqx.quant import BitsConfig, Method, QuantReport, quantize
 from dqx.quant.linear import QuantLinear
 from dqx.quant.transforms.block_rotate import BlockRotate

@@ -12,7 +12,7 @@ from goldens import GOLDEN, Batch
 from test_saved import CASES, IDS, SMALL, assert_same, configured, dtype_of, quantized
 
 from dqx.config.compose import build, select
-from dqx.models import inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.plant import plant_outliers
 from dqx.quant import load_quantized, quantize, quantize_checkpoint
 from dqx.quant.activations_store import ActivationStore

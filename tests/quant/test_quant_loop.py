@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dqx.formats.integers import Grid
-from dqx.models import ROLES, Architecture, MaskedDiffusionTransformer, inspect, load_weights
-from dqx.models.families import dream, llada
-from dqx.models.transformer import initialise, shift_logits
+from dqx.models.checkpoint import inspect, load_weights
+from dqx.models.family import families, family_of
+from dqx.models.transformer import ROLES, Architecture, MaskedDiffusionTransformer, initialise, shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.linear import QuantLinear
@@ -22,7 +22,7 @@ from dqx.quant.rounding.rtn import RTN, rtn_round
 from dqx.quant.stream import Stream
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FAMILIES = {"llada": llada, "dream": dream}
+FAMILIES = tuple(families())
 GPTQ_CASES = [
     (family, case)
     for family in FAMILIES
@@ -102,10 +102,10 @@ def test_whole_model_gptq_equals_official(family, case):
     model = tiny(family)
     method = Method("gptq", GPTQ(act_order=case["desc_act"]))
     report = run(model, method, bits(case["bits"], symmetric=case["sym"]), [Batch(golden["calibration_ids"])])
-    names = FAMILIES[family]
+    names = family_of(family)
     for i in range(len(model.blocks)):
         for role in ROLES:
-            hub = names.BLOCK_PREFIX.format(i) + names.BLOCK_NAMES[role]
+            hub = names.block_prefix.format(i) + names.block_names[role]
             if f"codes.{case['name']}.{hub}" not in golden:
                 continue
             ours = getattr(model.blocks[i], role)
@@ -117,7 +117,7 @@ def test_whole_model_gptq_equals_official(family, case):
         ours = model(golden["input_ids"])
     torch.testing.assert_close(ours, shift_logits(expected) if family == "dream" else expected, atol=2e-4, rtol=0)
     # their list holds the names of one block's linears: ours covers exactly the same
-    assert {names.BLOCK_NAMES[row.role] for row in report.linears} == set(case["quantized"])
+    assert {names.block_names[row.role] for row in report.linears} == set(case["quantized"])
 
 
 QUANTIZED_ROLES = {

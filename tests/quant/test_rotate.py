@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from dqx.config.compose import build, select
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, RoleBits, RoleOverrides, WeightBits
-from dqx.models import inspect, load_weights
-from dqx.models.checkpoint import tensor_names
-from dqx.models.families.llada import BLOCK_NAMES
+from dqx.models.checkpoint import inspect, load_weights, tensor_names
+from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
 from dqx.quant.activation import PerToken
 from dqx.quant.clip import WeightMSE
@@ -134,9 +133,10 @@ def test_codes_and_scales_equal_official(golden, name):
     official = load_file(GOLDEN / "quarot_weights_and_block.safetensors")
     model = quantized(golden, case)
     seen = 0
+    names = family_of("llada").block_names
     for index, block in enumerate(model.blocks):
         for role, linear in block.linears().items():
-            their = f"{name}.{index}.{BLOCK_NAMES[role]}"
+            their = f"{name}.{index}.{names[role]}"
             torch.testing.assert_close(linear.scale, official[f"wscale.{their}"], rtol=1e-5, atol=0)
             zero_point = official.get(f"wzero.{their}", torch.zeros(()))
             if "w_asym" in case:

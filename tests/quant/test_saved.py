@@ -14,8 +14,8 @@ from torch import nn
 from dqx.common.parts import build_part
 from dqx.config.compose import build, select
 from dqx.config.schema import Config
-from dqx.models import MaskedDiffusionTransformer, inspect, load_weights
-from dqx.models.checkpoint import CheckpointError
+from dqx.models.checkpoint import CheckpointError, inspect, load_weights
+from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant import load_quantized, quantize, save_quantized
 from dqx.quant.checkpoint.folder import decode, read_recipe
 from dqx.quant.linear import QuantLinear

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from goldens import FAMILIES, Batch, cases, golden, hub_name, rope, statistics, tiny
+from goldens import Batch, cases, golden, hub_name, rope, statistics, tiny
 
-from dqx.models import ROLES, SITES
+from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import shift_logits
+from dqx.models.transformer import ROLES, SITES, shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.kv import KeysValues
@@ -46,7 +46,7 @@ def case_id(value):
 
 
 def prefix(family, i):
-    return FAMILIES[family].BLOCK_PREFIX.format(i)
+    return family_of(family).block_prefix.format(i)
 
 
 def run(model, transform, bits, calibration):

@@ -16,13 +16,13 @@ from filelock import FileLock
 from test_processes import launch as launched
 from test_stages import SMALL, shown
 
+from dqx.benchmarks.cases import MODELS
 from dqx.common.devices import dtype_of
 from dqx.common.memory import GB, peak_ram, watch_peaks
 from dqx.common.processes import processes
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import Config, ConfigProblems, MemoryConfig
 from dqx.models.checkpoint import inspect
-from dqx.models.families.published import PUBLISHED
 from dqx.quant.checkpoint.on_disk import PARTIAL, PROGRESS, OnDisk
 from dqx.record.folder import Record
 from dqx.report.terminal import footer
@@ -244,7 +244,7 @@ def of_8b(device: torch.device = CPU, **limits: float) -> list[memory.Pool]:
     sizes = ("calib.samples=4", "calib.length=128")
     config = resolve(compose(["model=llada_8b_base", "method=gptq", "bits=w4a16", "task=gsm8k", *sizes]))
     config.memory = MemoryConfig(**limits)
-    return pools(config, PUBLISHED["LLaDA-8B"], torch.bfloat16, device)
+    return pools(config, MODELS["llada_8b"], torch.bfloat16, device)
 
 
 def test_what_8b_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.study.estimate.memory
 from dqx import load
+from dqx.benchmarks.cases import MODELS
 from dqx.benchmarks.count_sizes import bundled, measured
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import CONF_DIR
@@ -26,8 +27,8 @@ from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import mask_states
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Line
-from dqx.models.checkpoint import FAMILIES, inspect, load_weights
-from dqx.models.families.published import PUBLISHED, of_family
+from dqx.models.checkpoint import inspect, load_weights
+from dqx.models.family import families, family_of
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 from dqx.study.cache.store import Store
 from dqx.study.estimate.memory import weight_bytes
@@ -59,11 +60,11 @@ def suite_of(*overrides: str) -> Any:
     return config.task.suite, build(config.model.sampler)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_operations_are_those_that_torch_counts(family: str) -> None:
     """A forward of a small model with the family's biases and heads; torch counts multiplications and additions."""
     config = json.loads((Path(__file__).parents[1] / "golden" / f"{family}_tiny" / "config.json").read_text())
-    arch = FAMILIES[family].architecture(config)
+    arch = family_of(family).architecture(config)
     model = MaskedDiffusionTransformer(arch).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.arange(20)[None])
@@ -72,11 +73,8 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
 
 def test_published_shapes_have_the_published_numbers_of_parameters() -> None:
     with torch.device("meta"):
-        sizes = {
-            name: sum(p.numel() for p in MaskedDiffusionTransformer(a).parameters()) for name, a in PUBLISHED.items()
-        }
-    assert {name: f"{n / 1e9:.2f}" for name, n in sizes.items()} == {"LLaDA-8B": "8.02", "Dream-7B": "7.62"}
-    assert of_family("gpt") is None
+        sizes = {name: sum(p.numel() for p in MaskedDiffusionTransformer(a).parameters()) for name, a in MODELS.items()}
+    assert {name: f"{n / 1e9:.2f}" for name, n in sizes.items()} == {"llada_8b": "8.02", "dream_7b": "7.62"}
 
 
 # ---- likelihood ----------------------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ def test_quantization_costs_what_the_method_reads() -> None:
         config = resolve(compose([f"method={method}", *LLADA, "calib.samples=2", "calib.length=64", *overrides]))
         method_, bits = build(config.method), config.bits
         work = calibration_work(method_, config)
-        return sum(w.at_most for w in work), hessian_flops(method_, bits, PUBLISHED["LLaDA-8B"], 2 * 64)
+        return sum(w.at_most for w in work), hessian_flops(method_, bits, MODELS["llada_8b"], 2 * 64)
 
     assert counted("rtn") == (0, 0)
     assert counted("gptq") == (3 * 2, 2 * 32 * 2 * 64 * (3 * 4096**2 + 12288**2))
@@ -193,7 +191,7 @@ def test_quantization_costs_what_the_method_reads() -> None:
     assert counted("rtn", *rollout) == (2 * 32 // 2, 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_bytes_of_weights_are_those_of_the_loaded_model(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = inspect(str(tiny_checkpoint(family)))
     for dtype in (torch.float32, torch.bfloat16):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dqx.models import MaskedDiffusionTransformer, inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.families.llada import architecture
-from dqx.models.transformer import initialise
+from dqx.models.family import family_of
+from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.train import generated
 from dqx.train.hold import OutlierPlan, plant
 from dqx.train.nano import Batches, accuracy, config, loss_of, rate
@@ -107,7 +108,7 @@ def test_words_and_digits_are_single_tokens() -> None:
 
 
 def tiny() -> tuple[MaskedDiffusionTransformer, OutlierPlan, torch.Generator]:
-    model = MaskedDiffusionTransformer(architecture(config(generated.tokenizer()) | {"n_layers": 2}))
+    model = MaskedDiffusionTransformer(architecture(config(generated.tokenizer(), "llada") | {"n_layers": 2}))
     generator = torch.Generator().manual_seed(0)
     initialise(model, generator)
     return model, OutlierPlan(), generator
@@ -161,7 +162,7 @@ def test_steady_columns_cancel() -> None:
 
 def test_batches_depend_on_seed_and_step_only_and_mask_answers_only() -> None:
     tokenizer = generated.tokenizer()
-    first, again = Batches(tokenizer, 60, seed=1), Batches(tokenizer, 60, seed=1)
+    first, again = (Batches(tokenizer, 60, seed=1, model=family_of("llada")) for _ in range(2))
     mask_id = tokenizer.token_to_id(generated.MASK)
     for family in ("facts", "sums", "code", "packed"):
         a, b = first.draw(family, 8, step=3), again.draw(family, 8, step=3)
@@ -179,7 +180,7 @@ def test_a_few_steps_lower_the_loss() -> None:
     model, plan, generator = tiny()
     tokenizer = generated.tokenizer()
     held = plant(model, plan, tokenizer.token_to_id("Ċ"), generator)
-    batches = Batches(tokenizer, 50, seed=0)
+    batches = Batches(tokenizer, 50, seed=0, model=family_of("llada"))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(12):

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from dqx.config.compose import build, compose, resolve
-from dqx.models import MaskedDiffusionTransformer, inspect, load_weights
+from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.families.dream import architecture
-from dqx.models.transformer import initialise
+from dqx.models.family import family_of
+from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.train import generated
 from dqx.train.hold import OutlierPlan, plant
-from dqx.train.nano import DREAM_SAMPLER, Batches, accuracy, config, loss_of
+from dqx.train.nano import Batches, accuracy, config, loss_of
 
 MODEL = generated.ASSETS / "nano_dream"
 DREAM_CONFIG = Path(__file__).parents[1] / "golden" / "dream_tiny" / "config.json"
@@ -28,7 +29,7 @@ def test_config_has_the_keys_of_dream() -> None:
 
 
 def test_answers_are_masked_at_random_and_windows_keep_their_first_token() -> None:
-    batches = Batches(generated.tokenizer(), 60, seed=1, family="dream")
+    batches = Batches(generated.tokenizer(), 60, seed=1, model=family_of("dream"))
     for family in ("facts", "sums", "code", "packed"):
         batch = batches.draw(family, 64, step=3)
         hidden = batch.ids != batch.targets
@@ -45,7 +46,7 @@ def test_a_few_steps_lower_the_loss_and_train_the_biases() -> None:
     generator = torch.Generator().manual_seed(0)
     initialise(model, generator)
     held = plant(model, OutlierPlan(), tokenizer.token_to_id("Ċ"), generator)
-    batches = Batches(tokenizer, 50, seed=0, family="dream")
+    batches = Batches(tokenizer, 50, seed=0, model=family_of("dream"))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(12):
@@ -83,4 +84,4 @@ def test_bundled_model_is_accurate_and_has_its_outliers() -> None:
 def test_it_is_used_as_it_was_measured_in_training() -> None:
     chosen = resolve(compose(["model=nano_dream"])).model
     assert chosen.family == "dream"
-    assert build(chosen.sampler) == DREAM_SAMPLER
+    assert build(chosen.sampler) == build(family_of("dream").sampler)

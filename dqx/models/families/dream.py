@@ -5,44 +5,19 @@ Traps owned here: q, k and v carry biases, heads are grouped, and the logits are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from dqx.models.transformer import Architecture
+from dqx.models.architecture import Architecture
+from dqx.models.family import Family, register
 
-MODEL_TYPE = "Dream"
-FAMILY = "dream"
-
-BLOCK_PREFIX = "model.layers.{}."
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-OUTER_NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-
-#: config.json settings that would change the function computed and that no published checkpoint uses.
-REQUIRED = {
-    "hidden_act": ("silu",),
-    "rope_scaling": (None,),
-    "use_sliding_window": (False, None),
-    "use_mrope": (False, None),
-}
+NAME, MODEL_TYPE = "dream", "Dream"
 
 
-def architecture(config: dict[str, Any]) -> Architecture:
+def architecture(config: Mapping[str, Any]) -> Architecture:
     """Read a Dream `config.json`. Raises KeyError for a missing key."""
     return Architecture(
-        family=FAMILY,
+        family=NAME,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         mlp_size=config["intermediate_size"],
@@ -58,3 +33,74 @@ def architecture(config: dict[str, Any]) -> Architecture:
         logit_shift=True,
         tied_head=bool(config.get("tie_word_embeddings")),
     )
+
+
+def config(arch: Architecture) -> dict[str, Any]:
+    """The `config.json` of an architecture, with the keys of the published checkpoints."""
+    return {
+        "architectures": ["DreamModel"], "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+        "bos_token_id": arch.eos_token_id, "eos_token_id": arch.eos_token_id, "full_attn_mask": True,
+        "hidden_act": "silu", "hidden_size": arch.hidden_size, "initializer_range": 0.02,
+        "intermediate_size": arch.mlp_size, "mask_token_id": arch.mask_token_id,
+        "max_position_embeddings": arch.max_length, "max_window_layers": arch.n_blocks, "model_type": MODEL_TYPE,
+        "num_attention_heads": arch.n_heads, "num_hidden_layers": arch.n_blocks,
+        "num_key_value_heads": arch.n_kv_heads, "pad_token_id": arch.eos_token_id, "rms_norm_eps": arch.norm_eps,
+        "rope_scaling": None, "rope_theta": arch.rope_theta, "sliding_window": None,
+        "tie_word_embeddings": arch.tied_head, "torch_dtype": "bfloat16", "transformers_version": "4.46.2",
+        "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": arch.vocab_size,
+    }  # fmt: skip
+
+
+FAMILY = register(
+    Family(
+        name=NAME,
+        model_type=MODEL_TYPE,
+        block_prefix="model.layers.{}.",
+        block_names={
+            "attn_norm": "input_layernorm",
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj",
+            "mlp_norm": "post_attention_layernorm",
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+        },
+        outer_names={
+            "embed.weight": "model.embed_tokens.weight",
+            "norm.weight": "model.norm.weight",
+            "head.weight": "lm_head.weight",
+        },
+        required={
+            "hidden_act": ("silu",),
+            "rope_scaling": (None,),
+            "use_sliding_window": (False, None),
+            "use_mrope": (False, None),
+        },
+        architecture=architecture,
+        config=config,
+        sampler={"_target_": "dqx.diffusion.samplers.dream.DreamSampler", "top_p": 0.95},
+        example="dream_7b_base",
+        published=(
+            "Dream-7B",  # of the paper and its config.json
+            Architecture(
+                family=NAME,
+                vocab_size=152064,
+                hidden_size=3584,
+                mlp_size=18944,
+                n_blocks=28,
+                n_heads=28,
+                n_kv_heads=4,
+                rope_theta=1e6,
+                norm_eps=1e-6,
+                qkv_bias=True,
+                mask_token_id=151666,
+                eos_token_id=151643,
+                max_length=131072,
+                logit_shift=True,
+            ),
+        ),
+    )
+)

@@ -23,7 +23,7 @@ from dqx.evaluate.scorers.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.formats.bits import UNQUANTIZED, BitsConfig
 from dqx.models.checkpoint import PACKAGED, CheckpointError, inspect, locate, read_config
-from dqx.models.families.published import of_family
+from dqx.models.family import families
 from dqx.models.transformer import SITES, Architecture
 from dqx.quant.method import Method
 from dqx.study.checks import problems, reads_text
@@ -166,12 +166,13 @@ def _architecture(config: Config, run: PlannedRun) -> Architecture | None:
         except CheckpointError as error:
             run.problems.append(str(error))
             return None
-    published = of_family(config.model.family)
-    if published is None:
-        run.problems.append(f"model.family={config.model.family} is unknown, and {path} is not here to say what it is")
+    family = families().get(config.model.family)
+    if family is None or family.published is None:
+        run.problems.append(f"model.family={config.model.family} has no published shape, and {path} is not here")
         return None
-    run.notes.append(f"{config.model.name} is not here; it is taken to have the shapes of {published[0]}.")
-    return published[1]
+    name, arch = family.published
+    run.notes.append(f"{config.model.name} is not here; it is taken to have the shapes of {name}.")
+    return arch
 
 
 def _is_here(path: str) -> bool:
