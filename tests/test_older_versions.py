@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dqx.config.compose import build, resolve
 from dqx.config.schema import CONF_DIR, Config
-from dqx.diffusion import LLaDASampler
+from dqx.diffusion.samplers import LLaDASampler
 from dqx.quant import load_quantized
 from dqx.quant.method import Method
 from dqx.record.folder import RunFolder

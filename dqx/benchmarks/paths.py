@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from dqx.benchmarks.cases import MODELS, scaled
 from dqx.benchmarks.lengths import Lengths
-from dqx.diffusion import LLaDASampler, SeededNoise, greedy_matches, log_likelihood_given
+from dqx.diffusion import SeededNoise, greedy_matches, log_likelihood_given
 from dqx.diffusion.batches import Request
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import mask_states
+from dqx.diffusion.samplers import LLaDASampler
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, initialise

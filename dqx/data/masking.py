@@ -40,7 +40,7 @@ from dqx.common.names import did_you_mean
 from dqx.data.calibration import CalibBatch
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
-from dqx.diffusion.samplers.base import Call, Sampler
+from dqx.diffusion.samplers import Call, Sampler
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: The kinds, and the settings of `calib` that each one reads.

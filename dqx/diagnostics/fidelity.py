@@ -39,7 +39,8 @@ from torch import Tensor
 from dqx.data.texts import TEXTS, token_stream
 from dqx.diffusion.noise import generator
 from dqx.diffusion.rollout import TOGETHER, Rollout, State, noise, write
-from dqx.diffusion.samplers.base import Sampler, at_least_float32, logits_at, most_confident
+from dqx.diffusion.samplers import Sampler
+from dqx.diffusion.samplers.base import at_least_float32, logits_at, most_confident
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -1,15 +1,15 @@
 """What a masked diffusion language model does with its logits: write answers, and score them.
 
     noise.py       random numbers as a pure function of (seed, document, ...): nothing depends on batch or device
-    sampler.py     what samplers share: guided logits at masked positions, ranking, commits
-    llada.py       LLaDASampler: blocks from left to right, most confident tokens first; Fast-dLLM's approximations
-    dream.py       DreamSampler: the whole answer at once on a time grid, four orders
+    samplers/      Sampler: what every sampler is, and the loop that writes answers; LLaDA's and Dream's
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
-    scoring.py     the same for many targets at once: every masked sequence once, in batches over all requests
+    scorer.py      the same for many targets at once: every masked sequence once, in batches over all requests
     states.py      which masked states a likelihood needs, with what weight; the exact expectation by enumeration
     batches.py     masked sequences of many requests, sorted by length and cut into batches
     stopping.py    when a question needs no more draws
+    rollout.py     denoising states of fixed windows, as one model writes them
+    settings.py    checks of settings
 
 Data flow of generation, for B prompts of P tokens and G new tokens: append G masks; then at each step
 `model(ids)` gives logits [B, T, V] (row i predicts token i in every family), a candidate token and a
@@ -30,14 +30,10 @@ has to be proven equal.
 
 from dqx.diffusion.likelihood import LogLikelihood, greedy_matches, log_likelihood, log_likelihood_given
 from dqx.diffusion.noise import Noise, SeededNoise, generator
-from dqx.diffusion.samplers.base import Generation, Sampler
-from dqx.diffusion.samplers.dream import DreamSampler
-from dqx.diffusion.samplers.llada import LLaDASampler
+from dqx.diffusion.samplers import Generation, Sampler
 
 __all__ = [
-    "DreamSampler",
     "Generation",
-    "LLaDASampler",
     "LogLikelihood",
     "Noise",
     "Sampler",

@@ -12,15 +12,15 @@ What saves time, and why it changes no token:
   whatever they decide (an end token, a complete stop string) is decided, and the rest of the answer cannot matter.
 - Batches are as large as memory allows, and are halved when it was not enough; a step that failed left no trace.
 
-A sampler with a cache (an approximation, see `llada.py`) makes two forwards of a step: rows that begin a block are
-computed whole and leave their keys and values behind, the others attend to theirs and compute a window. What a row
-reuses is its own, so here too it writes what it writes alone. A row that has to leave the batch for lack of memory
-begins its block again.
+A sampler with a cache (an approximation, see `samplers/llada.py`) makes two forwards of a step: rows that begin a
+block are computed whole and leave their keys and values behind, the others attend to theirs and compute a window. What
+a row reuses is its own, so here too it writes what it writes alone. A row that has to leave the batch for lack of
+memory begins its block again.
 
 Equal up to rounding: a matrix product may round differently in another batch, so two confidences closer than that
 could change places.
 
-Shapes as in `sampler.py`: B rows, P prompt tokens with padding, G new tokens, T = P + G.
+Shapes as in `samplers/base.py`: B rows, P prompt tokens with padding, G new tokens, T = P + G.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from torch import Tensor
 
 from dqx.diffusion.batches import free_memory
 from dqx.diffusion.noise import Key, SeededNoise, generator
-from dqx.diffusion.samplers.base import Sampler, count_problems, logits_at, most_confident, raise_if, write
+from dqx.diffusion.samplers import Sampler
+from dqx.diffusion.samplers.base import logits_at, most_confident, write
+from dqx.diffusion.settings import count_problems, raise_if
 from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 

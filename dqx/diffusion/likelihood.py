@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Key, generator
-from dqx.diffusion.samplers.base import count_problems, logits_at, number_problems, raise_if
-from dqx.diffusion.samplers.llada import LLaDASampler
+from dqx.diffusion.samplers import greedy
+from dqx.diffusion.samplers.base import logits_at
+from dqx.diffusion.settings import count_problems, number_problems, raise_if
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 
@@ -153,10 +154,9 @@ def greedy_matches(
 ) -> bool:
     """Whether greedy decoding, one token per step and the most confident first, writes exactly `target` [L].
 
-    LLaDA's suffix_greedy_prediction. Costs L forwards (2 L with guidance), so ask only for metrics that use it.
+    Costs L forwards (2 L with guidance), so ask only for metrics that use it.
     """
     if len(target) == 0:
         return True
-    sampler = LLaDASampler(cfg_scale=cfg_scale)
-    decoded = sampler.generate(model, prefix[None], gen_length=len(target), steps=len(target))
+    decoded = greedy(cfg_scale).generate(model, prefix[None], gen_length=len(target), steps=len(target))
     return bool((decoded.ids[0].cpu() == target.cpu()).all())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import SeededNoise
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import Sampler
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: What a token is to the model at a state: given, generated and unmasked by now, or still masked.

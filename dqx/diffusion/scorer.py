@@ -1,6 +1,6 @@
 """Likelihoods of many targets at once: `likelihood.log_likelihood` of each, computed with less work.
 
-What is saved, and why nothing changes but rounding (tests/test_scoring.py):
+What is saved, and why nothing changes but rounding (tests/diffusion/test_scorer.py):
 - every masked sequence goes through the model once: repeated draws of a request are weighted (`states.py`), and
   requests with one prefix share the sequences they have in common. Choices of one token are a single sequence with
   several true tokens;
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves
-from dqx.diffusion.samplers.base import at_least_float32, count_problems, number_problems, raise_if
+from dqx.diffusion.samplers.base import logits_at
+from dqx.diffusion.settings import count_problems, number_problems, raise_if
 from dqx.diffusion.states import Estimate, make_estimate, n_states
 from dqx.diffusion.stopping import Question, decided, stages
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -254,27 +255,29 @@ class _Run:
 
         column = torch.arange(width)
         real = None if bool((length == width).all()) else column < length
-        found = self._true_log_probs(ids, where, column < prefix, real, torch.cat(picked), torch.cat(tokens))
+        log_probs = self._true_log_probs(ids, where, prefix, real, torch.cat(picked), torch.cat(tokens))
         passes = 2 if self.scorer.cfg_scale > 0 else 1
         self.scorer.n_forwards += n * passes
         self.scorer.n_tokens += int(length.sum()) * passes
-        for part, pair, values in zip(batch, pairs, found.split([len(p) for p in pairs]), strict=True):
+        for part, pair, values in zip(batch, pairs, log_probs.split([len(p) for p in pairs]), strict=True):
             part.group.log_probs.index_add_(0, pair, values)
 
     def _true_log_probs(
-        self, ids: Tensor, where: Tensor, prompt: Tensor, real: Tensor | None, picked: Tensor, tokens: Tensor
+        self, ids: Tensor, where: Tensor, prefix: Tensor, real: Tensor | None, picked: Tensor, tokens: Tensor
     ) -> Tensor:
         """Log-probabilities, float64 on the CPU, of `tokens` at the `picked` of the positions marked in `where`."""
-        device, cfg = self.model.device, self.scorer.cfg_scale
-        ids, where = ids.to(device), where.to(device)
-        real = None if real is None else real.to(device)
-        logits = at_least_float32(self.model.logits_where(ids, where, real))
-        if cfg > 0:
-            blind = ids.masked_fill(prompt.to(device), self.model.arch.mask_token_id)
-            without = at_least_float32(self.model.logits_where(blind, where, real))
-            logits = without + (cfg + 1) * (logits - without)
+        device = self.model.device
+        logits = logits_at(
+            self.model,
+            ids.to(device),
+            where.to(device),
+            prompt_length=prefix.to(device),
+            cfg_scale=self.scorer.cfg_scale,
+            attention_mask=None if real is None else real.to(device),
+            whole=False,
+        )
         picked, tokens = picked.to(device), tokens.to(device)
-        found = (logits[picked, tokens].double() - logits.logsumexp(-1)[picked].double()).cpu()
-        if found.isnan().any():
+        log_probs = (logits[picked, tokens].double() - logits.logsumexp(-1)[picked].double()).cpu()
+        if log_probs.isnan().any():
             raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
-        return found
+        return log_probs

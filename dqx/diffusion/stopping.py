@@ -12,7 +12,7 @@ which is one of `choices - 1` comparisons at one of `looks` looks.
 
 The t test is an approximation, on the safe side in one way and not in another: a stage spreads its mask counts evenly,
 which makes means more precise than the test assumes; and log-likelihoods have a long lower tail, which a few draws
-may miss. With most tokens likely and a few far from it the level holds (test_scoring.py). With half of a target's
+may miss. With most tokens likely and a few far from it the level holds (test_scorer.py). With half of a target's
 likelihood in one or two of its tokens, and no token depending on how many are masked, a comparison with another such
 choice was wrong once to twice as often as its share, and with an exact likelihood two to four times.
 

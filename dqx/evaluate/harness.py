@@ -28,8 +28,7 @@ from dqx.common.files import jsonable
 from dqx.common.processes import processes
 from dqx.diffusion.batches import Request
 from dqx.diffusion.engine import Engine, Prompt
-from dqx.diffusion.samplers.base import Sampler
-from dqx.diffusion.samplers.llada import LLaDASampler
+from dqx.diffusion.samplers import Sampler, greedy
 from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
@@ -221,7 +220,7 @@ class DiffusionHarness(LM):
         lengths = sorted({len(request.target) for request in asked.values()})
         for length in lengths:
             indices = [i for i, request in asked.items() if len(request.target) == length]
-            engine = Engine(self.model, LLaDASampler(), gen_length=length, steps=length, batch_size=self.batch_size)
+            engine = Engine(self.model, greedy(), gen_length=length, steps=length, batch_size=self.batch_size)
             for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
                 session.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()

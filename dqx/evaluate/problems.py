@@ -8,7 +8,7 @@ from typing import Any
 
 from dqx.data.local import data_files
 from dqx.data.texts import text_problems
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import CATEGORIES, KINDS, NLL, TaskSpec, steps_of

@@ -14,8 +14,7 @@ from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
 from dqx.common.processes import processes
-from dqx.diffusion.samplers.base import Sampler
-from dqx.diffusion.samplers.dream import DreamSampler
+from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
 from dqx.evaluate.harness import Answered, DiffusionHarness
 from dqx.evaluate.journal import Journal
@@ -214,14 +213,8 @@ def _notes(chosen: Mapping[LocalTask, int], rows: Sequence[DocumentRow], spec: T
     cut = [row.truncated for row in rows if row.truncated]
     if cut:
         notes.append(f"{len(cut)} of {len(rows)} prompts did not fit: up to {max(cut)} tokens cut from the left")
-    if (
-        isinstance(sampler, DreamSampler)
-        and spec.kind == "generation"
-        and spec.block_length not in (None, spec.gen_length)
-    ):
-        notes.append(f"block_length={spec.block_length} is not used: Dream's sampler writes the whole answer at once")
-    if sampler.approximations and spec.kind == "generation":
-        notes.append(f"approximate: answers written by {sampler.name}")
+    if spec.kind == "generation":
+        notes += sampler.notes(spec.gen_length, spec.block_length)
     if spec.category == "code":
         notes.append(f"programs ran in a sandbox of {', '.join(isolation())}")
     return notes

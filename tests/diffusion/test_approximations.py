@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dqx.config.compose import build, compose, resolve, run_name
-from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise
+from dqx.diffusion import SeededNoise
 from dqx.diffusion.engine import Engine, Prompt, cache_bytes, row_bytes
+from dqx.diffusion.samplers import DreamSampler, LLaDASampler
 from dqx.diffusion.samplers.llada import share
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer, shift_logits

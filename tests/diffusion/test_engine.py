@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise
+from dqx.diffusion import SeededNoise
 from dqx.diffusion.engine import Engine, Prompt, row_bytes
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer
 

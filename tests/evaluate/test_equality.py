@@ -19,9 +19,9 @@ import yaml
 from conftest import TinyCheckpoint
 from lm_eval.api.instance import Instance
 
-from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, log_likelihood
+from dqx.diffusion import SeededNoise, log_likelihood
 from dqx.diffusion.engine import Answer, Engine, Prompt
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
 from dqx.evaluate.catalogue import build, leaves
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, document_key, encode, encode_pair, end_tokens

@@ -12,8 +12,9 @@ from lm_eval.api.model import TemplateLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dqx.diffusion import DreamSampler, LLaDASampler, SeededNoise, greedy_matches, log_likelihood
+from dqx.diffusion import SeededNoise, greedy_matches, log_likelihood
 from dqx.diffusion.batches import Request
+from dqx.diffusion.samplers import DreamSampler, LLaDASampler
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, encode_pair, end_tokens
 from dqx.evaluate.session import EvaluationSession

@@ -20,8 +20,8 @@ from lm_eval.api.group import Group
 from lm_eval.config.group import AggMetricConfig
 from sympy.parsing.latex import parse_latex
 
-from dqx.diffusion import DreamSampler, LLaDASampler
 from dqx.diffusion.engine import Answer, Prompt
+from dqx.diffusion.samplers import DreamSampler, LLaDASampler
 from dqx.evaluate.catalogue import build, leaves
 from dqx.evaluate.harness import DiffusionHarness
 from dqx.evaluate.problems import task_problems

@@ -1,9 +1,4 @@
-"""What both samplers share: the result type, logits at masked positions, noise, ranking, setting checks.
-
-A sampler is two pure functions: `due` says which masked positions a step looks at and how many of them it writes,
-`candidates` turns their logits into tokens and confidences. The plain `generate` and the batches of `engine.py` are
-two loops around them. Rows may be at different steps. Two choices make a sampler approximate, and part of its `name`:
-a `threshold` writes more than is due, a `window` leaves the keys and values of other tokens as they were.
+"""What samplers and the loops around them share: result types, logits at masked positions, noise, ranking.
 
 Shapes: B rows, P prompt tokens, G new tokens, T = P + G, V vocabulary, n masked positions over all rows in
 row-major order.
@@ -13,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dqx.diffusion.noise import Noise
 from dqx.models.kv_cache import KVCache
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.transformer import MaskedDiffusionTransformer
 
 OnStep = Callable[[Tensor], None]
 
@@ -40,7 +34,7 @@ class Call:
 
     Those before `start` are written, of those in [start, stop) `masked` are masks, and all from `stop` on. `step` is
     the step it belongs to, from 0. `blind`: the second pass of guidance, which sees masks in place of the prompt.
-    `window`: the tokens [first, stop) of the answer that are computed; null: all, the prompt's too.
+    `window`: the tokens [first, stop) of the answer that are computed; None: all, the prompt's too.
     """
 
     step: int
@@ -49,52 +43,6 @@ class Call:
     masked: int
     blind: bool = False
     window: tuple[int, int] | None = None
-
-
-class Sampler(Protocol):
-    """What evaluation and calibration need from a sampler; see `LLaDASampler` for the meaning of each argument."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def approximations(self) -> tuple[str, ...]: ...
-
-    @property
-    def cfg_scale(self) -> float: ...
-
-    @property
-    def threshold(self) -> float | None: ...
-
-    def block_length(self, wanted: int | None) -> int | None: ...
-
-    def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]: ...
-
-    def token_problems(self, vocab_size: int) -> list[str]: ...
-
-    def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]: ...
-
-    def generate(
-        self,
-        model: MaskedDiffusionTransformer,
-        prompt: Tensor,
-        *,
-        gen_length: int,
-        block_length: int | None = None,
-        steps: int,
-        noise: Noise | None = None,
-        on_step: OnStep | None = None,
-    ) -> Generation: ...
-
-    def due(
-        self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int] | None: ...
-
-    def candidates(
-        self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 def append_masks(model: MaskedDiffusionTransformer, prompt: Tensor, gen_length: int) -> Tensor:
@@ -115,7 +63,7 @@ def logits_at(
     ids: Tensor,
     where: Tensor,
     *,
-    prompt_length: int,
+    prompt_length: int | Tensor,
     cfg_scale: float = 0.0,
     attention_mask: Tensor | None = None,
     whole: bool = True,
@@ -127,7 +75,8 @@ def logits_at(
     `cache` may say which columns are computed at all; it serves one pass, so there is no guidance with it.
 
     With `cfg_scale` w > 0 (classifier-free guidance as in LLaDA's generate.py) a second pass sees masks in
-    place of the prompt, and the result is `u + (w + 1) * (l - u)`.
+    place of the first `prompt_length` columns (one number, or one per row [B, 1]), and the result is
+    `u + (w + 1) * (l - u)`.
     """
 
     def read(ids: Tensor) -> Tensor:
@@ -139,9 +88,8 @@ def logits_at(
 
     logits = read(ids)
     if cfg_scale > 0:
-        blind = ids.clone()
-        blind[:, :prompt_length] = model.arch.mask_token_id
-        without = read(blind)
+        prompt = torch.arange(ids.shape[1], device=ids.device) < prompt_length
+        without = read(ids.masked_fill(prompt, model.arch.mask_token_id))
         logits = without + (cfg_scale + 1) * (logits - without)
     return logits
 
@@ -179,39 +127,3 @@ def write(answer: Tensor, masked: Tensor, tokens: Tensor, chosen: Tensor) -> Non
     """Put into `answer` [B, G], in place, those `tokens` [n] of the masked positions that are `chosen` [B, G]."""
     candidates = answer.masked_scatter(masked, tokens)
     answer[chosen] = candidates[chosen]
-
-
-# Settings come from config files, so their types are checked too. Each check returns problems in plain words.
-
-
-def number_problems(
-    name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False
-) -> list[str]:
-    """Problems of a real-valued setting that must lie in [low, high], or in (low, high] with `above`."""
-    wanted = f"above {low:g}" if above else f"at least {low:g}"
-    if high != float("inf"):
-        wanted += f" and at most {high:g}"
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if good and low <= value <= high and not (above and value == low):  # type: ignore[operator]
-        return []
-    return [f"{name}={value!r} is not a number {wanted}"]
-
-
-def count_problems(**values: object) -> list[str]:
-    """Problems of settings that must be positive integers."""
-    return [
-        f"{name}={value!r} is not a positive integer"
-        for name, value in values.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
-    ]
-
-
-def choice_problems(name: str, value: object, choices: Sequence[str]) -> list[str]:
-    """Problems of a setting that must be one of `choices`."""
-    return [] if value in choices else [f"{name}={value!r} is not one of {', '.join(choices)}"]
-
-
-def raise_if(problems: list[str]) -> None:
-    """Raise ValueError with all problems at once, if there are any."""
-    if problems:
-        raise ValueError("; ".join(problems))

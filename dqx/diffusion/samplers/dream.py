@@ -18,9 +18,9 @@ The approximations of `llada.py` go block by block; Dream's models run with that
 There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
 likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
-In `generate`, M is the mean over the batch, which is each row's own count unless a model predicts the mask token;
-only then do rows of a batch influence each other, and `suppress_mask` rules it out. In `due`, and so in the batches
-of `engine.py`, M is the row's own count. We differ in three more things:
+In `generate`, M is the mean over the batch (`due_together`), which is each row's own count unless a model predicts the
+mask token; only then do rows of a batch influence each other, and `suppress_mask` rules it out. In `due`, and so in the
+batches of `engine.py`, M is the row's own count. We differ in three more things:
 - a row with fewer masks than n writes those it has (theirs also puts masks back over tokens);
 - masks inside the prompt are part of the prompt and stay (theirs get filled in, and count in M);
 - equal confidences go to the leftmost position.
@@ -31,34 +31,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dqx.diffusion.noise import Noise, SeededNoise
-from dqx.diffusion.samplers.base import (
-    Call,
-    Generation,
-    OnStep,
-    append_masks,
-    choice_problems,
-    count_problems,
-    draw,
-    gumbel,
-    logits_at,
-    most_confident,
-    number_problems,
-    raise_if,
-    write,
-)
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.diffusion.noise import Noise
+from dqx.diffusion.samplers.base import Call, draw, gumbel
+from dqx.diffusion.samplers.generate import Sampler
+from dqx.diffusion.settings import choice_problems, count_problems, number_problems, raise_if
+from dqx.models.transformer import Architecture
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
 
 @dataclass(frozen=True)
-class DreamSampler:
+class DreamSampler(Sampler):
     """Settings of the sampler.
 
     alg: the order: `origin` random, `maskgit_plus` probability of the candidate, `topk_margin` difference of
@@ -66,7 +53,7 @@ class DreamSampler:
     alg_temp: above 0, positions are drawn with weights exp(confidence / alg_temp) instead of ranked.
     temperature: 0 takes the argmax, above 0 tokens are drawn from softmax(logits / temperature).
     top_p, top_k: keep the smallest set of tokens whose probability exceeds top_p, and the top_k likeliest;
-        they act on the candidate and on the confidence. Null is off.
+        they act on the candidate and on the confidence. None is off.
     eps: the last time of the grid.
     suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
         predicts it (trained ones do not) leaves a mask in the answer.
@@ -80,45 +67,41 @@ class DreamSampler:
     eps: float = 1e-3
     suppress_mask: bool = False
 
-    cfg_scale: ClassVar[float] = 0.0
-    threshold: ClassVar[float | None] = None
-    approximations: ClassVar[tuple[str, ...]] = ()
-
     @property
     def name(self) -> str:
         """The order, `entropy`."""
         return self.alg
 
     def block_length(self, wanted: int | None) -> None:
-        """The block length to ask for where a task wants `wanted`: none, the whole answer is written at once."""
+        """None: the whole answer is written at once."""
+
+    def notes(self, gen_length: int | None, block_length: int | None) -> list[str]:
+        if block_length in (None, gen_length):
+            return []
+        return [f"block_length={block_length} is not used: Dream's sampler writes the whole answer at once"]
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
-        """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
-        found = choice_problems("sampler.alg", self.alg, ALGORITHMS)
-        found += number_problems("sampler.temperature", self.temperature, 0)
-        found += number_problems("sampler.eps", self.eps, 0, 1, above=True)
+        problems = choice_problems("sampler.alg", self.alg, ALGORITHMS)
+        problems += number_problems("sampler.temperature", self.temperature, 0)
+        problems += number_problems("sampler.eps", self.eps, 0, 1, above=True)
         if self.alg_temp is not None:
-            found += number_problems("sampler.alg_temp", self.alg_temp, 0)
+            problems += number_problems("sampler.alg_temp", self.alg_temp, 0)
             if self.alg == "origin" and self.alg_temp:
-                found.append(
+                problems.append(
                     f"sampler.alg_temp={self.alg_temp!r} does nothing with sampler.alg=origin, whose order is "
                     "random already; set alg_temp to null or choose another alg"
                 )
         if self.top_p is not None:
-            found += number_problems("sampler.top_p", self.top_p, 0, 1, above=True)
+            problems += number_problems("sampler.top_p", self.top_p, 0, 1, above=True)
         if self.top_k is not None:
-            found += count_problems(**{"sampler.top_k": self.top_k})
-        found += count_problems(gen_length=gen_length, steps=steps)
+            problems += count_problems(**{"sampler.top_k": self.top_k})
+        problems += count_problems(gen_length=gen_length, steps=steps)
         if block_length is not None and block_length != gen_length:
-            found.append(
+            problems.append(
                 f"block_length={block_length!r} is set, but Dream's sampler writes the whole answer at once; "
                 f"set it to null or to gen_length={gen_length!r}"
             )
-        return found
-
-    def token_problems(self, vocab_size: int) -> list[str]:
-        """Nothing: no setting names a token."""
-        return []
+        return problems
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer, in order. Only the schedule of `origin` draws from `random`.
@@ -126,64 +109,16 @@ class DreamSampler:
         Raises ValueError with the `problems` of the settings.
         """
         raise_if(self.problems(gen_length, block_length, steps))
-        masked, found = gen_length, []
+        masked, calls = gen_length, []
         for step, fraction in enumerate(fractions(steps, self.eps)):
             if self.alg == "origin":
                 count = int((torch.rand(masked, generator=random) < fraction).sum())
             else:
                 count = n_written(torch.tensor([masked]), fraction)
             if count:
-                found.append(Call(step, 0, gen_length, masked))
+                calls.append(Call(step, 0, gen_length, masked))
             masked -= count
-        return found
-
-    @torch.no_grad()
-    def generate(
-        self,
-        model: MaskedDiffusionTransformer,
-        prompt: Tensor,
-        *,
-        gen_length: int,
-        block_length: int | None = None,
-        steps: int,
-        noise: Noise | None = None,
-        on_step: OnStep | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Generation:
-        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows are independent (exception: M above).
-
-        `block_length` must be null or `gen_length`. `noise` serves temperature, alg_temp and origin; null
-        is seed 0 with the row's number as its document. `on_step` gets a copy of the sequences [B, P + G]
-        before each step. `attention_mask` [B, P] has 1 at real tokens and 0 at left padding.
-
-        Raises ValueError with the `problems` of the settings.
-        """
-        raise_if(self.problems(gen_length, block_length, steps))
-        noise = noise or SeededNoise(0, range(len(prompt)))
-        ids = append_masks(model, prompt, gen_length)
-        prompt_length = prompt.shape[1]
-        answer = ids[:, prompt_length:]
-        if attention_mask is not None:
-            real = attention_mask.to(ids.device)
-            attention_mask = torch.cat((real, real.new_ones(answer.shape)), dim=1)
-        n_forwards = n_tokens = 0
-        for step, fraction in enumerate(fractions(steps, self.eps)):
-            if on_step:
-                on_step(ids.clone())
-            at = [step] * len(ids)
-            masked = answer == model.arch.mask_token_id
-            look, counts = self.due(masked, at, block_length=block_length, steps=steps, noise=noise)
-            if self.alg != "origin":  # the mean over the batch, like theirs; a row with fewer masks writes what it has
-                counts = torch.full((len(ids),), n_written(masked.sum(1).cpu(), fraction))
-            if not counts.any():
-                continue
-            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
-            logits = logits_at(model, ids, where, prompt_length=prompt_length, attention_mask=attention_mask)
-            n_forwards += len(ids)
-            n_tokens += ids.numel()
-            tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
-            write(answer, look, tokens, most_confident(confidence, look, counts))
-        return Generation(answer, n_forwards, n_tokens)
+        return calls
 
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
@@ -202,16 +137,18 @@ class DreamSampler:
         look[masked] = revealed.to(masked.device)
         return look, look.sum(1).cpu()
 
-    def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> None:
-        """Nothing is reused: every step computes all."""
+    def due_together(
+        self, masked: Tensor, step: int, *, block_length: int | None, steps: int, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """M is the mean over the batch, as in the authors' code; a row with fewer masks writes what it has."""
+        look, counts = super().due_together(masked, step, block_length=block_length, steps=steps, noise=noise)
+        if self.alg != "origin":
+            counts = counts.new_full(counts.shape, n_written(masked.sum(1).cpu(), fractions(steps, self.eps)[step]))
+        return look, counts
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
     ) -> tuple[Tensor, Tensor]:
-        """A token and a confidence, both [n], for each position of `where` [B, G], from its logits [n, V].
-
-        Row b is at step at[b]. `logits` is overwritten.
-        """
         if self.suppress_mask:
             logits[:, arch.mask_token_id] = -torch.inf
         if self.temperature > 0:

@@ -23,36 +23,24 @@ theirs writes the block's first token in its first step, whatever its confidence
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dqx.common.names import approximations
-from dqx.diffusion.noise import Noise, SeededNoise
-from dqx.diffusion.samplers.base import (
-    Call,
-    Generation,
-    OnStep,
-    append_masks,
-    choice_problems,
-    count_problems,
-    draw,
-    gumbel,
-    logits_at,
-    most_confident,
-    number_problems,
-    raise_if,
-    write,
-)
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.diffusion.noise import Noise
+from dqx.diffusion.samplers.base import Call, draw, gumbel
+from dqx.diffusion.samplers.generate import Sampler
+from dqx.diffusion.settings import choice_problems, count_problems, number_problems, raise_if
+from dqx.models.transformer import Architecture
 
 REMASKING = ("low_confidence", "random")
 CACHES = ("prefix", "dual")
 
 
 @dataclass(frozen=True)
-class LLaDASampler:
+class LLaDASampler(Sampler):
     """Settings of the sampler.
 
     remasking: which masked tokens of the block to write first: the most probable ones, or random ones.
@@ -60,11 +48,11 @@ class LLaDASampler:
     cfg_scale: classifier-free guidance w, 0 is off; above 0 doubles the forwards.
     suppress_eos_logits: the end token is never predicted.
     suppress_eos_confidence: positions that predict the end token (or end of turn) are written last.
-    eos_token_id: the end token; null takes the model's own. eot_token_id: end of turn (LLaDA-8B: 126348).
+    eos_token_id: the end token; None takes the model's own. eot_token_id: end of turn (LLaDA-8B: 126348).
     suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
         predicts it (trained ones do not) writes a mask, which later steps may fill, or which stays.
-    threshold: approximate; tokens of this confidence are written at once. Null is off.
-    cache: approximate; `prefix` or `dual`, which keys and values are reused within a block. Null is off.
+    threshold: approximate; tokens of this confidence are written at once. None is off.
+    cache: approximate; `prefix` or `dual`, which keys and values are reused within a block. None is off.
     """
 
     remasking: str = "low_confidence"
@@ -88,33 +76,31 @@ class LLaDASampler:
         """What makes the sampler another one than the authors', in short names; empty by default."""
         return approximations(self.threshold, self.cache)
 
-    def block_length(self, wanted: int | None) -> int | None:
-        """The block length to ask for where a task wants `wanted`: that."""
-        return wanted
+    def exact(self) -> LLaDASampler:
+        return replace(self, threshold=None, cache=None)
 
     def problems(self, gen_length: int, block_length: int | None, steps: int) -> list[str]:
-        """Everything wrong with the settings and the schedule, in plain words; empty when it can run."""
-        found = choice_problems("sampler.remasking", self.remasking, REMASKING)
-        found += number_problems("sampler.temperature", self.temperature, 0)
-        found += number_problems("sampler.cfg_scale", self.cfg_scale, 0)
-        found += self._approximation_problems()
+        problems = choice_problems("sampler.remasking", self.remasking, REMASKING)
+        problems += number_problems("sampler.temperature", self.temperature, 0)
+        problems += number_problems("sampler.cfg_scale", self.cfg_scale, 0)
+        problems += self._approximation_problems()
         block_length = gen_length if block_length is None else block_length
         wrong = count_problems(gen_length=gen_length, block_length=block_length, steps=steps)
         if wrong:
-            return found + wrong
+            return problems + wrong
         if gen_length % block_length:
             fits = [b for b in range(1, gen_length + 1) if gen_length % b == 0]
-            found.append(
+            problems.append(
                 f"block_length={block_length} does not divide gen_length={gen_length}; {', '.join(map(str, fits))} do"
             )
         elif steps % (n_blocks := gen_length // block_length):
             below = steps - steps % n_blocks
             nearest = f"{below} or {below + n_blocks}" if below else f"{n_blocks}"
-            found.append(
+            problems.append(
                 f"steps={steps} cannot be shared equally by {n_blocks} blocks (gen_length={gen_length}, "
                 f"block_length={block_length}); {nearest} can"
             )
-        return found
+        return problems
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer, in order. They follow from the schedule alone; nothing is drawn.
@@ -125,7 +111,7 @@ class LLaDASampler:
         length = block_length or gen_length
         per_block = steps // (gen_length // length)
         passes = (False, True) if self.cfg_scale > 0 else (False,)
-        found: list[Call] = []
+        calls: list[Call] = []
         for start in range(0, gen_length, length):
             masked = length
             for i in range(per_block):
@@ -133,27 +119,27 @@ class LLaDASampler:
                 if count:
                     step = start // length * per_block + i
                     window = self.window(step, gen_length=gen_length, block_length=length, steps=steps) if i else None
-                    found += [Call(step, start, start + length, masked, blind, window) for blind in passes]
+                    calls += [Call(step, start, start + length, masked, blind, window) for blind in passes]
                 masked -= count
-        return found
+        return calls
 
     def _approximation_problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.threshold is not None:
-            found += number_problems("sampler.threshold", self.threshold, 0, 1, above=True)
+            problems += number_problems("sampler.threshold", self.threshold, 0, 1, above=True)
             if self.remasking == "random":
-                found.append(
+                problems.append(
                     f"sampler.threshold={self.threshold!r} has no meaning with sampler.remasking=random, whose order "
                     "does not look at confidences; write sampler.remasking=low_confidence, or sampler.threshold=null"
                 )
         if self.cache is not None:
-            found += choice_problems("sampler.cache", self.cache, CACHES)
+            problems += choice_problems("sampler.cache", self.cache, CACHES)
             if isinstance(self.cfg_scale, int | float) and self.cfg_scale > 0:
-                found.append(
+                problems.append(
                     f"sampler.cache={self.cache!r} cannot be used with sampler.cfg_scale={self.cfg_scale!r}: the "
                     "second pass of guidance sees another prompt; write sampler.cache=null, or sampler.cfg_scale=0"
                 )
-        return found
+        return problems
 
     def token_problems(self, vocab_size: int) -> list[str]:
         """What is wrong with the end tokens for a model with `vocab_size` tokens."""
@@ -167,65 +153,6 @@ class LLaDASampler:
             for name, token in ids.items()
             if token is not None and not (isinstance(token, int) and 0 <= token < vocab_size)
         ]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        model: MaskedDiffusionTransformer,
-        prompt: Tensor,
-        *,
-        gen_length: int,
-        block_length: int | None = None,
-        steps: int,
-        noise: Noise | None = None,
-        on_step: OnStep | None = None,
-    ) -> Generation:
-        """Write `gen_length` tokens after each row of `prompt` [B, P]; rows do not influence each other.
-
-        The answer is cut into blocks of `block_length` (null: one block), written left to right, and
-        `steps` are shared equally by the blocks. `noise` serves temperature and random remasking; null is
-        seed 0 with the row's number as its document. `on_step` gets a copy of the sequences [B, P + G]
-        before each step, also before those that write nothing.
-
-        Raises ValueError with the `problems` of the settings.
-        """
-        raise_if(self.problems(gen_length, block_length, steps) + self.token_problems(model.arch.vocab_size))
-        noise = noise or SeededNoise(0, range(len(prompt)))
-        prompt_length = prompt.shape[1]
-        ids = append_masks(model, prompt, gen_length)
-        answer = ids[:, prompt_length:]
-        kept = None if self.cache is None else model.empty_cache(*ids.shape)
-        kept_for: tuple[int, int] | None = None  # the window of the block that they were kept for
-        passes, n_forwards, n_tokens = 2 if self.cfg_scale > 0 else 1, 0, 0
-        for step in range(steps):
-            if on_step:
-                on_step(ids.clone())
-            at = [step] * len(ids)
-            masked = answer == model.arch.mask_token_id
-            look, counts = self.due(masked, at, block_length=block_length, steps=steps, noise=noise)
-            if not counts.any():
-                continue
-            where = torch.cat((torch.zeros_like(ids[:, :prompt_length], dtype=torch.bool), look), dim=1)
-            window = self.window(step, gen_length=gen_length, block_length=block_length, steps=steps)
-            cache, computed = kept, ids.shape[1]
-            if kept is not None and window is not None and window == kept_for:
-                first = prompt_length + window[0] - model.arch.logit_shift  # the column that predicts it
-                cache, computed = kept.window(first, prompt_length + window[1]), prompt_length + window[1] - first
-            kept_for = window
-            logits = logits_at(
-                model,
-                ids,
-                where,
-                prompt_length=prompt_length,
-                cfg_scale=self.cfg_scale,
-                whole=cache is None,
-                cache=cache,
-            )
-            n_forwards += len(ids) * passes
-            n_tokens += len(ids) * passes * computed
-            tokens, confidence = self.candidates(logits, look, at, noise=noise, arch=model.arch)
-            write(answer, look, tokens, most_confident(confidence, look, counts, self.threshold))
-        return Generation(answer, n_forwards, n_tokens)
 
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
@@ -247,7 +174,6 @@ class LLaDASampler:
         return look, torch.minimum(counts, look.sum(1).cpu())
 
     def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int] | None:
-        """The tokens [first, stop) of the answer that a step computes where its block has had its first; null: all."""
         if self.cache is None:
             return None
         length = block_length or gen_length
@@ -257,10 +183,6 @@ class LLaDASampler:
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
     ) -> tuple[Tensor, Tensor]:
-        """A token and a confidence, both [n], for each position of `where` [B, G], from its logits [n, V].
-
-        Row b is at step at[b]. `logits` is overwritten.
-        """
         eos = arch.eos_token_id if self.eos_token_id is None else self.eos_token_id
         if self.suppress_mask:
             logits[:, arch.mask_token_id] = -torch.inf

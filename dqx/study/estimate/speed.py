@@ -23,7 +23,7 @@ from torch import nn
 
 from dqx.diffusion.batches import CPU_TOKENS, GPU_TOKENS, Request
 from dqx.diffusion.engine import BUSY, Engine, Prompt
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.models.transformer import ROLES, Architecture, Block, MaskedDiffusionTransformer
 from dqx.study.estimate.work import Work

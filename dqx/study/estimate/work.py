@@ -22,7 +22,7 @@ from fractions import Fraction
 
 from dqx.diagnostics.fidelity import RATIOS
 from dqx.diffusion.noise import generator
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.study.estimate.sizes import SIZES, TEXT_TOKENS, BenchmarkSize

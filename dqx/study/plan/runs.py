@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dqx.common.names import method_label
 from dqx.config.compose import build, resolve
 from dqx.config.schema import Config, ConfigProblems
 from dqx.diffusion.rollout import schedule
-from dqx.diffusion.samplers.base import Sampler
+from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.scorers.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.formats.bits import UNQUANTIZED, BitsConfig
@@ -216,7 +216,7 @@ def _exact(sampler: Sampler, run: PlannedRun) -> Sampler:
         f"model.sampler has {', '.join(sampler.approximations)}, which save what only a run can tell: the costs of "
         "answers are those of the exact schedule."
     )
-    return replace(sampler, threshold=None, cache=None)  # type: ignore[type-var]
+    return sampler.exact()
 
 
 def calibration_work(method: Method, config: Config) -> list[Work]:
