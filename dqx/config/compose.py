@@ -22,7 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dqx.common.names import approximations, did_you_mean, method_label
 from dqx.common.parts import build_part, part_problems
-from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, MethodConfig, ModelConfig, choices
+from dqx.config.schema import (
+    CONF_DIR,
+    GROUPS,
+    READ_BY_OTHER_GROUPS,
+    Config,
+    ConfigProblems,
+    MethodConfig,
+    ModelConfig,
+    choices,
+)
 from dqx.evaluate.spec import TaskSpec
 from dqx.formats.bits import label
 from dqx.models.family import families, family_of
@@ -170,16 +179,17 @@ def suite(tasks: Sequence[str]) -> dict[str, TaskSpec]:
 def build(part: MethodConfig | Mapping[str, Any]) -> Any:
     """The `Method` of a method's configuration, or the object of any part. Raises ConfigProblems."""
     where = "method" if isinstance(part, MethodConfig) else "part"
-    node = as_part(part) if isinstance(part, MethodConfig) else part
+    node = as_part(part)
     problems = part_problems(node, where)
     if problems:
         raise ConfigProblems(problems)
     return build_part(node)
 
 
-def as_part(method: MethodConfig) -> dict[str, Any]:
-    """A method without the keys that only other groups read."""
-    return {key: value for key, value in vars(method).items() if key not in ("calib_samples", "calib_length")}
+def as_part(part: MethodConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A part as it is built: of a method, without the keys that only other groups read."""
+    options = vars(part) if isinstance(part, MethodConfig) else part
+    return {key: value for key, value in options.items() if key not in READ_BY_OTHER_GROUPS}
 
 
 def strangers(cfg: DictConfig, path: str = "") -> list[str]:

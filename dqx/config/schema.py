@@ -87,6 +87,10 @@ class MethodConfig:
     calib_length: int = 2048
 
 
+#: Keys of a method that the groups bits and calib read, and no part of it.
+READ_BY_OTHER_GROUPS = ("symmetric_weights", "symmetric_activations", "calib_text", "calib_samples", "calib_length")
+
+
 @dataclass
 class CalibConfig:
     """The text a method sees while it quantizes, and how much of it is masked (`dqx/data/masking.py`)."""

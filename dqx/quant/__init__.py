@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dqx.quant.checkpoint.on_disk import quantize_checkpoint
     from dqx.quant.loop import quantize
     from dqx.quant.method import Method
+    from dqx.quant.registry import storable
     from dqx.quant.report import QuantReport
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
     "save_quantized",
+    "storable",
 ]
 
 _LAZY = {
@@ -36,6 +38,7 @@ _LAZY = {
     "quantize": "loop",
     "quantize_checkpoint": "checkpoint.on_disk",
     "save_quantized": "checkpoint.folder",
+    "storable": "registry",
 }
 
 

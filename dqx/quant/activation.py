@@ -25,8 +25,10 @@ from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.formats.make import make_grid
 from dqx.models.transformer import ROLES
 from dqx.quant.protocols import Context
+from dqx.quant.registry import storable
 
 
+@storable
 @dataclass(frozen=True)
 class PerToken:
     """One dynamic grid per token, over all channels."""
@@ -48,6 +50,7 @@ class PerToken:
         return _clip_problems(where, self.clip_ratio)
 
 
+@storable
 @dataclass(frozen=True)
 class PerGroup:
     """One dynamic grid per token and group of neighbouring channels."""
@@ -115,6 +118,7 @@ class Static:
         return found
 
 
+@storable
 @dataclass(frozen=True)
 class StaticRange:
     """Rounds to the grid of a fixed range."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.protocols import Context
+from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
 SHARES = ("token", "head")
@@ -102,6 +102,7 @@ class KeysValues:
         return found
 
 
+@storable
 class HeadQuantizer(nn.Module):
     """Rounds [B, H, T, E] to one grid per token (`share` "token") or per token and head ("head")."""
 
@@ -115,10 +116,6 @@ class HeadQuantizer(nn.Module):
         tokens = x.transpose(1, 2)  # [B, T, H, E]
         rounded = self.grid.fake(tokens.flatten(2), clip_ratio=self.clip_ratio)
         return rounded.view(tokens.shape).transpose(1, 2)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"grid": self.grid, "share": self.share, "clip_ratio": self.clip_ratio}
 
     def extra_repr(self) -> str:
         return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"

@@ -15,8 +15,10 @@ from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.formats.weight import QuantizedWeight
 from dqx.quant.protocols import Quantizer
+from dqx.quant.registry import storable
 
 
+@storable
 class QuantLinear(nn.Module):
     """Stands in for `nn.Linear`: activation quantizer, then a matmul with the fake-quantized weight.
 

@@ -36,13 +36,11 @@ SCOPES = ("model", "block", "site")
 class Method:
     """What `conf/method/*.yaml` fills in; `dqx.quant.protocols` says what each slot takes.
 
-    `rounding` null: weights stay as they are (fp16). `activation` null: a weight-only method. `rounding_by_role`
+    `rounding` None: weights stay as they are (fp16). `activation` None: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; null leaves the role in 16 bit, its input too).
     `transforms` are applied in their order, `corrections` at their sites. `variant` tells settings apart that share a
     name, such as "as_published". `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128
-    with 16-bit activations, "weights_and_activations" is N bits for both; `symmetric_*` the grids that `bits` choices
-    take if they say nothing else. `calib_*` is the calibration of the method's authors, which the `calib` config
-    group reads: text, windows, tokens per window.
+    with 16-bit activations, "weights_and_activations" is N bits for both.
     """
 
     name: str
@@ -55,11 +53,6 @@ class Method:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     variant: str = ""
     quantizes: str = "weights"
-    symmetric_weights: bool = False
-    symmetric_activations: bool = False
-    calib_text: str = "wikitext2"
-    calib_samples: int = 128
-    calib_length: int = 2048
 
     def rounding_of(self, role: str) -> Rounding | None:
         """The rounding part of a role, or None where the role's linear stays in 16 bit."""

@@ -118,7 +118,13 @@ class ModelTransform(Transform, Protocol):
 
 
 class BlockTransform(Transform, Protocol):
-    """`scope = "block"`: on one block before any of its weights is rounded; `needs` by site."""
+    """`scope = "block"`: on one block before any of its weights is rounded; `needs` by site.
+
+    `candidates` is how often its search sends the calibration text through a part of the block, for estimates of time.
+    """
+
+    @property
+    def candidates(self) -> int: ...
 
     @property
     def stream(self) -> str: ...

@@ -1,45 +1,64 @@
 """Statistics of a linear's input, gathered sequence by sequence and shared by all linears of one site.
 
-T tokens of one sequence, N of all, I = inputs. The names in `COLLECTORS` and `PAIRED` are what a part's `needs` can
-say. A collector of `PAIRED` sees every sequence twice, as the quantized and as the full-precision model has it.
+T tokens of one sequence, N of all, I = inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dqx.common.names import did_you_mean
 from dqx.formats.integers import wide
 from dqx.quant.activations_store import ActivationStore, Row
+from dqx.quant.registry import register
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
 PANEL = 512  # columns of a symmetric product that are computed at a time
 
+#: Every statistic by the name that a part's `needs` says.
+COLLECTORS: dict[str, type[Collector]] = {}
 
-class Collector(Protocol):
-    """Sees the inputs [1, T, I] of one sequence after the other, then gives the statistic.
 
-    `intact` is the same sequence in the full-precision model; only paired collectors get one.
+class Collector:
+    """A statistic: sees the inputs [1, T, I] of one sequence after the other, then gives its value.
+
+    `class Mine(Collector, statistic="mine")` is all that parts need to ask for "mine". `n_tokens` is N, where it is
+    known; what grows with the calibration text goes into a row of `store`.
     """
 
-    def add(self, x: Tensor, intact: Tensor | None = None) -> None: ...
+    factors: ClassVar[int] = 0  # matrices [I, I] of float32 held at a time by it and by who uses it, for estimates
 
-    def value(self) -> Any: ...
+    def __init_subclass__(cls, *, statistic: str = "") -> None:
+        if statistic:
+            register(COLLECTORS, statistic, cls)
+
+    def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
+        self.total: Tensor | None = None
+        self.n_tokens = 0  # seen so far
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        """See x [1, T, I], and for parts that follow both streams the same sequence in the full-precision model."""
+        raise NotImplementedError
+
+    def value(self) -> Any:
+        """The statistic; here a mean over tokens. Raises ValueError if no token was seen."""
+        if self.total is None or self.n_tokens == 0:
+            raise ValueError("no calibration token reached this linear; give at least one calibration batch")
+        return self.total / self.n_tokens
 
 
-class Hessian:
+class Hessian(Collector, statistic="hessian"):
     """`X^T X / N` [I, I] in float32 (float64 for float64 input); the paper's factor 2 cancels.
 
     Summed up in panels of columns as far down as the diagonal: little more than half the work.
     """
 
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.total: Tensor | None = None
-        self.n_tokens = 0
+    factors: ClassVar[int] = 3  # the sum, its factor, and room to factor
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         """Add the tokens of x [..., I]."""
@@ -54,10 +73,7 @@ class Hessian:
         self.n_tokens += len(rows)
 
     def value(self) -> Tensor:
-        """The mean over tokens. Raises ValueError if no token was seen."""
-        if self.total is None or self.n_tokens == 0:
-            raise ValueError("no calibration token reached this linear; give at least one calibration batch")
-        mean = self.total / self.n_tokens
+        mean: Tensor = super().value()
         for left, right in _panels(len(mean)):
             mean[right:, left:right] = mean[left:right, right:].T
         return mean
@@ -67,12 +83,10 @@ def _panels(n_columns: int) -> list[tuple[int, int]]:
     return [(left, min(left + PANEL, n_columns)) for left in range(0, n_columns, PANEL)]
 
 
-class Cross:
+class Cross(Collector, statistic="cross"):
     """`(X_fp - X_q)^T X_q / N` [I, I]: row = a channel of the difference, column = one of the quantized model."""
 
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.total: Tensor | None = None
-        self.n_tokens = 0
+    factors: ClassVar[int] = 4
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         assert intact is not None
@@ -85,18 +99,12 @@ class Cross:
             self.total.addmm_((wide(fp) - quantized).T, quantized)
         self.n_tokens += len(rows)
 
-    def value(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.n_tokens
 
-
-class Shift:
+class Shift(Collector, statistic="shift"):
     """Mean and variance over tokens [2, I] of `x_fp - x_q`, in float64."""
 
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.n_tokens = 0
-        self.mean: Tensor | None = None
-        self.squares: Tensor | None = None  # sum of squared deviations from the mean so far
+    mean: Tensor | None = None
+    squares: Tensor | None = None  # sum of squared deviations from the mean so far
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         assert intact is not None
@@ -117,11 +125,8 @@ class Shift:
         return torch.stack((self.mean, self.squares / self.n_tokens))
 
 
-class AbsMax:
+class AbsMax(Collector, statistic="absmax"):
     """The largest |x| of every channel [I]."""
-
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.total: Tensor | None = None
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         largest = wide(x.abs().reshape(-1, x.shape[-1]).amax(0))
@@ -132,12 +137,8 @@ class AbsMax:
         return self.total
 
 
-class AbsMean:
+class AbsMean(Collector, statistic="absmean"):
     """The mean |x| of every channel [I], summed in float64."""
-
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.total: Tensor | None = None
-        self.n_tokens = 0
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -145,29 +146,25 @@ class AbsMean:
         self.total = total if self.total is None else self.total + total
         self.n_tokens += len(rows)
 
-    def value(self) -> Tensor:
-        assert self.total is not None
-        return self.total / self.n_tokens
 
-
-class MinMax:
+class MinMax(Collector, statistic="minmax"):
     """The smallest and largest value of all channels and tokens [2]."""
 
-    def __init__(self, n_tokens: int = 0) -> None:
-        self.found: list[Tensor] = []
-
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
-        self.found.append(torch.stack(torch.aminmax(wide(x))))
+        lo, hi = torch.aminmax(wide(x))
+        if self.total is not None:
+            lo, hi = torch.minimum(lo, self.total[0]), torch.maximum(hi, self.total[1])
+        self.total = torch.stack((lo, hi))
 
     def value(self) -> Tensor:
-        found = torch.stack(self.found)
-        return torch.stack((found[:, 0].min(), found[:, 1].max()))
+        assert self.total is not None
+        return self.total
 
 
-class Tokens:
+class Tokens(Collector, statistic="tokens"):
     """Every (N // 512)-th token [n, I], from the first: at least 512 where there are so many (AWQ's clip search)."""
 
-    def __init__(self, n_tokens: int = 0) -> None:
+    def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
         self.stride = max(1, n_tokens // SAMPLED_TOKENS)
         self.seen = 0
         self.kept: list[Tensor] = []
@@ -181,11 +178,11 @@ class Tokens:
         return torch.cat(self.kept)
 
 
-class Inputs:
+class Inputs(Collector, statistic="inputs"):
     """All inputs, a row of [1, T, I] with one entry per sequence. It grows with the calibration text."""
 
-    def __init__(self, n_tokens: int = 0, row: Row | None = None) -> None:
-        self.kept: Row = [] if row is None else row
+    def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
+        self.kept: Row = (store or ActivationStore()).row()
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         self.kept.append(x.clone())
@@ -194,18 +191,8 @@ class Inputs:
         return self.kept
 
 
-COLLECTORS: dict[str, Callable[[int], Collector]] = {
-    "hessian": Hessian,
-    "absmax": AbsMax,
-    "absmean": AbsMean,
-    "minmax": MinMax,
-    "tokens": Tokens,
-    "inputs": Inputs,
-}
-PAIRED: dict[str, Callable[[int], Collector]] = {"cross": Cross, "shift": Shift}
-
-
-def collectors(names: Iterable[str], n_tokens: int, store: ActivationStore) -> dict[str, Collector]:
-    """Fresh collectors by name; what grows with the calibration text goes where `store` has room."""
-    known = COLLECTORS | PAIRED | {"inputs": lambda n_tokens: Inputs(n_tokens, store.row())}
-    return {name: known[name](n_tokens) for name in names}
+def collectors(names: Iterable[str], n_tokens: int, store: ActivationStore | None = None) -> dict[str, Collector]:
+    """Fresh collectors by name. Raises ValueError for a name that no statistic has."""
+    if unknown := [name for name in names if name not in COLLECTORS]:
+        raise ValueError(f"{unknown[0]} is no statistic; {did_you_mean(unknown[0], COLLECTORS)}")
+    return {name: COLLECTORS[name](n_tokens, store) for name in names}

@@ -7,7 +7,7 @@
 
 Weights are stored as the model holds them, rounded but in its own dtype, with the scales and zero points of their
 grids. What else quantization put into a block (quantizers of inputs, keys and values; rotations and divisions at run
-time) is described by its class and options, of which tensors lie in the file. Only classes in `KINDS` are built, so
+time) is described by its class and options, of which tensors lie in the file. Only `storable` classes are built, so
 reading a checkpoint runs no code that it names. Nothing is fitted or computed again: logits are equal to the bit.
 
 Files appear whole or not at all, and so does the folder.
@@ -16,6 +16,7 @@ Files appear whole or not at all, and so does the folder.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -36,27 +37,15 @@ from dqx.formats.floats import FP8, MXFP4, NVFP4
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import QUANTIZED, CheckpointError, assign, skeleton
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
-from dqx.quant.activation import PerGroup, PerToken, StaticRange
-from dqx.quant.kv import HeadQuantizer
-from dqx.quant.linear import QuantLinear
 from dqx.quant.method import Method
+from dqx.quant.registry import STORABLE, storable, storable_class
 from dqx.quant.report import QuantReport
-from dqx.quant.transforms.block_rotate import BlockRotation
-from dqx.quant.transforms.channel_scale import Divide
-from dqx.quant.transforms.hadamard import OnlineHadamard, OnlineHeads
 
 VERSION = 1
 EMBED, HEAD = "embed.safetensors", "head.safetensors"
 
-#: What a block may hold besides the parameters of its checkpoint. Modules have `options`, the arguments that build them
-#: again; those of a dataclass are its fields. A part of your own whose objects stay in the model joins by `KINDS[...]`.
-KINDS: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        *(QuantLinear, WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4, PerToken, PerGroup, StaticRange),
-        *(HeadQuantizer, OnlineHadamard, OnlineHeads, BlockRotation, Divide),
-    )
-}
+for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4):
+    storable(cls)
 
 
 def save_quantized(
@@ -69,7 +58,7 @@ def save_quantized(
 ) -> None:
     """Write a model that `quantize` has changed, with its report, to a new folder.
 
-    Raises ValueError where the folder exists, or for a module of a class that `KINDS` does not have.
+    Raises ValueError where the folder exists, or for a module of a class that is not `storable`.
     """
     with new_folder(Path(folder)) as unfinished:
         shards = write_outer(unfinished, model)
@@ -218,7 +207,7 @@ def _places(block: Block) -> dict[str, nn.Module]:
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """`value` for JSON; its tensors join `tensors` under names that begin with `path`.
 
-    Raises ValueError for an object whose class is not in `KINDS`.
+    Raises ValueError for an object whose class is not `storable`.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -228,10 +217,9 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, nn.Sequential):
         return [encode(part, tensors, f"{path}.{i}") for i, part in enumerate(value)]
     kind = type(value).__name__
-    if KINDS.get(kind) is not type(value):
+    if STORABLE.get(kind) is not type(value):
         raise ValueError(
-            f"{path} is a {kind}, which no quantized checkpoint can hold yet; give it `options` and add it to "
-            "dqx.quant.checkpoint.folder.KINDS"
+            f"{path} is a {kind}, which no quantized checkpoint can hold yet; put @dqx.quant.storable before its class"
         )
     options = {name: encode(option, tensors, f"{path}.{name}") for name, option in _options(value).items()}
     return {"kind": kind} | options
@@ -241,22 +229,20 @@ def _options(value: Any) -> dict[str, Any]:
     """The arguments that build a module or a dataclass again."""
     if hasattr(value, "options"):
         return dict(value.options)
-    return {f.name: getattr(value, f.name) for f in fields(value)}
+    return {name: getattr(value, name) for name in inspect.signature(type(value)).parameters}
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The object behind what `encode` gave. Raises CheckpointError for a class that is not in `KINDS`."""
+    """The object behind what `encode` gave. Raises CheckpointError for a class that is not `storable`."""
     if isinstance(value, list):
         return nn.Sequential(*(decode(part, tensors) for part in value))
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
-    cls = KINDS.get(value["kind"])
+    cls = storable_class(value["kind"])
     if cls is None:
-        raise CheckpointError(
-            f"{value['kind']} is not in dqx.quant.checkpoint.folder.KINDS; import the part that adds it"
-        )
+        raise CheckpointError(f"no class {value['kind']} is known; import the module whose @storable class it is")
     options = {name: decode(option, tensors) for name, option in value.items() if name != "kind"}
     return getattr(cls, "restored", cls)(**options)
 

@@ -60,6 +60,10 @@ class AWQScale:
     scope: ClassVar[str] = "block"
 
     @property
+    def candidates(self) -> int:
+        return self.n_grid
+
+    @property
     def needs(self) -> Mapping[str, frozenset[str]]:
         return {site: frozenset({"inputs", "absmean"}) for site in self.sites}
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dqx.formats.integers import wide
 from dqx.models.transformer import ROLES
 from dqx.quant.protocols import Context
+from dqx.quant.registry import storable
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
 
 STREAMS = ("mean", "quantized", "fp")
@@ -83,6 +84,7 @@ def tile_problems(key: str, tile: int, context: Context) -> list[str]:
     ]
 
 
+@storable
 class BlockRotation(nn.Module):
     """Rotation 0 of every tile, then for i = 1, 2, ...: permutation i - 1 of the channels and rotation i.
 

@@ -9,15 +9,15 @@ I = inputs, K key/value heads, H heads, E head width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
 from dqx.models.transformer import SITES, Architecture, Block, RMSNorm, compose
+from dqx.quant.registry import storable
 
 
+@storable
 class Divide(nn.Module):
     """x [..., I] divided by a factor per channel."""
 
@@ -29,10 +29,6 @@ class Divide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / self.channel_scale.to(x.dtype)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"channel_scale": self.channel_scale}
 
     def extra_repr(self) -> str:
         return f"{len(self.channel_scale)} channels"

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
+from dqx.quant.registry import storable
 
 
 def sylvester(order: int) -> Tensor:
@@ -143,6 +143,7 @@ def transform_heads(x: Tensor, n_heads: int, matrix_KK: Tensor | None = None) ->
     return transform(heads, matrix_KK=matrix_KK).transpose(-1, -2).reshape(x.shape)
 
 
+@storable
 class OnlineHadamard(nn.Module):
     """`transform` at run time, of a linear's input [..., n]."""
 
@@ -150,24 +151,17 @@ class OnlineHadamard(nn.Module):
         super().__init__()
         self.tile, self.matrix_KK = tile, matrix_KK
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"tile": self.tile, "matrix_KK": self.matrix_KK}
-
     def forward(self, x: Tensor) -> Tensor:
         return transform(x, self.tile, self.matrix_KK)
 
 
+@storable
 class OnlineHeads(nn.Module):
     """`transform_heads` at run time, of the attention output projection's input [..., H * E]."""
 
     def __init__(self, n_heads: int, matrix_KK: Tensor | None = None):
         super().__init__()
         self.n_heads, self.matrix_KK = n_heads, matrix_KK
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"n_heads": self.n_heads, "matrix_KK": self.matrix_KK}
 
     def forward(self, x: Tensor) -> Tensor:
         return transform_heads(x, self.n_heads, self.matrix_KK)

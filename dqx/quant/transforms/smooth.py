@@ -44,6 +44,7 @@ class Smooth:
     grouped_heads: str = "shared"  # attn_out where heads share a value head: one scale for them, or run_time division
     stream: str = "fp"
     scope: ClassVar[str] = "block"
+    candidates: ClassVar[int] = 0  # a formula, no search
 
     @property
     def needs(self) -> Mapping[str, frozenset[str]]:

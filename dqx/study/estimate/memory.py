@@ -32,13 +32,12 @@ from dqx.diffusion.engine import row_bytes
 from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer
 from dqx.quant.method import Method
+from dqx.quant.stats import COLLECTORS
 from dqx.study.estimate.speed import batch_rows, block_parameters
 from dqx.study.estimate.work import Work, fidelity_work, outlier_work, task_work
 
 #: Copies in float32 of the linears of a site while they are rounded and judged.
 COPIES = 5
-#: Matrices as wide as a site's input, for a statistic: the sum, its factor, and room to factor.
-FACTORS = {"hessian": 3, "cross": 4}
 #: RAM of a process besides: Python, the libraries, and what the C library keeps of freed memory.
 FIXED = 800_000_000
 
@@ -189,7 +188,7 @@ def _working_bytes(config: Config, arch: Architecture, dtype: torch.dtype) -> in
         return COPIES * largest * 4
     parts = [method.rounding, *method.rounding_by_role.values(), *method.corrections.values()]
     needs = {name for part in parts if part is not None for name in part.needs}
-    factors = sum(count for name, count in FACTORS.items() if name in needs)
+    factors = sum(COLLECTORS[name].factors for name in needs)
     wide = max(arch.hidden_size, arch.mlp_size)
     return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, config.calib.length, 0)
 

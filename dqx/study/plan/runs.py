@@ -226,7 +226,7 @@ def calibration_work(method: Method, config: Config) -> list[Work]:
     """
     calib, streams = config.calib, method.streams(config.bits)
     sequences = sum(PASSES_PER_STREAM * (1 if stream == "mean" else calib.samples) for stream in streams)
-    searches = sum(getattr(transform, "n_grid", 0) for transform in method.block_transforms.values())
+    searches = sum(transform.candidates for transform in method.block_transforms.values())
     sequences += round(PASSES_PER_CANDIDATE * searches * calib.samples)
     found = [Work("plain", sequences, sequences, calib.length)] if sequences else []
     if calib.rollout and reads_text(config, method):  # half a generation for each window
