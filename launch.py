@@ -185,7 +185,7 @@ def print_summary(interrupted: bool = False) -> int:
     failed = failures(launched)
     if len(launched) > 1:
         from dqx.record.folder import RunFolder
-        from dqx.report import print_outcomes, print_sweep
+        from dqx.report.terminal import print_outcomes, print_sweep
 
         finished = [folder for folder in launched if folder not in failed]
         if len(finished) > 1:

@@ -33,7 +33,7 @@ from dqx.diffusion.rollout import State, write
 from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
 from dqx.record.folder import RunFolder
-from dqx.report import RULES
+from dqx.report.terminal import RULES
 
 LIMIT = 0.15  # of the evaluation: the share that statistics may take
 DOCUMENTS = (8, 32, 128, 1000)

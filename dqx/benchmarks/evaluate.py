@@ -29,7 +29,7 @@ from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Outcome, Work, architec
 from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
-from dqx.report import RULES
+from dqx.report.terminal import RULES
 
 #: Documents of each task, as many as take about seven minutes together.
 DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 36, "arc_challenge": 18, "hellaswag": 3}

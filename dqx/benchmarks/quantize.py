@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from dqx.benchmarks.cases import LENGTH, MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SIDES, Job, compare
 from dqx.config import compose
-from dqx.report import RULES
+from dqx.report.terminal import RULES
 
 NAMES = ("plain", "dqx")
 

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from dqx.config.schema import CONF_DIR
 from dqx.record.folder import Record, RunFolder
-from dqx.report import RULES
+from dqx.report.terminal import RULES
 
 GROUPS = ("method", "bits", "steps", "task")
 

@@ -250,7 +250,7 @@ def measure(folder: Path, objectives: Sequence[str]) -> Outcome:
         return Outcome(folder.name, reason=failed.reason, refused=failed.refused)
     from dqx.record.deltas import headline
     from dqx.record.folder import RunFolder
-    from dqx.report.wandb import summary
+    from dqx.record.summary import summary
 
     record = RunFolder(folder).read(documents=False)
     found = {key: value for key, value in summary(record).items() if isinstance(value, int | float)}
@@ -281,7 +281,7 @@ def unknown_objectives(config: Config, names: Sequence[str]) -> list[str]:
     from dqx.diagnostics.fidelity import RATIOS
     from dqx.evaluate.results import DocumentRow, TaskResult
     from dqx.record.folder import Record
-    from dqx.report.wandb import summary
+    from dqx.record.summary import summary
 
     rows = [DocumentRow(f"{i}", 0.0) for i in range(2)]
     tasks = {

@@ -52,7 +52,7 @@ def compare(before: Record, after: Record) -> dict[str, list[deltas.Delta]]:
     tasks = [name for name in before.quantized if name in after.quantized]
     if not tasks:
         raise ValueError(f"no task is in both runs: {', '.join(before.quantized)}; {', '.join(after.quantized)}")
-    found: dict[str, list[deltas.Delta]] = {}
+    by_side: dict[str, list[deltas.Delta]] = {}
     for side in SIDES:
         sides = [{name: getattr(run, side)[name] for name in tasks} for run in (before, after)]
         for name in tasks:
@@ -63,9 +63,9 @@ def compare(before: Record, after: Record) -> dict[str, list[deltas.Delta]]:
                     "evaluate both runs with the same task.limit and data"
                 )
         rows = deltas.compare(*sides)
-        if rows not in found.values():
-            found[side] = rows
-    return found
+        if rows not in by_side.values():
+            by_side[side] = rows
+    return by_side
 
 
 def costs(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) -> Iterator[str]:

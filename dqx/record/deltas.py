@@ -1,7 +1,7 @@
 """What quantization cost: differences paired by document, with interval, test, resolution, verdict and level.
 
 A delta is quantized minus full precision: a fraction, or nats per token for a text's negative log-likelihood, where
-less is better. The methods are those of `dqx/record/statistics.py`, chosen there by measured coverage.
+less is better. The methods are those of `dqx/record/significance.py`, chosen there by measured coverage.
 
 Interval of a task. Scores between 0 and 1 get the adjusted Wald interval of Bonett and Price 2012 (J. Educ. Behav.
 Stat. 37:479): two documents are added, one won and one lost. It covers at least 93 % from 4 documents up
@@ -31,9 +31,9 @@ from typing import Any
 
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
-from dqx.record import statistics
+from dqx.record import significance
 
-Z = NormalDist().inv_cdf(0.5 + statistics.CONFIDENCE / 2)
+Z = NormalDist().inv_cdf(0.5 + significance.CONFIDENCE / 2)
 
 #: The study's levels by relative drop: negligible below 1 %, moderate to 4 %, significant above.
 MODERATE_FROM, SIGNIFICANT_ABOVE = 0.01, 0.04
@@ -109,12 +109,12 @@ def compare_task(full_precision: TaskResult, quantized: TaskResult) -> Delta:
     limits: tuple[float, float] | None
     if not lower_is_better and all(0 <= score <= 1 for score in (*before, *after)):
         limits, interval = paired_interval(differences), "bonett-price"
-        bootstrap: tuple[float, float] | None = statistics.bootstrap_bounded(differences)
+        bootstrap: tuple[float, float] | None = significance.bootstrap_bounded(differences)
     else:
-        limits = bootstrap = statistics.bootstrap_studentised(differences)
+        limits = bootstrap = significance.bootstrap_studentised(differences)
         interval = "studentised bootstrap"
         if limits is None:
-            limits, interval = statistics.t_interval(differences), "paired t"
+            limits, interval = significance.t_interval(differences), "paired t"
     decisions = not lower_is_better and all(d in (-1, 0, 1) for d in differences)
     return _row(
         name=full_precision.name,
@@ -130,10 +130,10 @@ def compare_task(full_precision: TaskResult, quantized: TaskResult) -> Delta:
         lost=rose if lower_is_better else fell,
         gained=fell if lower_is_better else rose,
         interval=interval,
-        p_value=statistics.sign_flip(differences),
-        resolvable=statistics.resolvable_decision(len(differences), fell + rose)
+        p_value=significance.sign_flip(differences),
+        resolvable=significance.resolvable_decision(len(differences), fell + rose)
         if decisions
-        else statistics.resolvable_mean(differences),
+        else significance.resolvable_mean(differences),
     )
 
 
@@ -195,7 +195,7 @@ def macro_average(
         lost=sum(row.lost for row in rows),
         gained=sum(row.gained for row in rows),
         interval="mover",
-        p_value=statistics.sign_flip([d / row.n for row in rows for d in differences[row.name]]),
+        p_value=significance.sign_flip([d / row.n for row in rows for d in differences[row.name]]),
         resolvable=math.hypot(*resolvable) / len(rows) if len(resolvable) == len(rows) else None,
     )
 
@@ -212,9 +212,9 @@ def mover(parts: Sequence[tuple[float, float | None, float | None]]) -> tuple[fl
 
 def judged(rows: Sequence[Delta]) -> list[Delta]:
     """The rows as one family: p-values corrected for each other, and verdicts by them."""
-    adjusted = statistics.holm([row.p_value for row in rows])
+    adjusted = significance.holm([row.p_value for row in rows])
     return [
-        replace(row, p_adjusted=p, verdict=statistics.verdict(row.delta, p, lower_is_better=row.lower_is_better))
+        replace(row, p_adjusted=p, verdict=significance.verdict(row.delta, p, lower_is_better=row.lower_is_better))
         for row, p in zip(rows, adjusted, strict=True)
     ]
 
@@ -247,7 +247,7 @@ def _row(
         bootstrap_high=bootstrap_high,
         p_value=p_value,
         p_adjusted=p_value,
-        verdict=statistics.verdict(delta, p_value, lower_is_better=lower_is_better),
+        verdict=significance.verdict(delta, p_value, lower_is_better=lower_is_better),
         **rest,
     )
 

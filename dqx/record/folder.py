@@ -19,20 +19,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import safe_open
-from torch import Tensor
 
 from dqx.common.files import file_name, jsonable, write_json, write_text
-from dqx.common.names import approximations
-from dqx.common.tensors import write_tensors
 from dqx.diagnostics import activations
 from dqx.diagnostics.activations import OutlierStats
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.record import deltas
+from dqx.record import deltas, words
 from dqx.record.deltas import Delta
+from dqx.record.settings import RunSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor  # takes a second to import, which reading a record does not need
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
 SCHEMA_VERSION = 4
@@ -42,9 +43,12 @@ ACTIVATIONS = "activations.safetensors"
 SIDES = ("full_precision", "quantized")
 
 
-@dataclass
+@dataclass(repr=False)
 class Record:
-    """Everything a run has to say. `deltas` are computed from the results where they are not given."""
+    """Everything a run has to say. `deltas` are computed from the results where they are not given.
+
+    `settings` is what was run, read from `config`.
+    """
 
     config: dict[str, Any]  # resolved
     environment: dict[str, Any]
@@ -66,15 +70,16 @@ class Record:
     warnings: list[str] = field(default_factory=list)  # where the run could not do exactly what was asked
     mirror: dict[str, Any] = field(default_factory=lambda: {"state": "not written"})
     deltas: list[Delta] = field(default_factory=list)
+    settings: RunSettings = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.settings = RunSettings.of(self.config)
         self.deltas = self.deltas or deltas.compare(self.full_precision, self.quantized)
 
-    @property
-    def approximations(self) -> tuple[str, ...]:
-        """What makes the sampler approximate, in short names."""
-        sampler = _at(self.config, "model", "sampler") or {}
-        return approximations(sampler.get("threshold"), sampler.get("cache"))
+    def __repr__(self) -> str:
+        first = deltas.headline(self.deltas)
+        change = f"{words.difference(first.delta, first.metric)} {'nats' if first.lower_is_better else 'points'}"
+        return f"Record({words.title(self)}, seed {self.settings.seed}; {', '.join(self.quantized)}: {change})"
 
     @property
     def average_bits(self) -> float | None:
@@ -89,23 +94,22 @@ class Record:
                 for side in SIDES
             }
             tasks[name] = {"category": before.category, "metric": before.metric, "n": before.n, **sides}
-        config = self.config
+        run = self.settings
+        calibration = {"fingerprint": self.calibration_text, "mask_ratio": self.mask_ratio}
         return {
             "schema_version": SCHEMA_VERSION,
             "created": self.created,
             "command": self.command,
             "choices": self.choices,
             "model": self.model,
-            "method": _at(config, "method", "name"),
-            "variant": _at(config, "method", "variant") or None,
-            "bits": _at(config, "bits", "name"),
+            "method": run.method,
+            "variant": run.variant or None,
+            "bits": run.bits,
             "average_bits": self.average_bits,
-            "calibration": {**config["calib"], "fingerprint": self.calibration_text, "mask_ratio": self.mask_ratio}
-            if config.get("calib")
-            else None,
-            "steps": _at(config, "steps", "count"),
-            "limit": _at(config, "task", "limit"),
-            "seed": config.get("seed"),
+            "calibration": self.config["calib"] | calibration if run.calibration else None,
+            "steps": run.steps,
+            "limit": run.limit,
+            "seed": run.seed,
             "tasks": tasks,
             "deltas": [row.to_dict() for row in self.deltas],
             "outliers": {side: activations.summary(stats) for side, stats in self.outliers.items()},
@@ -123,6 +127,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
 
     def start(self, config: Any, environment: Mapping[str, Any]) -> None:
         """Write config.yaml and environment.json, so that a run that fails later has left what it was.
@@ -144,6 +151,8 @@ class RunFolder:
         write_json(self.path / "outliers.json", {side: stats.to_dict() for side, stats in record.outliers.items()})
         write_json(self.path / "quantization.json", record.quantization)
         if record.activations:
+            from dqx.common.tensors import write_tensors  # torch, which only a run that measured something has loaded
+
             write_tensors(self.path / ACTIVATIONS, record.activations)
         else:
             (self.path / ACTIVATIONS).unlink(missing_ok=True)
@@ -170,10 +179,10 @@ class RunFolder:
         sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
         for name, task in results["tasks"].items():
             rows = self._rows(name) if documents or version == 1 else []
-            for side, found in sides.items():
+            for side, tasks in sides.items():
                 cost = {k: v for k, v in task[side].items() if k != "source"}
                 cost["value"] = float(cost["value"])
-                found[name] = TaskResult(
+                tasks[name] = TaskResult(
                     name=name,
                     category=task["category"],
                     metric=task["metric"],
@@ -181,6 +190,7 @@ class RunFolder:
                     documents=[DocumentRow.from_dict({**row, **row[side]}) for row in rows],
                     **cost,
                 )
+        calibration = results["calibration"] or {}
         return Record(
             config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
             environment=self._json("environment.json"),
@@ -188,8 +198,8 @@ class RunFolder:
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
             activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
-            calibration_text=(results["calibration"] or {}).get("fingerprint"),
-            mask_ratio=(results["calibration"] or {}).get("mask_ratio"),
+            calibration_text=calibration.get("fingerprint"),
+            mask_ratio=calibration.get("mask_ratio"),
             fidelity=results.get("fidelity", {}),
             timings=results["timings"],
             memory=results.get("memory", {}),
@@ -214,7 +224,7 @@ class RunFolder:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(Mapping[str, "Tensor"]):
     """The tensors of a safetensors file by name, each read when it is asked for."""
 
     def __init__(self, path: Path):
@@ -239,10 +249,6 @@ def _cost(result: TaskResult) -> dict[str, Any]:
     return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")}
 
 
-def _at(config: Mapping[str, Any], group: str, key: str) -> Any:
-    return (config.get(group) or {}).get(key)
-
-
 def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
     other = {row.doc_id: row for row in after.documents}
     return [
@@ -250,13 +256,13 @@ def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
             "doc_id": row.doc_id,
             "target": row.target,
             "truncated": row.truncated,
-            "full_precision": _outcome(row),
-            "quantized": _outcome(other[row.doc_id]),
+            "full_precision": _side(row),
+            "quantized": _side(other[row.doc_id]),
         }
         for row in before.documents
     ]
 
 
-def _outcome(row: DocumentRow) -> dict[str, Any]:
+def _side(row: DocumentRow) -> dict[str, Any]:
     kept = ("score", "prediction", "answer", "log_likelihoods")
     return {key: getattr(row, key) for key in kept}

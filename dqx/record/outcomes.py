@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dqx.common.files import write_json
+
 FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
@@ -23,7 +25,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 #: The run folders of this process's launch, in order; the sweepers and single runs fill it in.
 launched: list[Path] = []
-_found: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were there before, by what changes with them
+_before: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were there before, by what changes with them
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,11 @@ class Failure:
         return cls(problems[0] + more, refused)
 
     def write(self, folder: Path) -> None:
-        from dqx.common.files import write_json
-
         write_json(folder / FILE, asdict(self))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunState:
     """How a run ended: finished, reused (nothing had to be computed), failed, refused, interrupted, not started."""
 
     state: str
@@ -69,52 +69,52 @@ def expect(folders: Iterable[Path]) -> None:
     """The runs of these folders are launched now."""
     for folder in folders:
         launched.append(folder)
-        _found.update({(folder, name): _state(folder / name) for name in (FILE, RESULTS, LOG)})
+        _before.update({(folder, name): _state(folder / name) for name in (FILE, RESULTS, LOG)})
 
 
 def _state(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _is_new(folder: Path, name: str) -> bool:
     """Whether a file is of this launch."""
     state = _state(folder / name)
-    return state is not None and state != _found.get((folder, name))
+    return state is not None and state != _before.get((folder, name))
 
 
 def failures(folders: Sequence[Path]) -> dict[Path, Failure]:
     """The runs without results, and why."""
-    found = {}
+    failed = {}
     for folder in folders:
         if _is_new(folder, FILE):
-            found[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+            failed[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
         elif not _is_new(folder, RESULTS):
-            found[folder] = Failure(KILLED if _has_started(folder) else "it did not start")
-    return found
+            failed[folder] = Failure(KILLED if _has_started(folder) else "it did not start")
+    return failed
 
 
-def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, Outcome]:
+def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, RunState]:
     """How every run ended; `interrupted` is whether the launch was."""
     failed = failures(folders)
     return {folder: _outcome(folder, failed.get(folder), interrupted) for folder in folders}
 
 
-def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> Outcome:
+def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> RunState:
     if failure is None:
-        return Outcome("reused" if _is_reused(folder) else "finished")
+        return RunState("reused" if _is_reused(folder) else "finished")
     if _is_new(folder, FILE):
-        return Outcome("refused" if failure.refused else "failed", failure.reason)
+        return RunState("refused" if failure.refused else "failed", failure.reason)
     if not _has_started(folder):
-        return Outcome("not started")
-    return Outcome("interrupted") if interrupted else Outcome("failed", failure.reason)
+        return RunState("not started")
+    return RunState("interrupted") if interrupted else RunState("failed", failure.reason)
 
 
 def _has_started(folder: Path) -> bool:
-    return _is_new(folder, LOG) if _found.get((folder, LOG)) else folder.exists()
+    return _is_new(folder, LOG) if _before.get((folder, LOG)) else folder.exists()
 
 
 def _is_reused(folder: Path) -> bool:

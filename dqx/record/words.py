@@ -1,15 +1,110 @@
-"""Numbers and texts of a record as people read them."""
+"""What was run, in words; and the numbers and texts of a record as people read them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from dqx.common.names import enumerated, natural
 from dqx.evaluate.spec import NLL
+from dqx.record.settings import RunSettings
 
+if TYPE_CHECKING:
+    from dqx.record.folder import Record
+
+NAMED = 6  # tasks; more are counted
+OWN_STEPS = "each task's own steps"
 #: Control characters but for tab and newline, separators of lines, marks of direction, halves of surrogate pairs.
 UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
 )
+
+
+def sampling(run: RunSettings) -> str:
+    """A model, and what is not usual in its sampling: `nano_llada, threshold0.9, 64 steps`."""
+    return ", ".join([run.model, *run.approximations, *([f"{run.steps} steps"] if run.steps else [])])
+
+
+def evaluation(run: RunSettings) -> str:
+    """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents of each task`."""
+    return sampling(run) + ("" if run.limit is None else f", first {run.limit} documents of each task")
+
+
+def quantization(run: RunSettings) -> str:
+    """A method, and its calibration where that is not clean text: `gptq, mcs`."""
+    return run.method_label if run.masking == "clean" else f"{run.method_label}, {run.masking}"
+
+
+def title(record: Record) -> str:
+    """Model, method and bits: `nano_llada, gptq w3a16, 3.15 bits per weight on average`."""
+    run, average = record.settings, record.average_bits
+    bits = f", {average:.2f} bits per weight on average" if average else ""
+    return f"{run.model}, {run.method_label} {run.bits}{bits}"
+
+
+def conditions(record: Record) -> str:
+    """Calibration, steps, what makes the sampler approximate, documents and seed."""
+    run, calib, parts = record.settings, record.settings.calibration, []
+    if calib and record.quantization.get("calibration_tokens") != 0:
+        masked = f", {record.mask_ratio:.0%} masked" if record.mask_ratio else ""
+        parts.append(f"calibrated on {calib.text} ({calib.masking}{masked}, {calib.samples} x {calib.length} tokens)")
+    parts.append(f"{run.steps} steps" if run.steps else OWN_STEPS)
+    if run.approximations:
+        parts.append(f"approximate: {', '.join(run.approximations)}")
+    if run.limit is not None:
+        parts.append(f"first {run.limit} documents{' of each task' if len(record.quantized) > 1 else ''}")
+    return ", ".join([*parts, f"seed {run.seed}"])
+
+
+def whole_run(record: Record) -> str:
+    """Title, conditions and the number of documents."""
+    documents = sum(result.n for result in record.quantized.values())
+    return f"{title(record)}, {conditions(record)}, {documents} documents in all"
+
+
+def many_runs(name: str, documents: Mapping[str, int], runs: Iterable[RunSettings]) -> str:
+    """Model, tasks, documents, steps, calibration and seeds of runs that differ in their steps alone, if at all.
+
+    `name` says how they were evaluated, `documents` counts those of each task.
+    """
+    runs = list(runs)
+    counts = {run.steps for run in runs}
+    steps = [str(count) for count in sorted(c for c in counts if c is not None)] + ["own"] * (None in counts)
+    texts = sorted({run.calibration.text for run in runs if run.calibration})
+    tasks = ", ".join(documents) if len(documents) <= NAMED else f"{len(documents)} tasks"
+    parts = [
+        re.sub(r", \d+ steps", "", name),
+        f"{tasks}: {sum(documents.values())} documents",
+        OWN_STEPS if counts == {None} else f"{', '.join(steps)} steps",
+        *([f"calibrated on {', '.join(texts)}"] if texts else []),
+        _seeds(runs),
+    ]
+    return "; ".join(parts)
+
+
+def lede(records: Sequence[Record]) -> str:
+    """What was run, in one sentence."""
+    if not records:
+        return "No finished run."
+    runs = [record.settings for record in records]
+    widths = sorted({run.bits for run in runs}, key=natural, reverse=True)
+    parts = [
+        f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} of {_distinct(map(evaluation, runs))}",
+        f"{_distinct(map(quantization, runs))} at {_distinct(widths)}",
+        f"on {_distinct(name for record in records for name in record.quantized)}",
+        _seeds(runs),
+    ]
+    return ", ".join(parts) + "."
+
+
+def _seeds(runs: Sequence[RunSettings]) -> str:
+    seeds = sorted({run.seed for run in runs})
+    return f"seed{'' if len(seeds) == 1 else 's'} {_distinct(map(str, seeds))}"
+
+
+def _distinct(names: Iterable[str]) -> str:
+    return enumerated(list(dict.fromkeys(names)))
 
 
 def value(score: float, metric: str | None) -> str:
@@ -23,6 +118,11 @@ def difference(fraction: float, metric: str | None) -> str:
         return points(fraction)
     text = f"{fraction:+.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text
+
+
+def interval(low: float | None, high: float | None, metric: str | None) -> str:
+    """`[-3.8, +2.9]`; empty where one document cannot give one."""
+    return "" if low is None or high is None else f"[{difference(low, metric)}, {difference(high, metric)}]"
 
 
 def points(fraction: float) -> str:
@@ -41,4 +141,4 @@ def visible(text: str) -> str:
 
     Lines and tabs stay; control characters, marks of direction and halves of surrogate pairs become `\\x1b`, `\\u202e`.
     """
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

@@ -1,39 +1,15 @@
 """What runs have to say: tables in the terminal, and reports of many runs.
 
+tables.py      everything that is shown as a table: of one run, of a sweep, of groups of runs
 terminal.py    one run, or a sweep, in the terminal
-gather.py      finished runs below any folders, sorted into what one table can hold; seeds make one cell
-tables.py      groups as tables, in the study's layout
+gather.py      runs sorted into what one table can hold; seeds make one cell
 content.py     what a report says, in whichever format
-published.py   the published tables, cell by cell beside ours
-pictures.py    figures, as files
+published.py   the published tables (reference.py), cell by cell beside ours
 markdown.py, latex.py, page.py   a report as Markdown, LaTeX, one HTML page (templates/)
+figures/       what is drawn; pictures.py: figures, as files
+wandb/         the record in Weights & Biases
 command.py     dqx report
+compare.py     dqx compare
+
+What was run is put into words by `dqx/record/words.py`.
 """
-
-from dqx.record.words import difference, points, short, value, visible
-from dqx.report.terminal import (
-    RULES,
-    delta_legend,
-    delta_table,
-    header,
-    print_mirror,
-    print_outcomes,
-    print_sweep,
-    print_table,
-)
-
-__all__ = [
-    "RULES",
-    "delta_legend",
-    "delta_table",
-    "difference",
-    "header",
-    "points",
-    "print_mirror",
-    "print_outcomes",
-    "print_sweep",
-    "print_table",
-    "short",
-    "value",
-    "visible",
-]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dqx.common.files import write_text
+from dqx.record import words
 from dqx.report import content, latex, markdown
 from dqx.report.published import presets
 
@@ -24,14 +25,14 @@ def write(report: content.Report, folder: Path) -> list[Path]:
     from dqx.report import page, pictures
 
     pictures.draw(report, folder / "figures")
-    found = {
+    documents = {
         "report.html": page.page(report),
         "report.md": markdown.markdown(report, folder),
         "report.tex": latex.latex(report),
     }
-    for name, text in found.items():
+    for name, text in documents.items():
         write_text(folder / name, text)
-    return [folder / name for name in found]
+    return [folder / name for name in documents]
 
 
 def main() -> None:
@@ -64,6 +65,6 @@ def main() -> None:
         sys.exit(2)
     for each in report.skipped:
         Console(stderr=True).print(Text(f"in no table: {each.path}: {each.reason}"), soft_wrap=True)
-    console.print(Text(content.lede(report.records)))
+    console.print(Text(words.lede(report.records)))
     for path in written:
         console.print(Text(f"  {path}"), soft_wrap=True)

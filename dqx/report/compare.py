@@ -21,20 +21,23 @@ from rich.text import Text
 from dqx.evaluate.results import TaskResult
 from dqx.record.compare import compare, costs, differences, flips
 from dqx.record.folder import Record, RunFolder
-from dqx.report import delta_legend, delta_table, visible
+from dqx.record.words import visible
+from dqx.report import tables
+from dqx.report.terminal import print_lines, show
 
 SHOWN = 3  # flipped documents printed of each task
 LONGEST = 600  # characters printed of an output
 
 
-def flip_lines(name: str, before: TaskResult, after: TaskResult, show: int) -> Iterator[str]:
+def flip_lines(name: str, before: TaskResult, after: TaskResult, shown: int) -> Iterator[str]:
     """How many documents of a task flipped, and some of them with both outputs."""
-    found = flips(before, after)
-    if not found or not show:
+    flipped = flips(before, after)
+    if not flipped or not shown:
         return
-    lost = sum(flip.lost for flip in found)
-    yield f"{name}: {lost} lost, {len(found) - lost} gained" + (f"; {show} of them:" if len(found) > show else ":")
-    for flip in found[:show]:
+    lost = sum(flip.lost for flip in flipped)
+    part = f"; {shown} of them" if len(flipped) > shown else ""
+    yield f"{name}: {lost} lost, {len(flipped) - lost} gained{part}:"
+    for flip in flipped[:shown]:
         what = "lost" if flip.lost else "gained"
         yield f"  {visible(flip.before.doc_id)}, {what}; target {_output(flip.before.target)}"
         yield f"    first run,  score {flip.before.score:g}: {_output(flip.before.prediction)}"
@@ -49,24 +52,19 @@ def _output(text: str | None) -> str:
     return visible(text[:LONGEST]).replace("\n", "\\n").replace("\t", "\\t") + more
 
 
-def print_comparison(before: Record, after: Record, console: Console, show: int = SHOWN) -> None:
-    """Print what differs; for each side a table, its costs, and up to `show` flipped documents of each task."""
+def print_comparison(before: Record, after: Record, console: Console, shown: int = SHOWN) -> None:
+    """Print what differs; for each side a table, its costs, and up to `shown` flipped documents of each task."""
     changed = list(differences(before.config, after.config))
-    for line in changed or ["The two runs have the same settings."]:
-        console.print(Text(visible(line), style="bold"), soft_wrap=True)
-    tables = compare(before, after)
-    for side, rows in tables.items():
-        console.print(Text(f"\n{side.replace('_', ' ') if len(tables) > 1 else 'both sides'}\n"))
-        console.print(delta_table(rows, "first\nrun", "second\nrun"))
-        sides = getattr(before, side), getattr(after, side)
-        for line in costs(*sides):
-            console.print(Text(line), soft_wrap=True)
+    print_lines(console, map(visible, changed or ["The two runs have the same settings."]), "bold")
+    by_side = compare(before, after)
+    for side, rows in by_side.items():
+        print_lines(console, ["", side.replace("_", " ") if len(by_side) > 1 else "both sides", ""])
+        notes = show(tables.deltas(rows, "first run", "second run"), console)
+        first, second = getattr(before, side), getattr(after, side)
+        print_lines(console, costs(first, second))
         for name in (row.name for row in rows if row.kind == "task"):
-            for line in flip_lines(name, sides[0][name], sides[1][name], show):
-                console.print(Text(line), soft_wrap=True)
-    console.print()
-    for line in delta_legend(next(iter(tables.values()))):
-        console.print(Text(line, style="dim"), soft_wrap=True)
+            print_lines(console, flip_lines(name, first[name], second[name], shown))
+    print_lines(console, ["", *notes], "dim")
 
 
 def main() -> None:

@@ -13,44 +13,30 @@ a finished run, or with one that cannot be read, are listed with the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dqx.common.names import method_label, natural
+from dqx.common.names import natural
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
-from dqx.record import outcomes
+from dqx.record import words
+from dqx.record.collection import Run
 from dqx.record.compare import PLACES
 from dqx.record.deltas import Delta, compare, headline, judged
-from dqx.record.folder import Record, RunFolder
+from dqx.record.folder import SIDES, Record
 
-#: Settings on which no score depends, or only by the seed's luck.
-UNSCORED = (*PLACES, "seed", "outliers", "fidelity")
+#: Settings on which no score depends, or only by the seed's luck; where the checkpoint lies; the tasks, which are told
+#: apart one by one; what only other settings read, which have the value.
+UNTOLD = (
+    *(f"{name}." for name in (*PLACES, "seed", "outliers", "fidelity", "model.path", "task.suite")),
+    *(f"{group}.calib_{key}." for group in ("model", "method") for key in ("text", "samples", "length")),
+)
 #: Settings that say how a model was quantized; all others say how it was evaluated.
 QUANTIZATION = ("method", "bits", "calib")
 #: The method that leaves a model as it is.
 FULL_PRECISION = "fp16"
-#: What only other settings read, which have the outcome.
-READ_ELSEWHERE = ("calib_text", "calib_samples", "calib_length")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run and the folder it was read from."""
-
-    path: Path
-    record: Record
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A folder whose run is in no table, and why."""
-
-    path: Path
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -115,33 +101,6 @@ class Group:
         return self.name if self.kind == "all" else f"{self.name}: {self.kind}"
 
 
-def gather(folders: Iterable[str | Path]) -> tuple[list[Run], list[Skipped]]:
-    """The finished runs below the folders in order of their making, and what lies there without being one.
-
-    Raises FileNotFoundError for a folder that does not exist.
-    """
-    found: dict[Path, Path] = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder of runs")
-        for pattern in ("results.json", "environment.json", outcomes.FILE):
-            found |= {path.parent.resolve(): path.parent for path in sorted(folder.rglob(pattern))}
-    runs, skipped = [], []
-    for path in found.values():
-        failure = outcomes.failures([path]).get(path)
-        if failure is not None:
-            unfinished = failure.reason == outcomes.KILLED
-            skipped.append(
-                Skipped(path, "it has not finished: it runs, or was killed" if unfinished else failure.reason)
-            )
-            continue
-        try:
-            runs.append(Run(path, RunFolder(path).read()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            skipped.append(Skipped(path, f"cannot be read: {type(error).__name__}: {error}"))
-    return sorted(runs, key=lambda run: run.record.created), skipped
-
-
 def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
     """One result whose documents' scores are the means over the seeds. Raises ValueError for other documents."""
     first = results[0]
@@ -156,25 +115,30 @@ def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
 
 
 def flat(value: Any, key: str = "") -> dict[str, str]:
-    """Settings by their dotted names, as text. What is null, false or empty is left out: older records lack the key."""
+    """Settings by their dotted names, as text. What is None, false or empty is left out: older records lack the key.
+
+    Of a part's class the name alone is kept, wherever its module lies.
+    """
     if isinstance(value, Mapping):
         inner = (flat(v, f"{key}.{k}" if key else str(k)) for k, v in value.items())
         return {name: text for part in inner for name, text in part.items()}
     if value is None or value is False or value == [] or value == "":
         return {}
-    return {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)}
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return {key: text.rpartition(".")[2] if key.endswith("._target_") else text}
+
+
+def told_by(config: Mapping[str, Any], fingerprint: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """How a run was evaluated, without its tasks, and how it was quantized; the checkpoint by its fingerprint."""
+    settings = {key: text for key, text in flat(config).items() if not f"{key}.".startswith(UNTOLD)}
+    quantized = {key: text for key, text in settings.items() if key.partition(".")[0] in QUANTIZATION}
+    evaluated = {key: text for key, text in settings.items() if key not in quantized}
+    return evaluated | flat({"checkpoint": fingerprint}), quantized
 
 
 def settings(record: Record) -> tuple[dict[str, str], dict[str, str]]:
-    """How a run was evaluated, without its tasks, and how it was quantized."""
-    config = {key: value for key, value in record.config.items() if key not in UNSCORED}
-    config["task"] = {key: value for key, value in (config.get("task") or {}).items() if key != "suite"}
-    config["model"] = (config.get("model") or {}) | {"path": None}
-    config["checkpoint"] = record.model.get("fingerprint")  # wherever it lies
-    for group in ("model", "method"):
-        config[group] = {k: v for k, v in (config.get(group) or {}).items() if k not in READ_ELSEWHERE}
-    evaluated = flat({key: value for key, value in config.items() if key not in QUANTIZATION})
-    return evaluated, flat({key: config.get(key) for key in QUANTIZATION})
+    """`told_by` of a run."""
+    return told_by(record.config, record.model.get("fingerprint"))
 
 
 def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
@@ -189,7 +153,7 @@ def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
     ]
 
 
-def groups(found: Sequence[Evaluation]) -> list[Group]:
+def groups(evaluated: Sequence[Evaluation]) -> list[Group]:
     """One group per evaluation and kind of tasks. Full precision is a row of its own, so runs of fp16 are none."""
     return [
         Group(
@@ -199,7 +163,7 @@ def groups(found: Sequence[Evaluation]) -> list[Group]:
             {task: evaluation.full_precision[task] for task in tasks},
             _rows(evaluation.cells, tasks),
         )
-        for evaluation in found
+        for evaluation in evaluated
         for kind, tasks in task_kinds(evaluation.full_precision).items()
     ]
 
@@ -236,13 +200,13 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, list[Run]]:
     named: list[tuple[str, dict[str, str], list[Run]]] = []
     for key, members in parts.items():
         for specs, same in _by_specs(members).items():
-            named.append((evaluation_name(same[0].record), dict(key) | dict(specs), same))
+            named.append((words.evaluation(same[0].record.settings), dict(key) | dict(specs), same))
     return {name: members for name, (_, _, members) in zip(told_apart([n[:2] for n in named]), named, strict=True)}
 
 
 def _by_specs(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
     """The runs by the settings of those tasks that not all of them set alike."""
-    suites = [flat({"task": {"suite": (run.record.config.get("task") or {}).get("suite") or {}}}) for run in runs]
+    suites = [flat({"task": {"suite": run.record.settings.tasks}}) for run in runs]
     tasks = dict.fromkeys(name for run in runs for name in run.record.quantized)
     contested = []
     for task in tasks:
@@ -260,45 +224,27 @@ def _quantizations(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
     """The runs of a group by how they were quantized: label of the method, and width."""
     parts: dict[tuple[str, tuple[tuple[str, str], ...]], list[Run]] = {}
     for run in runs:
-        bits = str((run.record.config.get("bits") or {}).get("name"))
-        parts.setdefault((bits, tuple(sorted(settings(run.record)[1].items()))), []).append(run)
-    named = [((bits, quantization_name(members[0].record)), dict(key)) for (bits, key), members in parts.items()]
-    labels: dict[int, str] = {}
-    for bits in dict.fromkeys(bits for (bits, _), _ in named):
-        at = [i for i, ((other, _), _) in enumerate(named) if other == bits]
-        apart = told_apart([(named[i][0][1], named[i][1]) for i in at])
-        labels |= dict(zip(at, apart, strict=True))
-    return {(labels[i], bits): members for i, ((bits, _), members) in enumerate(parts.items())}
+        parts.setdefault((run.record.settings.bits, tuple(sorted(settings(run.record)[1].items()))), []).append(run)
+    by_bits: dict[str, list[tuple[str, dict[str, str], list[Run]]]] = {}
+    for (bits, key), members in parts.items():
+        by_bits.setdefault(bits, []).append((words.quantization(members[0].record.settings), dict(key), members))
+    return {
+        (label, bits): members
+        for bits, named in by_bits.items()
+        for label, (_, _, members) in zip(told_apart([n[:2] for n in named]), named, strict=True)
+    }
 
 
 def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     """The names, those that are alike followed by the settings in which they differ."""
-    found = []
+    names = []
     for name, own in named:
         alike = [settings for other, settings in named if other == name]
         keys = sorted(
             {key for settings in alike for key in settings if any(settings[key] != s.get(key) for s in alike)}
         )
-        found.append(", ".join([name, *(f"{key}={own[key]}" for key in keys if key in own)]))
-    return found
-
-
-def evaluation_name(record: Record) -> str:
-    """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents of each task`."""
-    steps = (record.config.get("steps") or {}).get("count")
-    limit = (record.config.get("task") or {}).get("limit")
-    parts = [str(record.model.get("name")), *record.approximations]
-    parts += [f"{steps} steps"] if steps else []
-    parts += [f"first {limit} documents of each task"] if limit is not None else []
-    return ", ".join(parts)
-
-
-def quantization_name(record: Record) -> str:
-    """A method, and its calibration where that is not clean text: `gptq, mcs`."""
-    method = record.config.get("method") or {}
-    masking = (record.config.get("calib") or {}).get("masking", "clean")
-    label = method_label(method.get("name"), method.get("variant"))
-    return label if masking == "clean" else f"{label}, {masking}"
+        names.append(", ".join([name, *(f"{key}={own[key]}" for key in keys if key in own)]))
+    return names
 
 
 def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
@@ -306,13 +252,13 @@ def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
     latest: dict[str, dict[int, Record]] = {}
     for run in runs:
         for task in run.record.quantized:
-            latest.setdefault(task, {})[int(run.record.config["seed"])] = run.record
+            latest.setdefault(task, {})[run.record.settings.seed] = run.record
     sides = [
         {
             task: mean_over_seeds([getattr(by_seed[seed], side)[task] for seed in sorted(by_seed)])
             for task, by_seed in latest.items()
         }
-        for side in ("full_precision", "quantized")
+        for side in SIDES
     ]
     seeds = sorted({seed for by_seed in latest.values() for seed in by_seed})
     used = {id(record) for by_seed in latest.values() for record in by_seed.values()}
@@ -336,5 +282,5 @@ def _full_precision(runs: Sequence[Run]) -> dict[str, TaskResult]:
     latest: dict[str, dict[int, TaskResult]] = {}
     for run in runs:
         for task, result in run.record.full_precision.items():
-            latest.setdefault(task, {})[int(run.record.config["seed"])] = result
+            latest.setdefault(task, {})[run.record.settings.seed] = result
     return {task: mean_over_seeds([by_seed[s] for s in sorted(by_seed)]) for task, by_seed in latest.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from dqx.record.words import visible
-from dqx.report.content import Report, lede
+from dqx.record.words import lede, visible
+from dqx.report.content import Report
 from dqx.report.tables import MISSING, Entry, Table
 
 PREAMBLE = r"""\documentclass{article}
@@ -46,14 +46,11 @@ def escape(text: str) -> str:
 
 
 def table(content: Table) -> str:
-    """One table float: caption, rules, rows; a rule where the setting changes."""
+    """One table float: caption, rules, rows."""
     columns = "l" * content.left + "r" * (len(content.columns) - content.left)
     rows = [_row(row) for row in content.head] + ([r"\midrule"] if content.head and content.rows else [])
-    before = None
-    for row in content.rows:
-        if content.left > 1 and before not in (None, row[0].text):
-            rows.append(r"\midrule")
-        before = row[0].text
+    for i, row in enumerate(content.rows):
+        rows += [r"\midrule"] if i in content.rules else []
         rows.append(_row(row))
     return "\n".join(
         [
@@ -91,7 +88,7 @@ def _entry(entry: Entry) -> str:
 
 def latex(content: Report) -> str:
     """The whole report: a document of tables."""
-    found = [*content.overviews, *content.studies]
-    found += [each for comparison in content.comparisons for each in comparison.tables]
-    parts = [escape(lede(content.records)), *map(table, found)]
+    tables = [*content.overviews, *content.studies]
+    tables += [each for comparison in content.comparisons for each in comparison.tables]
+    parts = [escape(lede(content.records)), *map(table, tables)]
     return PREAMBLE + "\n\\clearpage\n".join(parts) + "\n\\end{document}\n"

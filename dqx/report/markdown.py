@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from dqx.record.words import visible
-from dqx.report.content import Report, lede
+from dqx.record.words import lede, visible
+from dqx.report.content import Report
 from dqx.report.tables import Entry, Table
 
 #: What Markdown would not show as it is: marks, underscores at the edge of a word, links, entities, headings and lists.

@@ -22,13 +22,13 @@ from markupsafe import Markup
 
 from dqx.common.files import jsonable
 from dqx.diagnostics import activations
+from dqx.record import words
+from dqx.record.collection import Run
 from dqx.record.compare import Flip, flips
 from dqx.record.words import visible
-from dqx.report import content
-from dqx.report.content import Picture, Report, anchor
-from dqx.report.gather import Run
+from dqx.report import content, tables
+from dqx.report.content import Picture, Report
 from dqx.report.tables import Table
-from dqx.report.terminal import header
 
 FLIPS_PER_TASK = 3  # documents shown of each task of a run
 LONGEST = 2000  # characters shown of an output
@@ -66,10 +66,10 @@ def page(report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         title=_title(report),
-        lede=content.lede(report.records),
+        lede=words.lede(report.records),
         facts=list(facts(report)),
         findings=findings(report.runs),
-        runs=content.runs_table(report.runs),
+        runs=tables.runs(report.runs),
         details=[_details(number, run, report) for number, run in enumerate(report.runs, 1)],
         style=Markup(style),
         script=Markup(script),
@@ -105,27 +105,22 @@ def duration(seconds: float) -> str:
 
 
 def _title(report: Report) -> str:
-    models = dict.fromkeys(str(record.model.get("name")) for record in report.records)
+    models = dict.fromkeys(record.settings.model for record in report.records)
     return ", ".join(models) or ", ".join(comparison.preset for comparison in report.comparisons)
 
 
 def _details(number: int, run: Run, report: Report) -> Details:
     record = run.record
-    title, subtitle = header(record)
-    changed = []
-    for task, before in record.full_precision.items():
-        found = flips(before, record.quantized[task])
-        if found:
-            changed.append((task, len(found), found[:FLIPS_PER_TASK]))
+    flipped = {task: flips(before, record.quantized[task]) for task, before in record.full_precision.items()}
     return Details(
         run=run,
-        anchor=anchor(number),
-        title=title,
-        subtitle=subtitle,
-        tasks=content.delta_rows(record),
+        anchor=tables.anchor(number),
+        title=words.title(record),
+        subtitle=words.conditions(record),
+        tasks=tables.deltas(record.deltas, p_values=True),
         lacks=content.lacks(record),
         pictures=report.run_pictures[number - 1] if report.run_pictures else [],
-        flips=changed,
+        flips=[(task, len(all_of), all_of[:FLIPS_PER_TASK]) for task, all_of in flipped.items() if all_of],
         config=yaml.safe_dump(jsonable(record.config), sort_keys=False, allow_unicode=True),
         environment=yaml.safe_dump(jsonable(record.environment), sort_keys=False, allow_unicode=True),
     )
@@ -133,24 +128,20 @@ def _details(number: int, run: Run, report: Report) -> Details:
 
 def findings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Where the outliers sit, in sentences: of every full-precision model once, and of each run where it differs."""
-    found: list[tuple[str, list[str]]] = []
+    sentences: list[tuple[str, list[str]]] = []
     known: dict[str, list[str]] = {}
     for number, run in enumerate(runs, 1):
         said = {side: activations.findings(stats) for side, stats in run.record.outliers.items()}
-        model = f"{run.record.model.get('name')} at full precision"
+        model = f"{run.record.settings.model} at full precision"
         before = said.get("full_precision")
         if before is not None and known.get(model) != before:
             known[model] = before
-            found.append((model, before))
+            sentences.append((model, before))
         if "quantized" in said:
             same = said["quantized"] == before
-            found.append(
-                (
-                    f"Run {number}, {content.name_of(run.record)}",
-                    ["As at full precision."] if same else said["quantized"],
-                )
-            )
-    return found
+            told = ["As at full precision."] if same else said["quantized"]
+            sentences.append((f"Run {number}, {words.title(run.record)}", told))
+    return sentences
 
 
 def slug(text: str) -> str:

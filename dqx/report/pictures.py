@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dqx.report import figures
-from dqx.report.content import Picture, Report, anchor
+from dqx.report.content import Picture, Report
+from dqx.report.tables import anchor
 
 WIDE, NARROW = 1400, 960  # pixels of a figure in the page: of all runs together, of one
 

@@ -20,15 +20,15 @@ from typing import Any
 
 from dqx.common.files import jsonable
 from dqx.common.names import method_label
-from dqx.config.compose import compose, resolve
 from dqx.config.schema import choices
 from dqx.evaluate.results import TaskResult
 from dqx.record.deltas import Z, level, mover
 from dqx.record.folder import Record
+from dqx.record.settings import RunSettings
 from dqx.record.words import points, value
-from dqx.report.gather import FULL_PRECISION, Cell, Evaluation, flat, settings
+from dqx.report.gather import FULL_PRECISION, Cell, Evaluation, flat, told_by
 from dqx.report.reference import published_cells
-from dqx.report.tables import MISSING, Entry, Table
+from dqx.report.tables import MISSING, Entry, Table, changes
 
 NAME = re.compile(r"qdlm_table(\d)(?:_(\w+))?")
 WITHIN, DIFFERS = "within", "differs"
@@ -106,12 +106,12 @@ def verdict(published: float, ours: Sequence[TaskResult]) -> str:
     return WITHIN if low - 0.0005 <= published <= high + 0.0005 else DIFFERS
 
 
-def present(found: Sequence[Evaluation]) -> list[str]:
+def present(evaluated: Sequence[Evaluation]) -> list[str]:
     """The presets that our runs have cells of."""
-    return [name for name in presets() if any(line.results for line in lines(name, found))]
+    return [name for name in presets() if any(line.results for line in lines(name, evaluated))]
 
 
-def lines(preset: str, found: Sequence[Evaluation]) -> list[Line]:
+def lines(preset: str, evaluated: Sequence[Evaluation]) -> list[Line]:
     """The rows of a preset's table, full precision first for every model. Raises ValueError for another preset."""
     match = NAME.fullmatch(preset)
     if match is None or preset not in presets():
@@ -129,7 +129,7 @@ def lines(preset: str, found: Sequence[Evaluation]) -> list[Line]:
         quantized = []
         for (_, method, bits), tasks in rows.items():
             label = method_label(method, variant)
-            cell, unlike = _ours(preset, model, label, bits, list(tasks), found)
+            cell, unlike = _ours(preset, model, label, bits, list(tasks), evaluated)
             baseline = {task: baselines[model, task] for task in tasks}
             quantized.append(Line(model, label, bits, tasks, baseline, cell, unlike))
         best = max(quantized, key=lambda line: (len(line.results), -len(line.unlike)))
@@ -139,15 +139,13 @@ def lines(preset: str, found: Sequence[Evaluation]) -> list[Line]:
 
 
 def _ours(
-    preset: str, model: str, method: str, bits: str, tasks: list[str], found: Sequence[Evaluation]
+    preset: str, model: str, method: str, bits: str, tasks: list[str], evaluated: Sequence[Evaluation]
 ) -> tuple[Cell | None, tuple[str, ...]]:
     """Our cell nearest to what the preset would run, and in which settings it differs."""
     candidates = []
-    for cell in (cell for evaluation in found for cell in evaluation.cells):
-        record = cell.runs[-1].record
-        config = record.config["method"]
-        name = method_label(config.get("name"), config.get("variant"))
-        if (record.model["name"], name, cell.bits) == (model, method, bits) and set(tasks) & set(cell.quantized):
+    for cell in (cell for evaluation in evaluated for cell in evaluation.cells):
+        run = cell.runs[-1].record.settings
+        if (run.model, run.method_label, cell.bits) == (model, method, bits) and set(tasks) & set(cell.quantized):
             candidates.append(cell)
     if not candidates:
         return None, ()
@@ -160,21 +158,21 @@ def _ours(
 @cache
 def composed(preset: str, model: str, method: str, bits: str) -> dict[str, Any]:
     """The configuration of one of a preset's runs, as a record holds it."""
-    found = resolve(compose([f"experiment={preset}", f"model={model}", f"method={method}", f"bits={bits}"]))
-    config: dict[str, Any] = jsonable(asdict(found))
+    from dqx.config.compose import compose, resolve  # Hydra, which only runs like a preset's need
+
+    overrides = [f"experiment={preset}", f"model={model}", f"method={method}", f"bits={bits}"]
+    config: dict[str, Any] = jsonable(asdict(resolve(compose(overrides))))
     return config
 
 
 def differences(preset: dict[str, Any], run: Record, tasks: Iterable[str]) -> list[str]:
     """The settings that a score depends on and in which a run is not as the preset: `task.limit=16 (null)`."""
-    meant = Record.__new__(Record)  # a record's settings are read from its config and its model
-    meant.config, meant.model = preset, run.model
+    suites = [RunSettings.of(config).tasks for config in (preset, run.config)]
+    both = [task for task in tasks if all(task in suite for suite in suites)]
     sides = []
-    for record in (meant, run):
-        suite = record.config["task"].get("suite") or {}
-        specs = {task: suite[task] for task in tasks if all(task in r.config["task"]["suite"] for r in (meant, run))}
-        evaluated, quantized = settings(record)
-        sides.append(evaluated | quantized | flat(specs, "task.suite"))
+    for config, suite in zip((preset, run.config), suites, strict=True):
+        evaluated, quantized = told_by(config, run.model.get("fingerprint"))
+        sides.append(evaluated | quantized | flat({task: suite[task] for task in both}, "task.suite"))
     before, after = sides
     return [
         f"{key}={after.get(key, 'null')} (the preset: {before.get(key, 'null')})"
@@ -183,9 +181,9 @@ def differences(preset: dict[str, Any], run: Record, tasks: Iterable[str]) -> li
     ]
 
 
-def compared(preset: str, found: Sequence[Evaluation]) -> Comparison:
+def compared(preset: str, evaluated: Sequence[Evaluation]) -> Comparison:
     """A preset's tables, whatever there is of them."""
-    rows = lines(preset, found)
+    rows = lines(preset, evaluated)
     counts = dict.fromkeys((WITHIN, DIFFERS, MISSING), 0)
     tables = []
     for model in dict.fromkeys(line.model for line in rows):
@@ -201,6 +199,7 @@ def compared(preset: str, found: Sequence[Evaluation]) -> Comparison:
                 notes=(*NOTES, *_unlike(members)),
                 left=2,
                 stacked=True,
+                rules=changes([row[0].text for row in entries[1:]]),
             )
         )
     return Comparison(preset, tables, counts, commands(preset, rows))
@@ -236,28 +235,28 @@ def _beside(published: float, ours: Sequence[TaskResult]) -> Entry:
     printed = f"({value(published, None)})"
     if not ours:
         return Entry(MISSING, printed, None, MISSING)
-    mean, found = fmean(result.value for result in ours), verdict(published, ours)
-    return Entry(value(mean, None), f"{printed} {found}", mean, found)
+    mean, judged = fmean(result.value for result in ours), verdict(published, ours)
+    return Entry(value(mean, None), f"{printed} {judged}", mean, judged)
 
 
 def _unlike(rows: Sequence[Line]) -> list[str]:
     """In what our runs are not the preset's, once for all rows of which it holds."""
-    found: dict[str, list[str]] = {}
+    rows_of: dict[str, list[str]] = {}
     for line in rows:
         for setting in line.unlike if line.method != FULL_PRECISION else ():
-            found.setdefault(setting, []).append(f"{line.method} {line.bits}")
-    return [f"Not as the preset, {', '.join(names)}: {setting}." for setting, names in found.items()]
+            rows_of.setdefault(setting, []).append(f"{line.method} {line.bits}")
+    return [f"Not as the preset, {', '.join(names)}: {setting}." for setting, names in rows_of.items()]
 
 
 def commands(preset: str, rows: Sequence[Line]) -> list[tuple[str, list[str]]]:
     """One command per row that has gaps, first one for all where there is nothing yet. Full precision comes along."""
     quantized = [line for line in rows if line.method != FULL_PRECISION]
-    found = []
+    typed = []
     if not any(line.results for line in quantized):
-        found.append((f"python launch.py experiment={preset}", ["all cells"]))
+        typed.append((f"python launch.py experiment={preset}", ["all cells"]))
     for line in quantized:
         if line.missing:
             where = f"model={line.model} method={line.method} bits={line.bits}"
             tasks = f" task={','.join(line.missing)}" if line.results else ""
-            found.append((f"python launch.py experiment={preset} {where}{tasks}", line.missing))
-    return found
+            typed.append((f"python launch.py experiment={preset} {where}{tasks}", line.missing))
+    return typed

@@ -12,7 +12,7 @@ TABLES = Path(__file__).with_name("qdlm_tables.yaml")
 
 
 @dataclass(frozen=True)
-class Cell:
+class PublishedCell:
     """One number of a published table; model, method, bits and task as in `conf/`."""
 
     table: int
@@ -24,11 +24,11 @@ class Cell:
 
 
 @cache
-def published_cells() -> tuple[Cell, ...]:
+def published_cells() -> tuple[PublishedCell, ...]:
     """Every number printed in the tables, averages left out."""
     data = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
     return tuple(
-        Cell(row["table"], row["model"], row["method"], row["bits"], task, value)
+        PublishedCell(row["table"], row["model"], row["method"], row["bits"], task, value)
         for row in data["rows"]
         for group, tasks in data["columns"].items()
         for task, value in zip(tasks, row.get(group) or [None] * len(tasks), strict=True)

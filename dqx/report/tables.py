@@ -1,18 +1,26 @@
-"""Groups of runs as tables, whatever they are written in: methods by widths, and the study's layout.
+"""Everything that is shown as a table, whatever it is written in: the terminal, Markdown, LaTeX or HTML.
 
-A table is columns and rows of entries; how an entry looks is left to those who write it.
+A table is columns and rows of entries; how an entry looks is left to those who write it. Of one run: its deltas and its
+outliers; of a sweep: a row per run; of groups of runs: methods by widths, and the study's layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from dqx.common.names import enumerated, natural
+from dqx.diagnostics.activations import Thresholds, summary
+from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
-from dqx.record import statistics
-from dqx.record.deltas import Delta
-from dqx.record.words import difference, points, value
+from dqx.record import significance, words
+from dqx.record.collection import Run
+from dqx.record.deltas import Delta, headline, judged
+from dqx.record.folder import SIDES, Record
+from dqx.record.words import difference, points, short, value
 from dqx.report.gather import Group, Row
 
 MISSING = "missing"
@@ -25,7 +33,7 @@ class Entry:
     text: str = ""
     small: str = ""  # beside the text, in smaller print
     number: float | None = None  # by which its column is sorted; None: by the text
-    kind: str = ""  # missing; a level (negligible, moderate, significant); a verdict (within, differs)
+    kind: str = ""  # missing; a level (negligible, moderate, significant); a verdict (within, differs); a run's state
     code: bool = False  # a name of the configuration
     anchor: str = ""  # where a link leads to, inside a page
 
@@ -41,12 +49,174 @@ class Table:
     notes: tuple[str, ...] = ()
     left: int = 1  # columns with text, from the left
     stacked: bool = False  # the smaller print may stand below its text
+    rules: tuple[int, ...] = ()  # rows above which a rule is drawn, where a table is not sorted
+    strong: tuple[int, ...] = ()  # rows in bold, where a table is not sorted
 
 
 STAR = "* chance alone does not explain the difference (exact tests at 5 %, corrected for the number of rows)."
 LEVELS = "Level: the relative drop alone; below 1 % negligible, up to 4 % moderate, above significant."
 UNITS = "Accuracy in percent; delta from full precision in points, with a 95 % interval over documents."
 TEXTS = "Texts in nats per token, lower is better; a delta is the log of the ratio of perplexities."
+CHANCE = "Verdict: unclear where chance could explain the difference"
+SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
+
+
+def deltas(
+    rows: Sequence[Delta], before: str = "full precision", after: str = "quantized", *, p_values: bool = False
+) -> Table:
+    """One side against another: per task, per category, on average."""
+    columns = ("task", "documents", before, after, "delta [95 % interval]", "relative drop, %", "level", "lost/gained")
+    return Table(
+        "Tasks",
+        (*columns, *(["p"] if p_values else []), "verdict"),
+        [
+            [
+                Entry(f"{row.category} average" if row.kind == "category" else row.name, code=row.kind == "task"),
+                Entry(str(row.n), number=row.n),
+                score(row.full_precision, row.metric),
+                score(row.quantized, row.metric),
+                _delta(row),
+                _drop(row),
+                _level(row),
+                Entry(f"{row.lost}/{row.gained}", number=row.lost),
+                *([Entry(f"{row.p_adjusted:.2g}", number=row.p_adjusted)] if p_values else []),
+                _verdict(row),
+            ]
+            for row in rows
+        ],
+        [],
+        notes=tuple(_delta_notes(rows)),
+        rules=changes([row.kind for row in rows]),
+        strong=tuple(i for i, row in enumerate(rows) if row.kind == "overall"),
+    )
+
+
+def _delta_notes(rows: Sequence[Delta]) -> list[str]:
+    """What the table's words mean, and what the sample could have shown."""
+    notes = []
+    if any(not row.lower_is_better for row in rows):
+        notes.append("In percent, deltas in points. Every task counts the same in an average.")
+    if any(row.lower_is_better for row in rows):
+        notes.append("Texts: nats per token, lower is better; a delta is the log of a perplexity ratio.")
+    notes.append(
+        "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above significant. "
+        f"{CHANCE}; tested over documents and corrected for the number of tasks, which the intervals are not."
+    )
+    first = headline(rows)
+    if first.resolvable is not None:
+        least = difference(first.resolvable, first.metric).removeprefix("+")
+        unit = "nats" if first.lower_is_better else "points"
+        where = "on average" if first.kind == "overall" else f"in {first.name}"
+        notes.append(f"A sample like this finds a difference of {least} {unit} {where} four times in five.")
+    return notes
+
+
+def sweep(records: Sequence[Record]) -> Table:
+    """Runs in the order given, those with the same full-precision accuracies below a row that shows them."""
+    tasks = list(dict.fromkeys(name for record in records for name in record.full_precision))
+    alike: dict[tuple[object, ...], list[tuple[Record, Delta]]] = {}
+    for record, delta in zip(records, judged([headline(record.deltas) for record in records]), strict=True):
+        values = ((name, result.value) for name, result in record.full_precision.items())
+        alike.setdefault((words.sampling(record.settings), *values), []).append((record, delta))
+    rows: list[list[Entry]] = []
+    tops = []
+    for (label, *_), members in alike.items():
+        tops.append(len(rows))
+        first, delta = members[0]
+        top = [Entry(str(label)), Entry("16"), *(_result(first.full_precision.get(name)) for name in tasks)]
+        rows.append([*top, score(delta.full_precision, delta.metric), Entry(), Entry(), Entry()])
+        for record, delta in members:
+            run, average = record.settings, record.average_bits
+            name = [" ", run.method_label, run.bits, *([run.masking] if run.masking != "clean" else [])]
+            entries = [Entry(" ".join(name)), Entry("-" if average is None else f"{average:.2f}")]
+            entries += [_result(record.quantized.get(task)) for task in tasks]
+            rows.append([*entries, score(delta.quantized, delta.metric), _delta(delta), _level(delta), _verdict(delta)])
+    return Table(
+        "Sweep",
+        ("run", "bits per weight", *tasks, "average", "delta [95 % interval]", "level", "verdict"),
+        rows,
+        [],
+        notes=(
+            "In percent, deltas in points; texts in nats per token; - where a task was not run.",
+            f"{CHANCE}; corrected for all runs.",
+        ),
+        rules=tuple(tops),
+        strong=tuple(tops),
+    )
+
+
+def outliers(record: Record) -> Table:
+    """Per site the block with the largest activation, before and after quantization."""
+    by_side = {side: {row["site"]: row for row in summary(stats)} for side, stats in record.outliers.items()}
+    columns = ("linear inputs", "quantization", "block", "abs max", "median", "max / median", "outlier channels")
+    return Table(
+        "Outliers",
+        (*columns, "massive values", "on tokens", "relative only: values, tokens"),
+        [
+            [Entry(site), Entry(SIDE_NAMES[side]), *map(Entry, _outlier_cells(by_side[side][site]))]
+            for site in next(iter(by_side.values()))
+            for side in SIDES
+            if side in by_side
+        ],
+        [],
+        notes=_outlier_notes(next(iter(record.outliers.values())).thresholds),
+        left=2,
+    )
+
+
+def _outlier_cells(row: dict[str, Any]) -> list[str]:
+    ratio = row["max_over_median"]
+    return [
+        str(row["block"]),
+        short(row["abs_max"]) + (f" ({row['not_finite']} not finite)" if row["not_finite"] else ""),
+        short(row["median"]),
+        "-" if ratio is None else short(ratio),
+        f"{row['outlier_channels']}/{row['channels']}",
+        str(row["massive_values"]),
+        f"{100 * row['massive_token_share']:.1f} %",
+        f"{row['relative_values']}, {100 * row['relative_token_share']:.1f} %",
+    ]
+
+
+def _outlier_notes(settings: Thresholds) -> tuple[str, ...]:
+    """What the outlier table counts."""
+    share = f"{100 * settings.channel_share:g} %"
+    return (
+        "Each row shows the block with the largest |x| at that place.",
+        f"Outlier channel: |x| > {settings.channel_ratio:g} x the token's median, on at least {share} of tokens.",
+        f"Massive: |x| >= {settings.massive_absolute:g} and >= {settings.massive_relative:g} x median; "
+        "relative only: the second alone.",
+    )
+
+
+def runs(members: Sequence[Run]) -> Table:
+    """One row per run, with a link to what else is known of it."""
+    rows = []
+    for number, record in enumerate((run.record for run in members), 1):
+        run, total, average = record.settings, headline(record.deltas), record.average_bits
+        seconds = sum(record.timings.values())
+        rows.append(
+            [
+                Entry(f"run\xa0{number}", number=number, anchor=anchor(number)),
+                Entry(words.evaluation(run)),
+                Entry(words.quantization(run), code=True),
+                Entry(run.bits, code=True),
+                Entry(str(run.seed), number=run.seed),
+                Entry("16" if average is None else f"{average:.2f}", number=average or 16.0),
+                score(total.quantized, total.metric),
+                _delta(total, STAR[0]),
+                _level(total),
+                Entry(f"{seconds:.0f}", number=seconds),
+                Entry(record.created[:16].replace("T", " ")),
+            ]
+        )
+    columns = ("run", "model", "method", "setting", "seed", "bits per weight", "average", "delta [95 % interval]")
+    return Table("Runs", (*columns, "level", "seconds", "finished, UTC"), rows, [], left=4)
+
+
+def anchor(number: int) -> str:
+    """Where a page tells of a run."""
+    return f"run-{number}"
 
 
 def overview(group: Group) -> Table:
@@ -56,9 +226,9 @@ def overview(group: Group) -> Table:
     return Table(
         title=group.title,
         columns=("method", *widths),
-        head=[[Entry("full precision"), *[Entry(full_precision(group))] * len(widths)]],
+        head=[[Entry("full precision"), *[_full_precision(group)] * len(widths)]],
         rows=[
-            [Entry(method, code=True), *(_outcome(places.get((method, width)), group) for width in widths)]
+            [Entry(method, code=True), *(_average_and_delta(places.get((method, width)), group) for width in widths)]
             for method in dict.fromkeys(row.cell.method for row in group.rows)
         ],
         notes=(f"{_what(group)}; in brackets the delta from full precision.", STAR),
@@ -72,9 +242,8 @@ def study(group: Group) -> Table:
     columns = ["setting", "method", "bits per weight", *group.tasks, *(["average"] if averaged else [])]
     columns += ["delta [95 % interval]", "relative drop, %", "level", *(["seeds: lowest, highest"] if seeds else [])]
     texts = any(result.metric == NLL for result in group.full_precision.values())
-    top = [Entry("full precision"), Entry(), Entry("16", number=16)]
-    top += [score(result.value, result.metric) for result in group.full_precision.values()]
-    top += [Entry(full_precision(group))] if averaged else []
+    top = [Entry("full precision"), Entry(), Entry("16", number=16), *map(_result, group.full_precision.values())]
+    top += [_full_precision(group)] if averaged else []
     return Table(
         title=group.title,
         columns=tuple(columns),
@@ -82,6 +251,7 @@ def study(group: Group) -> Table:
         rows=[_row(row, group, averaged=averaged, seeds=seeds) for row in group.rows],
         notes=(UNITS, *([TEXTS] if texts else []), STAR, LEVELS),
         left=2,
+        rules=changes([row.cell.bits for row in group.rows]),
     )
 
 
@@ -90,17 +260,12 @@ def _row(row: Row, group: Group, *, averaged: bool, seeds: bool) -> list[Entry]:
     entries = [Entry(cell.bits, code=True), Entry(cell.method, code=True)]
     entries.append(Entry(f"{cell.average_bits:.2f}", number=cell.average_bits))
     entries += [
-        score(row.deltas[task].quantized, row.deltas[task].metric) if task in row.deltas else missing()
-        for task in group.tasks
+        score(delta.quantized, delta.metric) if delta else Entry(MISSING, kind=MISSING)
+        for delta in map(row.deltas.get, group.tasks)
     ]
     if averaged:
         entries.append(_average(row, group))
-    drop = total.relative_drop
-    entries += [
-        Entry(starred(total), interval(total), number=total.delta),
-        Entry("-") if drop is None else Entry(points(drop).removeprefix("+"), number=drop),
-        Entry(total.level or "-", kind=total.level or "", number=drop),
-    ]
+    entries += [_delta(total, STAR[0]), _drop(total), _level(total)]
     if seeds:
         limits = ", ".join(value(side, total.metric) for side in row.spread or ())
         entries.append(Entry(f"{len(cell.seeds)}: {limits or '-'}", number=len(cell.seeds)))
@@ -112,32 +277,40 @@ def accuracies(group: Group) -> list[str]:
     return [name for name, result in group.full_precision.items() if result.metric != NLL] or list(group.tasks)
 
 
-def full_precision(group: Group) -> str:
-    """The group's average at full precision."""
-    results = [group.full_precision[name] for name in accuracies(group)]
-    return value(fmean(result.value for result in results), results[0].metric)
-
-
 def score(number: float, metric: str | None) -> Entry:
     """A score in percent or nats."""
     return Entry(value(number, metric), number=number)
 
 
-def missing() -> Entry:
-    """What no run has measured."""
-    return Entry(MISSING, kind=MISSING)
+def _result(result: TaskResult | None) -> Entry:
+    return Entry("-") if result is None else score(result.value, result.metric)
 
 
-def starred(delta: Delta) -> str:
-    """A delta in points, with a star where chance alone does not explain it."""
-    return difference(delta.delta, delta.metric) + ("" if delta.verdict == statistics.UNDECIDED else "*")
+def _full_precision(group: Group) -> Entry:
+    """The group's average at full precision."""
+    results = [group.full_precision[name] for name in accuracies(group)]
+    return Entry(value(fmean(result.value for result in results), results[0].metric))
 
 
-def interval(delta: Delta) -> str:
-    """`[-3.8, +2.9]`; empty where one document cannot give one."""
-    if delta.low is None or delta.high is None:
-        return ""
-    return f"[{difference(delta.low, delta.metric)}, {difference(delta.high, delta.metric)}]"
+def _delta(row: Delta, star: str = "") -> Entry:
+    """A delta with its interval; followed by the star where chance alone does not explain it."""
+    mark = "" if row.verdict == significance.UNDECIDED else star
+    return Entry(
+        difference(row.delta, row.metric) + mark, words.interval(row.low, row.high, row.metric), number=row.delta
+    )
+
+
+def _drop(row: Delta) -> Entry:
+    drop = row.relative_drop
+    return Entry("-") if drop is None else Entry(points(drop).removeprefix("+"), number=drop)
+
+
+def _level(row: Delta) -> Entry:
+    return Entry(row.level or "-", kind=row.level or "", number=row.relative_drop)
+
+
+def _verdict(row: Delta) -> Entry:
+    return Entry("unclear" if row.verdict == significance.UNDECIDED else row.verdict)
 
 
 def _average(row: Row, group: Group) -> Entry:
@@ -150,20 +323,20 @@ def _average(row: Row, group: Group) -> Entry:
     )
 
 
-def _outcome(row: Row | None, group: Group) -> Entry:
+def _average_and_delta(row: Row | None, group: Group) -> Entry:
     if row is None:
         return Entry()
-    average = _average(row, group)
-    delta = f"({starred(row.overall)})" + (f" {average.small}" if average.small else "")
-    return Entry(average.text, delta, average.number, row.overall.level or "")
+    average, delta = _average(row, group), _delta(row.overall, STAR[0])
+    return Entry(average.text, f"({delta.text}) {average.small}".strip(), average.number, row.overall.level or "")
 
 
 def _what(group: Group) -> str:
     tasks = accuracies(group)
     if group.full_precision[tasks[0]].metric == NLL:
         return f"Nats per token on {enumerated(tasks)}"
-    return (
-        f"Accuracy in percent on {tasks[0]}"
-        if len(tasks) == 1
-        else f"Mean accuracy in percent over {enumerated(tasks)}"
-    )
+    return f"{'Mean accuracy in percent over' if tasks[1:] else 'Accuracy in percent on'} {enumerated(tasks)}"
+
+
+def changes(names: Sequence[str]) -> tuple[int, ...]:
+    """The places where a name is not the one before."""
+    return tuple(i for i, (before, name) in enumerate(pairwise(names), 1) if before != name)

@@ -16,7 +16,7 @@ from dqx.evaluate.results import TaskResult
 from dqx.models.checkpoint import inspect
 from dqx.record.compare import ABSENT, compare, differences
 from dqx.record.folder import SIDES, Record, RunFolder
-from dqx.report import difference, value
+from dqx.record.words import difference, interval, value
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import placeholder, without_places
@@ -123,14 +123,11 @@ def results_differences(there: Record, here: Record) -> Iterator[str]:
             if not other and row.delta == 0:
                 yield f"{label}: all {after.n} predictions are identical"
                 continue
-            interval = (
-                ""
-                if row.low is None or row.high is None
-                else f" [{difference(row.low, row.metric)}, {difference(row.high, row.metric)}]"
-            )
+            limits = interval(row.low, row.high, row.metric)
+            change = difference(row.delta, row.metric) + (f" {limits}" if limits else "")
             yield (
                 f"{label}: {other} of {after.n} predictions differ, {value(row.full_precision, row.metric)} there, "
-                f"{value(row.quantized, row.metric)} here, {difference(row.delta, row.metric)}{interval}, {row.verdict}"
+                f"{value(row.quantized, row.metric)} here, {change}, {row.verdict}"
             )
 
 

@@ -25,9 +25,11 @@ from rich.text import Text
 
 from dqx.common.environment import package_version
 from dqx.evaluate.results import DocumentRow, TaskResult
+from dqx.record import words
+from dqx.record.collection import Run
 from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.report import markdown, tables
-from dqx.report.gather import Run, evaluations, groups
+from dqx.report.gather import evaluations, groups
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner, local_paths, placeholder, without_places
@@ -139,7 +141,7 @@ def report(record: Record, give_anew: Iterable[str], data: Mapping[str, str]) ->
         "data": ", ".join(f"{name} {digest}" for name, digest in data.items()) or "bundled, or from the hub",
         "when": record.created,
     }
-    lines = [f"# {record.model['name']}, {record.config['method']['name']} {record.config['bits']['name']}", ""]
+    lines = [f"# {words.title(record)}", ""]
     lines += [f"Run it again with `{again}`.", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {text.replace('|', ' ')} |" for name, text in rows.items()]
     for group in groups(evaluations([Run(Path(), record)])):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqx import report
 from dqx.common import heartbeat
 from dqx.common.devices import pick_device
 from dqx.common.environment import environment
@@ -38,6 +37,7 @@ from dqx.models.checkpoint import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.record import folder as store
 from dqx.report import wandb as mirror
+from dqx.report.terminal import print_mirror, print_table
 from dqx.sharing.against import Against
 from dqx.study import facts as keys
 from dqx.study.cache.key import Key
@@ -362,14 +362,14 @@ def _keep(record: store.Record, output: store.RunFolder, subjects: Subjects, ori
     """Print the record, write it, and copy it to W&B, with the quantized weights where they are wanted."""
     main, wandb = processes().main, subjects.config.wandb
     if main:
-        report.print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
+        print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
         output.write(record)
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if wandb.checkpoint else None
     if main:
         heartbeat.stage("copy to Weights & Biases")
         record.mirror = mirror.log(record, output.path, wandb, group=origin.sweep, checkpoint=weights)
         output.write_results(record)
-        report.print_mirror(record)
+        print_mirror(record)
         if weights:
             shutil.rmtree(weights, ignore_errors=True)
 

@@ -22,8 +22,9 @@ from dqx.config.compose import as_part, build, resolve, run_name
 from dqx.config.schema import CONF_DIR
 from dqx.models.transformer import ROLES, shift_logits
 from dqx.quant import quantize
-from dqx.report import header, print_sweep
+from dqx.record import words
 from dqx.report.reference import TABLES, published_cells
+from dqx.report.terminal import print_sweep
 
 RUNS = {1: 8, 2: 12, 3: 8, 4: 12, 5: 4}
 METHODS = ("gptq", "awq", "smoothquant", "quarot", "duquant")
@@ -92,7 +93,7 @@ def test_the_record_names_the_variant() -> None:
     variant.config["method"] = {"name": "gptq", "variant": "as_published"}
     assert (plain.results()["method"], plain.results()["variant"]) == ("gptq", None)
     assert (variant.results()["method"], variant.results()["variant"]) == ("gptq", "as_published")
-    assert header(variant)[0].startswith("nano_llada, gptq_as_published w3a16")
+    assert words.title(variant).startswith("nano_llada, gptq_as_published w3a16")
     out = io.StringIO()
     print_sweep([plain, variant], out)
     assert "gptq w3a16" in out.getvalue()

@@ -19,7 +19,7 @@ from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.quant.loop import Stream
 from dqx.record.folder import RunFolder
-from dqx.report import header
+from dqx.record.words import conditions
 from dqx.study.run import run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -383,7 +383,7 @@ def test_the_record_tells_the_masking(tmp_path):
     said = json.loads((tmp_path / "run" / "results.json").read_text())["calibration"]
     assert (said["masking"], said["rollout"], said["gen_length"], said["steps"]) == ("trajectory", True, 32, 32)
     assert said["mask_ratio"] == record.mask_ratio == RunFolder(tmp_path / "run").read().mask_ratio == 32 / 128
-    assert "trajectory, 25% masked, 2 x 64 tokens" in header(record)[1]
+    assert "trajectory, 25% masked, 2 x 64 tokens" in conditions(record)
 
 
 def test_a_sweep_over_the_kinds_has_a_name_for_each():

@@ -337,8 +337,8 @@ def test_the_record_says_that_answers_are_approximate(tmp_path, capsys) -> None:
         run(resolve(compose([*config, *more])), tmp_path / name)
         for name, more in (("exact", []), ("fast", approximate))
     )
-    assert (exact.model["sampler"], exact.approximations) == ("low_confidence", ())
-    assert (fast.model["sampler"], fast.approximations) == (
+    assert (exact.model["sampler"], exact.settings.approximations) == ("low_confidence", ())
+    assert (fast.model["sampler"], fast.settings.approximations) == (
         "low_confidence+threshold0.9+dual_cache",
         ("threshold0.9", "dual_cache"),
     )

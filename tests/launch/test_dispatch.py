@@ -27,8 +27,8 @@ from dqx.launch.dispatch import separate
 from dqx.launch.workers.alone import watched
 from dqx.record import outcomes
 from dqx.record.folder import Record, RunFolder
-from dqx.record.outcomes import Failure, Outcome, RunEnded, why
-from dqx.report import print_outcomes
+from dqx.record.outcomes import Failure, RunEnded, RunState, why
+from dqx.report.terminal import print_outcomes
 from dqx.study.run import run
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parents[1]
@@ -347,11 +347,11 @@ def test_the_state_of_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     begin("stopped")
     for name in ("failed", "refused"):
         Failure("too hot", refused=name == "refused").write(tmp_path / name)
-    for interrupted, stopped in ((False, Outcome("failed", "it was killed")), (True, Outcome("interrupted"))):
+    for interrupted, stopped in ((False, RunState("failed", "it was killed")), (True, RunState("interrupted"))):
         found = list(outcomes.outcomes(outcomes.launched, interrupted).values())
         assert found == [
-            *(Outcome("finished"), Outcome("reused"), Outcome("failed", "too hot"), Outcome("refused", "too hot")),
-            *(stopped, Outcome("not started"), Outcome("not started")),
+            *(RunState("finished"), RunState("reused"), RunState("failed", "too hot"), RunState("refused", "too hot")),
+            *(stopped, RunState("not started"), RunState("not started")),
         ]
     print_outcomes(outcomes.outcomes(outcomes.launched))
     rows = [line.rstrip().split(maxsplit=2) for line in capsys.readouterr().out.splitlines() if line.strip()]

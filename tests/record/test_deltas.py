@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.record import deltas, statistics
+from dqx.record import deltas, significance
 
 
 def result(name, scores, category="math", ids=None):
@@ -163,7 +163,7 @@ SAMPLES = pytest.mark.parametrize(
 @cache
 def limits(lost, gained, n, kind):
     differences = [-1.0] * lost + [1.0] * gained + [0.0] * (n - lost - gained)
-    return (deltas.paired_interval if kind == "bonett-price" else statistics.bootstrap_bounded)(differences)
+    return (deltas.paired_interval if kind == "bonett-price" else significance.bootstrap_bounded)(differences)
 
 
 def coverage(tasks, kind, samples):
@@ -241,14 +241,14 @@ def test_verdicts_are_corrected_for_the_number_of_tasks():
         "d": result("d", [0] + [1] * 39, "y"),
     }
     rows = {row.name: row for row in deltas.compare(fp, q)}
-    assert rows["a"].p_value == statistics.mcnemar(7, 0) < 0.05
+    assert rows["a"].p_value == significance.mcnemar(7, 0) < 0.05
     tasks = [rows[name] for name in "abcd"]
-    assert [row.p_adjusted for row in tasks] == statistics.holm([row.p_value for row in tasks])
+    assert [row.p_adjusted for row in tasks] == significance.holm([row.p_value for row in tasks])
     assert [row.verdict for row in tasks] == ["worse", "worse", "not distinguishable", "not distinguishable"]
     # seven flips would not do as the better of eight tasks
     assert deltas.judged([rows["a"]] * 8)[0].verdict == "not distinguishable"
     categories = [rows["x"], rows["y"]]
-    assert [row.p_adjusted for row in categories] == statistics.holm([row.p_value for row in categories])
+    assert [row.p_adjusted for row in categories] == significance.holm([row.p_value for row in categories])
     assert rows["x"].verdict == rows["average"].verdict == "worse"
     assert rows["average"].p_adjusted == rows["average"].p_value
 
@@ -258,8 +258,8 @@ def test_what_a_sample_could_have_shown():
         {"a": result("a", [1] * 50), "b": result("b", [1] * 200)},
         {"a": result("a", [1] * 50), "b": result("b", [0] * 20 + [1] * 180)},
     )
-    assert rows[0].resolvable == statistics.resolvable_decision(50, 0)
-    assert rows[1].resolvable == statistics.resolvable_decision(200, 20)
+    assert rows[0].resolvable == significance.resolvable_decision(50, 0)
+    assert rows[1].resolvable == significance.resolvable_decision(200, 20)
     assert rows[2].resolvable == pytest.approx(math.hypot(rows[0].resolvable, rows[1].resolvable) / 2)
     assert deltas.compare_task(result("t", [1]), result("t", [1])).resolvable is None
 

@@ -10,11 +10,12 @@ import pytest
 import records
 
 from dqx.evaluate.results import TaskResult
+from dqx.record.collection import Run, runs
 from dqx.record.deltas import paired_interval
 from dqx.record.folder import Record, RunFolder
 from dqx.record.outcomes import Failure
 from dqx.report import content, tables
-from dqx.report.gather import Evaluation, Group, Run, evaluations, gather, groups, mean_over_seeds
+from dqx.report.gather import Evaluation, Group, evaluations, groups, mean_over_seeds
 from dqx.report.markdown import markdown
 
 BASE = records.record(outliers={}, fidelity={})
@@ -133,9 +134,9 @@ def test_what_is_no_finished_run_is_named_with_its_reason(tmp_path: Path) -> Non
     for name, text in (("cut", '{"schema_version": '), ("old", json.dumps({"schema_version": 99}))):
         RunFolder(tmp_path / name).start({}, {})
         (tmp_path / name / "results.json").write_text(text)
-    found, skipped = gather([tmp_path, tmp_path / "sweep"])
+    found = runs(tmp_path, tmp_path / "sweep")
     assert [each.path.name for each in found] == ["good"]  # once, although named twice
-    reasons = {each.path.name: each.reason for each in skipped}
+    reasons = {each.path.name: each.reason for each in found.skipped}
     assert reasons["failed"] == "out of memory"
     assert reasons["killed"] == "it has not finished: it runs, or was killed"
     assert reasons["cut"].startswith("cannot be read: JSONDecodeError")
@@ -145,7 +146,7 @@ def test_what_is_no_finished_run_is_named_with_its_reason(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"no finished run below .*killed\n.*killed: it has not finished"):
         content.build([tmp_path / "sweep" / "killed"])
     with pytest.raises(FileNotFoundError, match="nowhere is no folder of runs"):
-        gather([tmp_path / "nowhere"])
+        runs(tmp_path / "nowhere")
 
 
 def test_tables_in_markdown(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from dqx.common.files import jsonable
 from dqx.common.names import method_label
 from dqx.config.command_line import normalize
 from dqx.config.compose import compose, resolve
+from dqx.record.collection import Run
 from dqx.record.folder import Record
 from dqx.report import content, latex, markdown
-from dqx.report.gather import Run, evaluations
+from dqx.report.gather import evaluations
 from dqx.report.published import DIFFERS, WITHIN, compared, lines, presets, verdict, wilson
 from dqx.report.reference import published_cells
 from dqx.report.tables import MISSING

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 import records
 
+from dqx.record.collection import Run
 from dqx.record.folder import RunFolder
-from dqx.report import content, latex, markdown, visible
+from dqx.record.words import visible
+from dqx.report import content, latex, markdown
 from dqx.report.command import main
-from dqx.report.gather import Run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

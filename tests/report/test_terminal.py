@@ -9,7 +9,8 @@ import rich.console
 from records import fidelity, outlier_stats, record, task_result
 
 from dqx.record.deltas import level
-from dqx.report import points, print_mirror, print_sweep, print_table, short
+from dqx.record.words import points, short
+from dqx.report.terminal import print_mirror, print_sweep, print_table
 
 
 def printed(run, folder="runs/x", width=None, monkeypatch=None):

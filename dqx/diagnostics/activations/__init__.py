@@ -31,10 +31,17 @@ masked) over all steps, and all tokens step by step. They count with the thresho
 calibration windows, so that the counts of classes and those of steps add up to the same.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dqx.diagnostics.activations.findings import findings, summary
-from dqx.diagnostics.activations.measure import measure_activations
 from dqx.diagnostics.activations.stats import ChannelRow, OutlierStats, PartStats, SiteStats, Thresholds, TokenRow
-from dqx.diagnostics.activations.surface import default_blocks
+
+if TYPE_CHECKING:
+    from dqx.diagnostics.activations.measure import measure_activations
+    from dqx.diagnostics.activations.surface import default_blocks
 
 __all__ = [
     "ChannelRow",
@@ -48,3 +55,12 @@ __all__ = [
     "measure_activations",
     "summary",
 ]
+
+_LAZY = {"measure_activations": "measure", "default_blocks": "surface"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what measures on first use: a record of activations is read without torch."""
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

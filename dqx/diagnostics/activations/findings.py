@@ -8,7 +8,6 @@ from typing import Any
 
 from dqx.common.names import enumerated
 from dqx.diagnostics.activations.stats import OutlierStats, PartStats, SiteStats
-from dqx.models.transformer import SITES
 
 LISTED = 6  # channels or tokens named in a sentence
 SENTENCES = 6  # of a kind
@@ -17,7 +16,7 @@ SENTENCES = 6  # of a kind
 def summary(stats: OutlierStats) -> list[dict[str, Any]]:
     """Per site the block with the largest value, in short."""
     rows = []
-    for site in SITES:
+    for site in stats.sites:
         worst = stats.worst(site)
         rows.append(
             {
@@ -57,7 +56,7 @@ def findings(stats: OutlierStats) -> list[str]:
     lines = [_massive(stats, group) for group in massive[:SENTENCES]]
     lines = lines or [unplaced if counted else "No massive values."]  # records of before version 4 have counts alone
     lines += _left_out("Channels with massive values", massive)
-    lines += [_touched(stats, site) for site in SITES if any(p.massive_values for p in _classes(stats, site))]
+    lines += [_touched(stats, site) for site in stats.sites if any(p.massive_values for p in _classes(stats, site))]
     lines += [
         f"Outlier channels at {_layers(stats, group.rows)}: {_listed(group.channels)}."
         for group in outlying[:SENTENCES]
@@ -137,7 +136,7 @@ def _outliers(row: SiteStats) -> tuple[int, ...]:
 def _layers(stats: OutlierStats, rows: Sequence[SiteStats]) -> str:
     """`attn_in and mlp_in of every block`, `mlp_out of blocks 0-2, 5`, sites with the same blocks together."""
     count = 1 + max(row.block for row in stats.rows)
-    by_site = {site: tuple(row.block for row in rows if row.site == site) for site in SITES}
+    by_site = {site: tuple(row.block for row in rows if row.site == site) for site in stats.sites}
     sites_of: dict[tuple[int, ...], list[str]] = {}
     for site, blocks in by_site.items():
         if blocks:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # takes a second to import, which reading a record does not need
 
 ALL = "all"  # the token class of rows that are over all of them
 
@@ -126,6 +127,11 @@ class OutlierStats:
     token_texts: dict[int, str] = field(default_factory=dict)  # how the token ids above read, once `with_token_texts`
     #: Tensors, in a file of their own: BLOCK/SITE/channel_max [C] and, of chosen blocks, BLOCK/SITE/surface [T', C'].
     maps: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites in data-flow order."""
+        return list(dict.fromkeys(row.site for row in self.rows))
 
     def at(self, block: int, site: str) -> SiteStats:
         """The row of one block and site. Raises KeyError."""

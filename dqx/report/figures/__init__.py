@@ -22,12 +22,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dqx.record.collection import Run
 from dqx.record.folder import Record
 from dqx.report.figures import channels, depth, errors, outliers, pareto, steps, style, surface
 from dqx.report.figures.groups import complete
 from dqx.report.figures.sheet import settled
 from dqx.report.figures.surface import with_one_surface
-from dqx.report.gather import Run, evaluations, groups
+from dqx.report.gather import evaluations, groups
 
 __all__ = ["Figure", "of_run", "of_runs", "save", "with_one_surface"]
 

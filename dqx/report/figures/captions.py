@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dqx.record.folder import Record
-from dqx.report import header
+from dqx.record.words import whole_run as what_ran
+
+__all__ = ["SITE_NAMES", "what_ran", "windows"]
 
 #: Sites as people say them.
 SITE_NAMES = {
@@ -12,12 +14,6 @@ SITE_NAMES = {
     "mlp_in": "input of gate, up",
     "mlp_out": "input of down",
 }
-
-
-def what_ran(record: Record) -> str:
-    """Model, method, bits, calibration, steps, seed and documents."""
-    documents = sum(result.n for result in record.quantized.values())
-    return ", ".join([*header(record), f"{documents} documents in all"])
 
 
 def windows(record: Record) -> str:

@@ -7,14 +7,12 @@ whose interval is over documents.
 from __future__ import annotations
 
 import math
-import re
 from statistics import fmean
 
 from dqx.evaluate.spec import NLL
 from dqx.record.deltas import Delta
+from dqx.record.words import many_runs
 from dqx.report.gather import Group, Row
-
-NAMED = 6  # tasks; more are counted
 
 
 def complete(group: Group) -> list[Row]:
@@ -59,19 +57,6 @@ def quantized(group: Group, delta: Delta) -> tuple[float, float, float]:
 
 def what_ran(groups: list[Group]) -> str:
     """Model, tasks, documents, steps, calibration and seeds of groups that differ in their steps alone, if at all."""
-    group = groups[0]
-    records = [run.record for each in groups for row in each.rows for run in row.cell.runs]
-    counts = {(record.config.get("steps") or {}).get("count") for record in records}
-    steps = [str(count) for count in sorted(c for c in counts if c is not None)] + ["own"] * (None in counts)
-    texts = sorted({str(c.get("text")) for record in records if (c := record.config.get("calib"))})
-    seeds = sorted({int(record.config["seed"]) for record in records})
-    documents = sum(result.n for result in group.full_precision.values())
-    tasks = ", ".join(group.tasks) if len(group.tasks) <= NAMED else f"{len(group.tasks)} tasks"
-    parts = [
-        re.sub(r", \d+ steps", "", group.name),
-        f"{tasks}: {documents} documents",
-        "each task's own steps" if counts == {None} else f"{', '.join(steps)} steps",
-        *([f"calibrated on {', '.join(texts)}"] if texts else []),
-        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}",
-    ]
-    return "; ".join(parts)
+    documents = {task: result.n for task, result in groups[0].full_precision.items()}
+    runs = [run.record.settings for group in groups for row in group.rows for run in row.cell.runs]
+    return many_runs(groups[0].name, documents, runs)

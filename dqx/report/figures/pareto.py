@@ -72,8 +72,8 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows by the width and format of activations, the widest first."""
     found: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
-        activation = (row.cell.runs[0].record.config.get("bits") or {}).get("activation") or {}
-        found.setdefault((int(activation.get("bits", 16)), activation.get("format", "int")), []).append(row)
+        run = row.cell.runs[0].record.settings
+        found.setdefault((run.activation_bits, run.activation_format), []).append(row)
     order = sorted(found, key=lambda key: (-key[0], key[1]))
     return {
         f"{bits} bits{'' if format == 'int' or bits == 16 else f' ({format})'}": found[bits, format]

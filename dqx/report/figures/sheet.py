@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from dqx.report import visible
+from dqx.record.words import visible
 from dqx.report.figures import style
 
 MARGIN = 0.08  # inches

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 
 from dqx.common.names import natural
 from dqx.evaluate.spec import NLL
-from dqx.report import difference, value
+from dqx.record.words import difference, value
 from dqx.report.figures import groups, style
 from dqx.report.figures.heat import heat_map, masked, write_numbers
 from dqx.report.figures.sheet import Caption, sheet, shortened
@@ -31,7 +31,7 @@ def by_steps(found: Sequence[Group]) -> list[dict[int | None, Group]]:
         record = group.rows[0].cell.runs[0].record
         others = {key: value for key, value in settings(record)[0].items() if key != "steps.count"}
         key = (group.kind, group.tasks, *sorted(others.items()))
-        alike.setdefault(key, {})[(record.config.get("steps") or {}).get("count")] = group
+        alike.setdefault(key, {})[record.settings.steps] = group
     return [members for members in alike.values() if len(members) > 1]
 
 

@@ -37,7 +37,7 @@ from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.common.files import jsonable
 
-__all__ = ["log", "skip", "summary"]
+__all__ = ["log", "skip"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def log(
     config = {"cfg": jsonable(record.config), "choices": record.choices}
     config |= {"checkpoint": {"fingerprint": record.model.get("fingerprint")}}
     config |= {"environment": jsonable(record.environment)}
-    wanted = _settings(record.config.get("wandb") if settings is None else settings, group)
+    wanted = _settings(record.settings.wandb if settings is None else settings, group)
     wanted["tags"] = list(dict.fromkeys([*wanted["tags"], *tags(record)]))
 
     def fill(run: Any) -> None:

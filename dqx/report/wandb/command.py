@@ -23,7 +23,7 @@ from dqx.report import wandb
 from dqx.report.wandb import panels
 from dqx.report.wandb.identity import identity
 from dqx.report.wandb.login import MODES
-from dqx.report import print_mirror
+from dqx.report.terminal import print_mirror
 from dqx.record.folder import Record, RunFolder
 from dqx.common.files import write_json
 
@@ -37,7 +37,7 @@ def again(path: Path, **changes: Any) -> Record:
     without a finished run.
     """
     record = RunFolder(path).read()
-    settings = (record.config.get("wandb") or {}) | {key: value for key, value in changes.items() if value is not None}
+    settings = {**record.settings.wandb} | {key: value for key, value in changes.items() if value is not None}
     group = path.parent.name if (path.parent / SWEEP).is_file() else None
     known = record.mirror.get("id") or identity(record)
     record.mirror = wandb.log(record, path, settings, group, run_id=known)
@@ -76,7 +76,7 @@ def main() -> None:
             print(path)
             print_mirror(record)
             failed |= record.mirror["state"] == "failed"
-            settings = wandb.DEFAULTS | (record.config.get("wandb") or {})
+            settings = {**wandb.DEFAULTS, **record.settings.wandb}
             places.add((arguments.entity or settings["entity"], arguments.project or settings["project"]))
     except (OSError, ValueError) as error:
         errors.print(Text(str(error)), soft_wrap=True)

@@ -17,7 +17,6 @@ from dqx.diagnostics.activations import OutlierStats
 from dqx.record.deltas import headline
 from dqx.evaluate.results import DocumentRow
 from dqx.models.transformer import SITES
-from dqx.common.names import method_label
 from dqx.record.folder import Record
 from dqx.common.files import jsonable
 
@@ -45,11 +44,9 @@ Table = tuple[tuple[str, ...], list[list[Any]]]  # columns, rows
 
 def tags(record: Record) -> list[str]:
     """Words by which runs are found: model, method, bits, task, and what makes the sampler approximate."""
-    method, bits = record.config.get("method") or {}, record.config.get("bits") or {}
-    words = [record.model.get("name"), method_label(method.get("name"), method.get("variant")), bits.get("name")]
-    words += [record.choices["task"]] if "task" in record.choices else list(record.full_precision)
-    words += record.approximations
-    return [str(word)[:TAG_LENGTH] for word in words if word]
+    run = record.settings
+    tasks = [record.choices["task"]] if "task" in record.choices else list(record.full_precision)
+    return [str(word)[:TAG_LENGTH] for word in (run.model, run.method_label, run.bits, *tasks, *run.approximations)]
 
 
 

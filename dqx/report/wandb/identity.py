@@ -23,7 +23,7 @@ LENGTH = 16  # hexadecimal digits
 
 def identity(record: Record) -> str:
     """The id of the record's W&B run."""
-    environment, group = record.environment, (record.config.get("wandb") or {}).get("group")
+    environment, group = record.environment, record.settings.wandb.get("group")
     facts: dict[str, Any] = {
         "config": {key: value for key, value in record.config.items() if key not in PLACES},
         "group": group,

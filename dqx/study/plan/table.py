@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dqx.report import RULES
+from dqx.report.terminal import RULES
 from dqx.study.estimate.memory import gigabytes
 from dqx.study.plan.runs import Cost, PlannedRun
 

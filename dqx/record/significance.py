@@ -3,7 +3,7 @@
 Everything is a pure function of numbers; `dqx/record/deltas.py` applies it to documents. A difference is quantized
 minus full precision of one document. Resampling has a fixed seed and does not depend on the order of the documents.
 
-Which bootstrap interval is decided by its coverage (test_statistics.py repeats a part of the measurement):
+Which bootstrap interval is decided by its coverage (test_significance.py repeats a part of the measurement):
 
 - Scores between 0 and 1: percentiles, after two documents are added, one won and one lost (as in the adjusted Wald
   interval of Bonett and Price 2012, J. Educ. Behav. Stat. 37:479). Over all outcomes of 10, 30 and 80 documents with
@@ -104,11 +104,11 @@ def bootstrap_studentised(differences: Sequence[float]) -> tuple[float, float] |
     mean, error = _mean(differences), values.std() / math.sqrt(len(values))
     if error == 0:
         return mean, mean
-    found = []
+    shifts = []
     for means, deviations in _resamples(differences):
         spread = deviations > 1e-9 * values.std()  # a resample of one document over and over says nothing
-        found.append((means[spread] - mean) / (deviations[spread] / math.sqrt(len(values))))
-    low, high = np.quantile(np.concatenate(found), [ALPHA / 2, 1 - ALPHA / 2])
+        shifts.append((means[spread] - mean) / (deviations[spread] / math.sqrt(len(values))))
+    low, high = np.quantile(np.concatenate(shifts), [ALPHA / 2, 1 - ALPHA / 2])
     return float(mean - high * error), float(mean - low * error)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dqx.record.statistics import (
+from dqx.record.significance import (
     bootstrap_bounded,
     bootstrap_studentised,
     holm,
