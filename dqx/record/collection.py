@@ -91,12 +91,12 @@ class Runs(Sequence[Run]):
 
 
 def runs(*folders: str | Path, documents: bool = False) -> Runs:
-    """The finished runs below the folders (`runs` where none is given), with their documents where they are wanted.
+    """The finished runs below the folders, with their documents where they are wanted.
 
     Raises FileNotFoundError for a folder that does not exist.
     """
     places: dict[Path, Path] = {}
-    for folder in map(Path, folders or ["runs"]):
+    for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder of runs")
         for pattern in ("results.json", "environment.json", outcomes.FILE):

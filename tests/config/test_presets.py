@@ -89,8 +89,8 @@ def test_the_record_names_the_variant() -> None:
     cfg = compose("config", ["method=gptq_as_published", "bits=w4a16"])
     assert run_name(_root_=cfg) == "nano_llada-gptq_as_published-w4a16"
     assert run_name(_root_=compose("config", ["method=gptq", "bits=w4a16"])) == "nano_llada-gptq-w4a16"
-    plain, variant = record(), record()
-    variant.config["method"] = {"name": "gptq", "variant": "as_published"}
+    plain = record()
+    variant = record(config=plain.config | {"method": {"name": "gptq", "variant": "as_published"}})
     assert (plain.results()["method"], plain.results()["variant"]) == ("gptq", None)
     assert (variant.results()["method"], variant.results()["variant"]) == ("gptq", "as_published")
     assert words.title(variant).startswith("nano_llada, gptq_as_published w3a16")
