@@ -12,13 +12,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dqx.api import DiffusionLM, load
+    from dqx.api import DiffusionLM, load, quantize
+    from dqx.config.schema import choices
+    from dqx.record.collection import runs
 
-__all__ = ["DiffusionLM", "load"]
+#: Where each name lies. It is imported when it is used: torch takes seconds, and `launch.py --help` does not need it.
+_HOMES = {
+    "DiffusionLM": "dqx.api",
+    "choices": "dqx.config.schema",
+    "load": "dqx.api",
+    "quantize": "dqx.api",
+    "runs": "dqx.record.collection",
+}
+
+__all__ = ["DiffusionLM", "choices", "load", "quantize", "runs"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the API on first use: importing torch takes seconds, and `launch.py --help` does not need it."""
-    if name in __all__:
-        return getattr(import_module("dqx.api"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return import_module("dqx.common.environment").package_version("dqx")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,43 +7,86 @@
     lm.log_likelihood("Question: What is the job of Anna?\\nAnswer:", " baker", samples=16)
     report = lm.quantize("gptq", "w3a16")             # in place; names from conf/method and conf/bits
     results = lm.evaluate("nano_facts", limit=32)     # names from conf/task
+    lm.save("nano_llada-w3"); dqx.load("nano_llada-w3")
 
-Log-likelihoods are in nats. Everything random follows `seed` alone, not batch sizes or devices.
+Where a text is asked for, its token ids do as well: a list of integers, or a tensor [T] or [1, T]. Log-likelihoods are
+in nats. Everything random follows `seed` alone, not batch sizes or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import html
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dqx.common.devices import dtype_of, pick_device
-from dqx.config import compose as configuration
-from dqx.config.schema import CalibConfig
+from dqx.common.devices import DTYPES, device_problems, dtype_of, pick_device
+from dqx.common.files import write_json
+from dqx.common.names import did_you_mean
+from dqx.common.parts import build_part
+from dqx.config.command_line import explain
+from dqx.config.compose import build, choices, compose, select, suite
+from dqx.config.schema import CalibConfig, ConfigProblems, ModelConfig
 from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.data.masking import calibration_states
+from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
-from dqx.diffusion.noise import SeededNoise
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
-from dqx.models.checkpoint import Checkpoint, inspect, load_weights, skeleton
+from dqx.formats.bits import BitsConfig
+from dqx.models.checkpoint import QUANTIZED, Checkpoint, CheckpointError, inspect, load_weights, save, skeleton
 from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
-from dqx.models.transformer import MaskedDiffusionTransformer
-from dqx.quant import QuantReport, quantize
+from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.quant.checkpoint.folder import load_quantized, read_recipe, save_quantized
+from dqx.quant.loop import quantize as quantize_model
+from dqx.quant.method import Method
+from dqx.quant.report import QuantReport
+
+Text = str | Sequence[int] | Tensor  # a text, or the ids of its tokens
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: In the folder of a saved model: name, sampler and the rest of its `ModelConfig`.
+SETTINGS = "dqx.json"
 
 
-@dataclass
+def told_plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """A mistake in the call is one short exception, without the way to where it was noticed and without its causes."""
+
+    @wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (ConfigProblems, CheckpointError) as error:
+            raise error.with_traceback(None) from None
+
+    return plain
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model was quantized, and what that did."""
+
+    method: Method
+    bits: BitsConfig
+    report: QuantReport
+
+
+@dataclass(repr=False)
 class DiffusionLM:
     """A masked diffusion language model with its tokenizer and sampler."""
 
@@ -51,59 +94,121 @@ class DiffusionLM:
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     sampler: Any
-    config: configuration.ModelConfig
+    config: ModelConfig
+    quantization: Quantization | None = None  # None: full precision
 
-    def tokens(self, text: str) -> Tensor:
-        """Token ids [T] of a text, on the model's device, nothing added."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+    def facts(self) -> dict[str, str]:
+        """What the model is, in words: family, size, dtype, device, precision."""
+        report = None if self.quantization is None else self.quantization.report
+        precision = "full precision"
+        if report is not None:
+            precision = f"{report.method} {report.bits}, {report.average_bits:.2f} bits per weight"
+        return {
+            "family": self.model.arch.family,
+            "size": f"{self.checkpoint.parameters() / 1e6:,.1f} M parameters",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "precision": precision,
+        }
 
+    def __repr__(self) -> str:
+        return f"DiffusionLM({self.config.name}: {', '.join(self.facts().values())})"
+
+    def _repr_html_(self) -> str:
+        rows = {"model": self.config.name, **self.facts(), "sampler": self.sampler.name}
+        cells = "".join(f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items())
+        return f"<table>{cells}</table>"
+
+    def tokens(self, text: Text) -> Tensor:
+        """Token ids [T] of a text, on the model's device, nothing added. Raises ConfigProblems for ids it lacks."""
+        if isinstance(text, str):
+            text = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = torch.as_tensor(text, dtype=torch.long, device=self.model.device)
+        ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+        if ids.dim() != 1:
+            raise ConfigProblems([f"the tokens of one text are a list [T]; these are {list(ids.shape)}"])
+        self._check_tokens(ids)
+        return ids
+
+    @told_plainly
     @torch.no_grad()
-    def logits(self, text: str | Tensor) -> Tensor:
-        """Logits [B, T, V] of a text or of token ids [B, T]; row i predicts token i in every family."""
-        return self.model(self.tokens(text)[None] if isinstance(text, str) else text.to(self.model.device))
+    def logits(self, text: Text | Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B, T, V] of a text or of token ids [T] or [B, T]; row i predicts token i in every family."""
+        ids = self.tokens(text) if isinstance(text, str) else torch.as_tensor(text, device=self.model.device)
+        ids = ids if ids.dim() == 2 else ids[None]
+        if not ids.numel():
+            raise ConfigProblems(["the text has no tokens; give at least one"])
+        self._check_tokens(ids)
+        logits: Tensor = self.model(ids)
+        return logits
 
+    @told_plainly
     def generate(
         self,
-        prompt: str,
+        prompt: Text | Sequence[Text],
         *,
         gen_length: int = 128,
         block_length: int | None = None,
         steps: int | None = None,
         seed: int = 0,
-    ) -> str:
-        """Fill `gen_length` masks after the prompt and return them as text, special tokens left out.
+        chat: bool = False,
+    ) -> str | list[str]:
+        """Fill `gen_length` masks after a prompt and return them as text, special tokens left out.
 
-        `block_length` defaults to one block, `steps` to one per token. Raises ValueError for settings the sampler
-        cannot run.
+        Args:
+            prompt: a text, or a list of them (or of their tokens; a tensor [B, P]), which are written in batches. Each
+                is written as it is alone, and a list gives a list.
+            gen_length: how many tokens to write.
+            block_length: tokens of a block; blocks are written one after the other. None is a single block.
+            steps: denoising steps; None is one per token.
+            seed: of the noise, which depends on nothing but the prompt besides.
+            chat: put each prompt, a text, through the checkpoint's chat template as what a user says.
+
+        Raises:
+            ConfigProblems: settings that the sampler cannot run, an empty prompt, a checkpoint without a template.
         """
         block_length, steps = block_length or gen_length, steps or gen_length
         problems = self.sampler.problems(gen_length, block_length, steps)
+        problems += self.sampler.token_problems(self.model.arch.vocab_size)
         if problems:
-            raise ValueError("; ".join(problems))
-        generation = self.sampler.generate(
-            self.model,
-            self.tokens(prompt)[None],
-            gen_length=gen_length,
-            block_length=block_length,
-            steps=steps,
-            noise=SeededNoise(seed, [("generate", prompt)]),
+            raise ConfigProblems(problems)
+        alone = _is_one_text(prompt)
+        texts: list[Any] = [prompt] if alone else list(prompt)
+        if chat:
+            texts = [self._as_chat(text) for text in texts]
+        prompts = [Prompt(self.tokens(text).tolist(), ("generate", self._as_text(text))) for text in texts]
+        if not all(each.ids for each in prompts):
+            raise ConfigProblems(["a prompt has no tokens; each needs at least one"])
+        engine = Engine(
+            self.model, self.sampler, gen_length=gen_length, block_length=block_length, steps=steps, seed=seed
         )
-        return str(self.tokenizer.decode(generation.ids[0], skip_special_tokens=True))
+        answers = engine.generate(prompts)
+        written = [str(self.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]
+        return written[0] if alone else written
 
+    @told_plainly
     def log_likelihood(
         self,
-        prefix: str,
-        target: str,
+        prefix: Text,
+        target: Text,
         *,
         samples: int = 128,
         seed: int = 0,
-        masks: Tensor | None = None,
+        masks: Tensor | Sequence[Sequence[bool]] | None = None,
         batch_size: int = 8,
     ) -> float:
         """Monte-Carlo bound on log p(target | prefix) in nats; exact where the target is one token.
 
-        `masks` [N, L] (True: masked) replaces the `samples` draws that `seed` gives, L the target's tokens.
+        Args:
+            prefix: what is given, P tokens.
+            target: what is scored, L tokens.
+            samples: draws of masks.
+            seed: of the draws, which depend on nothing but the two texts besides.
+            masks: [N, L], True where a token is masked: these in place of the draws.
+            batch_size: sequences that go through the model at a time.
+
+        Raises:
+            ConfigProblems: masks of another shape, or a row of them without a mask.
         """
         prefix_ids, target_ids = self.tokens(prefix), self.tokens(target)
         if masks is None:
@@ -113,49 +218,76 @@ class DiffusionLM:
                 target_ids,
                 samples=samples,
                 seed=seed,
-                key=(prefix, target),
+                key=(self._as_text(prefix), self._as_text(target)),
                 batch_size=batch_size,
             ).value
-        masks = masks.to(self.model.device, torch.bool)
+        masks = torch.as_tensor(masks, device=self.model.device).bool()
         if masks.dim() != 2 or masks.shape[1] != len(target_ids) or not masks.any(1).all():
-            raise ValueError(
-                f"masks must be [N, {len(target_ids)}] with at least one masked token a row; got {list(masks.shape)}"
+            raise ConfigProblems(
+                [f"masks must be [N, {len(target_ids)}] with at least one masked token a row; got {list(masks.shape)}"]
             )
         tokens = torch.cat((prefix_ids, target_ids))
         perturbed = tokens.repeat(len(masks), 1)
         perturbed[:, len(prefix_ids) :][masks] = self.model.arch.mask_token_id
-        return log_likelihood_given(self.model, perturbed, tokens, masks.double().mean(1))
+        return log_likelihood_given(self.model, perturbed, tokens, masks.double().mean(1), batch_size=batch_size)
 
-    def calibration(self, calib: CalibConfig, *, seed: int = 0, data_root: str | None = None) -> list[CalibBatch]:
+    def calibration(
+        self, calib: CalibConfig, *, seed: int = 0, data_root: str | Path | None = None
+    ) -> list[CalibBatch]:
         """Calibration batches of the settings in `calib`, from the text to the masks."""
-        windows = calibration_windows(calib, self.tokenizer, seed=seed, data_root=data_root)
+        windows = calibration_windows(calib, self.tokenizer, seed=seed, data_root=_path(data_root))
         return calibration_states(self.model, self.sampler, windows, calib, seed=seed)
 
+    @told_plainly
     def quantize(
         self,
-        method: str = "gptq",
-        bits: str | int = "w4a16",
+        method: str | Method = "gptq",
+        bits: str | int | BitsConfig = "w4a16",
         *,
-        batches: Sequence[CalibBatch] | None = None,
+        calib: Sequence[Any] | None = None,
         overrides: Sequence[str] = (),
         seed: int = 0,
-        data_root: str | None = None,
+        data_root: str | Path | None = None,
     ) -> QuantReport:
-        """Quantize in place with a method and a width from `conf/` and say what was done.
+        """Quantize in place and say what was done.
 
-        `batches` replaces the configured calibration text; `overrides` are config overrides such as
-        `method.rounding.damping=0.1`, `calib=mcs` or `calib.samples=16`. Raises ConfigProblems for a pair that cannot
-        work.
+        Args:
+            method: a name from `conf/method`, or a method of one's own.
+            bits: a name from `conf/bits` (4 is the method's own kind of 4 bits), or widths of one's own.
+            calib: calibration sequences in place of the configured text: texts, token ids [T] or [B, T], or batches.
+            overrides: of the configuration, such as `method.rounding.damping=0.1`, `calib=mcs` or `calib.samples=16`.
+            seed: of the text's windows, their masks, and of parts that draw random numbers.
+            data_root: a folder with copies of datasets in the hub's layout.
+
+        Raises:
+            ConfigProblems: names that do not exist, and a method, widths and a model that cannot work together.
         """
-        selected = configuration.select(method=method, bits=bits, model=self.config, overrides=overrides)
-        part = configuration.build(selected.method)
-        problems = part.problems(selected.bits, self.model.arch)
-        if problems:
-            raise configuration.ConfigProblems(problems)
-        if batches is None and part.needs_data:
-            batches = self.calibration(selected.calib, seed=seed, data_root=data_root)
-        return quantize(self.model, part, selected.bits, batches or (), seed=seed)
+        part, widths, text = _chosen(method, bits, self.config, self.model.arch, overrides)
+        if calib is None:
+            calib = self.calibration(text, seed=seed, data_root=data_root) if part.needs_data else ()
+        batches = [self.tokens(each) if isinstance(each, str) else each for each in calib]
+        report = quantize_model(self.model, part, widths, [_batch(each) for each in batches], seed=seed)
+        self.quantization = Quantization(part, widths, report)
+        return report
 
+    def save(self, folder: str | Path) -> Path:
+        """Write model and tokenizer to a new folder, from which `dqx.load` reads the same model. Returns it.
+
+        At full precision the folder is a checkpoint in the hub's format. Raises FileExistsError where it exists.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists already; name a new folder")
+        done = self.quantization
+        if done is None:
+            save(self.model, self.checkpoint.config, folder)
+        else:
+            save_quantized(self.model, done.report, folder, method=done.method, bits=done.bits)
+        write_json(folder / SETTINGS, asdict(self.config))
+        self.tokenizer.save_pretrained(str(folder))
+        return folder
+
+    @told_plainly
     def evaluate(
         self,
         tasks: str | Sequence[str] = "nano",
@@ -163,11 +295,11 @@ class DiffusionLM:
         limit: int | None = None,
         steps: int | None = None,
         seed: int = 0,
-        data_root: str | None = None,
+        data_root: str | Path | None = None,
     ) -> dict[str, TaskResult]:
         """Accuracy on tasks from `conf/task`, one result per task with one row per document."""
-        suite = configuration.suite([tasks] if isinstance(tasks, str) else list(tasks))
-        return self.evaluate_suite(suite, limit=limit, steps=steps, seed=seed, data_root=data_root)
+        chosen = suite([tasks] if isinstance(tasks, str) else list(tasks))
+        return self.evaluate_suite(chosen, limit=limit, steps=steps, seed=seed, data_root=data_root)
 
     def evaluate_suite(
         self,
@@ -176,7 +308,7 @@ class DiffusionLM:
         limit: int | None = None,
         steps: int | None = None,
         seed: int = 0,
-        data_root: str | None = None,
+        data_root: str | Path | None = None,
         likelihood: LikelihoodSettings | None = None,
         journal: Journal | None = None,
     ) -> dict[str, TaskResult]:
@@ -189,14 +321,33 @@ class DiffusionLM:
             steps=steps,
             seed=seed,
             limit=limit,
-            data_root=data_root,
+            data_root=_path(data_root),
             chat=self.config.chat,
             likelihood=likelihood,
             journal=journal,
         )
 
+    def _check_tokens(self, ids: Tensor) -> None:
+        size = self.model.arch.vocab_size
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if len(wrong):
+            raise ConfigProblems([f"{int(wrong[0])} is no token of {self.config.name}; ids go from 0 to {size - 1}"])
 
-def describe_configured(config: configuration.ModelConfig) -> DiffusionLM:
+    def _as_text(self, text: Text) -> str:
+        return text if isinstance(text, str) else str(self.tokenizer.decode(self.tokens(text)))
+
+    def _as_chat(self, text: Any) -> str:
+        if not self.tokenizer.chat_template:
+            raise ConfigProblems(
+                [f"{self.config.name} has no chat template; leave out chat=True, or load an instruct checkpoint"]
+            )
+        if not isinstance(text, str):
+            raise ConfigProblems(["chat=True takes texts: the template goes around them"])
+        message = {"role": "user", "content": text}
+        return str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+
+def describe_configured(config: ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes, its weights not loaded yet (on torch's meta device).
 
     Raises CheckpointError where its files cannot be used.
@@ -204,11 +355,10 @@ def describe_configured(config: configuration.ModelConfig) -> DiffusionLM:
     checkpoint = inspect(config.path, config.revision)
     if config.mask_token_id is not None:
         checkpoint = replace(checkpoint, arch=replace(checkpoint.arch, mask_token_id=config.mask_token_id))
-    sampler = configuration.build(config.sampler)
-    return DiffusionLM(skeleton(checkpoint.arch), load_tokenizer(checkpoint), checkpoint, sampler, config)
+    return DiffusionLM(skeleton(checkpoint.arch), load_tokenizer(checkpoint), checkpoint, build(config.sampler), config)
 
 
-def load_configured(config: configuration.ModelConfig) -> DiffusionLM:
+def load_configured(config: ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
     lm = describe_configured(config)
     lm.model = load_weights(lm.checkpoint, dtype_of(config.dtype), pick_device(config.device))
@@ -216,18 +366,114 @@ def load_configured(config: configuration.ModelConfig) -> DiffusionLM:
     return lm
 
 
-def load(name_or_path: str = "nano_llada", **overrides: Any) -> DiffusionLM:
-    """A model by its name in `conf/model`, or a checkpoint by folder or hub id with its family's default sampler.
+@told_plainly
+def load(name_or_path: str | Path = "nano_llada", **overrides: Any) -> DiffusionLM:
+    """A model by its name in `conf/model`, a checkpoint by folder or hub id with its family's default sampler, or what
+    `DiffusionLM.save` has written.
 
     Keyword arguments override the model's config: `load("llada_8b_base", path="/data/llada", dtype="float16")`.
+    Raises ConfigProblems or CheckpointError, which say what cannot be used and what to write instead.
     """
-    if name_or_path in configuration.choices("model"):
-        chosen = configuration.compose([f"model={name_or_path}"]).model
+    config = _model_config(str(name_or_path), {key: _plain(value) for key, value in overrides.items()})
+    folder = Path(config.path).expanduser()
+    return _load_saved(folder, config) if (folder / QUANTIZED).is_file() else load_configured(config)
+
+
+@told_plainly
+def quantize(
+    model: MaskedDiffusionTransformer | DiffusionLM,
+    method: str | Method = "gptq",
+    bits: str | int | BitsConfig = "w4a16",
+    calib: Sequence[Any] = (),
+    *,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+) -> QuantReport:
+    """`DiffusionLM.quantize` for a model without tokenizer: `calib` holds token ids [T] or [B, T], or batches."""
+    if isinstance(model, DiffusionLM):
+        return model.quantize(method, bits, calib=calib, overrides=overrides, seed=seed)
+    described = ModelConfig(name="", family=model.arch.family, path="", sampler={})
+    part, widths, _ = _chosen(method, bits, described, model.arch, overrides)
+    return quantize_model(model, part, widths, [_batch(each) for each in calib], seed=seed)
+
+
+def _model_config(name: str, overrides: dict[str, Any]) -> ModelConfig:
+    """The config of what `load` was asked for. Raises ConfigProblems."""
+    folder = Path(name).expanduser()
+    if name in choices("model"):
+        known: Any = compose([f"model={name}"]).model
+    elif (folder / SETTINGS).is_file():
+        here: dict[str, Any] = {"path": name, "revision": None, "dtype": "auto", "device": "auto", "outliers": {}}
+        known = OmegaConf.create(json.loads((folder / SETTINGS).read_text()) | here)
+    elif "/" not in name and not folder.exists():
+        near = did_you_mean(name, choices("model"))
+        raise ConfigProblems([f"{name} is no name in conf/model and no folder; {near} (a hub id has a /)"])
     else:
-        family = family_of(inspect(name_or_path).arch.family)
-        chosen = configuration.ModelConfig(
-            Path(name_or_path).name, family.name, name_or_path, dtype="auto", sampler=dict(family.sampler)
-        )
-    model = OmegaConf.to_object(OmegaConf.merge(chosen, overrides))
-    assert isinstance(model, configuration.ModelConfig)
-    return load_configured(model)
+        family = family_of(inspect(name).arch.family)
+        known = ModelConfig(folder.name, family.name, name, dtype="auto", sampler=dict(family.sampler))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), known, overrides))
+    except OmegaConfBaseException as error:
+        raise ConfigProblems([f"model.{problem}" for problem in explain(error)]) from error
+    assert isinstance(config, ModelConfig)
+    problems = [*device_problems(config.device)]
+    if config.dtype not in DTYPES:
+        problems.append(f"model.dtype={config.dtype} is unknown; {did_you_mean(config.dtype, DTYPES)}")
+    if problems:
+        raise ConfigProblems(problems)
+    return config
+
+
+def _load_saved(folder: Path, config: ModelConfig) -> DiffusionLM:
+    """A quantized model that `DiffusionLM.save` has written."""
+    model, report = load_quantized(folder, pick_device(config.device))
+    recipe = read_recipe(folder)
+    bits = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), recipe["bits"]))
+    assert isinstance(bits, BitsConfig)
+    checkpoint = Checkpoint(folder, {}, model.arch, {})
+    done = Quantization(build_part(recipe["method"]), bits, report)
+    return DiffusionLM(model, load_tokenizer(checkpoint), checkpoint, build(config.sampler), config, done)
+
+
+def _chosen(
+    method: str | Method, bits: str | int | BitsConfig, model: ModelConfig, arch: Architecture, overrides: Sequence[str]
+) -> tuple[Method, BitsConfig, CalibConfig]:
+    """Method, widths and calibration text from names in `conf/`, or as given. Raises ConfigProblems."""
+    config = select(
+        method=method if isinstance(method, str) else "rtn",
+        bits="w16a16" if isinstance(bits, BitsConfig) else bits,
+        model=model,
+        overrides=overrides,
+    )
+    part = build(config.method) if isinstance(method, str) else method
+    widths = bits if isinstance(bits, BitsConfig) else config.bits
+    problems = part.problems(widths, arch)
+    if problems:
+        raise ConfigProblems(problems)
+    return part, widths, config.calib
+
+
+def _batch(sequences: Any) -> Any:
+    """Token ids [T] or [B, T] as a batch for calibration; batches as they are."""
+    if hasattr(sequences, "ids"):
+        return sequences
+    ids = torch.as_tensor(sequences)
+    ids = ids if ids.dim() == 2 else ids[None]
+    return CalibBatch(ids, torch.zeros(len(ids)))
+
+
+def _is_one_text(prompt: Any) -> bool:
+    if isinstance(prompt, Tensor):
+        return prompt.dim() < 2
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a config file has it: `float16` for torch.float16, text for a path."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, Path | torch.device) else value
+
+
+def _path(path: str | Path | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser())

@@ -34,7 +34,8 @@ class ConfigProblems(ValueError):
 
     def __init__(self, problems: Sequence[str]):
         self.problems = list(problems)
-        super().__init__("\n".join(f"{i}. {p}" for i, p in enumerate(self.problems, 1)))
+        numbered = [f"{i}. {p}" for i, p in enumerate(self.problems, 1)]
+        super().__init__("\n".join(self.problems if len(self.problems) == 1 else numbered))
 
 
 @dataclass

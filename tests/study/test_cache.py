@@ -165,7 +165,7 @@ def test_the_digest_is_of_the_model_as_it_computes(pair: tuple[str, str]) -> Non
     def quantized() -> torch.nn.Module:
         lm = load("nano_llada")
         ids = torch.arange(2, 66).view(2, 32)
-        lm.quantize(*pair, batches=[CalibBatch(ids, torch.zeros(2))])
+        lm.quantize(*pair, calib=[CalibBatch(ids, torch.zeros(2))])
         return lm.model
 
     model, again = quantized(), quantized()
