@@ -1,6 +1,6 @@
-"""What to do with runs that are finished: `dqx COMMAND ...`, also as `python -m dqx COMMAND ...`.
+"""To run, and what to do with runs that are finished: `dqx COMMAND ...`, also as `python -m dqx COMMAND ...`.
 
-Each command is a module with a `main` of its own, imported when it is chosen. Runs are started by `launch.py`.
+Each command is a module with a `main` of its own, imported when it is chosen.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 
 #: Command -> the module that does it, what it does, an example.
 COMMANDS = {
+    "run": ("dqx.launch.main", "a run, or a sweep: dqx run ARGUMENTS", "dqx run method=gptq bits=4"),
     "report": ("dqx.report.command", "many runs as HTML, Markdown and LaTeX", "dqx report runs"),
     "compare": ("dqx.report.compare", "two runs, document by document", "dqx compare RUN OTHER"),
     "cache": ("dqx.study.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
@@ -24,20 +25,20 @@ def usage() -> str:
     return "\n".join(["usage: dqx COMMAND ...", "", *lines, "", "dqx COMMAND --help says more."])
 
 
-def main() -> None:
-    """The command line. Exit code 2 for a command that does not exist."""
+def main() -> int:
+    """The command line. Returns the exit code, 2 for a command that does not exist."""
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
-        return
+        return 0
     if command not in COMMANDS:
         from dqx.common.names import did_you_mean
 
         print(f"dqx {command}: no such command; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     sys.argv = [f"dqx {command}", *rest]
-    import_module(COMMANDS[command][0]).main()
+    return import_module(COMMANDS[command][0]).main() or 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,8 +4,8 @@
     python -m dqx.benchmarks.sweep --methods gptq,awq --bits w4a16,w3a16,w2a16 --json figures.json
     python -m dqx.benchmarks.sweep --quick          4 runs
 
-Every time is that of the command a user types, from its start to its end: `launch.py -m` twice with one cache, then
-`launch.py reuse=false` for each of the runs. The results are compared to the last bit. A sweep costs what its distinct
+Every time is that of the command a user types, from its start to its end: `dqx run -m` twice with one cache, then
+`dqx run reuse=false` for each of the runs. The results are compared to the last bit. A sweep costs what its distinct
 stages cost: one full-precision result for each number of steps and task, one quantized model for each method and width,
 one quantized result for each combination of both.
 """
@@ -28,7 +28,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dqx.config.schema import CONF_DIR
 from dqx.record.folder import Record, RunFolder
 from dqx.report.terminal import RULES
 
@@ -71,14 +70,13 @@ def measure(choices: dict[str, list[str]], shared: Sequence[str], folder: Path) 
 
 
 def launch(*arguments: str) -> float:
-    """Seconds of `python launch.py ARGUMENTS`. Raises RuntimeError with its last words where it fails."""
+    """Seconds of `dqx run ARGUMENTS`. Raises RuntimeError with its last words where it fails."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "launch.py", *arguments], cwd=CONF_DIR.parent, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "dqx", "run", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"launch.py {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"dqx run {' '.join(arguments)} failed: {done.stderr[-2000:]}")
     return time.perf_counter() - started
 
 

@@ -106,8 +106,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 # ---- from files to a Config ----------------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR) -> DictConfig:
-    """What `python launch.py OVERRIDES --cfg job` would show, for notebooks and tests.
+def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR, *, with_hydra: bool = False) -> DictConfig:
+    """What `dqx run OVERRIDES --cfg job` would show, for notebooks and tests; with Hydra's own part where asked for.
 
     Raises ConfigProblems for names and values that the configuration does not have.
     """
@@ -117,7 +117,7 @@ def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR) -> Dic
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(Path(folder).resolve()), version_base="1.3"):
-            return hydra_compose("config", overrides=normalize(overrides))
+            return hydra_compose("config", overrides=normalize(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigProblems(explain(error)) from error
     finally:

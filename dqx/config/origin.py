@@ -36,7 +36,7 @@ def _command(hydra: HydraConf, bundle: str | None) -> str:
     """Out of a sweep the run alone, and with a team's own folder of configs."""
     team = os.environ.get("DQX_CONFIG_PATH")
     folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    parts = ["python", "launch.py", *(["--from", bundle] if bundle else [])]
+    parts = [*hydra.help.app_name.split(), *(["--from", bundle] if bundle else [])]
     parts += [f"--config-dir={folder}" for folder in folders]
     parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
     task = [o for o in hydra.overrides.task if o != "dispatch=separate"]  # which a run alone cannot be

@@ -23,9 +23,8 @@ from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.formats.bits import BitsConfig
 
-CONF_DIR = PACKAGE.parent / "conf"
-
-
+#: The config groups: inside an installed package, beside it in a clone.
+CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
 
 

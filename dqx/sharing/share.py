@@ -130,7 +130,7 @@ def report(record: Record, give_anew: Iterable[str], data: Mapping[str, str]) ->
     """What the run found, for people, in Markdown."""
     environment, packages = record.environment, record.environment.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    again = " ".join(["python launch.py --from BUNDLE", *(f"{key}=..." for key in give_anew)])
+    again = " ".join(["dqx run --from BUNDLE", *(f"{key}=..." for key in give_anew)])
     rows = {
         "command": f"`{record.command}`" if record.command else "not recorded",
         "choices": ", ".join(f"{group}={name}" for group, name in record.choices.items()) or "not recorded",
@@ -189,6 +189,6 @@ def main() -> None:
         sys.exit(2)
     console = Console(highlight=False, emoji=False)
     give_anew = bundle.read(path).manifest["give_anew"]
-    again = " ".join(["python launch.py --from", str(path), *(f"{key}=..." for key in give_anew)])
+    again = " ".join(["dqx run --from", str(path), *(f"{key}=..." for key in give_anew)])
     for line in (f"{path}", *(f"  {text}" for text in told), f"Run it again: {again}"):
         console.print(Text(line), soft_wrap=True)

@@ -258,11 +258,6 @@ def test_help_lists_groups_and_choices() -> None:
     assert "-m method=rtn,gptq bits=2,3,4" in done.stdout
 
 
-def test_help_and_cfg_do_not_import_torch() -> None:
-    code = "import sys, launch; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 def test_a_teams_own_folder(tmp_path: Path) -> None:
     (tmp_path / "method").mkdir()
     (tmp_path / "experiment").mkdir()

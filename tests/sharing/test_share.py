@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 import zipfile
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from dqx.__main__ import COMMANDS, main
+from dqx.__main__ import main
 from dqx.common.files import jsonable
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems, choices
@@ -316,7 +314,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     path = tmp_path / "a.dqx.zip"
     monkeypatch.setattr(sys, "argv", ["dqx", "share", str(tmp_path / "run"), "--to", str(path)])
     main()
-    assert f"Run it again: python launch.py --from {path}" in capsys.readouterr().out
+    assert f"Run it again: dqx run --from {path}" in capsys.readouterr().out
     shared = bundle.read(path)
     environment = shared.json("environment.json")
     environment["packages"]["torch"] = "1.0"
@@ -343,33 +341,6 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
-def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"dqx": "dqx.__main__:main"}
-    for name, (module, _, example) in COMMANDS.items():
-        assert callable(import_module(module).main)
-        assert example.startswith(f"dqx {name} ")
-        monkeypatch.setattr(sys, "argv", ["dqx", name, "--help"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0
-        told = capsys.readouterr().out
-        assert f"usage: dqx {name} " in told
-        assert f"Example: dqx {name} " in told
-    monkeypatch.setattr(sys, "argv", ["dqx"])
-    main()
-    usage = capsys.readouterr().out
-    assert all(example in usage for _, _, example in COMMANDS.values())
-    monkeypatch.setattr(sys, "argv", ["dqx", "reprot"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "did you mean report?" in capsys.readouterr().err
-
-
-def test_help_imports_nothing_heavy() -> None:
-    done = command(
-        "-c", "import sys; sys.argv = ['dqx']; import dqx.__main__ as m; m.main(); print('torch' in sys.modules)"
-    )
-    assert done.stdout.splitlines()[-1] == "False"
+def test_reading_a_bundle_imports_nothing_heavy() -> None:
     done = command("-c", "import sys, dqx.sharing.replay; print('torch' in sys.modules)")
     assert done.stdout.strip() == "False"
