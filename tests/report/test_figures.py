@@ -1,5 +1,6 @@
 """Figures show the numbers of their records, are there only with their data, and keep their words within the page."""
 
+import itertools
 import math
 import sys
 from dataclasses import replace
@@ -102,18 +103,40 @@ def test_every_figure_with_its_data_and_none_without(drawn):
     assert figures.of_runs([]) == {}
 
 
+def dot(view, token, channel, height):
+    """Where in a painted picture the middle of a bar is at some height: row and column."""
+    x, y = surface.FINE * (view.at((channel + 0.5, token + 0.5, height)) - (surface.LEFT, surface.BELOW))
+    return round(y), round(x + surface.FINE * surface.WIDE / 2)
+
+
 def test_a_surface_has_a_bar_for_every_value(drawn):
+    view = surface.View(CHANNELS, TOKENS, 40.0)  # one scale
     for axes, top in zip(drawn["surface_1_mlp_in"].axes, (40.0, 20.0), strict=True):
-        bars = np.array(axes.collections[1]._segments3d)
-        heights = bars[:, 1, 2]
-        assert heights.max() == top
-        channel, token, _ = bars[heights.argmax(), 1]
-        assert (token, channel) == (4, 7)
-        assert axes.get_zlim() == (0, 40.0)  # one scale
-        assert (heights >= surface.LOWEST * 40).all()
+        (picture,) = (image.get_array() for image in axes.images)
+        shown = picture[..., 3] > 0
+        (foot, column), (head, _) = (dot(view, 4, 7, height) for height in (0.0, top))
+        assert abs(shown[:, column].sum() - (head - foot)) <= 1
+        assert (picture[foot + 1 : head - 1, column] == surface.PALETTE(top / 40, bytes=True)).all()
+        assert shown.any(axis=0).sum() in (3, 4)  # dots that are a bar wide: lower values are the floor
     flat = surface.surfaces(full(activations=activations(top=(400.0, 2.0))))["surface_1_mlp_in"]
-    assert [axes.get_zlim()[1] for axes in flat.axes] == [400.0, 2.0]
+    assert [max(float(text.get_text()) for text in axes.texts[-5:-1]) for axes in flat.axes] == [400.0, 2.0]
     assert sum("its own scale" in text.get_text() for text in flat.texts) == 2
+
+
+def test_nearer_bars_hide_those_behind():
+    values = np.random.default_rng(0).random((9, 120)) ** 4
+    view = surface.View(120, 9, 1.0)
+    picture = view.painted(surface.Surface(values, (1, 1)))
+    expected, wide = np.zeros_like(picture), surface.FINE * surface.WIDE
+    for token, channel in itertools.product(reversed(range(9)), range(120)):
+        height = values[token, channel]
+        (x, foot), (_, head) = surface.FINE * (
+            view.at([(channel + 0.5, token + 0.5, z) for z in (0, height)]) - (surface.LEFT, surface.BELOW)
+        )
+        if height >= surface.LOWEST:
+            columns = slice(math.ceil(x), math.ceil(x + wide))
+            expected[round(foot) : round(head), columns] = 1 + int(height * (surface.PALETTE.N - 1))
+    assert (picture != expected).mean() < 0.002  # edges that are rounded to another dot
 
 
 def test_pooling_keeps_the_largest():
@@ -123,9 +146,11 @@ def test_pooling_keeps_the_largest():
     assert (pooled.values.shape, pooled.patch) == ((87, 234), (3, 6))
     assert pooled.values[200 // 3, 611 // 3] == pooled.top == 9.0
     assert pooled.values[5, 6] == values[15:18, 18:21].max()
-    token, channel, _ = next(bar for bar in pooled.bars() if bar[2] == 9.0)
-    assert abs(token - 200) <= 1
-    assert abs(channel - 2 * 611) <= 3
+    view = surface.View(1400, 259, 9.0)
+    rows, columns = (view.painted(pooled) == surface.PALETTE.N).nonzero()
+    row, column = dot(view, 200, 2 * 611, 9.0)
+    assert abs(rows.max() - row) <= 3
+    assert abs(columns.mean() - column) <= 3
 
 
 def test_channels_are_sorted_and_the_largest_named(drawn):

@@ -52,8 +52,8 @@ def of_run(record: Record) -> dict[str, Figure]:
 
 def of_runs(records: Iterable[Record]) -> dict[str, Figure]:
     """The figures of many runs together, by name; of several groups of runs each has its own, behind its name."""
-    found = groups(evaluations([Run(Path(), record) for record in records]))
-    scored = [group for group in found if complete(group)]
+    runs = [Run(Path(), record) for record in records]
+    scored = [group for group in groups(evaluations(runs)) if complete(group)]
     varied = steps.by_steps(scored)
     with style.applied():
         drawn = {
@@ -74,6 +74,6 @@ def save(figure: Figure, folder: str | Path, name: str, pdf: bool = True) -> Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with style.applied():
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
         if pdf:
             figure.savefig(folder / f"{name}.pdf", dpi=style.PRINT_DPI, metadata=NO_DATE)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 MOST_RATIOS = 5
-FEW = 60  # times the lower end of a logarithmic axis
+SHORT, LONG = 60, 3000  # logarithmic axes that end at less than so many times where they begin
 
 
 def mask_ratios_on_top(axes: Axes, places: Sequence[float], ratios: Sequence[float]) -> None:
@@ -29,8 +29,9 @@ def from_zero(axes: Axes, top: float | None = None) -> None:
 
 
 def tick_plainly(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as people write numbers: 0.02, 5, 300; between powers of ten where these are few."""
+    """Ticks of a logarithmic axis as people write numbers: 0.02, 5, 300; between powers of ten where there is room."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < FEW * low else (1.0,)))
+    subs = (1.0, 2.0, 5.0) if high < SHORT * low else (1.0, 3.0) if high < LONG * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())

@@ -22,13 +22,13 @@ STATES = "States that full precision visits while it writes, the same for both s
 
 def by_step(record: Record) -> dict[str, Figure]:
     """`outliers_by_step` and, where there are massive values, `massive_by_step`."""
-    parts = {side: [p for p in found if p.step is not None] for side, found in _parts(record).items()}
+    parts = {side: [p for p in rows if p.step is not None] for side, rows in _parts(record).items()}
     return {f"{m.name}_by_step": _by_step(record, m, parts) for m in MEASURES if _shown(m, parts)}
 
 
 def by_class(record: Record) -> dict[str, Figure]:
     """`outliers_by_class` and, where there are massive values, `massive_by_class`."""
-    parts = {side: [p for p in found if p.step is None] for side, found in _parts(record).items()}
+    parts = {side: [p for p in rows if p.step is None] for side, rows in _parts(record).items()}
     return {f"{m.name}_by_class": _by_class(record, m, parts) for m in MEASURES if _shown(m, parts)}
 
 
@@ -41,9 +41,7 @@ def _parts(record: Record) -> Parts:
 
 def _shown(measure: Measure, parts: Parts) -> list[str]:
     """The sites at which there is something to see."""
-    return [
-        site for site in SITES if any(measure.of(p) > 0 for found in parts.values() for p in found if p.site == site)
-    ]
+    return [site for site in SITES if any(measure.of(p) > 0 for rows in parts.values() for p in rows if p.site == site)]
 
 
 def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
@@ -57,20 +55,20 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
     figure = sheet(caption, 0.6 + 1.05 * len(sites))
     grid = figure.subplots(len(sites), len(parts), sharex=True, sharey=True, squeeze=False)
     for row, site in zip(grid, sites, strict=True):
-        at = {side: [p for p in found if p.site == site] for side, found in parts.items()}
-        norm = measure.norm([measure.of(p) for found in at.values() for p in found])
-        for axes, found in zip(row, at.values(), strict=True):
-            steps, blocks = (sorted({getattr(p, key) for p in found}) for key in ("step", "block"))
-            cells = {(p.block, p.step): measure.of(p) for p in found}
+        at = {side: [p for p in rows if p.site == site] for side, rows in parts.items()}
+        norm = measure.norm([measure.of(p) for rows in at.values() for p in rows])
+        for axes, rows in zip(row, at.values(), strict=True):
+            steps, blocks = (sorted({getattr(p, key) for p in rows}) for key in ("step", "block"))
+            cells = {(p.block, p.step): measure.of(p) for p in rows}
             values = masked([[cells.get((block, step)) for step in steps] for block in blocks])
             image = heat_map(axes, values, rows=list(map(str, blocks)), columns=list(map(str, steps)), norm=norm)
         bar = figure.colorbar(image, ax=list(row), pad=0.01, label=measure.label)
         if measure.log:
             tick_plainly(bar.ax.yaxis)
         row[0].set_ylabel(f"{SITE_NAMES[site]}\nblock")
-    for axes, (side, found) in zip(grid[0], parts.items(), strict=True):
+    for axes, (side, rows) in zip(grid[0], parts.items(), strict=True):
         axes.set_title(side.label)
-        ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in found))
+        ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in rows))
         mask_ratios_on_top(axes, range(len(ratios)), list(ratios.values()))
     for axes in grid[-1]:
         axes.set_xlabel("denoising step")
@@ -86,10 +84,10 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
     )
     figure = sheet(caption, 0.35 + 1.3 * len(parts), legend_rows=1)
     grid = figure.subplots(len(parts), len(sites), sharex=True, sharey="col", squeeze=False)
-    for row, (side, found) in zip(grid, parts.items(), strict=True):
+    for row, (side, rows) in zip(grid, parts.items(), strict=True):
         for axes, site in zip(row, sites, strict=True):
             for name, line in zip(CLASSES, style.CYCLE, strict=False):
-                of_class = sorted((p for p in found if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
+                of_class = sorted((p for p in rows if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
                 marks = {"label": name, "clip_on": False, "markevery": 1 + len(of_class) // MOST_MARKERS}
                 axes.plot([p.block for p in of_class], [measure.of(p) for p in of_class], **marks | line)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

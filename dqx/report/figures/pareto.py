@@ -61,22 +61,22 @@ def accuracy_by_bits(group: Group) -> Figure:
 def front(points: Sequence[tuple[float, float]], lower_is_better: bool = False) -> list[tuple[float, float]]:
     """The points (bits, score), by bits, than which no other is as good with as few bits."""
     sign = -1 if lower_is_better else 1
-    found: list[tuple[float, float]] = []
+    best: list[tuple[float, float]] = []
     for bits, score in sorted(points, key=lambda point: (point[0], -sign * point[1])):
-        if not found or sign * score > sign * found[-1][1]:
-            found.append((bits, score))
-    return found
+        if not best or sign * score > sign * best[-1][1]:
+            best.append((bits, score))
+    return best
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows by the width and format of activations, the widest first."""
-    found: dict[tuple[int, str], list[Row]] = {}
+    panels: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         run = row.cell.runs[0].record.settings
-        found.setdefault((run.activation_bits, run.activation_format), []).append(row)
-    order = sorted(found, key=lambda key: (-key[0], key[1]))
+        panels.setdefault((run.activation_bits, run.activation_format), []).append(row)
+    order = sorted(panels, key=lambda key: (-key[0], key[1]))
     return {
-        f"{bits} bits{'' if format == 'int' or bits == 16 else f' ({format})'}": found[bits, format]
+        f"{bits} bits{'' if format == 'int' or bits == 16 else f' ({format})'}": panels[bits, format]
         for bits, format in order
     }
 

@@ -41,18 +41,18 @@ def sheet(caption: Caption, height: float, width: float = style.DOUBLE, legend_r
     room = width - 2 * MARGIN
     parts = ((caption.title, TITLE, True), (caption.run, TEXT, False), (caption.foot, FOOT, False))
     lines = [wrapped(visible(text), room, size, bold) for text, size, bold in parts]
-    tall = [len(found) * size * LEADING / POINTS for found, (_, size, _) in zip(lines, parts, strict=True)]
+    tall = [len(broken) * size * LEADING / POINTS for broken, (_, size, _) in zip(lines, parts, strict=True)]
     below = MARGIN + tall[2] + GAP
     base = below + legend_rows * LEGEND_ROW
     total = base + height + tall[1] + tall[0] + MARGIN
     figure = Figure(figsize=(width, total), dpi=style.DPI)
     FigureCanvasAgg(figure)
     tops = (total - MARGIN, total - MARGIN - tall[0], MARGIN + tall[2])
-    for found, (_, size, bold), top in zip(lines, parts, tops, strict=True):
+    for broken, (_, size, bold), top in zip(lines, parts, tops, strict=True):
         figure.text(
             MARGIN / width,
             top / total,
-            "\n".join(found),
+            "\n".join(broken),
             size=size,
             weight="bold" if bold else "normal",
             color="black" if bold else "#404040",
@@ -73,12 +73,12 @@ def between(figure: Figure) -> tuple[float, float, float, float]:
 
 def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> None:
     """Put one legend of these axes below them all, in the rows that `sheet` was asked to leave for it."""
-    found = {label: handle for axes in of for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {label: handle for axes in of for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     room = inches(figure)[0] / columns - 0.45
     height = rows * LEGEND_ROW / inches(figure)[1]
     box = figure.legend(
-        list(found.values()),
-        [shortened(visible(label), room, 6) for label in found],
+        list(handles.values()),
+        [shortened(visible(label), room, 6) for label in handles],
         ncols=columns,
         loc="center",
         bbox_to_anchor=(0, between(figure)[1] - height, 1, height),
@@ -89,8 +89,9 @@ def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> N
 
 def settled(figure: Figure) -> Figure:
     """The figure with everything in its place, which saving does not work out again."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     return figure
 
 

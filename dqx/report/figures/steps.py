@@ -22,10 +22,10 @@ MOST_WRITTEN = 7  # widths beside each other whose numbers can be read
 FULL = "full"  # the column of full precision
 
 
-def by_steps(found: Sequence[Group]) -> list[dict[int | None, Group]]:
+def by_steps(candidates: Sequence[Group]) -> list[dict[int | None, Group]]:
     """The groups that differ in nothing but their steps, by these, where there are several; None: the tasks' own."""
     alike: dict[tuple[object, ...], dict[int | None, Group]] = {}
-    for group in found:
+    for group in candidates:
         if not groups.complete(group):
             continue
         record = group.rows[0].cell.runs[0].record

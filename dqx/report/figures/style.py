@@ -107,12 +107,12 @@ def look(names: Sequence[str], known: Sequence[str] = ()) -> dict[str, dict[str,
     Known names look the same in every figure, and variants of one (`gptq_as_published`, `gptq, mcs`) differ from it in
     the fill; names beyond those come next in order. More of them than colours change the fill as well.
     """
-    places, variants, found = list(known), Counter[str](), {}
+    places, variants, looks = list(known), Counter[str](), {}
     for name in names:
         base = next((one for one in known if re.match(rf"{re.escape(one)}(_|\W|$)", name)), name)
         if base not in places:
             places.append(base)
         again, place = divmod(places.index(base), len(CYCLE))
-        found[name] = CYCLE[place] | {"fillstyle": FILLS[(again + variants[base]) % len(FILLS)]}
+        looks[name] = CYCLE[place] | {"fillstyle": FILLS[(again + variants[base]) % len(FILLS)]}
         variants[base] += 1
-    return found
+    return looks
