@@ -1,6 +1,6 @@
 """`dqx report RUNS...`: HTML, Markdown and LaTeX of any finished runs, and their figures.
 
-dqx report runs/2026-11-20                      report/report.html, .md, .tex and figures/
+dqx report runs/2026-11-20                      report/report.html, .md, .tex; then their figures/
 dqx report runs --preset qdlm_table1            beside the published values of that table
 dqx report runs --out -                         the tables in Markdown, on standard output
 """
@@ -18,13 +18,13 @@ from dqx.common.files import write_text
 from dqx.record import words
 from dqx.report import content, latex, markdown
 from dqx.report.published import presets
+from dqx.report.terminal import print_lines
 
 
 def write(report: content.Report, folder: Path) -> list[Path]:
-    """Write the report's files. Returns the paths of the documents."""
-    from dqx.report import page, pictures
+    """Write the report's documents, with the figures that it has by now. Returns their paths."""
+    from dqx.report import page  # with Jinja, which printed tables need not
 
-    pictures.draw(report, folder / "figures")
     documents = {
         "report.html": page.page(report),
         "report.md": markdown.markdown(report, folder),
@@ -52,19 +52,23 @@ def main() -> None:
         "each also with _as_published; by default those that the runs have cells of",
     )
     arguments = parser.parse_args()
-    console = Console(highlight=False, emoji=False)
+    console, errors = Console(highlight=False, emoji=False), Console(stderr=True)
     try:
         nothing = not arguments.runs and arguments.preset and not Path("runs").is_dir()
         report = content.build([] if nothing else arguments.runs or ["runs"], arguments.preset)
         if arguments.out == "-":
             print("\n\n".join([markdown.tables(report), *markdown.comparisons(report)]).strip())
             return
-        written = write(report, Path(arguments.out))
+        folder = Path(arguments.out)
+        print_lines(errors, (f"in no table: {each.path}: {each.reason}" for each in report.skipped))
+        console.print(Text(words.lede(report.records)))
+        print_lines(console, (f"  {path}" for path in write(report, folder)))  # to be read while figures are drawn
+        if report.runs:
+            from dqx.report import pictures  # with Matplotlib
+
+            pictures.draw(report, folder / "figures")
+            write(report, folder)
+            print_lines(console, [f"  {folder / 'figures'}"])
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
+        print_lines(errors, [str(error)])
         sys.exit(2)
-    for each in report.skipped:
-        Console(stderr=True).print(Text(f"in no table: {each.path}: {each.reason}"), soft_wrap=True)
-    console.print(Text(words.lede(report.records)))
-    for path in written:
-        console.print(Text(f"  {path}"), soft_wrap=True)

@@ -13,8 +13,9 @@ a finished run, or with one that cannot be read, are listed with the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -26,6 +27,7 @@ from dqx.record.collection import Run
 from dqx.record.compare import PLACES
 from dqx.record.deltas import Delta, compare, headline, judged
 from dqx.record.folder import SIDES, Record
+from dqx.record.settings import RunSettings
 
 #: Settings on which no score depends, or only by the seed's luck; where the checkpoint lies; the tasks, which are told
 #: apart one by one; what only other settings read, which have the value.
@@ -46,7 +48,6 @@ class Cell:
     method: str
     bits: str
     average_bits: float
-    seeds: tuple[int, ...]
     runs: tuple[Run, ...]
     full_precision: dict[str, TaskResult]
     quantized: dict[str, TaskResult]
@@ -55,6 +56,10 @@ class Cell:
     def deltas(self, tasks: Sequence[str]) -> list[Delta]:
         """The deltas of those tasks that the cell has."""
         return compare(*({name: side[name] for name in tasks if name in side} for side in self.sides))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted(self.by_seed))
 
     @property
     def sides(self) -> tuple[dict[str, TaskResult], dict[str, TaskResult]]:
@@ -143,14 +148,14 @@ def settings(record: Record) -> tuple[dict[str, str], dict[str, str]]:
 
 def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
     """The runs sorted by how they were evaluated. Raises ValueError where seeds hold different documents."""
-    return [
-        Evaluation(
-            name,
-            _full_precision(members),
-            [_cell(label, bits, part) for (label, bits), part in _quantizations(members).items()],
-        )
-        for name, members in _evaluations(runs).items()
-    ]
+    alike: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        alike.setdefault(tuple(sorted(settings(run.record)[0].items())), []).append(run)
+    tasks: dict[int, dict[str, str]] = {}
+    for members in alike.values():
+        tasks |= zip(map(id, members), _contested(members), strict=True)
+    named = _named(runs, words.evaluation, lambda run: settings(run.record)[0] | tasks[id(run)])
+    return [Evaluation(name, _means(_latest(part), SIDES[0]), _cells(part)) for name, part in named]
 
 
 def groups(evaluated: Sequence[Evaluation]) -> list[Group]:
@@ -192,47 +197,27 @@ def task_kinds(results: Mapping[str, TaskResult]) -> dict[str, tuple[str, ...]]:
     return {kind: tasks for kind, tasks in kinds.items() if tasks}
 
 
-def _evaluations(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by how they were evaluated, under names that tell them apart."""
-    parts: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        parts.setdefault(tuple(sorted(settings(run.record)[0].items())), []).append(run)
-    named: list[tuple[str, dict[str, str], list[Run]]] = []
-    for key, members in parts.items():
-        for specs, same in _by_specs(members).items():
-            named.append((words.evaluation(same[0].record.settings), dict(key) | dict(specs), same))
-    return {name: members for name, (_, _, members) in zip(told_apart([n[:2] for n in named]), named, strict=True)}
-
-
-def _by_specs(runs: Sequence[Run]) -> dict[tuple[tuple[str, str], ...], list[Run]]:
-    """The runs by the settings of those tasks that not all of them set alike."""
-    suites = [flat({"task": {"suite": run.record.settings.tasks}}) for run in runs]
-    tasks = dict.fromkeys(name for run in runs for name in run.record.quantized)
+def _contested(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Of every run the settings of those tasks that not all of them set alike."""
+    suites = [flat(run.record.settings.tasks, "task.suite") for run in runs]
     contested = []
-    for task in tasks:
+    for task in {name for run in runs for name in run.record.quantized}:
         prefix = f"task.suite.{task}."
         specs = [{k: v for k, v in suite.items() if k.startswith(prefix)} for suite in suites]
-        if any(a != b for a, b in zip([s for s in specs if s], [s for s in specs if s][1:], strict=False)):
+        if any(a != b for a, b in pairwise(filter(None, specs))):
             contested.append(prefix)
-    parts: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run, suite in zip(runs, suites, strict=True):
-        parts.setdefault(tuple((k, v) for k, v in suite.items() if k.startswith(tuple(contested))), []).append(run)
-    return parts
+    return [{k: v for k, v in suite.items() if k.startswith(tuple(contested))} for suite in suites]
 
 
-def _quantizations(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
-    """The runs of a group by how they were quantized: label of the method, and width."""
+def _named(
+    runs: Sequence[Run], name: Callable[[RunSettings], str], told: Callable[[Run], dict[str, str]]
+) -> list[tuple[str, list[Run]]]:
+    """Runs of the same settings together, under names that tell them apart."""
     parts: dict[tuple[str, tuple[tuple[str, str], ...]], list[Run]] = {}
     for run in runs:
-        parts.setdefault((run.record.settings.bits, tuple(sorted(settings(run.record)[1].items()))), []).append(run)
-    by_bits: dict[str, list[tuple[str, dict[str, str], list[Run]]]] = {}
-    for (bits, key), members in parts.items():
-        by_bits.setdefault(bits, []).append((words.quantization(members[0].record.settings), dict(key), members))
-    return {
-        (label, bits): members
-        for bits, named in by_bits.items()
-        for label, (_, _, members) in zip(told_apart([n[:2] for n in named]), named, strict=True)
-    }
+        parts.setdefault((name(run.record.settings), tuple(sorted(told(run).items()))), []).append(run)
+    names = told_apart([(name, dict(own)) for name, own in parts])
+    return list(zip(names, parts.values(), strict=True))
 
 
 def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -247,40 +232,49 @@ def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     return names
 
 
-def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
-    """Later runs replace earlier ones of the same seed, task by task."""
-    latest: dict[str, dict[int, Record]] = {}
+def _cells(runs: Sequence[Run]) -> list[Cell]:
+    """The runs of an evaluation by how they were quantized."""
+    by_bits: dict[str, list[Run]] = {}
     for run in runs:
-        for task in run.record.quantized:
-            latest.setdefault(task, {})[run.record.settings.seed] = run.record
-    sides = [
-        {
-            task: mean_over_seeds([getattr(by_seed[seed], side)[task] for seed in sorted(by_seed)])
-            for task, by_seed in latest.items()
-        }
-        for side in SIDES
+        by_bits.setdefault(run.record.settings.bits, []).append(run)
+    return [
+        _cell(label, bits, part)
+        for bits, members in by_bits.items()
+        for label, part in _named(members, words.quantization, lambda run: settings(run.record)[1])
     ]
-    seeds = sorted({seed for by_seed in latest.values() for seed in by_seed})
+
+
+def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
+    latest = _latest(runs)
+    full_precision, quantized = (_means(latest, side) for side in SIDES)
     used = {id(record) for by_seed in latest.values() for record in by_seed.values()}
+    scores: dict[int, dict[str, float]] = {}
+    for task, by_seed in latest.items():
+        for seed, record in by_seed.items():
+            scores.setdefault(seed, {})[task] = record.quantized[task].value
     return Cell(
         method=label,
         bits=bits,
         average_bits=fmean(float(run.record.average_bits or 16) for run in runs),
-        seeds=tuple(seeds),
         runs=tuple(run for run in runs if id(run.record) in used),
-        full_precision=sides[0],
-        quantized=sides[1],
-        by_seed={
-            seed: {task: by_seed[seed].quantized[task].value for task, by_seed in latest.items() if seed in by_seed}
-            for seed in seeds
-        },
+        full_precision=full_precision,
+        quantized=quantized,
+        by_seed=scores,
     )
 
 
-def _full_precision(runs: Sequence[Run]) -> dict[str, TaskResult]:
-    """Full precision of every task, a mean over the seeds; runs of one seed agree, so the latest stands for them."""
-    latest: dict[str, dict[int, TaskResult]] = {}
+def _latest(runs: Sequence[Run]) -> dict[str, dict[int, Record]]:
+    """The record of every task and seed; later runs replace earlier ones of the same seed, task by task."""
+    latest: dict[str, dict[int, Record]] = {}
     for run in runs:
-        for task, result in run.record.full_precision.items():
-            latest.setdefault(task, {})[run.record.settings.seed] = result
-    return {task: mean_over_seeds([by_seed[s] for s in sorted(by_seed)]) for task, by_seed in latest.items()}
+        for task in run.record.quantized:
+            latest.setdefault(task, {})[run.record.settings.seed] = run.record
+    return latest
+
+
+def _means(latest: Mapping[str, Mapping[int, Record]], side: str) -> dict[str, TaskResult]:
+    """One side's results, means over the seeds."""
+    return {
+        task: mean_over_seeds([getattr(by_seed[seed], side)[task] for seed in sorted(by_seed)])
+        for task, by_seed in latest.items()
+    }

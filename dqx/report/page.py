@@ -9,8 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from io import BytesIO
@@ -25,30 +24,14 @@ from dqx.diagnostics import activations
 from dqx.record import words
 from dqx.record.collection import Run
 from dqx.record.compare import Flip, flips
+from dqx.record.folder import Record
 from dqx.record.words import visible
 from dqx.report import content, tables
 from dqx.report.content import Picture, Report
-from dqx.report.tables import Table
 
 FLIPS_PER_TASK = 3  # documents shown of each task of a run
 LONGEST = 2000  # characters shown of an output
 QUALITY = 72  # of an embedded figure, which is a copy for the screen
-
-
-@dataclass(frozen=True)
-class Details:
-    """What the page tells of one run."""
-
-    run: Run
-    anchor: str
-    title: str
-    subtitle: str
-    tasks: Table
-    lacks: list[str]
-    pictures: list[Picture]
-    flips: list[tuple[str, int, list[Flip]]]  # task, how many flipped, some of them
-    config: str
-    environment: str
 
 
 def page(report: Report) -> str:
@@ -61,7 +44,8 @@ def page(report: Report) -> str:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    environment.filters |= {"slug": slug, "embedded": embedded, "shortened": shortened}
+    filters = (slug, embedded, shortened, flipped, listing, tables.anchor, tables.deltas, content.lacks)
+    environment.filters |= {each.__name__: each for each in (*filters, words.title, words.conditions)}
     style, script = _asset("style.css"), _asset("script.js")
     return environment.get_template("page.html").render(
         report=report,
@@ -70,7 +54,6 @@ def page(report: Report) -> str:
         facts=list(facts(report)),
         findings=findings(report.runs),
         runs=tables.runs(report.runs),
-        details=[_details(number, run, report) for number, run in enumerate(report.runs, 1)],
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
@@ -109,21 +92,17 @@ def _title(report: Report) -> str:
     return ", ".join(models) or ", ".join(comparison.preset for comparison in report.comparisons)
 
 
-def _details(number: int, run: Run, report: Report) -> Details:
-    record = run.record
-    flipped = {task: flips(before, record.quantized[task]) for task, before in record.full_precision.items()}
-    return Details(
-        run=run,
-        anchor=tables.anchor(number),
-        title=words.title(record),
-        subtitle=words.conditions(record),
-        tasks=tables.deltas(record.deltas, p_values=True),
-        lacks=content.lacks(record),
-        pictures=report.run_pictures[number - 1] if report.run_pictures else [],
-        flips=[(task, len(all_of), all_of[:FLIPS_PER_TASK]) for task, all_of in flipped.items() if all_of],
-        config=yaml.safe_dump(jsonable(record.config), sort_keys=False, allow_unicode=True),
-        environment=yaml.safe_dump(jsonable(record.environment), sort_keys=False, allow_unicode=True),
-    )
+def flipped(record: Record) -> Iterator[tuple[str, int, list[Flip]]]:
+    """The tasks with documents that flipped: how many did, and some of them."""
+    for task, before in record.full_precision.items():
+        changed = flips(before, record.quantized[task])
+        if changed:
+            yield task, len(changed), changed[:FLIPS_PER_TASK]
+
+
+def listing(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML."""
+    return str(yaml.safe_dump(jsonable(settings), sort_keys=False, allow_unicode=True))
 
 
 def findings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

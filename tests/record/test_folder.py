@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from records import record
 from dqx.common.environment import environment
 from dqx.common.files import jsonable, write_json
 from dqx.record import folder as store
+from dqx.record.collection import runs
 from dqx.record.folder import RunFolder
 
 
@@ -54,11 +57,11 @@ def test_activations_are_read_when_asked_for(tmp_path):
     tensors = {f"{side}/0/mlp_out/channel_max": same for side in store.SIDES}
     folder = RunFolder(tmp_path)
     folder.write(record(activations=tensors))
-    found = folder.read().activations
-    assert set(found) == set(tensors)
-    assert len(found) == 2
-    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
-    assert found.get("quantized/1/mlp_out/surface") is None
+    read = folder.read().activations
+    assert set(read) == set(tensors)
+    assert len(read) == 2
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
+    assert read.get("quantized/1/mlp_out/surface") is None
     folder.write(record())
     assert dict(folder.read().activations) == {}
 
@@ -155,38 +158,50 @@ def test_another_schema_version_is_refused(tmp_path):
         folder.read()
 
 
-def test_records_of_the_first_schema_version_are_read(tmp_path):
-    """They had deltas without tests, which the documents give."""
-    folder, run = RunFolder(tmp_path), record()
-    folder.write(run)
-    results = json.loads((tmp_path / "results.json").read_text())
-    later = ("bootstrap_low", "bootstrap_high", "p_value", "p_adjusted", "resolvable", "verdict")
-    old = [{key: value for key, value in row.items() if key not in later} for row in results["deltas"]]
-    write_json(tmp_path / "results.json", results | {"schema_version": 1, "deltas": old})
-    assert folder.read().deltas == run.deltas
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_records_of_earlier_schema_versions_are_read(version):
-    """Written by the versions of dqx that had them: full precision and 4-bit weights on two documents, shortened."""
+@pytest.mark.parametrize("version", store.READABLE)
+def test_records_of_every_schema_version_are_read(version):
+    """Written by versions of dqx that had them: full precision and 4-bit weights on two documents, shortened."""
     folder = RunFolder(DATA / "records" / f"schema{version}")
-    found = folder.read()
-    assert found.results()["schema_version"] == 4
-    assert [found.full_precision["nano_sums"].value, found.quantized["nano_sums"].n] == [1.0, 2]
-    assert [row.doc_id for row in found.quantized["nano_sums"].documents] == ["nano_sums/0", "nano_sums/1"]
-    assert found.deltas == folder.read(documents=False).deltas
-    assert found.outliers["quantized"].at(0, "mlp_out").massive_values > 0
-    assert found.fidelity["answers"]["tokens"] == 4
-    assert "by_step" not in found.fidelity
-    assert dict(found.activations) == {}
+    read = folder.read()
+    assert json.loads((folder.path / "results.json").read_text())["schema_version"] == version
+    assert read.results()["schema_version"] == store.SCHEMA_VERSION
+    assert [read.full_precision["nano_sums"].value, read.quantized["nano_sums"].n] == [1.0, 2]
+    assert [row.doc_id for row in read.quantized["nano_sums"].documents] == ["nano_sums/0", "nano_sums/1"]
+    assert read.deltas == folder.read(documents=False).deltas  # tests of differences are computed where none were kept
+    assert (read.deltas[0].verdict, read.deltas[0].p_adjusted) == ("not distinguishable", 1.0)
+    assert read.outliers["quantized"].at(0, "mlp_out").massive_values > 0
+    assert bool(read.fidelity) == (version > 1)
+    assert ("by_step" in read.fidelity) == (version > 3)
+    assert dict(read.activations) == {}
+    run = read.settings
+    assert (run.model, run.method_label, run.bits, run.seed, run.limit) == ("nano_llada", "rtn", "w4a16", 0, 2)
+    assert (run.masking, run.approximations, list(run.tasks)) == ("clean", (), ["nano_sums"])
+
+
+def test_records_of_all_versions_are_runs_alike():
+    """One frame holds them, one row per run and task."""
+    read = runs(DATA / "records")
+    assert repr(read) == "Runs(4 finished of nano_llada)"
+    frame = read.to_pandas()
+    assert frame[["model", "method", "bits", "task", "delta"]].drop_duplicates().values.tolist() == [
+        ["nano_llada", "rtn", "w4a16", "nano_sums", 0.0]
+    ]
+    assert list(frame["folder"]) == [str(run.path) for run in read]
+    assert "nano_sums" in read._repr_html_()
+    assert "rtn w4a16" in repr(read[0].record)
+    assert len(read[1:]) == 3
+
+
+def test_records_are_read_without_torch():
+    code = "import sys, dqx.record.collection, dqx.report.command, dqx.report.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_environment_names_versions_and_no_person():
-    found = environment("cpu")
-    assert (
-        found["packages"]["torch"] == torch.__version__ or found["packages"]["torch"] == torch.__version__.split("+")[0]
-    )
-    text = json.dumps(jsonable(found))
+    here = environment("cpu")
+    assert here["packages"]["torch"] in (torch.__version__, torch.__version__.split("+")[0])
+    text = json.dumps(jsonable(here))
     assert str(Path.home()) not in text
     assert not any(key in text for key in ("API_KEY", "TOKEN", "hostname"))
-    assert found["device"] == "cpu"
+    assert here["device"] == "cpu"

@@ -11,6 +11,7 @@ import records
 
 from dqx.evaluate.results import TaskResult
 from dqx.record.collection import Run, runs
+from dqx.record.compare import differences
 from dqx.record.deltas import paired_interval
 from dqx.record.folder import Record, RunFolder
 from dqx.record.outcomes import Failure
@@ -101,6 +102,15 @@ def test_what_differs_in_more_than_the_seed_is_told_apart() -> None:
 def test_where_things_are_does_not_tell_runs_apart() -> None:
     other = run(1, config={"cache_dir": "elsewhere", "outliers": {"samples": 0}, "wandb": {"mode": "disabled"}})
     assert len(only(sorted_out(run(), other)).rows) == 1
+
+
+def test_where_a_class_lies_does_not_tell_runs_apart() -> None:
+    """Modules have moved since earlier records were written."""
+    model = BASE.config["model"]
+    paths = ("dqx.diffusion.llada.LLaDASampler", "dqx.diffusion.samplers.llada.LLaDASampler")
+    before, after = (run(i, config={"model": model | {"sampler": {"_target_": p}}}) for i, p in enumerate(paths))
+    assert len(only(sorted_out(before, after)).rows) == 1
+    assert list(differences(before.config, after.config | {"seed": 0})) == []
 
 
 def test_the_studys_two_kinds_of_tasks_and_texts_have_tables_of_their_own() -> None:
