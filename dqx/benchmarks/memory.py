@@ -35,6 +35,7 @@ from dqx.models.checkpoint import INDEX, inspect, skeleton, tensor_names
 from dqx.models.family import family_of
 from dqx.models.transformer import Architecture
 from dqx.quant import QuantReport, quantize_checkpoint
+from dqx.quant.checkpoint.on_disk import Loading
 
 POOL = 2**24 + 43  # random numbers that all weights are cut from; the prime keeps rows of a matrix apart
 
@@ -115,17 +116,11 @@ def _work(job: Job, pipe: Any) -> None:
     method, source = compose.build(choice.method), inspect(str(job.source))
     noise = torch.Generator().manual_seed(1)
     ids = torch.randint(0, source.arch.vocab_size, (job.samples, job.length), generator=noise)
-    batches = [_Batch(ids)] if method.needs_data else []
-    report = quantize_checkpoint(
-        source, job.output, method, choice.bits, batches, activations_gb=job.activations_gb, progress=False
-    )
+    batches = [ids] if method.needs_data else []
+    loading = Loading(activations_gb=job.activations_gb)
+    report = quantize_checkpoint(source, job.output, method, choice.bits, batches, loading=loading, progress=False)
     pipe.send(report.to_dict())
     pipe.close()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    ids: Tensor
 
 
 def figures(job: Job, arch: Architecture, report: QuantReport, size: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dqx.quant.method import Method
     from dqx.quant.registry import storable
     from dqx.quant.report import QuantReport
+    from dqx.quant.stream import block_statistics
 
 __all__ = [
     "ActivationBits",
@@ -24,6 +25,7 @@ __all__ = [
     "Method",
     "QuantReport",
     "WeightBits",
+    "block_statistics",
     "load_quantized",
     "quantize",
     "quantize_checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
 _LAZY = {
     "Method": "method",
     "QuantReport": "report",
+    "block_statistics": "stream",
     "load_quantized": "checkpoint.folder",
     "quantize": "loop",
     "quantize_checkpoint": "checkpoint.on_disk",

@@ -1,17 +1,16 @@
-"""Where a model lies while it is quantized: in memory, or on disk (`on_disk.py`)."""
+"""Where a model lies while it is quantized: in memory, or on disk (`checkpoint/on_disk.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
 from dqx.quant.activations_store import ActivationStore, Row
-from dqx.quant.linear import QuantLinear
 from dqx.quant.report import LinearRow
 
 
@@ -27,60 +26,31 @@ class Progress:
     peak_gpu: int = 0
 
 
-class Home(Protocol):
-    """What the loop takes blocks from and gives them back to."""
+class Home:
+    """What the loop takes blocks from and gives them back to: here a model in memory, which is changed in place.
 
-    model: MaskedDiffusionTransformer  # weights may be missing (on torch's meta device); done blocks have their modules
-    device: torch.device
-    store: ActivationStore
-    from_disk: bool
-    progress: Progress | None  # of an earlier attempt; None: start
+    On disk the weights of `model` may be missing (on torch's meta device); done blocks have their modules all the same.
+    """
 
-    def problems(self) -> list[str]:
-        """What keeps the model from being quantized."""
-        ...
+    from_disk: ClassVar[bool] = False
+    progress: Progress | None = None  # of an earlier attempt; None: start
 
-    def outer(self) -> AbstractContextManager[None]:
-        """A context in which embedding, final norm and head are loaded; they are kept as they are at its end."""
-        ...
-
-    def take(self, index: int) -> Block:
-        """A block as it was stored."""
-        ...
-
-    def put(self, index: int, block: Block) -> None:
-        """Keep a finished block."""
-        ...
-
-    def note(self, progress: Progress) -> None:
-        """Remember how far things are, after every block and before the first."""
-        ...
-
-
-class InMemory:
-    """A model that is loaded as a whole and changed in place."""
-
-    def __init__(self, model: MaskedDiffusionTransformer):
-        self.model, self.device, self.store = model, model.device, ActivationStore()
-        self.from_disk = False
-        self.progress: Progress | None = None
-
-    def problems(self) -> list[str]:
-        if any(isinstance(module, QuantLinear) for module in self.model.modules()):
-            return ["the model is quantized already; load its weights again"]
-        return []
+    def __init__(self, model: MaskedDiffusionTransformer, device: torch.device, store: ActivationStore | None = None):
+        self.model, self.device, self.store = model, device, store or ActivationStore()
 
     @contextmanager
     def outer(self) -> Iterator[None]:
+        """A context in which embedding, final norm and head are loaded; they are kept as they are at its end."""
         yield
 
     def take(self, index: int) -> Block:
+        """A block as it was stored."""
         block = self.model.blocks[index]
         assert isinstance(block, Block)
         return block
 
     def put(self, index: int, block: Block) -> None:
-        """Nothing to do: the block is in its place."""
+        """Keep a finished block; in memory it is in its place."""
 
     def note(self, progress: Progress) -> None:
-        """Nothing to do: what is lost with the process cannot be continued."""
+        """Remember how far things are, after every block and before the first; in memory nothing can be continued."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dqx.diffusion.noise import Key, generator
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
-from dqx.formats.integers import Grid
+from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
 from dqx.quant.activations_store import ActivationStore
@@ -73,10 +73,11 @@ class Context:
         grid = None if rounding is None else rounding.grid(bits)
         return None if grid is None or grid.identity else (grid, bits.group_size)
 
-    def rope(self, length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """The rotary tables of a sequence of `length` tokens."""
-        positions = torch.arange(length, device=device)[None]
-        return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, dtype)
+
+def block_rope(arch: Architecture, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary tables of a sequence x [B, T, D] without padding."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    return rope_tables(positions, arch.head_size, arch.rope_theta, wide(x[:0]).dtype)
 
 
 class Part(Protocol):

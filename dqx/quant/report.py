@@ -8,26 +8,38 @@ Embedding, norms, biases and head are not in the average.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
+from statistics import fmean
 from typing import Any
 
-from dqx.formats.bits import FORMATS, UNQUANTIZED
+from torch import nn
+
+from dqx.formats.bits import FORMATS, UNQUANTIZED, BitsConfig, WeightBits, block_range
+from dqx.quant.linear import QuantLinear
+from dqx.quant.method import Method
 
 INDEX_BITS = 16
 
 
-def stored_bits(
-    shape: tuple[int, int], bits: int, n_groups: int, *, symmetric: bool, scattered: bool = False, format: str = "int"
-) -> int:
-    """Bits that a weight [O, I] with `n_groups` groups per row takes, by the convention above."""
+def stored_bits(shape: tuple[int, int], bits: WeightBits, n_groups: int, *, scattered: bool = False) -> int:
+    """Bits that a weight takes, by the convention above.
+
+    Args:
+        shape: outputs and inputs.
+        bits: width, format and symmetry of its grid.
+        n_groups: groups per row.
+        scattered: whether a group's inputs are not neighbours, so that each input has the index of its group.
+    """
     n_out, n_in = shape
-    if bits == UNQUANTIZED:
+    if bits.bits == UNQUANTIZED:
         return UNQUANTIZED * n_out * n_in
-    scales = FORMATS[format]
-    per_group = scales.scale_bits + (0 if symmetric or not scales.has_zero_point else bits)
+    scales = FORMATS[bits.format]
+    per_group = scales.scale_bits + (0 if bits.symmetric or not scales.has_zero_point else bits.bits)
     index = INDEX_BITS * n_in if scattered else 0
-    return bits * n_out * n_in + per_group * n_out * n_groups + scales.tensor_bits + index
+    return bits.bits * n_out * n_in + per_group * n_out * n_groups + scales.tensor_bits + index
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class KeptRow:
     reason: str
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantReport:
     """The record of one call of `quantize`."""
 
@@ -93,6 +105,27 @@ class QuantReport:
         """Bits per weight over the seven linears of all blocks, scales and zero points included."""
         weights = sum(row.shape[0] * row.shape[1] for row in self.linears)
         return sum(row.stored_bits for row in self.linears) / weights if weights else float(UNQUANTIZED)
+
+    def __repr__(self) -> str:
+        what = " ".join(filter(None, (self.method, self.variant, self.bits)))
+        return f"QuantReport({what}: {len(self.linears)} linears, {self.average_bits:.2f} bits per weight)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the linears of each role, and how far quantization moved them on average."""
+        table = ["role", "linears", "weights, bits", "inputs, bits", "weight error", "output error"], *self._by_role()
+        lines = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in table)
+        return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def _by_role(self) -> Iterator[list[str]]:
+        for role in dict.fromkeys(row.role for row in self.linears):
+            rows = [row for row in self.linears if row.role == role]
+            errors = [row.weight_error for row in rows], [e for row in rows if (e := row.output_error) is not None]
+            widths = {row.bits for row in rows}, {row.activation_bits for row in rows}
+            yield [
+                *(role, str(len(rows))),
+                *("/".join(map(str, sorted(of_rows))) for of_rows in widths),
+                *(f"{fmean(of_rows):.2e}" if of_rows else "" for of_rows in errors),
+            ]
 
     @property
     def changed(self) -> bool:
@@ -133,3 +166,39 @@ class QuantReport:
             "kept": [asdict(row) for row in self.kept],
             "notes": self.notes,
         }
+
+
+def kept_rows(model: nn.Module, method: Method, bits: BitsConfig) -> list[KeptRow]:
+    """Every parameter that is not a rounded weight, with the reason; blocks with the same one are counted together."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        if isinstance(owner, QuantLinear) and owner.scale is not None and name.endswith(".weight"):
+            continue
+        row = re.sub(r"^blocks\.\d+\.", "blocks.*.", name), _reason(name, method, bits)
+        sizes.setdefault(row, []).append(parameter.numel())
+    return [KeptRow(name, len(counts), sum(counts), reason) for (name, reason), counts in sizes.items()]
+
+
+def _reason(name: str, method: Method, bits: BitsConfig) -> str:
+    if name.startswith("embed"):
+        return "embedding: rows are looked up, not multiplied"
+    if name.startswith("head"):
+        return "output head: kept in the study and by all methods here"
+    if name.endswith("norm.bias"):
+        return "bias of a norm, put there by a correction: one number per channel"
+    if name.endswith("bias"):
+        return "bias: one number per output"
+    if "norm" in name:
+        return "norm gain: one number per channel"
+    role = name.split(".")[-2]
+    if role in method.rounding_by_role and method.rounding_of(role) is None:
+        return f"method.rounding_by_role.{role} is null"
+    if method.rounding_of(role) is None:
+        return f"method {method.name} rounds no weights"
+    index, widths = int(name.split(".")[1]), bits.widths("weight")
+    entry = next((entry for entry in bits.blocks if index in block_range(entry)), "")
+    by_block, by_role = f"bits.blocks.{entry}", f"bits.overrides.{role}.weight"
+    keys = (f"{by_block}.{role}.weight", by_role, f"{by_block}.weight", "bits.weight.bits")
+    return next(f"{key}={widths[key]}" for key in keys if widths.get(key) is not None)

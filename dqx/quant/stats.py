@@ -89,8 +89,7 @@ class Cross(Collector, statistic="cross"):
     factors: ClassVar[int] = 4
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
-        assert intact is not None
-        rows, wanted = x.reshape(-1, x.shape[-1]), intact.reshape(-1, x.shape[-1])
+        rows, wanted = x.reshape(-1, x.shape[-1]), _paired(intact).reshape(-1, x.shape[-1])
         if self.total is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=x.device)
@@ -107,8 +106,7 @@ class Shift(Collector, statistic="shift"):
     squares: Tensor | None = None  # sum of squared deviations from the mean so far
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
-        assert intact is not None
-        change = (intact.double() - x.double()).reshape(-1, x.shape[-1])
+        change = (_paired(intact).double() - x.double()).reshape(-1, x.shape[-1])
         n, mean = len(change), change.mean(0)
         squares = (change - mean).square().sum(0)
         if self.mean is None or self.squares is None:
@@ -189,6 +187,12 @@ class Inputs(Collector, statistic="inputs"):
 
     def value(self) -> Row:
         return self.kept
+
+
+def _paired(intact: Tensor | None) -> Tensor:
+    if intact is None:
+        raise ValueError("a statistic that compares two models needs a part that follows both (`stream`)")
+    return intact
 
 
 def collectors(names: Iterable[str], n_tokens: int, store: ActivationStore | None = None) -> dict[str, Collector]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
 from dqx.quant.activations_store import ActivationStore, Row
+from dqx.quant.protocols import block_rope
 from dqx.quant.stats import Collector, collectors
 
 MEAN_POSITIONS = 64  # of all sequences, embedded at a time
@@ -108,10 +109,10 @@ class Stream:
 
     def input_at(self, block: Block, i: int, site: str) -> Tensor:
         """What the linears of `site` read for sequence i."""
-        found: list[Tensor] = []
-        with listening(block, [site], lambda _, x: found.append(x), site):
+        heard: list[Tensor] = []
+        with listening(block, [site], lambda _, x: heard.append(x), site):
             self._forward_to(block, i, site)
-        return found[0]
+        return heard[0]
 
     def _forward_to(self, block: Block, i: int, stop_at: str | None) -> Tensor | None:
         try:
@@ -132,17 +133,49 @@ def collect_paired(
     intact_seen: Seen = as_is,
 ) -> dict[str, Any]:
     """Statistics of one site from both streams in lockstep, sequence by sequence."""
-    found = collectors(needs, quantized.n_tokens, quantized.store)
+    by_name = collectors(needs, quantized.n_tokens, quantized.store)
     for i in range(len(quantized.inputs)):
         x = seen(quantized.input_at(block, i, site))
         wanted = intact_seen(intact.input_at(intact_block, i, site))
-        for collector in found.values():
+        for collector in by_name.values():
             collector.add(x, wanted)
-    return values(found)
+    return values(by_name)
 
 
-def values(found: Mapping[str, Collector]) -> dict[str, Any]:
-    return {name: collector.value() for name, collector in found.items()}
+@torch.no_grad()
+def block_statistics(
+    block: Block, inputs: Tensor | Sequence[Tensor], needs: Iterable[str] | Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, Any]]:
+    """Statistics of what the linears of a single block read, without the model around it.
+
+    Args:
+        block: in full precision or quantized.
+        inputs: of the block [B, T, D], or several such tensors; sequences run one at a time.
+        needs: names of `dqx.quant.stats.COLLECTORS`, such as "hessian", for all sites or by site.
+
+    Returns:
+        The statistics by site and name: `block_statistics(block, x, ["absmax"])["mlp_in"]["absmax"]` [D].
+
+    Raises:
+        ValueError: for an unknown statistic, or one that compares two models.
+    """
+    sequences = [x for batch in ([inputs] if isinstance(inputs, Tensor) else inputs) for x in batch.split(1)]
+    by_site = needs if isinstance(needs, Mapping) else dict.fromkeys(SITES, tuple(needs))
+    n_tokens = sum(x.shape[1] for x in sequences)
+    wanted = {site: collectors(names, n_tokens) for site, names in by_site.items()}
+
+    def add(site: str, x: Tensor) -> None:
+        for collector in wanted[site].values():
+            collector.add(x)
+
+    with listening(block, wanted, add, None):
+        for x in sequences:
+            block(x, block_rope(block.arch, x))
+    return {site: values(by_name) for site, by_name in wanted.items()}
+
+
+def values(by_name: Mapping[str, Collector]) -> dict[str, Any]:
+    return {name: collector.value() for name, collector in by_name.items()}
 
 
 def _mean_embedding(model: MaskedDiffusionTransformer, ids: Sequence[Tensor]) -> list[Tensor]:

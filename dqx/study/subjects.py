@@ -33,7 +33,7 @@ from dqx.data.calibration import CalibBatch
 from dqx.models.checkpoint import CheckpointError, skeleton
 from dqx.quant import QuantReport, load_quantized, quantize, quantize_checkpoint, save_quantized
 from dqx.quant.checkpoint.folder import read_recipe, verify_shards
-from dqx.quant.checkpoint.on_disk import OtherJob, partial
+from dqx.quant.checkpoint.on_disk import Loading, OtherSettings, partial
 from dqx.study import facts as keys
 from dqx.study.cache import space
 from dqx.study.cache.key import Key
@@ -236,17 +236,19 @@ class Subjects:
                 config.bits,
                 self.seen,
                 seed=config.seed,
-                dtype=dtype_of(config.model.dtype),
-                device=self.device,
-                activations_gb=room_for_activations(self.pools) / GB,
-                planted=(planted.gain, planted.channels),
+                loading=Loading(
+                    dtype=dtype_of(config.model.dtype),
+                    device=self.device,
+                    planted=(planted.gain, planted.channels),
+                    activations_gb=room_for_activations(self.pools) / GB,
+                ),
             )
 
         if not self.once.reuse:
             shutil.rmtree(partial(folder), ignore_errors=True)
         try:
             write()
-        except OtherJob as error:  # of another version of a library
+        except OtherSettings as error:  # of another version of a library
             self.once.store.warn(f"begun again: {error}")
             shutil.rmtree(partial(folder))
             write()

@@ -16,16 +16,16 @@ from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.plant import plant_outliers
 from dqx.quant import load_quantized, quantize, quantize_checkpoint
 from dqx.quant.activations_store import ActivationStore
-from dqx.quant.checkpoint.on_disk import OnDisk
+from dqx.quant.checkpoint.on_disk import Loading, OnDisk
 
 
-def on_disk(family, case, output, dtype=torch.float32, **options):
-    """The report of a case quantized from disk, no activation in store."""
+def on_disk(family, case, output, dtype=torch.float32, activations_gb=0.0, **options):
+    """The report of a case quantized from disk, no activation in memory."""
     config = configured(family, CASES[case])
     part, source = build(config.method), inspect(str(GOLDEN / f"{family}_tiny"))
     batches = [Batch(IDS)] if part.needs_data else []
-    settings = {"dtype": dtype, "activations_gb": 0.0, "progress": False} | options
-    return quantize_checkpoint(source, output, part, config.bits, batches, **settings)
+    options |= {"loading": Loading(dtype, activations_gb=activations_gb), "progress": False}
+    return quantize_checkpoint(source, output, part, config.bits, batches, **options)
 
 
 def without_costs(report):
@@ -133,7 +133,7 @@ def test_planted_outliers_and_tied_heads(tmp_path, tiny_checkpoint):
     model, method = load_weights(source), build(config.method)
     plant_outliers(model, 8.0, 2)
     quantize(model, method, config.bits, [Batch(IDS % 256)], progress=False)
-    settings = {"planted": (8.0, 2), "progress": False}
+    settings = {"loading": Loading(planted=(8.0, 2)), "progress": False}
     quantize_checkpoint(source, tmp_path / "out", method, config.bits, [Batch(IDS % 256)], **settings)
     assert_same(model, load_quantized(tmp_path / "out")[0])
     config = select(method="rtn", bits="w4a16", overrides=[SMALL])

@@ -17,11 +17,12 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dqx.common.environment import package_version
 from dqx.common.files import jsonable, write_json
@@ -32,8 +33,8 @@ from dqx.models.plant import plant_in_block
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import ActivationStore, Shelf
 from dqx.quant.checkpoint import folder as saved
-from dqx.quant.home import Progress
-from dqx.quant.loop import Batch, quantize_blocks
+from dqx.quant.home import Home, Progress
+from dqx.quant.loop import Assignment, Batches, quantize_blocks, token_ids
 from dqx.quant.method import Method
 from dqx.quant.report import LinearRow, QuantReport
 
@@ -42,8 +43,18 @@ PARTIAL = ".partial"
 VERSIONS = ("dqx", "torch", "safetensors")
 
 
-class OtherJob(ValueError):
+class OtherSettings(ValueError):
     """An unfinished folder belongs to a call with other settings."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the blocks of a checkpoint are loaded, and how much of the calibration text's activations stay in RAM."""
+
+    dtype: torch.dtype | None = None  # of the weights; None: as stored
+    device: torch.device | str = "cpu"
+    planted: tuple[float, int] = (1.0, 0)  # gain and number of the channels of `plant_outliers`
+    activations_gb: float | None = None  # 10^9 bytes; what is beyond them lies in files; None: all in RAM
 
 
 def quantize_checkpoint(
@@ -51,41 +62,34 @@ def quantize_checkpoint(
     output: str | Path,
     method: Method,
     bits: BitsConfig,
-    batches: Sequence[Batch] = (),
+    batches: Batches = (),
     *,
+    loading: Loading | None = None,
     seed: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    activations_gb: float | None = None,
-    planted: tuple[float, int] = (1.0, 0),
     progress: bool = True,
 ) -> QuantReport:
-    """Quantize the checkpoint `source` into the new folder `output`, which `load_quantized` reads.
+    """Quantize a checkpoint into a new folder. A call that was interrupted, after any block, is continued by the same.
 
-    Weights are loaded in `dtype` (None: as stored) on `device`. At most `activations_gb` of calibration activations
-    (10^9 bytes; None: all) are held in RAM. `planted` is gain and number of the channels of `plant_outliers`. A call
-    that was interrupted, after any block, is continued by the same call. Raises ValueError as `quantize` does and where
-    `output` exists, and OtherJob where an unfinished folder belongs to a call with other settings.
+    Args:
+        source: what `inspect` gives.
+        output: the folder, which `load_quantized` reads.
+        method, bits, batches, seed, progress: as `quantize` takes them.
+        loading: precision, device and memory; None: as stored, on the CPU, all activations in RAM.
+
+    Returns:
+        What was done, linear by linear.
+
+    Raises:
+        ValueError: as `quantize` does, and where `output` exists.
+        OtherSettings: where an unfinished folder belongs to a call with other settings.
     """
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already; remove it, or write elsewhere")
-    job = {
-        "checkpoint": source.fingerprint(),
-        "architecture": asdict(source.arch),
-        "method": saved.described(method),
-        "bits": asdict(bits),
-        "calibration": _digest(batches),
-        "seed": seed,
-        "dtype": str(dtype),
-        "device": torch.device(device).type,
-        "planted": planted,
-        "versions": {name: package_version(name) for name in VERSIONS},
-    }
-    limit = None if activations_gb is None else int(activations_gb * GB)
-    home = OnDisk(source, partial(output), job, dtype, device, limit, planted)
-    report = quantize_blocks(home, method, bits, batches, seed=seed, progress=progress)
-    home.finish(output, report, method, bits)
+    asked = Assignment(method, bits, token_ids(batches), seed, progress)
+    home = OnDisk(source, partial(output), asked, loading or Loading())
+    report = quantize_blocks(home, asked)
+    home.finish(output, report)
     return report
 
 
@@ -94,40 +98,45 @@ def partial(output: Path) -> Path:
     return output.with_name(output.name + PARTIAL)
 
 
-class OnDisk:
+class OnDisk(Home):
     """A model whose blocks come from one checkpoint and go to the folder of another."""
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        folder: Path,
-        job: dict[str, Any],
-        dtype: torch.dtype | None,
-        device: torch.device | str,
-        limit: int | None,
-        planted: tuple[float, int],
-    ):
-        self.source, self.folder, self.dtype, self.planted = source, folder, dtype, planted
-        self.job: dict[str, Any] = json.loads(json.dumps(jsonable(job)))
-        self.model, self.device = skeleton(source.arch), torch.device(device)
-        self.store = ActivationStore(folder / "activations", limit)
+    from_disk = True
+
+    def __init__(self, source: Checkpoint, folder: Path, asked: Assignment, loading: Loading):
+        limit = None if loading.activations_gb is None else int(loading.activations_gb * GB)
+        store = ActivationStore(folder / "activations", limit)
+        super().__init__(skeleton(source.arch), torch.device(loading.device), store)
+        self.source, self.folder, self.asked, self.loading = source, folder, asked, loading
+        self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(self._settings())))
         self.shards: dict[str, Any] = {}
-        self.from_disk = True
         self.progress = self._continue()
 
-    def problems(self) -> list[str]:
-        return []
+    def _settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {
+            "checkpoint": self.source.fingerprint(),
+            "architecture": asdict(self.source.arch),
+            "method": saved.described(self.asked.method),
+            "bits": asdict(self.asked.bits),
+            "calibration": _digest(self.asked.ids),
+            "seed": self.asked.seed,
+            "dtype": str(self.loading.dtype),
+            "device": self.device.type,
+            "planted": self.loading.planted,
+            "versions": {name: package_version(name) for name in VERSIONS},
+        }
 
     @contextmanager
     def outer(self) -> Iterator[None]:
-        load_outer(self.model, self.source, self.dtype, self.device)
+        load_outer(self.model, self.source, self.loading.dtype, self.device)
         yield
         self.shards |= saved.write_outer(self.folder, self.model)
         self._free_outer()
 
     def take(self, index: int) -> Block:
-        block = load_block(self.source, index, self.dtype, self.device)
-        plant_in_block(block, *self.planted)
+        block = load_block(self.source, index, self.loading.dtype, self.device)
+        plant_in_block(block, *self.loading.planted)
         return block
 
     def put(self, index: int, block: Block) -> None:
@@ -137,7 +146,7 @@ class OnDisk:
     def note(self, progress: Progress) -> None:
         rows = {name: row for name, row in progress.inputs.items() if isinstance(row, Shelf)}
         state = {
-            "job": self.job,
+            "job": self.settings,
             "blocks": progress.blocks,
             "rows": [asdict(row) for row in progress.rows],
             "inputs": {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()},
@@ -150,9 +159,10 @@ class OnDisk:
         self._remove_rows({row.folder.name for row in rows.values()})
         trim()
 
-    def finish(self, output: Path, report: QuantReport, method: Method, bits: BitsConfig) -> None:
+    def finish(self, output: Path, report: QuantReport) -> None:
         """Complete the folder and give it its name."""
-        saved.write_recipe(self.folder, self.source.arch, report, self.shards, method=method, bits=bits)
+        asked = self.asked
+        saved.write_recipe(self.folder, self.source.arch, report, self.shards, method=asked.method, bits=asked.bits)
         self._remove_rows(set())
         self.folder.rename(output)
         (output / PROGRESS).unlink()
@@ -165,8 +175,8 @@ class OnDisk:
             self.folder.mkdir(parents=True)
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
-        if others := [key for key in self.job if state["job"].get(key) != self.job[key]]:
-            raise OtherJob(
+        if others := [key for key in self.settings if state["job"].get(key) != self.settings[key]]:
+            raise OtherSettings(
                 f"{self.folder} is an unfinished quantization with another {', '.join(others)}; remove it, or repeat "
                 "the call that began it"
             )
@@ -202,9 +212,9 @@ class OnDisk:
             self.model.head.weight = self.model.embed.weight
 
 
-def _digest(batches: Sequence[Batch]) -> str:
-    """SHA-256 over the calibration tokens, sequence by sequence."""
+def _digest(ids: Sequence[Tensor]) -> str:
+    """SHA-256 over the calibration tokens [B, T], sequence by sequence."""
     digest = hashlib.sha256()
-    for row in (row for batch in batches for row in batch.ids.cpu()):
+    for row in (row for batch in ids for row in batch.cpu()):
         digest.update(json.dumps(row.tolist()).encode())
     return digest.hexdigest()

@@ -34,7 +34,7 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import group_width
 from dqx.models.transformer import ROLES, SITES, Block
 from dqx.quant.activations_store import Row
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, block_rope
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import site_problems
 
@@ -209,14 +209,11 @@ def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row,
             row.append(tensor)
         return row
 
-    def rope(x: Tensor) -> tuple[Tensor, Tensor]:
-        return context.rope(x.shape[1], x.device, wide(x).dtype)
-
     def attention(x: Tensor) -> Tensor:
-        return block.attention(x, rope(x), None)
+        return block.attention(x, block_rope(block.arch, x), None)
 
     def whole_block(x: Tensor) -> Tensor:
-        return block(x, rope(x))
+        return block(x, block_rope(block.arch, x))
 
     forward, transformed = block.mlp if site == "mlp_in" else attention, judge == "sublayer"
     if judge == "block" and site == "attn_in":

@@ -1,0 +1,249 @@
+"""One block on its way from full precision to quantized: transforms, then site by site correct, collect, clip, round.
+
+O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
+from dqx.formats.integers import wide
+from dqx.formats.weight import QuantizedWeight
+from dqx.models.transformer import SITES, Block, compose
+from dqx.quant.clip import ClipAtSite
+from dqx.quant.linear import QuantLinear, scale_outputs
+from dqx.quant.method import Method
+from dqx.quant.protocols import Clip, Context, Quantizer, Rounding
+from dqx.quant.report import LinearRow, stored_bits
+from dqx.quant.stream import Seen, Stream, as_is, collect_paired, snapshot
+
+JUDGED_OUTPUTS = 512  # at least so many outputs of a linear, where there are, make its output error
+PRODUCER = {"mlp_out": "up", "attn_out": "v"}  # whose output channels are a site's input channels
+
+
+@dataclass(frozen=True)
+class StackedLinears:
+    """Linears of one site that are treated alike: their rows are stacked and rounded at once."""
+
+    roles: tuple[str, ...]
+    rounding: Rounding | None
+    clip: Clip | None
+    weight_bits: WeightBits
+    activation_bits: ActivationBits
+
+    @property
+    def rounds(self) -> bool:
+        return self.rounding is not None and self.weight_bits.bits != UNQUANTIZED
+
+
+class BlockWork:
+    """One block on its way from full precision to quantized."""
+
+    def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
+        self.block, self.streams, self.context = block, streams, context
+        self.method, self.bits = method, context.bits
+        self.intact = block  # the block before rounding, once its transforms are in; of interest to "fp" alone
+        self.site_maps: list[nn.Module] = []  # the transforms of the site at work
+
+    def quantize(self) -> Iterator[list[LinearRow]]:
+        """Replace the linears site by site, yielding their rows."""
+        self._check_weights()
+        for name, transform in self.method.block_transforms.items():
+            keep = transform.stream == "fp"  # the function stays, so these outputs are the next block's inputs
+            stats = (
+                self.streams[transform.stream].collect(self.block, transform.needs, keep_outputs=keep)
+                if any(transform.needs.values())
+                else {}
+            )
+            transform.apply(self.block, stats, self.context.at(name=name))
+        self.intact = snapshot(self.block) if "fp" in self.streams else self.block
+        kv = self.method.kv_bits(self.bits)
+        if self.method.kv is not None and kv.bits != UNQUANTIZED:
+            self.method.kv.install(self.block, kv)
+        for site, roles in SITES.items():
+            self.site_maps = []
+            for name, part in self.method.corrections.items():
+                if part.site == site:
+                    stats = self._paired(site, part.needs, as_is) if part.needs else {}
+                    part.apply(self.block, stats, self.context.at(name=name))
+            self._transform(site)
+            rows: dict[str, LinearRow] = {}
+            for stack in self._stacks(roles):
+                rows |= {row.role: row for row in self._round(site, stack)}
+            yield [rows[role] for role in roles]
+
+    def _check_weights(self) -> None:
+        for role, linear in self.block.linears().items():
+            if not torch.isfinite(linear.weight).all():  # type: ignore[arg-type]
+                index = self.context.index
+                raise ValueError(f"blocks.{index}.{role}.weight holds NaN or infinity; the checkpoint is broken")
+
+    def _transform(self, site: str) -> None:
+        """Find and install the site's own transforms, the same for all its linears."""
+        linears = [getattr(self.block, role) for role in SITES[site]]
+        for name, transform in self.method.site_transforms.items():
+            stacked = torch.cat([linear.weight for linear in linears])
+            stats = self._at(site, transform.stream, transform.needs, as_is)
+            module = transform.fit(stacked, stats, self.context.at(name=name), site)
+            if module is None:
+                continue
+            compose(self.block.inputs, site, module)
+            self.site_maps.append(module)
+            for linear in linears:
+                linear.weight = nn.Parameter(module(linear.weight), requires_grad=False)
+
+    def _stacks(self, roles: Sequence[str]) -> list[StackedLinears]:
+        """The linears of a site, those with equal settings together."""
+        alike: list[tuple[tuple[Any, ...], list[str]]] = []
+        for role in roles:
+            activation = self.bits.activation_of(role)
+            if not self.method.quantizes_input(role):
+                activation = ActivationBits(UNQUANTIZED)
+            rounding = self.method.rounding_of(role)
+            settings = (rounding, self.method.clip_of(role), self.bits.weight_of(role), activation)
+            for known, members in alike:
+                if known == settings:
+                    members.append(role)
+                    break
+            else:
+                alike.append((settings, [role]))
+        return [StackedLinears(tuple(members), *settings) for settings, members in alike]
+
+    def _at(self, site: str, stream: str, needs: frozenset[str], seen: Seen) -> dict[str, Any]:
+        """Statistics of a site's input as it is now, from one of the streams."""
+        if not needs:
+            return {}
+        if stream == "both":
+            return self._paired(site, needs, seen)
+        if stream == "fp":
+            return self.streams["fp"].collect(self.intact, {site: needs}, self._mapped)[site]
+        return self.streams[stream].collect(self.block, {site: needs}, seen)[site]
+
+    def _paired(self, site: str, needs: frozenset[str], seen: Seen) -> dict[str, Any]:
+        both = (self.streams["quantized"], self.block, self.streams["fp"], self.intact)
+        return collect_paired(*both, site, needs, seen, self._mapped)
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        """A full-precision input in the coordinates of the site's own transforms."""
+        for module in self.site_maps:
+            x = module(x)
+        return x
+
+    def _round(self, site: str, stack: StackedLinears) -> list[LinearRow]:
+        """Round the weights of a stack and put quantized linears in their place."""
+        quantizer = self._input_quantizer(site, stack)
+
+        def seen(x: Tensor) -> Tensor:
+            return x if quantizer is None else quantizer(x, stack.activation_bits)
+
+        rounded: Mapping[str, QuantizedWeight | None] = dict.fromkeys(stack.roles)
+        linears: dict[str, nn.Linear] = {role: getattr(self.block, role) for role in stack.roles}
+        stats: dict[str, Any] = {}
+        if stack.rounding is not None and stack.rounds:
+            stats, clip_stats = self._statistics(site, stack, seen)
+            clip = None if stack.clip is None else ClipAtSite(stack.clip, clip_stats)
+            stacked = torch.cat([linear.weight for linear in linears.values()])
+            try:
+                result = stack.rounding(stacked, stack.weight_bits, stats, clip)
+            except ValueError as error:
+                raise ValueError(f"blocks.{self.context.index}, {', '.join(stack.roles)}: {error}") from error
+            split = result.split([linear.out_features for linear in linears.values()])
+            rounded = dict(zip(stack.roles, split, strict=True))
+            if result.column_scale is not None:
+                self._fold(site, result.column_scale)
+                quantizer = self._input_quantizer(site, stack)
+        return [
+            self._replace(role, linear, rounded[role], stack, quantizer, stats.get("hessian"))
+            for role, linear in linears.items()
+        ]
+
+    def _statistics(self, site: str, stack: StackedLinears, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the stack's rounding and its clip need; one pass where both follow the same stream."""
+        assert stack.rounding is not None
+        clip_needs = frozenset() if stack.clip is None else stack.clip.needs
+        stream = stack.rounding.stream
+        if stack.clip is not None and stack.clip.stream == stream and stack.rounding.needs:
+            together = self._at(site, stream, stack.rounding.needs | clip_needs, seen)
+            return together, together
+        stats = self._at(site, stream, stack.rounding.needs, seen)
+        return stats, {} if stack.clip is None else self._at(site, stack.clip.stream, clip_needs, seen)
+
+    def _input_quantizer(self, site: str, stack: StackedLinears) -> Quantizer | None:
+        """The quantizer of the stack's input; None at 16 bits."""
+        activation = self.method.activation
+        if activation is None or stack.activation_bits.bits == UNQUANTIZED:
+            return None
+        return activation.fit(self._at(site, "quantized", activation.needs, as_is))
+
+    def _fold(self, site: str, scale_I: Tensor) -> None:
+        """Give a column scale to the linear whose outputs the site reads."""
+        producer = getattr(self.block, PRODUCER.get(site, ""), None)
+        if producer is None or not isinstance(self.block.inputs[site], nn.Identity):
+            raise ValueError(f"a column scale at {site} cannot be folded into the linear before it")
+        if isinstance(producer, QuantLinear):
+            producer.scale_outputs(scale_I)
+        else:
+            scale_outputs(producer, scale_I)
+
+    def _replace(
+        self,
+        role: str,
+        linear: nn.Linear,
+        rounded: QuantizedWeight | None,
+        stack: StackedLinears,
+        quantizer: Quantizer | None,
+        hessian: Tensor | None,
+    ) -> LinearRow:
+        weight_error, output_error, n_groups, scattered = 0.0, None, 0, False
+        if rounded is not None or quantizer is not None:
+            module = QuantLinear(linear, stack.weight_bits, rounded, quantizer, stack.activation_bits)
+            setattr(self.block, role, module)
+        if rounded is not None:
+            multiplied = wide(module.weight)
+            if rounded.column_scale is not None:
+                multiplied = multiplied * rounded.column_scale
+            weight_error, output_error = _errors(linear.weight, multiplied, hessian)
+            n_groups = rounded.scale.shape[1]
+            scattered = bool((rounded.group_index.diff() < 0).any())
+        bits = stack.weight_bits if rounded is not None else replace(stack.weight_bits, bits=UNQUANTIZED)
+        shape = (linear.out_features, linear.in_features)
+        return LinearRow(
+            name=f"blocks.{self.context.index}.{role}",
+            block=self.context.index,
+            role=role,
+            shape=shape,
+            bits=bits.bits,
+            format=bits.format,
+            group_size=bits.group_size,
+            symmetric=bits.symmetric,
+            activation_bits=UNQUANTIZED if quantizer is None else stack.activation_bits.bits,
+            rounding=None if rounded is None else type(stack.rounding).__name__,
+            stored_bits=stored_bits(shape, bits, n_groups, scattered=scattered),
+            weight_error=weight_error,
+            output_error=output_error,
+            notes=() if rounded is None else rounded.notes,
+        )
+
+
+def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tuple[float, float | None]:
+    """Squared error of the weight relative to its squared norm, and the same of the outputs under the Hessian.
+
+    The outputs are sampled where there are many: all of them would take longer than the rounding.
+    """
+    w, change = wide(w_OI), wide(quantized_OI) - wide(w_OI)
+
+    def ratio(part: Tensor, whole: Tensor) -> float:
+        return float(part / whole) if whole > 0 else 0.0
+
+    weight_error = ratio(change.square().sum(), w.square().sum())
+    if hessian_II is None:
+        return weight_error, None
+    every = max(1, len(w) // JUDGED_OUTPUTS)
+    w, change = w[::every], change[::every]
+    return weight_error, ratio(((change @ hessian_II) * change).sum(), ((w @ hessian_II) * w).sum())
