@@ -116,7 +116,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     if needed and not asked.ids:
         problems.append(f"method {method.name} fits to activations; give at least one calibration batch")
     if (largest := max((int(rows.max()) for rows in asked.ids if rows.numel()), default=0)) >= arch.vocab_size:
-        problems.append(f"the calibration text has token {largest}, but the model knows {arch.vocab_size}")
+        problems.append(f"the calibration text has token {largest}, but the vocabulary has {arch.vocab_size}")
     if problems:
         raise ValueError("\n".join(problems))
 
