@@ -73,10 +73,10 @@ class PerGroup:
         return grid.fake(groups, clip_ratio=self.clip_ratio).flatten(-2)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = _clip_problems(where, self.clip_ratio)
+        problems = _clip_problems(where, self.clip_ratio)
         name = context.bits.activation.format
         if name in FORMATS and (block := FORMATS[name].block):
-            found.append(
+            problems.append(
                 f"bits.activation.format={name} has a scale per {block} channels by its specification, so that "
                 f"{where}.group_size has no meaning; write method.activation=per_token"
             )
@@ -87,11 +87,11 @@ class PerGroup:
         common = gcd(*by_width)
         for width, roles in by_width.items():
             if self.group_size < 1 or width % self.group_size:
-                found.append(
+                problems.append(
                     f"{where}.group_size={self.group_size} does not divide {width}, the inputs of {', '.join(roles)}; "
                     f"{common & -common} does, and method.activation=per_token needs no group size"
                 )
-        return found
+        return problems
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class Static:
         return StaticRange(lo, hi, self.include_zero)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = _clip_problems(where, self.clip_ratio)
+        problems = _clip_problems(where, self.clip_ratio)
         name = context.bits.activation.format
         if name in FORMATS and (block := FORMATS[name].block) and not FORMATS[name].tensor_bits:
-            found.append(
+            problems.append(
                 f"bits.activation.format={name} finds the scale of every {block} channels at run time and has no other "
                 "that could be static; write method.activation=per_token"
             )
-        return found
+        return problems
 
 
 @storable

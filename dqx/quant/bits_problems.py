@@ -12,32 +12,32 @@ from dqx.models.transformer import ROLES, Architecture
 
 def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
     """Every setting that cannot work in some block, with its remedy; `entry_problems` have been looked for."""
-    found = _problems(bits.of_entry(None), arch)
+    problems = _problems(bits.of_entry(None), arch)
     for name in bits.blocks:
-        found += in_entry(name, _problems(bits.of_entry(name), arch), found)
-    return found
+        problems += in_entry(name, _problems(bits.of_entry(name), arch), problems)
+    return problems
 
 
 def entry_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
     """What keeps `bits.blocks` from being read: entries that name no block, overlap, or are no widths."""
-    found: list[str] = []
+    problems: list[str] = []
     taken: dict[int, str] = {}
     for name, entry in bits.blocks.items():
         key, blocks = f"bits.blocks.{name}", block_range(name)
         if not blocks:
-            found.append(f"{key} names no block; write b3 for one, or b0-3 for the first four")
+            problems.append(f"{key} names no block; write b3 for one, or b0-3 for the first four")
         elif blocks[-1] >= arch.n_blocks:
-            found.append(f"{key}: the model has {arch.n_blocks} blocks, b0 to b{arch.n_blocks - 1}")
+            problems.append(f"{key}: the model has {arch.n_blocks} blocks, b0 to b{arch.n_blocks - 1}")
         elif both := [taken[index] for index in blocks if index in taken]:
-            found.append(
+            problems.append(
                 f"{key} and bits.blocks.{both[0]} are both for block {max(blocks[0], block_range(both[0])[0])}"
             )
         taken |= {index: name for index in blocks if index not in taken}
-        found += _shape_problems(key, entry, (*SETTINGS, *ROLES))
+        problems += _shape_problems(key, entry, (*SETTINGS, *ROLES))
         for role in ROLES:
             if isinstance(entry, Mapping) and role in entry:
-                found += _shape_problems(f"{key}.{role}", entry[role], SETTINGS)
-    return found
+                problems += _shape_problems(f"{key}.{role}", entry[role], SETTINGS)
+    return problems
 
 
 def _shape_problems(key: str, entry: object, known: Iterable[str]) -> Iterator[str]:
@@ -57,13 +57,13 @@ def in_entry(name: str, problems: Iterable[str], told: Iterable[str]) -> list[st
         "bits.overrides": f"bits.blocks.{name}",
         **{f"bits.{part}.{key}": f"bits.blocks.{name}.{key}" for part in ("weight", "activation") for key in SETTINGS},
     }
-    found: dict[str, None] = {}
+    reworded: dict[str, None] = {}
     for problem in problems:
         if problem not in told:
             for usual, own in renamed.items():
                 problem = problem.replace(usual, own)
-            found[problem] = None
-    return list(found)
+            reworded[problem] = None
+    return list(reworded)
 
 
 def _problems(bits: BitsConfig, arch: Architecture) -> list[str]:
@@ -99,8 +99,8 @@ def _width_problems(bits: BitsConfig) -> Iterator[str]:
         if own.weight is not None or own.format is not None:
             asked[f"bits.overrides.{role}.weight"] = (bits.weight_of(role).bits, bits.weight_of(role).format)
         if own.activation is not None or own.format is not None:
-            found = bits.activation_of(role)
-            asked[f"bits.overrides.{role}.activation"] = (found.bits, found.format)
+            activation = bits.activation_of(role)
+            asked[f"bits.overrides.{role}.activation"] = (activation.bits, activation.format)
     for key, (width, name) in asked.items():
         known = (*FORMATS[name].widths, UNQUANTIZED)
         if isinstance(width, bool) or width not in (WIDTHS if name == "int" else known):
@@ -157,10 +157,10 @@ def _block_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
     """Activation formats whose blocks do not fill a linear's input."""
     offenders: dict[tuple[str, int, int], list[str]] = {}
     for role in ROLES:
-        found, width = bits.activation_of(role), arch.in_features(role)
-        block = FORMATS[found.format].block
-        if found.bits != UNQUANTIZED and block is not None and width % block:
-            offenders.setdefault((found.format, block, width), []).append(role)
+        activation, width = bits.activation_of(role), arch.in_features(role)
+        block = FORMATS[activation.format].block
+        if activation.bits != UNQUANTIZED and block is not None and width % block:
+            offenders.setdefault((activation.format, block, width), []).append(role)
     for (name, block, width), roles in offenders.items():
         yield (
             f"bits.activation.format={name} has a scale per {block} channels, which do not divide {width}, the inputs "

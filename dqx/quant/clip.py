@@ -60,10 +60,10 @@ class WeightMSE:
         return weight_mse_range(w_OGW, grid, n_grid=self.n_grid, max_shrink=self.max_shrink, power=self.power)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = _search_problems(where, self.n_grid, self.max_shrink)
+        problems = _search_problems(where, self.n_grid, self.max_shrink)
         if self.power <= 0:
-            found.append(f"{where}.power={self.power} must be positive; 2.4 is usual, 2 is the squared error")
-        return found
+            problems.append(f"{where}.power={self.power} must be positive; 2.4 is usual, 2 is the squared error")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -166,14 +166,16 @@ def triangle(x_NW: Tensor) -> Tensor:
 
 
 def _search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:
-    found = []
+    problems = []
     if n_grid < 1:
-        found.append(f"{where}.n_grid={n_grid} must be at least 1")
+        problems.append(f"{where}.n_grid={n_grid} must be at least 1")
     if not 0 < max_shrink < 1:
-        found.append(f"{where}.max_shrink={max_shrink} must lie between 0 and 1; at 1 nothing would be left of a range")
+        problems.append(
+            f"{where}.max_shrink={max_shrink} must lie between 0 and 1; at 1 nothing would be left of a range"
+        )
     elif n_grid >= 1 and steps(n_grid, max_shrink) < 1:
-        found.append(f"{where}.max_shrink={max_shrink} of {where}.n_grid={n_grid} steps is none; raise either")
-    return found
+        problems.append(f"{where}.max_shrink={max_shrink} of {where}.n_grid={n_grid} steps is none; raise either")
+    return problems
 
 
 @dataclass(frozen=True)

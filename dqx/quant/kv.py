@@ -35,14 +35,14 @@ class KeysValues:
     `scale = absmax / (2^(b-1) - 1)`.
     """
 
-    keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; null: 16 bit
+    keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; None: 16 bit
     values: str | None = "token"  # likewise
     queries: bool = False  # round queries too, like keys
     key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
     value_clip_ratio: float = 1.0
     include_zero: bool = True  # asymmetric ranges hold zero
     rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
-    tile: int | None = None  # channels per transform; null: the head's width
+    tile: int | None = None  # channels per transform; None: the head's width
 
     def install(self, block: Block, bits: ActivationBits) -> None:
         """Put the quantizers behind what `block.heads` holds already."""
@@ -60,33 +60,33 @@ class KeysValues:
             compose(block.heads, "v", HeadQuantizer(grid, self.values, self.value_clip_ratio))
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = []
+        problems = []
         options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
         for name, share in options.items():
             if share is not None and share not in SHARES:
-                found.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
+                problems.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
         for name, ratio in (("key_clip_ratio", self.key_clip_ratio), ("value_clip_ratio", self.value_clip_ratio)):
             if not 0 < ratio <= 1:
-                found.append(f"{where}.{name}={ratio} must lie above 0 and not above 1; 1.0 clips nothing")
+                problems.append(f"{where}.{name}={ratio} must lie above 0 and not above 1; 1.0 clips nothing")
         if self.queries and self.keys is None:
-            found.append(
+            problems.append(
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
                 f"write {where}.keys=head, or {where}.queries=false"
             )
         if self.rotate and self.keys is not None and context.method.kv_bits(context.bits).bits != UNQUANTIZED:
-            found += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
-        return found + self._format_problems(where, context)
+            problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
+        return problems + self._format_problems(where, context)
 
     def _format_problems(self, where: str, context: Context) -> list[str]:
         """What keeps the format of the activations, which keys and values share, from being theirs."""
         bits, arch = context.method.kv_bits(context.bits), context.arch
         if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
             return []
-        found = []
+        problems = []
         known = FORMATS[bits.format]
         if bits.bits not in known.widths:
             widths = ", ".join(map(str, known.widths))
-            found.append(
+            problems.append(
                 f"bits.kv.bits={bits.bits}: keys and values have the format of the activations, "
                 f"bits.activation.format={bits.format}, which has {widths} bits; write bits.kv.bits={known.widths[-1]} "
                 "or bits.kv.bits=16"
@@ -95,11 +95,11 @@ class KeysValues:
         for name, share in options.items():
             width = arch.head_size if share == "head" else arch.n_kv_heads * arch.head_size
             if share is not None and known.block and width % known.block:
-                found.append(
+                problems.append(
                     f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {known.block} in which "
                     f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.bits=16"
                 )
-        return found
+        return problems
 
 
 @storable

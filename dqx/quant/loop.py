@@ -88,7 +88,7 @@ def quantize(
 
 def token_ids(batches: Batches) -> list[Tensor]:
     """The token ids [B, T] of calibration batches. Raises ValueError for what are none."""
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     for i, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
         try:
             ids = torch.as_tensor(getattr(batch, "ids", batch))
@@ -100,8 +100,8 @@ def token_ids(batches: Batches) -> list[Tensor]:
                 f"batches[{i}] is of type {what}; calibration takes token ids, as integer tensors [B, T] or [T], such "
                 "as tokenizer(text, return_tensors='pt').input_ids"
             )
-        found.append(ids if ids.dim() == 2 else ids[None])
-    return found
+        rows.append(ids if ids.dim() == 2 else ids[None])
+    return rows
 
 
 @torch.no_grad()

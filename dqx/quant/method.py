@@ -37,7 +37,7 @@ class Method:
     """What `conf/method/*.yaml` fills in; `dqx.quant.protocols` says what each slot takes.
 
     `rounding` None: weights stay as they are (fp16). `activation` None: a weight-only method. `rounding_by_role`
-    replaces the rounding of single roles (`down: {_target_: ...}`; null leaves the role in 16 bit, its input too).
+    replaces the rounding of single roles (`down: {_target_: ...}`; None leaves the role in 16 bit, its input too).
     `transforms` are applied in their order, `corrections` at their sites. `variant` tells settings apart that share a
     name, such as "as_published". `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128
     with 16-bit activations, "weights_and_activations" is N bits for both.
@@ -130,10 +130,10 @@ class Method:
         entries = entry_problems(bits, arch)
         if entries:
             return [*self._slot_problems(), *entries]
-        found = [*self._slot_problems(), *self._part_problems(Context(arch, bits.of_entry(None), self))]
+        problems = [*self._slot_problems(), *self._part_problems(Context(arch, bits.of_entry(None), self))]
         for name in bits.blocks:
-            found += in_entry(name, self._part_problems(Context(arch, bits.of_entry(name), self)), found)
-        return [*found, *self._pair_problems(bits), *bits_problems(bits, arch)]
+            problems += in_entry(name, self._part_problems(Context(arch, bits.of_entry(name), self)), problems)
+        return [*problems, *self._pair_problems(bits), *bits_problems(bits, arch)]
 
     def _slot_problems(self) -> Iterator[str]:
         if self.quantizes not in QUANTIZES:
@@ -187,16 +187,16 @@ class Method:
                     "Full precision is part of every run: in a sweep over bits leave this method out"
                 ]
             return []
-        found = []
+        problems = []
         if not rounds_weights:
-            found += [
+            problems += [
                 f"{key}={asked[key]}, but method {self.name} rounds no weights; write {key}=16"
                 for key in widths
                 if key in asked
             ]
         if self.activation is None:
             format = "" if bits.weight.format == "int" else f"{bits.weight.format}_"
-            found += [
+            problems += [
                 f"{key}={asked[key]}, but method {self.name} quantizes weights only; write "
                 + (f"bits={format}w{bits.weight.bits}a16" if key == "bits.activation.bits" else f"{key}=16")
                 + ", or take a method that quantizes activations (rtn does)"
@@ -204,8 +204,8 @@ class Method:
                 if key in asked
             ]
         if self.kv is None and "bits.kv.bits" in asked:
-            found.append(
+            problems.append(
                 f"bits.kv.bits={bits.kv.bits}, but method {self.name} leaves keys and values in 16 bit; "
                 "add a part (method.kv=per_head), or write bits.kv.bits=null"
             )
-        return found
+        return problems

@@ -19,6 +19,14 @@ ORDERS = [{}, {"act_order": True}, {"static_groups": True}, {"act_order": True, 
 SETTINGS = [*ORDERS, {"fresh_ranges": True}, {"fresh_ranges": True, "act_order": True}]
 
 
+def gptq(w, h, grid, group_size=-1, clip=None, **settings):
+    return gptq_round(w, h, grid, group_size, clip, GPTQ(**settings))
+
+
+def gptaq(w, h, d, grid, group_size=-1, clip=None, **settings):
+    return gptaq_round(w, h, d, grid, group_size, clip, GPTAQ(**settings))
+
+
 def problem(n_out=24, n_in=96, seed=0, deviation=0.15, n_tokens=500):
     """A weight [O, I], its input in the quantized and in the full-precision model [I, T], float64.
 
@@ -56,12 +64,12 @@ def equal(a, b):
 def test_alpha_zero_and_equal_streams_are_gptq(settings, group_size):
     w, x_q, x_fp = problem()
     h, d = statistics(x_q, x_fp)
-    plain = gptq_round(w, h, Grid(3), group_size, chunk=40, **settings)
-    assert equal(gptaq_round(w, h, d, Grid(3), group_size, chunk=40, alpha=0.0, **settings), plain)
+    plain = gptq(w, h, Grid(3), group_size, chunk=40, **settings)
+    assert equal(gptaq(w, h, d, Grid(3), group_size, chunk=40, alpha=0.0, **settings), plain)
     _, nothing = statistics(x_q, x_q)
     for alpha in (0.25, 1.0):
-        assert equal(gptaq_round(w, h, nothing, Grid(3), group_size, chunk=40, alpha=alpha, **settings), plain)
-    assert not equal(gptaq_round(w, h, d, Grid(3), group_size, chunk=40, alpha=1.0, **settings), plain)
+        assert equal(gptaq(w, h, nothing, Grid(3), group_size, chunk=40, alpha=alpha, **settings), plain)
+    assert not equal(gptaq(w, h, d, Grid(3), group_size, chunk=40, alpha=1.0, **settings), plain)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -69,7 +77,7 @@ def test_identity_hessian_and_equal_streams_are_rtn(settings):
     w, _, _ = problem()
     eye = torch.eye(96, dtype=torch.float64)
     plain = rtn_round(w, Grid(3), 32)
-    ours = gptaq_round(w, 3 * eye, 0 * eye, Grid(3), 32, chunk=40, **settings)
+    ours = gptaq(w, 3 * eye, 0 * eye, Grid(3), 32, chunk=40, **settings)
     assert torch.equal(ours.codes, plain.codes)
     torch.testing.assert_close(ours.scale, plain.scale)
 
@@ -78,7 +86,7 @@ def test_weights_on_the_grid_survive_equal_streams():
     w, x_q, _ = problem()
     h, nothing = statistics(x_q, x_q)
     on_grid = rtn_round(w, Grid(3), 32).dequantize()
-    again = gptaq_round(on_grid, h, nothing, Grid(3), 32)
+    again = gptaq(on_grid, h, nothing, Grid(3), 32)
     torch.testing.assert_close(again.dequantize(), on_grid)
 
 
@@ -114,8 +122,8 @@ def test_columns_left_free_reach_the_least_squares_optimum():
 
     grid = Grid(8)
     settings = {"group_size": 1, "clip": FirstCoarse(), "static_groups": True, "damping": 0.0}
-    ours = gptaq_round(w, h, d, grid, alpha=1.0, **settings).dequantize()
-    symmetric = gptq_round(w, h, grid, **settings).dequantize()
+    ours = gptaq(w, h, d, grid, alpha=1.0, **settings).dequantize()
+    symmetric = gptq(w, h, grid, **settings).dequantize()
     first = ours[:, :1]
     assert (first - w[:, :1]).abs().max() > 0.5
     assert torch.equal(first, symmetric[:, :1])
@@ -134,9 +142,9 @@ def test_closer_to_the_full_precision_output_than_gptq(settings, bits):
         w, x_q, x_fp = problem(n_out=32, seed=seed, deviation=0.3)
         h, d = statistics(x_q, x_fp)
         for alpha in (0.0, 0.25, 1.0):
-            rounded = gptaq_round(w, h, d, Grid(bits), 32, alpha=alpha, **settings)
+            rounded = gptaq(w, h, d, Grid(bits), 32, alpha=alpha, **settings)
             totals[alpha] = totals.get(alpha, 0.0) + asymmetric_error(rounded, w, x_q, x_fp)
-        turned = gptaq_round(w, h, d.T, Grid(bits), 32, alpha=1.0, **settings)
+        turned = gptaq(w, h, d.T, Grid(bits), 32, alpha=1.0, **settings)
         totals["turned"] = totals.get("turned", 0.0) + asymmetric_error(turned, w, x_q, x_fp)
     assert totals[1.0] < totals[0.25] < totals[0.0] < totals["turned"]
 
@@ -177,9 +185,9 @@ def test_equals_a_literal_transcription(n_in, group_size, blocksize, act_order):
     for alpha in (0.25, 1.0):
         codes = literal_gptaq(w, h, d, 3, group_size, alpha, blocksize, act_order)
         settings = {"alpha": alpha, "chunk": blocksize, "act_order": act_order}
-        theirs = gptaq_round(w, h, d, Grid(3), group_size, carry_rounded=True, **settings)
+        theirs = gptaq(w, h, d, Grid(3), group_size, carry_rounded=True, **settings)
         assert torch.equal(theirs.codes.long(), codes)
-    ours = gptaq_round(w, h, d, Grid(3), group_size, **settings)
+    ours = gptaq(w, h, d, Grid(3), group_size, **settings)
     one_chunk = blocksize >= n_in
     assert torch.equal(ours.codes.long(), codes) == one_chunk  # inside one chunk nothing is overwritten
 
@@ -198,7 +206,7 @@ def test_equals_a_literal_transcription(n_in, group_size, blocksize, act_order):
 def test_chunk_is_only_speed(group_size, settings):
     w, x_q, x_fp = problem(n_in=120, deviation=0.3)
     h, d = statistics(x_q, x_fp)
-    results = [gptaq_round(w, h, d, Grid(3), group_size, alpha=1.0, chunk=c, **settings) for c in (120, 1, 7, 32, 50)]
+    results = [gptaq(w, h, d, Grid(3), group_size, alpha=1.0, chunk=c, **settings) for c in (120, 1, 7, 32, 50)]
     for other in results[1:]:
         assert torch.equal(other.codes, results[0].codes)
         torch.testing.assert_close(other.scale, results[0].scale)
@@ -210,8 +218,8 @@ def test_act_order_does_not_depend_on_the_order_of_inputs(group_size):
     h, d = statistics(x_q, x_fp)
     shuffle = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     settings = {"alpha": 1.0, "act_order": True}
-    straight = gptaq_round(w, h, d, Grid(3), group_size, **settings)
-    shuffled = gptaq_round(w[:, shuffle], *statistics(x_q[shuffle], x_fp[shuffle]), Grid(3), group_size, **settings)
+    straight = gptaq(w, h, d, Grid(3), group_size, **settings)
+    shuffled = gptaq(w[:, shuffle], *statistics(x_q[shuffle], x_fp[shuffle]), Grid(3), group_size, **settings)
     assert torch.equal(shuffled.codes, straight.codes[:, shuffle])
     assert torch.equal(shuffled.group_index, straight.group_index[shuffle])
 
@@ -219,12 +227,12 @@ def test_act_order_does_not_depend_on_the_order_of_inputs(group_size):
 def test_the_number_of_tokens_cancels_and_rows_are_independent():
     w, x_q, x_fp = problem()
     h, d = statistics(x_q, x_fp)
-    reference = gptaq_round(w, h, d, Grid(3), 32, alpha=1.0, act_order=True)
+    reference = gptaq(w, h, d, Grid(3), 32, alpha=1.0, act_order=True)
     for factor in (500.0, 1e-6):
-        same = gptaq_round(w, factor * h, factor * d, Grid(3), 32, alpha=1.0, act_order=True)
+        same = gptaq(w, factor * h, factor * d, Grid(3), 32, alpha=1.0, act_order=True)
         assert torch.equal(same.codes, reference.codes)
     for part, rows in zip(reference.split([10, 14]), w.split([10, 14]), strict=True):
-        assert torch.equal(part.codes, gptaq_round(rows, h, d, Grid(3), 32, alpha=1.0, act_order=True).codes)
+        assert torch.equal(part.codes, gptaq(rows, h, d, Grid(3), 32, alpha=1.0, act_order=True).codes)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -234,7 +242,7 @@ def test_dead_inputs(settings):
     dead = [3, 40, 95]
     x_q[dead] = 0
     h, d = statistics(x_q, x_fp)
-    rounded = gptaq_round(w, h, d, Grid(4), 32, alpha=1.0, **settings)
+    rounded = gptaq(w, h, d, Grid(4), 32, alpha=1.0, **settings)
     assert (rounded.dequantize()[:, dead] == 0).all()
     assert torch.isfinite(rounded.dequantize()).all()
 
@@ -243,10 +251,10 @@ def test_bad_cross_terms():
     w, x_q, x_fp = problem()
     h, d = statistics(x_q, x_fp)
     with pytest.raises(ValueError, match="shape"):
-        gptaq_round(w, h, d[:95], Grid(4))
+        gptaq(w, h, d[:95], Grid(4))
     d[0, 0] = float("nan")
     with pytest.raises(ValueError, match="overflowed"):
-        gptaq_round(w, h, d, Grid(4))
+        gptaq(w, h, d, Grid(4))
 
 
 # ---- in whole models ------------------------------------------------------------------------------------------

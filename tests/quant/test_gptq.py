@@ -17,6 +17,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "gptq.json").read_text())["cases"]
 
 
+def gptq(w, h, grid, group_size=-1, clip=None, **settings):
+    return gptq_round(w, h, grid, group_size, clip, GPTQ(**settings))
+
+
 @pytest.fixture(scope="module")
 def golden():
     return load_file(GOLDEN / "gptq_asym.safetensors") | load_file(GOLDEN / "gptq_extra.safetensors")
@@ -55,7 +59,7 @@ def test_codes_equal_official(golden, case, own_hessian):
         collector.add(golden["inputs"])
         hessian = collector.value()
     grid = Grid(case["bits"], case["sym"])
-    ours = gptq_round(
+    ours = gptq(
         golden["weight"],
         hessian,
         grid,
@@ -132,7 +136,7 @@ def test_equals_a_literal_transcription(n_in, group_size, blocksize, order, sym)
     """In float64: widths that chunk and group do not divide, groups larger than a chunk, all-positive rows."""
     w, h = problem(n_out=12, n_in=n_in, dtype=torch.float64, positive_rows=3)
     desc_act, static = order.startswith("desc_act"), order.endswith("static") and group_size != -1
-    ours = gptq_round(w, h, Grid(3, sym), group_size, chunk=blocksize, act_order=desc_act, static_groups=static)
+    ours = gptq(w, h, Grid(3, sym), group_size, chunk=blocksize, act_order=desc_act, static_groups=static)
     codes, scale, zero = literal_gptq(w, h, 3, group_size, sym, desc_act, static, blocksize)
     assert (ours.codes.long() != codes).float().mean() == 0
     torch.testing.assert_close(ours.scale, scale)
@@ -147,7 +151,7 @@ def test_equals_a_literal_transcription(n_in, group_size, blocksize, order, sym)
 def test_identity_hessian_is_rtn(settings, group_size, symmetric):
     w, _ = problem()
     grid = Grid(3, symmetric)
-    ours = gptq_round(w, 5 * torch.eye(96), grid, group_size, chunk=40, **settings)
+    ours = gptq(w, 5 * torch.eye(96), grid, group_size, chunk=40, **settings)
     plain = rtn_round(w, grid, group_size)
     assert equal(ours, plain)
     assert torch.equal(ours.group_index, plain.group_index)
@@ -156,7 +160,7 @@ def test_identity_hessian_is_rtn(settings, group_size, symmetric):
 def test_weights_on_the_grid_survive():
     w, h = problem()
     on_grid = rtn_round(w, Grid(3), 32)
-    again = gptq_round(on_grid.dequantize(), h, Grid(3), 32)
+    again = gptq(on_grid.dequantize(), h, Grid(3), 32)
     torch.testing.assert_close(again.dequantize(), on_grid.dequantize(), rtol=1e-5, atol=1e-6)
 
 
@@ -166,7 +170,7 @@ def test_better_than_rtn_under_its_hessian(bits):
     for group_size in (-1, 32):
         plain = output_error(rtn_round(w, Grid(bits), group_size), w, h)
         for settings in ({}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"fresh_ranges": True}):
-            assert output_error(gptq_round(w, h, Grid(bits), group_size, **settings), w, h) < 0.9 * plain
+            assert output_error(gptq(w, h, Grid(bits), group_size, **settings), w, h) < 0.9 * plain
 
 
 @pytest.mark.parametrize(
@@ -184,33 +188,33 @@ def test_better_than_rtn_under_its_hessian(bits):
 )
 def test_chunk_is_only_speed(group_size, settings):
     w, h = problem(n_in=120, dtype=torch.float64)
-    results = [gptq_round(w, h, Grid(3), group_size, chunk=chunk, **settings) for chunk in (120, 1, 7, 32, 50, 128)]
+    results = [gptq(w, h, Grid(3), group_size, chunk=chunk, **settings) for chunk in (120, 1, 7, 32, 50, 128)]
     assert all(equal(results[0], other) for other in results[1:])
 
 
 def test_default_ranges_ignore_updates_inside_a_chunk():
     """As in the authors' code: chunks that start with every group give fresh ranges, larger ones do not."""
     w, h = problem(dtype=torch.float64)
-    fresh = gptq_round(w, h, Grid(3), 32, fresh_ranges=True)
-    assert equal(gptq_round(w, h, Grid(3), 32, chunk=32), fresh)
-    assert equal(gptq_round(w, h, Grid(3), 32, chunk=16), fresh)
-    assert not equal(gptq_round(w, h, Grid(3), 32, chunk=96), fresh)
+    fresh = gptq(w, h, Grid(3), 32, fresh_ranges=True)
+    assert equal(gptq(w, h, Grid(3), 32, chunk=32), fresh)
+    assert equal(gptq(w, h, Grid(3), 32, chunk=16), fresh)
+    assert not equal(gptq(w, h, Grid(3), 32, chunk=96), fresh)
 
 
 @pytest.mark.parametrize("static_groups", [False, True])
 def test_rows_do_not_see_each_other(static_groups):
     w, h = problem(n_out=24, dtype=torch.float64)
-    stacked = gptq_round(w, h, Grid(3), 32, act_order=True, static_groups=static_groups).split([10, 14])
+    stacked = gptq(w, h, Grid(3), 32, act_order=True, static_groups=static_groups).split([10, 14])
     for part, rows in zip(stacked, w.split([10, 14]), strict=True):
-        assert equal(part, gptq_round(rows, h, Grid(3), 32, act_order=True, static_groups=static_groups))
+        assert equal(part, gptq(rows, h, Grid(3), 32, act_order=True, static_groups=static_groups))
 
 
 def test_act_order_does_not_depend_on_the_order_of_inputs():
     w, h = problem(dtype=torch.float64)
     shuffle = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     for group_size in (-1, 32):
-        straight = gptq_round(w, h, Grid(3), group_size, act_order=True)
-        shuffled = gptq_round(w[:, shuffle], h[shuffle][:, shuffle], Grid(3), group_size, act_order=True)
+        straight = gptq(w, h, Grid(3), group_size, act_order=True)
+        shuffled = gptq(w[:, shuffle], h[shuffle][:, shuffle], Grid(3), group_size, act_order=True)
         assert torch.equal(shuffled.codes, straight.codes[:, shuffle])
         assert torch.equal(shuffled.group_index, straight.group_index[shuffle])
         torch.testing.assert_close(shuffled.scale, straight.scale)
@@ -218,8 +222,8 @@ def test_act_order_does_not_depend_on_the_order_of_inputs():
     w, h = w[:, falling], h[falling][:, falling]
     for static_groups in (False, True):
         assert equal(
-            gptq_round(w, h, Grid(3), 32, act_order=True, static_groups=static_groups),
-            gptq_round(w, h, Grid(3), 32, act_order=False, static_groups=static_groups),
+            gptq(w, h, Grid(3), 32, act_order=True, static_groups=static_groups),
+            gptq(w, h, Grid(3), 32, act_order=False, static_groups=static_groups),
         )
 
 
@@ -230,12 +234,12 @@ def test_dead_inputs_get_zero_and_leave_the_others_alone(act_order):
     alive = torch.tensor([i for i in range(96) if i not in dead.tolist()])
     h[dead], h[:, dead] = 0, 0
     w[:, dead] = 0.5  # inside every range, so per-row grids are those of the others
-    rounded = gptq_round(w, h, Grid(4), -1, damping=0.01, act_order=act_order)
+    rounded = gptq(w, h, Grid(4), -1, damping=0.01, act_order=act_order)
     assert (rounded.dequantize()[:, dead] == 0).all()
     # without the dead inputs the same damping is a share of a mean over fewer inputs
-    alone = gptq_round(w[:, alive], h[alive][:, alive], Grid(4), -1, damping=0.01 * 93 / 96, act_order=act_order)
+    alone = gptq(w[:, alive], h[alive][:, alive], Grid(4), -1, damping=0.01 * 93 / 96, act_order=act_order)
     assert torch.equal(rounded.codes[:, alive], alone.codes)
-    nothing = gptq_round(w, torch.zeros_like(h), Grid(4), 32)
+    nothing = gptq(w, torch.zeros_like(h), Grid(4), 32)
     assert (nothing.dequantize() == 0).all()
 
 
@@ -243,9 +247,9 @@ def test_dead_inputs_get_zero_and_leave_the_others_alone(act_order):
 def test_units_of_the_hessian_do_not_matter(settings):
     w, h = problem(dtype=torch.float64)
     h[7], h[:, 7] = 0, 0
-    reference = gptq_round(w, h, Grid(3), 32, **settings)
+    reference = gptq(w, h, Grid(3), 32, **settings)
     for factor in (1e-6, 2.0, 1e6):
-        assert equal(gptq_round(w, factor * h, Grid(3), 32, **settings), reference)
+        assert equal(gptq(w, factor * h, Grid(3), 32, **settings), reference)
 
 
 @pytest.mark.parametrize("n_in", [5, 256, 1300])
@@ -264,23 +268,23 @@ def test_a_failed_factorisation_is_reported():
     w, _ = problem()
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     h = x.T @ x  # rank 5 of 96
-    rounded = gptq_round(w, h, Grid(4), 32, damping=0.0)
+    rounded = gptq(w, h, Grid(4), 32, damping=0.0)
     assert torch.isfinite(rounded.dequantize()).all()
     (note,) = rounded.notes
     assert "Cholesky failed in float32" in note
     assert "damping 0.001 instead of 0" in note
-    assert gptq_round(w, h, Grid(4), 32, damping=0.01).notes == ()
+    assert gptq(w, h, Grid(4), 32, damping=0.01).notes == ()
     with pytest.raises(ValueError, match="cannot be factored"):
-        gptq_round(w, -torch.eye(96), Grid(4), 32)
+        gptq(w, -torch.eye(96), Grid(4), 32)
 
 
 def test_bad_hessians():
     w, h = problem()
     with pytest.raises(ValueError, match="96 x 96"):
-        gptq_round(w, h[:95, :95], Grid(4))
+        gptq(w, h[:95, :95], Grid(4))
     h[0, 0] = float("inf")
     with pytest.raises(ValueError, match="overflowed"):
-        gptq_round(w, h, Grid(4))
+        gptq(w, h, Grid(4))
 
 
 def test_settings_are_checked(setting):

@@ -61,19 +61,19 @@ class DualScale:
         return replace(rounded, column_scale=s_I)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = self.rounding.problems(f"{where}.rounding", context)
+        problems = self.rounding.problems(f"{where}.rounding", context)
         if self.iterations < 0:
-            found.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
+            problems.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
         roles = [role for role in ROLES if context.method.rounding_of(role) is self]
         strange = [role for role in roles if role not in PRODUCERS]
         if strange:
-            found.append(
+            problems.append(
                 f"{where}: the scales of {', '.join(strange)} have no linear before them to go into; use dual scales "
                 "for down only (method.rounding_by_role.down)"
             )
         for role in set(roles) & set(PRODUCERS):
-            found += self._obstacles(where, role, context)
-        return found
+            problems += self._obstacles(where, role, context)
+        return problems
 
     def _obstacles(self, where: str, role: str, context: Context) -> Iterator[str]:
         """What lies between the scales of a role and the linear they go into."""

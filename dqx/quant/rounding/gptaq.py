@@ -25,64 +25,28 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.quant.protocols import Context
-from dqx.quant.rounding.gptq import GPTQ, gptq_round
+from dqx.quant.rounding.gptq import Carry, ColumnSettings, gptq_round
 
 
 @dataclass(frozen=True)
-class GPTAQ:
+class GPTAQ(ColumnSettings):
     """GPTAQ's settings: those of GPTQ, and how much of the upstream deviation is made up for."""
 
     alpha: float = 0.25  # share of the deviation's correction; 0 is GPTQ, 1 is the paper's derivation
     carry_rounded: bool = False  # beyond a chunk carry the rounded weight, as the authors' code does
-    damping: float = 0.01  # share of mean(diag H) added to the diagonal
-    chunk: int = 128  # columns per lazy update
-    act_order: bool = False  # columns by descending diag H instead of left to right
-    static_groups: bool = False  # all ranges from the weight before any column is rounded
-    fresh_ranges: bool = False  # a group's range from fully updated columns
-    include_zero: bool = True  # ranges hold zero; false: plain min ... max
-    exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
     stream: ClassVar[str] = "both"
-
-    def grid(self, bits: WeightBits) -> Grid:
-        return self._gptq().grid(bits)
 
     def __call__(
         self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
     ) -> QuantizedWeight:
-        return gptaq_round(
-            w_OI,
-            stats["hessian"],
-            stats["cross"],
-            self.grid(bits),
-            bits.group_size,
-            clip,
-            alpha=self.alpha,
-            carry_rounded=self.carry_rounded,
-            damping=self.damping,
-            chunk=self.chunk,
-            act_order=self.act_order,
-            static_groups=self.static_groups,
-            fresh_ranges=self.fresh_ranges,
-        )
+        return gptaq_round(w_OI, stats["hessian"], stats["cross"], self.grid(bits), bits.group_size, clip, self)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = self._gptq().problems(where, context)
+        problems = super().problems(where, context)
         if not 0 <= self.alpha <= 1:
-            found.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.25 is usual, and 0 is GPTQ")
-        return found
-
-    def _gptq(self) -> GPTQ:
-        """GPTQ with the settings they share."""
-        return GPTQ(
-            damping=self.damping,
-            chunk=self.chunk,
-            act_order=self.act_order,
-            static_groups=self.static_groups,
-            fresh_ranges=self.fresh_ranges,
-            include_zero=self.include_zero,
-            exact_absmax=self.exact_absmax,
-        )
+            problems.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.25 is usual, and 0 is GPTQ")
+        return problems
 
 
 def gptaq_round(
@@ -92,26 +56,34 @@ def gptaq_round(
     grid: Grid,
     group_size: int = -1,
     clip: BoundClip | None = None,
-    *,
-    alpha: float = 0.25,
-    carry_rounded: bool = False,
-    **settings: Any,
+    settings: GPTAQ | None = None,
 ) -> QuantizedWeight:
-    """Round `w_OI` so that `||W_q X_q - W X_fp||` stays small, given H = X_q X_q^T and D = (X_fp - X_q) X_q^T.
+    """Round `w_OI` so that `||W_q X_q - W X_fp||` stays small.
 
-    Row i of `cross_II` = D belongs to the deviation of input i, column k to the quantized input k; H and D may be
-    multiplied by one common positive factor. `settings` are those of `gptq_round`, which does the rounding.
-    Raises ValueError as that does, and for a D that does not fit or is not finite.
+    Args:
+        w_OI: the weight.
+        hessian_II: H = X_q X_q^T. It and D may be multiplied by one common positive factor.
+        cross_II: D = (X_fp - X_q) X_q^T: row i belongs to the deviation of input i, column k to the quantized input k.
+        grid, group_size, clip: as `gptq_round` takes them, which does the rounding.
+        settings: how columns are gone through; None: the defaults.
+
+    Returns:
+        What `gptq_round` returns.
+
+    Raises:
+        ValueError: as that does, and for a D that does not fit or is not finite.
     """
+    settings = settings or GPTAQ()
     if cross_II.shape != hessian_II.shape:
         raise ValueError(f"the cross term must have the Hessian's shape {list(hessian_II.shape)}")
     if not cross_II.isfinite().all():
         raise ValueError("the cross term holds NaN or infinity: an activation overflowed during calibration")
 
-    def carry(order: Tensor, u_II: Tensor) -> Tensor:
-        return carry_matrix(wide(cross_II)[order][:, order].to(u_II.dtype), u_II, alpha)
+    def matrix(order: Tensor, u_II: Tensor) -> Tensor:
+        return carry_matrix(wide(cross_II)[order][:, order].to(u_II.dtype), u_II, settings.alpha)
 
-    return gptq_round(w_OI, hessian_II, grid, group_size, clip, carry=carry, carry_rounded=carry_rounded, **settings)
+    carry = Carry(matrix, settings.carry_rounded)
+    return gptq_round(w_OI, hessian_II, grid, group_size, clip, settings, carry)
 
 
 def carry_matrix(cross_II: Tensor, u_II: Tensor, alpha: float) -> Tensor:

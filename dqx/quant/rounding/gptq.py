@@ -31,8 +31,8 @@ STREAMS = ("quantized", "fp")
 
 
 @dataclass(frozen=True)
-class GPTQ:
-    """GPTQ's settings; see `gptq_round` for what they do."""
+class ColumnSettings:
+    """How a weight's columns are gone through, and the grid they are rounded to; see `gptq_round`."""
 
     damping: float = 0.01  # share of mean(diag H) added to the diagonal
     chunk: int = 128  # columns per lazy update
@@ -41,51 +41,59 @@ class GPTQ:
     fresh_ranges: bool = False  # a group's range from fully updated columns
     include_zero: bool = True  # ranges hold zero; false: plain min ... max
     exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
-    stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def grid(self, bits: WeightBits) -> Grid:
         return make_grid(bits, include_zero=self.include_zero, exact_absmax=self.exact_absmax)
 
-    def __call__(
-        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
-    ) -> QuantizedWeight:
-        return gptq_round(
-            w_OI,
-            stats["hessian"],
-            self.grid(bits),
-            bits.group_size,
-            clip,
-            damping=self.damping,
-            chunk=self.chunk,
-            act_order=self.act_order,
-            static_groups=self.static_groups,
-            fresh_ranges=self.fresh_ranges,
-        )
-
     def problems(self, where: str, context: Context) -> list[str]:
-        found = []
+        problems = []
         if not 0 <= self.damping <= 1:
-            found.append(f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual")
+            problems.append(
+                f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual"
+            )
         if self.chunk < 1:
-            found.append(f"{where}.chunk={self.chunk} must be at least 1 column; 128 is usual")
+            problems.append(f"{where}.chunk={self.chunk} must be at least 1 column; 128 is usual")
         if self.static_groups and self.fresh_ranges:
-            found.append(
+            problems.append(
                 f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
                 "group is reached; set one of them to false"
             )
         for name in context.bits.block_formats if self.act_order and not self.static_groups else ():
-            found.append(
+            problems.append(
                 f"{where}.act_order=true groups inputs in the order of their activations, but {name} shares a scale "
                 f"among neighbours; add {where}.static_groups=true"
             )
+        return problems
+
+
+@dataclass(frozen=True)
+class GPTQ(ColumnSettings):
+    """GPTQ's settings."""
+
+    stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __call__(
+        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
+    ) -> QuantizedWeight:
+        return gptq_round(w_OI, stats["hessian"], self.grid(bits), bits.group_size, clip, self)
+
+    def problems(self, where: str, context: Context) -> list[str]:
+        problems = super().problems(where, context)
         if self.stream not in STREAMS:
-            found.append(f"{where}.stream={self.stream} is unknown; write quantized or fp")
-        return found
+            problems.append(f"{where}.stream={self.stream} is unknown; write quantized or fp")
+        return problems
 
 
-#: The order of the columns [I] and the factor U [I, I] in, an upper triangular P [I, I] with zero diagonal out.
-Carry = Callable[[Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class Carry:
+    """A second feedback: after column j is rounded, w_j P[j, k] is added to every later column k.
+
+    w_j is the column as it was just before rounding; for columns beyond the chunk, as `rounded` where that is set.
+    """
+
+    matrix: Callable[[Tensor, Tensor], Tensor]  # from the columns' order [I] and U [I, I]: P [I, I], upper, diagonal 0
+    rounded: bool = False
 
 
 def gptq_round(
@@ -94,14 +102,8 @@ def gptq_round(
     grid: Grid,
     group_size: int = -1,
     clip: BoundClip | None = None,
-    *,
-    damping: float = 0.01,
-    chunk: int = 128,
-    act_order: bool = False,
-    static_groups: bool = False,
-    fresh_ranges: bool = False,
+    settings: ColumnSettings | None = None,
     carry: Carry | None = None,
-    carry_rounded: bool = False,
 ) -> QuantizedWeight:
     """Round `w_OI` so that `||(W - W_q) X||` stays small, given H = X^T X of its input up to a positive factor.
 
@@ -111,12 +113,23 @@ def gptq_round(
     `fresh_ranges` from columns with every update so far, so that `chunk` is only about speed. With `static_groups`
     groups are consecutive in the original order and their ranges come from the weight before the first column.
 
-    `carry` adds a second feedback (GPTAQ's): after column j is rounded, w_j P[j, k] is added to every later column k,
-    with w_j as it was just before rounding, or as rounded for columns beyond the chunk where `carry_rounded`.
+    Args:
+        w_OI: the weight.
+        hessian_II: H; dead inputs (H_ii = 0) get weight 0.
+        grid: what is rounded to.
+        group_size: inputs that share a scale; -1: one group per row.
+        clip: which range of a group is represented; None: all of it.
+        settings: how columns are gone through; None: the defaults.
+        carry: a second feedback (GPTAQ's).
 
-    Dead inputs (H_ii = 0) get weight 0. If the factorisation fails it is tried in float64, then with more damping;
-    `notes` of the result say so. Raises ValueError for shapes that do not fit and for a Hessian that is not finite.
+    Returns:
+        Codes and scales. If the factorisation fails it is tried in float64, then with more damping; `notes` say so.
+
+    Raises:
+        ValueError: for shapes that do not fit and for a Hessian that is not finite.
     """
+    settings = settings or ColumnSettings()
+    chunk, static_groups, fresh_ranges = settings.chunk, settings.static_groups, settings.fresh_ranges
     n_out, n_in = w_OI.shape
     if hessian_II.shape != (n_in, n_in):
         raise ValueError(f"a weight with {n_in} inputs needs a {n_in} x {n_in} Hessian, not {list(hessian_II.shape)}")
@@ -142,7 +155,7 @@ def gptq_round(
         scale, zero_point = grid.from_range(lo, hi)
 
     order = torch.arange(n_in, device=w.device)
-    if act_order:
+    if settings.act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         w, hessian = w[order], hessian[order][:, order]
     if static_groups or group_size == -1:
@@ -150,10 +163,10 @@ def gptq_round(
     else:
         group_of_column = group_index.tolist()
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
-    r, notes = upper_factor(hessian, damping)
-    p = None if carry is None else carry(order, triangular_inverse(r))
+    r, notes = upper_factor(hessian, settings.damping)
+    p = None if carry is None else carry.matrix(order, triangular_inverse(r))
 
-    clamps = clip is not None and clip.clamps
+    clamps, carry_rounded = clip is not None and clip.clamps, carry is not None and carry.rounded
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
     for start in range(0, n_in, chunk):
         end = reach = min(start + chunk, n_in)
@@ -169,8 +182,8 @@ def gptq_round(
             i = j - start
             if ranges_on_the_way and j % width == 0:
                 g = j // width
-                found = ranges(seen[i : i + width].T[:, None], grid, clip, order[None, j : j + width])
-                lo[g], hi[g] = (bound[:, 0, 0] for bound in found)
+                bounds = ranges(seen[i : i + width].T[:, None], grid, clip, order[None, j : j + width])
+                lo[g], hi[g] = (bound[:, 0, 0] for bound in bounds)
                 scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
             g = group_of_column[j]
             wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]

@@ -69,13 +69,13 @@ class AWQScale:
 
     @torch.no_grad()
     def apply(self, block: Block, stats: Mapping[str, Mapping[str, Any]], context: Context) -> None:
-        found = {}
+        scales = {}
         for site in self.sites:
             grids = {role: context.grid(role) for role in SITES[site]}
             rounded = {role: grid for role, grid in grids.items() if grid is not None}
             if rounded and (site != "attn_out" or block.arch.n_kv_heads == block.arch.n_heads):
-                found[site] = self.search(block, site, stats[site], rounded, context)[0]
-        for site, scale in found.items():
+                scales[site] = self.search(block, site, stats[site], rounded, context)[0]
+        for site, scale in scales.items():
             scale_site(block, site, scale)
 
     @torch.no_grad()
@@ -106,16 +106,16 @@ class AWQScale:
         return candidates[best], [loss / n_outputs for loss in losses]
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = site_problems(self.sites, where)
+        problems = site_problems(self.sites, where)
         if all(context.method.rounding_of(role) is None for role in ROLES):
-            found.append(
+            problems.append(
                 f"{where} searches scales for rounded weights, but method.rounding is null; set it, or leave it out"
             )
         if self.n_grid < 1:
-            found.append(f"{where}.n_grid={self.n_grid} must be at least 1; 20 is usual")
+            problems.append(f"{where}.n_grid={self.n_grid} must be at least 1; 20 is usual")
         if self.judge not in JUDGES:
-            found.append(f"{where}.judge={self.judge} is unknown; write {' or '.join(JUDGES)}")
-        return found
+            problems.append(f"{where}.judge={self.judge} is unknown; write {' or '.join(JUDGES)}")
+        return problems
 
 
 def channel_scales(absmean_I: Tensor, n_grid: int) -> Tensor:

@@ -55,19 +55,21 @@ class BlockRotate:
         return rotation.to(device=w_OI.device, dtype=wide(w_OI[:0]).dtype)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = []
+        problems = []
         if self.tile < 2:
-            found.append(f"{where}.tile={self.tile} leaves nothing to rotate; 128 is usual")
+            problems.append(f"{where}.tile={self.tile} leaves nothing to rotate; 128 is usual")
         else:
-            found += tile_problems(f"{where}.tile", self.tile, context)
+            problems += tile_problems(f"{where}.tile", self.tile, context)
         for name, value, usual in (("steps", self.steps, 256), ("permutations", self.permutations, 1)):
             if value < 0:
-                found.append(f"{where}.{name}={value} must not be negative; {usual} is usual")
+                problems.append(f"{where}.{name}={value} must not be negative; {usual} is usual")
         if self.index not in INDICES:
-            found.append(f"{where}.index={self.index} is unknown; write {' or '.join(INDICES)}")
+            problems.append(f"{where}.index={self.index} is unknown; write {' or '.join(INDICES)}")
         if self.stream not in STREAMS:
-            found.append(f"{where}.stream={self.stream} is unknown; write {', '.join(STREAMS[:-1])} or {STREAMS[-1]}")
-        return found
+            problems.append(
+                f"{where}.stream={self.stream} is unknown; write {', '.join(STREAMS[:-1])} or {STREAMS[-1]}"
+            )
+        return problems
 
 
 def tile_problems(key: str, tile: int, context: Context) -> list[str]:

@@ -33,12 +33,14 @@ INDICES = ("channel", "row")
 ROUNDING = 1e-4  # relative slack of every bound, for products in float32 of hundreds of matrices
 
 
-class Found(NamedTuple):
+class GreedyResult(NamedTuple):
     rotation_BB: Tensor  # in the dtype of the base matrix; tiles are multiplied by it from the right
     indices: list[int]  # of the steps kept: channels, or positions of tiles for index="row"
 
 
-def greedy_rotation(x_NC: Tensor, base_BB: Tensor, steps: int, index: str = "channel", *, chunk: int = 1024) -> Found:
+def greedy_rotation(
+    x_NC: Tensor, base_BB: Tensor, steps: int, index: str = "channel", *, chunk: int = 1024
+) -> GreedyResult:
     """The product of the first steps R_1 R_2 ... that makes `max - min` of all rotated tiles smallest.
 
     R is `base_BB` with rows and columns 0 and e exchanged, e the channel (or tile position modulo B) of the entry of
@@ -62,7 +64,7 @@ def greedy_rotation(x_NC: Tensor, base_BB: Tensor, steps: int, index: str = "cha
         tile, channel = divmod((highest if highest.value > lowest.value else lowest).position, width)
         indices.append(channel if index == "channel" else tile)
         product = product @ exchanged(base_BB, indices[-1] % width)
-    return Found(rotation, indices[:kept])
+    return GreedyResult(rotation, indices[:kept])
 
 
 def exchanged(base_BB: Tensor, e: int) -> Tensor:

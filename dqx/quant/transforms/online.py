@@ -41,20 +41,20 @@ class HeadRotation:
         return ModelChange(lambda model: None, lambda block: rotate_heads(block, online=self.online))
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = []
+        problems = []
         heads, size = context.arch.n_heads, context.arch.head_size
         if core(size) is None:
-            found.append(f"{where}: the width of a head: {no_matrix(size)}; leave this transform out: ~{where}")
+            problems.append(f"{where}: the width of a head: {no_matrix(size)}; leave this transform out: ~{where}")
         if self.online and core(heads) is None:
-            found.append(f"{where}.online=true: {heads} heads: {no_matrix(heads)}; write {where}.online=false")
-        return found
+            problems.append(f"{where}.online=true: {heads} heads: {no_matrix(heads)}; write {where}.online=false")
+        return problems
 
 
 @dataclass(frozen=True)
 class OnlineDown:
     """Hadamard transform of the input of down at run time, undone in its weight."""
 
-    tile: int | None = None  # transform every `tile` neighbouring channels by themselves; null: all channels together
+    tile: int | None = None  # transform every `tile` neighbouring channels by themselves; None: all channels together
     scope: ClassVar[str] = "model"
 
     def prepare(self, context: Context, device: torch.device) -> ModelChange:

@@ -55,7 +55,7 @@ class ResidualRotation:
     """Multiply the residual stream by one random orthogonal matrix, the same before every block."""
 
     kind: str = "random_hadamard"  # Hadamard with random signs; hadamard: without; orthogonal: uniformly random
-    tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; null: all channels together
+    tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; None: all channels together
     scope: ClassVar[str] = "model"
 
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
@@ -63,22 +63,22 @@ class ResidualRotation:
         return residual_rotation(make_rotation(self.kind, width, self.tile, context.generator(), device))
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = []
+        problems = []
         width = context.arch.hidden_size
         if self.kind not in KINDS:
-            found.append(f"{where}.kind={self.kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+            problems.append(f"{where}.kind={self.kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         elif self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
-            found.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
+            problems.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
         elif self.kind != "orthogonal":
-            found += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
+            problems += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
         earlier = list(context.method.transforms.values())
         earlier = earlier[: earlier.index(self)] if self in earlier else earlier
         if not any(isinstance(part, FoldNorms) for part in earlier):
-            found.append(
+            problems.append(
                 f"{where} rotates between norms, which must have no gain; put fold_norms before it "
                 "(+method.transforms.fold=fold_norms, then +method.transforms.rotate=residual_rotation)"
             )
-        return found
+        return problems
 
 
 @torch.no_grad()

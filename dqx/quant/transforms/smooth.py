@@ -67,14 +67,18 @@ class Smooth:
         return smooth_scale(x_max, w_max, self.alpha, self.floor)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        found = site_problems(self.sites, where)
+        problems = site_problems(self.sites, where)
         if not 0 <= self.alpha <= 1:
-            found.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.5 is usual")
+            problems.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.5 is usual")
         if self.floor <= 0:
-            found.append(f"{where}.floor={self.floor} must be positive, since inputs are divided by it; 0.01 is usual")
+            problems.append(
+                f"{where}.floor={self.floor} must be positive, since inputs are divided by it; 0.01 is usual"
+            )
         if self.grouped_heads not in GROUPED_HEADS:
-            found.append(f"{where}.grouped_heads={self.grouped_heads} is unknown; write {' or '.join(GROUPED_HEADS)}")
-        return found
+            problems.append(
+                f"{where}.grouped_heads={self.grouped_heads} is unknown; write {' or '.join(GROUPED_HEADS)}"
+            )
+        return problems
 
     def _at_run_time(self, site: str, arch: Architecture) -> bool:
         return site == "attn_out" and arch.n_kv_heads < arch.n_heads and self.grouped_heads == "run_time"
