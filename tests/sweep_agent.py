@@ -15,7 +15,7 @@ from typing import Any
 import sweeps
 import wandb
 import yaml
-from test_mirror import read_back
+from test_wandb import read_back
 from wandb import wandb_agent
 from wandb.apis.public import sweeps as public
 

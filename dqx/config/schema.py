@@ -162,7 +162,7 @@ class WandbConfig:
     entity: str | None = None
     tags: list[str] = field(default_factory=list)  # besides those of the run: model, method, bits, task
     documents: int = 50  # of each task, in the table of documents; those whose score changed come first
-    figures: bool = True  # false saves the seconds that drawing takes
+    figures: bool | None = None  # null: where the copy goes online, else later by `dqx mirror`
     checkpoint: bool = False  # true: the quantized model too, as an artifact
 
 

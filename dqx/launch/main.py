@@ -78,10 +78,10 @@ def do(cfg: DictConfig) -> None:
         return
     failure.write(folder)
     if failure.refused and in_wandb_sweep():
-        from dqx.report import wandb
+        from dqx.report.wandb import note_skipped
 
         settings: Any = OmegaConf.to_container(cfg)
-        wandb.skip(settings, folder, settings["wandb"], failure.reason)
+        note_skipped(settings, folder, settings["wandb"], failure.reason)
     raise RunFailed(failure.reason) from cause
 
 

@@ -5,7 +5,7 @@ one goes on where it stopped and several runs may be computed at once. What has 
 `hydra/sweeper=pareto` runs it (conf/hydra/sweeper/pareto.yaml); its result is `pareto.json` and `pareto.md`.
 
 Objectives are numbers of a run's summary, by the names that W&B shows: `delta/average`, `average_bits`,
-`fidelity/divergence/0.5`, `nll/wikitext2` ... (`dqx.report.wandb.summary`).
+`fidelity/divergence/0.5`, `nll/wikitext2` ... (`dqx.record.summary`).
 """
 
 from __future__ import annotations

@@ -168,11 +168,12 @@ def footer(record: Record, folder: str | Path | None) -> list[str]:
     return lines
 
 
-def print_mirror(record: Record, file: TextIO | None = None) -> None:
+def print_copy(record: Record, file: TextIO | None = None) -> None:
     """Print in one line what became of the copy in W&B; nothing where none was wanted."""
     mirror, line = record.mirror, None
     if mirror.get("state") == "written" and mirror.get("mode") == "offline":
-        line = f"offline  (upload: wandb sync {mirror['folder']})"
+        message = f", {mirror['message']}" if mirror.get("message") else ""
+        line = f"offline{message}  (upload: wandb sync {mirror['folder']})"
     elif mirror.get("state") == "written":
         line = f"{mirror.get('mode')}, {mirror.get('url') or mirror.get('folder')}"
     elif mirror.get("state") == "failed":

@@ -36,8 +36,8 @@ from dqx.evaluate.text import text_windows
 from dqx.models.checkpoint import inspect
 from dqx.models.tokenizer import load_tokenizer
 from dqx.record import folder as store
-from dqx.report import wandb as mirror
-from dqx.report.terminal import print_mirror, print_table
+from dqx.report.terminal import print_copy, print_table
+from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study import facts as keys
 from dqx.study.cache.key import Key
@@ -367,9 +367,9 @@ def _keep(record: store.Record, output: store.RunFolder, subjects: Subjects, ori
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if wandb.checkpoint else None
     if main:
         heartbeat.stage("copy to Weights & Biases")
-        record.mirror = mirror.log(record, output.path, wandb, group=origin.sweep, checkpoint=weights)
+        record.mirror = copy_run(record, output.path, wandb, group=origin.sweep, checkpoint=weights)
         output.write_results(record)
-        print_mirror(record)
+        print_copy(record)
         if weights:
             shutil.rmtree(weights, ignore_errors=True)
 

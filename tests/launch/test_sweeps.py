@@ -16,7 +16,7 @@ from records import record
 
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR
-from dqx.report import wandb
+from dqx.record.summary import summary as numbers
 from dqx.study.checks import validate
 
 #: Not among the dependencies: its own ask for an old numpy, which it does not need.
@@ -47,7 +47,7 @@ def test_files_are_sweeps_by_wandbs_schema(file: Path) -> None:
 def test_what_is_optimized_is_in_the_summary(file: Path) -> None:
     run = record()
     run.fidelity["by_mask_ratio"].append({"mask_ratio": 0.5, "positions": 32, "divergence": 0.3, "agreement": 0.9})
-    assert read(file.name)["metric"]["name"] in wandb.summary(run)
+    assert read(file.name)["metric"]["name"] in numbers(run)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

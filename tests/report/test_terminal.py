@@ -10,7 +10,7 @@ from records import fidelity, outlier_stats, record, task_result
 
 from dqx.record.deltas import level
 from dqx.record.words import points, short
-from dqx.report.terminal import print_mirror, print_sweep, print_table
+from dqx.report.terminal import print_copy, print_sweep, print_table
 
 
 def printed(run, folder="runs/x", width=None, monkeypatch=None):
@@ -18,7 +18,7 @@ def printed(run, folder="runs/x", width=None, monkeypatch=None):
         monkeypatch.setenv("COLUMNS", str(width))
     out = io.StringIO()
     print_table(run, folder, file=out)
-    print_mirror(run, file=out)
+    print_copy(run, file=out)
     return out.getvalue()
 
 

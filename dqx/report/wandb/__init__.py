@@ -27,26 +27,25 @@ from uuid import uuid4
 
 import numpy as np
 
+from dqx.common.files import jsonable
 from dqx.config.schema import WandbConfig
-from dqx.report.wandb import writing
-from dqx.report.wandb.content import histogram, series, shown, tables, tags
-from dqx.record.summary import summary
-from dqx.report.wandb.identity import identity
-from dqx.report.wandb.login import pick_mode
 from dqx.models.transformer import SITES
 from dqx.record.folder import Record
-from dqx.common.files import jsonable
+from dqx.record.summary import summary
+from dqx.report.wandb import writing
+from dqx.report.wandb.content import histogram, series, shown, tables, tags
+from dqx.report.wandb.identity import identity
+from dqx.report.wandb.login import pick_mode
 
-__all__ = ["log", "skip"]
+__all__ = ["copy_run", "note_skipped"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = asdict(WandbConfig())
-DPI = 150  # of figures, for screens; with fewer, hinted letters run wider than their lines
 Fill = Callable[[Any], None]
 
 
-def log(
+def copy_run(
     record: Record,
     folder: str | Path,
     settings: Any = None,
@@ -55,12 +54,18 @@ def log(
     checkpoint: Path | None = None,
     run_id: str | None = None,
 ) -> dict[str, Any]:
-    """Copy `record` to W&B and say what became of it: the `mirror` entry of results.json. Never raises.
+    """Copy a record to W&B. Never raises; online, a server that does not answer makes the copy offline.
 
-    `folder` is the run folder (W&B's files go below it), `settings` the `wandb` section of a config (None: of the
-    record's), `group` the sweep's name where they have none, `checkpoint` the folder of the quantized model where it is
-    to be kept there too, `run_id` another id than the record's own. Online, a server that does not answer makes the
-    copy offline.
+    Args:
+        record: A finished run.
+        folder: The run folder; W&B's files go below it.
+        settings: The `wandb` section of a config; None: of the record's.
+        group: The sweep's name, where the settings have no group.
+        checkpoint: The folder of the quantized model, where it is to be kept there too.
+        run_id: Another id than the record's own.
+
+    Returns:
+        What became of it: the `mirror` entry of results.json.
     """
     config = {"cfg": jsonable(record.config), "choices": record.choices}
     config |= {"checkpoint": {"fingerprint": record.model.get("fingerprint")}}
@@ -73,10 +78,13 @@ def log(
         if checkpoint is not None:
             _add_checkpoint(run, record, checkpoint)
 
-    return _copied(Path(folder), wanted, config, fill, lambda: run_id or _given_id() or identity(record))
+    status = _copied(Path(folder), wanted, config, fill, lambda: run_id or _given_id() or identity(record))
+    if wanted["figures"] is None and (status["state"], status.get("mode")) == ("written", "offline"):
+        status["message"] = "; ".join([*filter(None, [status.get("message")]), "no figures, which `dqx mirror` draws"])
+    return status
 
 
-def skip(config: Mapping[str, Any], folder: str | Path, settings: Any, reason: str) -> dict[str, Any]:
+def note_skipped(config: Mapping[str, Any], folder: str | Path, settings: Any, reason: str) -> dict[str, Any]:
     """Say in W&B that a run of one of its sweeps cannot be: `reason` as `skipped` in the summary. Never raises."""
 
     def fill(run: Any) -> None:
@@ -134,7 +142,8 @@ def _fill(run: Any, record: Record, folder: Path, settings: Mapping[str, Any]) -
             bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
             whole[f"log2_abs/{side}/{site}"] = bars
     with TemporaryDirectory() as place:
-        run.log(whole | (_figures(record, Path(place), bool(settings["group"])) if settings["figures"] else {}))
+        wanted = not run.offline if settings["figures"] is None else settings["figures"]
+        run.log(whole | (_figures(record, Path(place), bool(settings["group"])) if wanted else {}))
     for axis, rows in series(record).items():
         if rows:
             run.define_metric(axis, hidden=True, summary="none")
@@ -147,21 +156,20 @@ def _fill(run: Any, record: Record, folder: Path, settings: Mapping[str, Any]) -
 def _figures(record: Record, place: Path, one_of_many: bool) -> dict[str, Any]:
     """The record's figures as PNG; none where drawing fails, which is no reason to lose the rest.
 
-    One of many runs has one activation surface, as in a report of many: they take three quarters of the time.
+    One of many runs has one activation surface, as in a report of many: they take half of the time.
     """
     import wandb
 
-    found = {}
     try:
-        from dqx.report.figures import of_run, style, with_one_surface
+        from dqx.report import figures  # matplotlib takes half a second
 
-        for name, figure in of_run(with_one_surface(record) if one_of_many else record).items():
-            with style.applied():
-                figure.savefig(place / f"{name}.png", dpi=DPI, metadata={"Software": None})
-            found[f"figures/{name}"] = wandb.Image(str(place / f"{name}.png"))
+        drawn = figures.of_run(figures.with_one_surface(record) if one_of_many else record)
+        for name, figure in drawn.items():
+            figures.save(figure, place, name, pdf=False)
+        return {f"figures/{name}": wandb.Image(str(place / f"{name}.png")) for name in drawn}
     except Exception as error:
         logger.warning("no figures in W&B: %s", _short(error))
-    return found
+        return {}
 
 
 def _add_checkpoint(run: Any, record: Record, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """`dqx mirror RUNS...`: the copies in Weights & Biases made again from run folders.
 
-    dqx mirror runs/2026-11-20                          what a disk, a network or a kill has left out
+    dqx mirror runs/2026-11-20                          figures, and what a disk, a network or a kill has left out
     dqx mirror runs --entity our-team --project paper   offline runs to another project, after `wandb login`
 
 A record is written to the run of W&B that it had before, so doing it twice changes nothing. Quantized weights are not
@@ -19,28 +19,28 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from dqx.report import wandb
-from dqx.report.wandb import panels
+from dqx.common.files import write_json
+from dqx.record.folder import Record, RunFolder
+from dqx.report.terminal import print_copy
+from dqx.report.wandb import DEFAULTS, copy_run, panels
 from dqx.report.wandb.identity import identity
 from dqx.report.wandb.login import MODES
-from dqx.report.terminal import print_mirror
-from dqx.record.folder import Record, RunFolder
-from dqx.common.files import write_json
 
 SWEEP = "multirun.yaml"  # what Hydra leaves in the folder of a sweep
 
 
 def again(path: Path, **changes: Any) -> Record:
-    """Write the copy of the run in `path` anew, with these of its `wandb` settings changed (null: as they were).
+    """Write the copy of the run in `path` anew, with these of its `wandb` settings changed (None: as they were).
 
-    What came of it is noted in results.json, of which nothing else changes. Raises OSError or ValueError for a folder
+    Figures are drawn, but for `wandb.figures=false`. What came of it is noted in results.json, of which nothing else changes. Raises OSError or ValueError for a folder
     without a finished run.
     """
     record = RunFolder(path).read()
-    settings = {**record.settings.wandb} | {key: value for key, value in changes.items() if value is not None}
+    given = [*record.settings.wandb.items(), *changes.items()]
+    settings = {"figures": True} | {key: value for key, value in given if value is not None}
     group = path.parent.name if (path.parent / SWEEP).is_file() else None
     known = record.mirror.get("id") or identity(record)
-    record.mirror = wandb.log(record, path, settings, group, run_id=known)
+    record.mirror = copy_run(record, path, settings, group, run_id=known)
     file = path / "results.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"mirror": record.mirror})
     return record
@@ -48,10 +48,10 @@ def again(path: Path, **changes: Any) -> Record:
 
 def finished(folders: Iterable[str]) -> list[Path]:
     """The folders of finished runs below the given ones. Raises ValueError where there is none."""
-    found = sorted({path.parent for folder in folders for path in Path(folder).rglob("results.json")})
-    if not found:
+    runs = sorted({path.parent for folder in folders for path in Path(folder).rglob("results.json")})
+    if not runs:
         raise ValueError(f"no finished run below {', '.join(folders)}")
-    return found
+    return runs
 
 
 def main() -> None:
@@ -74,9 +74,9 @@ def main() -> None:
         for path in finished(arguments.folders):
             record = again(path, project=arguments.project, entity=arguments.entity, mode=arguments.mode)
             print(path)
-            print_mirror(record)
+            print_copy(record)
             failed |= record.mirror["state"] == "failed"
-            settings = {**wandb.DEFAULTS, **record.settings.wandb}
+            settings = {**DEFAULTS, **record.settings.wandb}
             places.add((arguments.entity or settings["entity"], arguments.project or settings["project"]))
     except (OSError, ValueError) as error:
         errors.print(Text(str(error)), soft_wrap=True)

@@ -49,8 +49,6 @@ def tags(record: Record) -> list[str]:
     return [str(word)[:TAG_LENGTH] for word in (run.model, run.method_label, run.bits, *tasks, *run.approximations)]
 
 
-
-
 def tables(record: Record, documents: int) -> dict[str, Table]:
     """Columns and rows of every table of which the record has something, `documents` of each task."""
     found: dict[str, Table] = {

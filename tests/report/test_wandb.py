@@ -23,8 +23,8 @@ from dqx.diagnostics.activations import PartStats
 from dqx.diffusion.rollout import TOKEN_CLASSES
 from dqx.models.transformer import SITES
 from dqx.record.folder import RunFolder
-from dqx.report import wandb as mirror
-from dqx.report.wandb import command, content, login, panels, writing
+from dqx.record.summary import summary
+from dqx.report.wandb import command, content, copy_run, login, note_skipped, panels, writing
 from dqx.report.wandb.identity import identity
 
 
@@ -111,7 +111,7 @@ def part(block, site, token_class, step=None, mask_ratio=None, abs_max=2.0):
 def everything():
     """A record of which every part was measured."""
     run = record(warnings=["nano_sums: one prompt was cut"])
-    run.config["wandb"]["mode"] = "auto"  # no login: offline
+    run.config["wandb"] |= {"mode": "auto", "figures": True}  # no login: offline
     run.memory = {"limit": {}, "peak": {"ram": 1_500_000_000, "gpu": 0}, "stages": {}}
     states = [(0, 1.0), (12, 0.25)]
     parts = [part(block, site, name) for block in (0, 1) for site in SITES for name in TOKEN_CLASSES]
@@ -144,7 +144,7 @@ def copy(logged_out, tmp_path_factory):
     """A run, its folder, and what became of its copy."""
     run, folder = everything(), RunFolder(tmp_path_factory.mktemp("runs") / "nano_llada-gptq-w3")
     folder.write(run)
-    return run, folder, mirror.log(folder.read(), folder.path, group="sweep-7")
+    return run, folder, copy_run(folder.read(), folder.path, group="sweep-7")
 
 
 def test_a_copy_is_one_offline_run(copy):
@@ -228,33 +228,42 @@ def test_what_changed_comes_first_and_every_run_shows_the_same_documents():
 def test_figures_are_those_of_the_record(copy):
     status = copy[2]
     history = read_back(status["folder"])[2]
-    logged = {key.removeprefix("figures/"): entry for key, entry in history.items() if key.startswith("figures/")}
     by = {"divergence_by_step", "divergence_by_mask_ratio", "outliers_by_class", "outliers_by_step"}
-    assert logged.keys() == {"channel_maxima", "sqnr", *by}
-    for entry in logged.values():
+    assert logged_figures(status) == {"channel_maxima", "sqnr", *by}
+    for entry in (entry for key, entry in history.items() if key.startswith("figures/")):
         assert (entry["_type"], entry["format"]) == ("image-file", "png")
         assert (Path(status["folder"]) / "files" / entry["path"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_figure_that_cannot_be_drawn_costs_the_others_nothing(tmp_path, monkeypatch, caplog):
-    def fail(_):
-        raise ValueError("too flat")
-
-    monkeypatch.setattr("dqx.report.figures.of_run", fail)
-    assert mirror.log(record(), tmp_path)["state"] == "written"
-    assert "no figures in W&B: ValueError: too flat" in caplog.text
+def logged_figures(status):
+    return {key.removeprefix("figures/") for key in read_back(status["folder"])[2] if key.startswith("figures/")}
 
 
-@pytest.mark.parametrize(("group", "blocks"), [(None, 2), ("a sweep", 1)])
-def test_one_run_of_many_has_one_surface(tmp_path, monkeypatch, group, blocks):
-    seen = []
-    monkeypatch.setattr("dqx.report.figures.of_run", lambda run: seen.append(run) or {})
-    run = record()
-    run.activations = {f"full_precision/{block}/mlp_out/surface": torch.ones(2, 3) for block in range(2)}
-    run.activations |= {"full_precision/1/mlp_out/channel_max": torch.ones(3)}
-    assert mirror.log(run, tmp_path, group=group)["state"] == "written"
-    surfaces = [name for name in seen[0].activations if name.endswith("/surface")]
-    assert (len(surfaces), len(seen[0].activations)) == (blocks, blocks + 1)
+def test_offline_figures_are_drawn_later(copy, tmp_path):
+    """By `dqx mirror`, of which the copy without them speaks; a setting that says so has them at once."""
+    run, folder = replace(copy[0], config=copy[0].config | {"wandb": record().config["wandb"]}), RunFolder(tmp_path)
+    run.mirror = copy_run(run, tmp_path)
+    folder.write(run)
+    assert "`dqx mirror`" in run.mirror["message"]
+    assert logged_figures(run.mirror) == set()
+    mirror = command.again(tmp_path).mirror
+    assert mirror == folder.read().mirror
+    assert "message" not in mirror
+    assert logged_figures(mirror) == logged_figures(copy[2])
+
+
+def test_a_figure_that_cannot_be_drawn_costs_the_others_nothing(tmp_path, caplog):
+    run = record(activations={"nowhere": torch.ones(1)})
+    assert copy_run(run, tmp_path, {"figures": True})["state"] == "written"
+    assert "no figures in W&B: ValueError: not enough values" in caplog.text
+
+
+@pytest.mark.parametrize(("group", "sites"), [(None, ["mlp_in", "mlp_out"]), ("a sweep", ["mlp_out"])])
+def test_one_run_of_many_has_one_surface(tmp_path, group, sites):
+    run = record(fidelity={})
+    run.activations = {f"full_precision/1/{site}/surface": torch.ones(12, 16) for site in ("mlp_in", "mlp_out")}
+    status = copy_run(run, tmp_path, {"figures": True}, group)
+    assert logged_figures(status) == {f"surface_1_{site}" for site in sites}
 
 
 def test_histograms(copy):
@@ -332,7 +341,7 @@ def test_an_upload_later_has_everything(copy):
     )
     assert {key: entry["value"] for key, entry in json.loads(sent["config"]).items()}["cfg"] == config["cfg"]
     (text,) = server.lines["wandb-summary.json"].values()
-    assert {key: value for key, value in json.loads(text).items() if key in mirror.summary(run)} == mirror.summary(run)
+    assert {key: value for key, value in json.loads(text).items() if key in summary(run)} == summary(run)
     rows = [json.loads(line) for _, line in sorted(server.lines["wandb-history.jsonl"].items())]
     assert {key for row in rows for key in row} == history.keys()
     media = [path.relative_to(run_folder / "files") for path in (run_folder / "files" / "media").rglob("*.*")]
@@ -351,13 +360,13 @@ def test_online_a_run_that_is_started_again_is_written_in_the_place_of_the_first
 
     wandb.teardown()  # or it keeps the address it had
     run = record(outliers={})
-    run.config["wandb"] |= {"mode": "auto", "figures": False}
+    run.config["wandb"] |= {"mode": "auto", "figures": None}
     with Server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        first = mirror.log(run, tmp_path / "first")
+        first = copy_run(run, tmp_path / "first")
         lines = dict(server.lines["wandb-history.jsonl"])
-        second = mirror.log(run, tmp_path / "second")
+        second = copy_run(run, tmp_path / "second")
 
     wandb.teardown()
     assert (first["state"], first["mode"], "message" in first) == ("written", "online", False)
@@ -365,6 +374,7 @@ def test_online_a_run_that_is_started_again_is_written_in_the_place_of_the_first
     assert list(server.runs) == [identity(run)]
     assert server.runs[identity(run)]["displayName"] == "second"
     assert server.lines["wandb-history.jsonl"].keys() == lines.keys()  # replaced, not appended
+    assert any("figures/divergence_by_step" in line for line in lines.values())  # somebody will look
 
 
 def test_no_names_of_people_or_machines(copy):
@@ -384,11 +394,11 @@ def test_no_names_of_people_or_machines(copy):
 def test_the_summary_stays_small(copy):
     """What there is per block and step is no part of it."""
     run = everything()
-    few = set(mirror.summary(run))
+    few = set(summary(run))
     run.fidelity["by_step"] *= 100
     run.fidelity["layers"] = {"steps": [0], "mask_ratios": [1.0], "sqnr_db": [[1.0]] * 100}
     run.outliers = {side: replace(stats, rows=stats.rows * 16) for side, stats in run.outliers.items()}
-    assert set(mirror.summary(run)) == few
+    assert set(summary(run)) == few
     written = {key for key in read_back(copy[2]["folder"])[1] if not key.startswith(("_", "figures/"))}
     bars = {f"log2_abs/{side}/{site}" for side in run.outliers for site in SITES}
     assert written - few == {"folder", *content.tables(run, 50), *bars}
@@ -423,7 +433,7 @@ def test_a_second_copy_replaces_the_first(tmp_path):
     for path in (*dead, *others):
         path.mkdir(parents=True)
         (path / "torn").write_text("")
-    status = mirror.log(run, tmp_path)
+    status = copy_run(run, tmp_path)
     assert status["id"] == identity(run)
     assert not any(path.exists() for path in dead)
     assert all(path.exists() for path in others)
@@ -439,7 +449,7 @@ def test_a_mirror_is_made_again_from_the_folder(copy, tmp_path, monkeypatch, cap
     again = RunFolder(sweep / "0-run")
     shutil.copytree(folder.path, again.path, ignore=shutil.ignore_patterns("wandb"), dirs_exist_ok=True)
     file = again.path / "config.yaml"
-    file.write_text(file.read_text().replace("tags: []", "tags: []\n  figures: false"))
+    file.write_text(file.read_text().replace("figures: true", "figures: false"))
     (sweep / "multirun.yaml").write_text("")
     before = json.loads((again.path / "results.json").read_text())
     monkeypatch.setattr(sys, "argv", ["dqx mirror", str(tmp_path), "--project", "paper", "--mode", "offline"])
@@ -479,7 +489,7 @@ def test_a_folder_without_runs_is_told(tmp_path, monkeypatch, capsys):
 def test_panels_show_what_is_logged_and_the_readme_lists_them(copy):
     status = copy[2]
     _, summary, history, _ = read_back(status["folder"])
-    readme = (Path(mirror.__file__).parent / "README.md").read_text()
+    readme = (Path(panels.__file__).parent / "README.md").read_text()
     for section, shown in panels.SECTIONS.items():
         for panel in shown:
             place = summary if panel.kind in ("scatter", "bars", "table") else history
@@ -495,7 +505,7 @@ def test_the_readme_names_what_is_logged(copy):
     """Every key, with SIDE, SITE, NAME, RATIO and STAGE in its places."""
     run, _, status = copy
     _, summary, history, _ = read_back(status["folder"])
-    names = re.findall(r"`([^`\n]+)`", (Path(mirror.__file__).parent / "README.md").read_text())
+    names = re.findall(r"`([^`\n]+)`", (Path(panels.__file__).parent / "README.md").read_text())
     places = {"SIDE": "|".join(run.outliers), "SITE": "|".join(SITES), "STAGE": ".+", "RATIO": r"[\d.]+", "NAME": ".+"}
     patterns = [re.sub("|".join(places), lambda found: f"({places[found[0]]})", re.escape(name)) for name in names]
     keys = {key for key in (*summary, *history) if not key.startswith("_")}
@@ -544,7 +554,7 @@ def test_the_quantized_model_is_an_artifact(tmp_path):
     model.mkdir()
     (model / "quantized.json").write_text("{}")
     (model / "head.safetensors").write_bytes(b"weights")
-    status = mirror.log(bare(), tmp_path / "run", checkpoint=model)
+    status = copy_run(bare(), tmp_path / "run", checkpoint=model)
     shutil.rmtree(model)
     (path,) = Path(status["folder"]).glob("run-*.wandb")
     (artifact,) = [m.artifact for m in messages(path) if m.HasField("artifact") and m.artifact.type == "model"]
@@ -556,18 +566,18 @@ def test_the_quantized_model_is_an_artifact(tmp_path):
 
 def test_an_agents_id_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "step0")
-    assert mirror.log(bare(), tmp_path)["id"] == "step0"
+    assert copy_run(bare(), tmp_path)["id"] == "step0"
 
 
 def test_one_task_is_its_own_average():
     one = record()
     one.deltas = [row for row in one.deltas if row.name == "nano_sums"]
-    summary = mirror.summary(one)
-    assert summary["delta/average"] == summary["delta/nano_sums"] == -0.5
+    numbers = summary(one)
+    assert numbers["delta/average"] == numbers["delta/nano_sums"] == -0.5
 
 
 def test_a_run_of_a_sweep_that_cannot_be(tmp_path):
-    status = mirror.skip({"seed": -1}, tmp_path, {"mode": "offline"}, "seed=-1 must be 0 or more")
+    status = note_skipped({"seed": -1}, tmp_path, {"mode": "offline"}, "seed=-1 must be 0 or more")
     config, summary, _, _ = read_back(status["folder"])
     assert config["cfg"] == {"seed": -1}
     assert summary["skipped"] == "seed=-1 must be 0 or more"
@@ -583,7 +593,7 @@ def test_without_a_server_the_copy_is_offline(tmp_path, monkeypatch):
     run = bare()
     run.config["wandb"]["mode"] = "auto"
     assert login.pick_mode("auto") == "online"
-    status = mirror.log(run, tmp_path)
+    status = copy_run(run, tmp_path)
     assert (status["state"], status["mode"], status["url"]) == ("written", "offline", None)
     assert status["message"].startswith("wanted online, but")
     assert read_back(status["folder"])[1]["average_bits"] == 3.15
@@ -597,7 +607,7 @@ def test_a_failing_init_is_reported_and_nothing_more(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr(wandb, "init", fail)
     run = record()
-    run.mirror = mirror.log(run, tmp_path)
+    run.mirror = copy_run(run, tmp_path)
     assert run.mirror == {"state": "failed", "message": "OSError: no space left on device"}
     assert "no copy of the run in W&B" in caplog.text
     RunFolder(tmp_path).write(run)
@@ -606,21 +616,21 @@ def test_a_failing_init_is_reported_and_nothing_more(tmp_path, monkeypatch, capl
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    status = mirror.log(record(), tmp_path)
+    status = copy_run(record(), tmp_path)
     assert status == {"state": "failed", "message": "the package wandb cannot be imported"}
 
 
 def test_disabled_writes_nothing(tmp_path):
     run = record()
     run.config["wandb"]["mode"] = "disabled"
-    assert mirror.log(run, tmp_path) == {"state": "disabled", "mode": "disabled"}
+    assert copy_run(run, tmp_path) == {"state": "disabled", "mode": "disabled"}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_mode_is_no_exception(tmp_path):
     run = record()
     run.config["wandb"]["mode"] = "sometimes"
-    assert "wandb.mode=sometimes is unknown" in mirror.log(run, tmp_path)["message"]
+    assert "wandb.mode=sometimes is unknown" in copy_run(run, tmp_path)["message"]
 
 
 def test_login_is_found_where_wandb_keeps_it(tmp_path, monkeypatch):
@@ -669,13 +679,13 @@ sys.path.insert(0, {tests!r})
 from records import record
 from wandb_server import Server
 import wandb
-from dqx import mirror
+from dqx.report.wandb import copy_run
 if sys.argv[1] == "die":
     def log(*_, **__):
         print("ready", flush=True)
         time.sleep(60)
     wandb.Table = log
-print(mirror.log(record(), {folder!r})["state"])
+print(copy_run(record(), {folder!r})["state"])
 """
 
 
