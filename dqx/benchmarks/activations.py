@@ -10,20 +10,15 @@ denoising states, both also without meters. On a CPU the clock is the processor 
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from dqx.benchmarks.cases import MODELS, scaled
+from dqx.benchmarks.common import clock, options, table, tell, write_figures
 from dqx.benchmarks.sweep import launch
 from dqx.config.schema import FidelityConfig, OutlierConfig
 from dqx.data.calibration import CalibBatch
@@ -33,7 +28,7 @@ from dqx.diffusion.rollout import State, write
 from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
 from dqx.record.folder import RunFolder
-from dqx.report.terminal import RULES
+from dqx.report.tables import Table
 
 LIMIT = 0.15  # of the evaluation: the share that statistics may take
 DOCUMENTS = (8, 32, 128, 1000)
@@ -100,9 +95,9 @@ def compare(arch: Architecture, *, window: int, prompt: int, gen_length: int, st
 
 def seconds(work: Callable[[], object]) -> float:
     """Processor time of `work`."""
-    started = time.process_time()
+    started = clock()
     work()
-    return time.process_time() - started
+    return clock() - started
 
 
 def default_run() -> dict[str, float]:
@@ -112,18 +107,18 @@ def default_run() -> dict[str, float]:
         return RunFolder(f"{folder}/run").read(documents=False).timings
 
 
-def table(found: Figures) -> Table:
-    rows = Table("", "seconds", "without meters", box=RULES)
-    rows.add_row("one document", "", f"{found.document:.2f}")
-    rows.add_row("statistics, text windows", f"{found.windows_metered:.2f}", f"{found.windows:.2f}")
-    rows.add_row("statistics, denoising states", f"{found.states_metered:.2f}", f"{found.states:.2f}")
-    for documents in DOCUMENTS:
-        rows.add_row(f"share of {documents} documents", f"{100 * found.share(documents):.1f} %", "")
-    return rows
+def overview(figures: Figures) -> Table:
+    rows = [
+        ("one document", "", f"{figures.document:.2f}"),
+        ("statistics, text windows", f"{figures.windows_metered:.2f}", f"{figures.windows:.2f}"),
+        ("statistics, denoising states", f"{figures.states_metered:.2f}", f"{figures.states:.2f}"),
+    ]
+    shares = [(f"share of {n} documents", f"{100 * figures.share(n):.1f} %") for n in DOCUMENTS]
+    return table(("", "seconds", "without meters"), [*rows, *shares])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dqx.benchmarks.activations", description=__doc__.split("\n")[0])
+    parser = options("activations", __doc__)
     parser.add_argument("--model", default="llada_8b", choices=MODELS, help="whose shapes (llada_8b)")
     parser.add_argument("--scale", type=int, default=4, help="all widths divided by this (4)")
     parser.add_argument("--blocks", type=int, default=4, help="number of blocks (4)")
@@ -132,23 +127,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gen-length", type=int, default=64, help="tokens of its answer (64)")
     parser.add_argument("--steps", type=int, default=64, help="denoising steps (64)")
     parser.add_argument("--run", action="store_true", help="also the default run of the bundled model: a minute or two")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     arch = scaled(MODELS[args.model], args.scale)
     words = arch.vocab_size // args.scale
     arch = replace(arch, n_blocks=args.blocks, vocab_size=words, mask_token_id=words - 1)
-    found = compare(arch, window=args.window, prompt=args.prompt, gen_length=args.gen_length, steps=args.steps)
-    console = Console(highlight=False, emoji=False)
-    console.print(table(found))
+    figures = compare(arch, window=args.window, prompt=args.prompt, gen_length=args.gen_length, steps=args.steps)
+    tell(overview(figures))
     if args.run:
         timings = default_run()
         parts = {what: sum(v for k, v in timings.items() if k.startswith(what)) for what in ("outliers", "evaluate")}
         share = parts["outliers"] / parts["evaluate"]
-        console.print("default run: statistics {outliers:.1f} s, evaluation {evaluate:.1f} s".format(**parts))
-        console.print(f"a share of {100 * share:.1f} %" + (", more than it should be" if share > LIMIT else ""))
-    if args.json is not None:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        print("default run: statistics {outliers:.1f} s, evaluation {evaluate:.1f} s".format(**parts))
+        print(f"a share of {100 * share:.1f} %" + (", more than it should be" if share > LIMIT else ""))
+    write_figures(args.json, asdict(figures))
 
 
 if __name__ == "__main__":

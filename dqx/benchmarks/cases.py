@@ -64,10 +64,10 @@ class Case:
     @torch.no_grad()
     def site_inputs(self) -> dict[str, Tensor]:
         """What the linears of every site read [S, T, I], in one pass through the block as it is now."""
-        found: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
 
         def record(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: found.__setitem__(site, args[0].detach().clone())
+            return lambda module, args: inputs.__setitem__(site, args[0].detach().clone())
 
         hooks = [getattr(self.block, roles[0]).register_forward_pre_hook(record(s)) for s, roles in SITES.items()]
         try:
@@ -75,7 +75,7 @@ class Case:
         finally:
             for hook in hooks:
                 hook.remove()
-        return found
+        return inputs
 
 
 @torch.no_grad()

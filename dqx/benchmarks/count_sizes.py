@@ -1,4 +1,7 @@
-"""Count the table of `sizes.py` anew: `python -m dqx.benchmarks.count_sizes DATA_ROOT [TASK ...]`, in some minutes.
+"""Count the sizes of benchmarks anew, which estimates of a run's work read.
+
+    python -m dqx.benchmarks.count_sizes DATA_ROOT [TASK ...]     the lines of the table in dqx/study/estimate/sizes.py,
+                                                                  in some minutes
 
 Prompts and answers are those that lm-eval builds from copies of the datasets in DATA_ROOT (the hub's layout); for
 tasks that come with dqx they are counted with the bundled tokenizer, for others by the `RULE`.
@@ -95,15 +98,15 @@ def _answer(task: LocalTask, request: Instance, spec: TaskSpec, count: Count) ->
 
 def binned(answers: Counter[int], prompts: Counter[int]) -> dict[int, tuple[int, int]]:
     """Numbers by length; of long ones between two bounds, by their rounded mean length."""
-    found: dict[int, tuple[int, int]] = {}
+    by_length: dict[int, tuple[int, int]] = {}
     edges = [*range(APART + 1), *BOUNDS, max(answers)]
     for low, high in pairwise(edges):
         inside = [length for length in answers if low < length <= high]
         if inside:
             n = sum(answers[length] for length in inside)
             mean = round(sum(length * answers[length] for length in inside) / n)
-            found[mean] = (n, sum(prompts[length] for length in inside))
-    return found
+            by_length[mean] = (n, sum(prompts[length] for length in inside))
+    return by_length
 
 
 def main() -> None:

@@ -13,23 +13,19 @@ beside this file.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from dqx.benchmarks.common import check_counts, clock, names, options, progress, table, tell, write_figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
-from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Outcome, Work, architecture, clock, random_model
+from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Comparison, Work, architecture, random_model
 from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
-from dqx.report.terminal import RULES
+from dqx.report.tables import Table
 
 #: Documents of each task, as many as take about seven minutes together.
 DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 36, "arc_challenge": 18, "hellaswag": 3}
@@ -50,7 +46,7 @@ class Figures:
     kind: str
     documents: int
     stop: float  # of a generation task, tokens until the stop string is complete; mean
-    outcome: Outcome = field(default_factory=Outcome)
+    outcome: Comparison = field(default_factory=Comparison)
 
     @property
     def plain(self) -> Work:
@@ -151,25 +147,21 @@ def head_share(arch: Architecture) -> float:
     return head / (head + blocks)
 
 
-def table(rows: list[Figures]) -> Table:
+def overview(rows: list[Figures], notes: Sequence[str] = ()) -> Table:
     """Times, work and equality of both paths; under each task, what made the difference."""
-    result = Table(box=RULES, show_edge=False, pad_edge=False, header_style="bold")
-    result.add_column("task", no_wrap=True)
-    for head in ("docs", "plain\ns", "dqx\ns", "ratio", "plain\nforwards", "dqx\nforwards", "plain\ntokens",
-                 "dqx\ntokens", "results"):  # fmt: skip
-        result.add_column(head, justify="right", no_wrap=True)
+    columns = ("task", "docs", "plain s", "dqx s", "ratio", "plain forwards", "dqx forwards", "plain tokens",
+               "dqx tokens", "results")  # fmt: skip
+    lines = []
     for f in rows:
         both = (f.plain, f.dqx)
-        result.add_row(
-            f.task, str(f.documents), *(f"{w.seconds:.2f}" for w in both), f"{f.ratio:.2f}",
-            *(str(w.sequences) for w in both), *(f"{w.tokens / 1000:.1f}k" for w in both), f.equality(),
-        )  # fmt: skip
-        for what, factor in f.savings().items():
-            result.add_row(f"  {what}", "", "", "", f"{factor:.2f}", style="dim")
-    return result
+        seconds, forwards = [f"{w.seconds:.2f}" for w in both], [str(w.sequences) for w in both]
+        tokens = [f"{w.tokens / 1000:.1f}k" for w in both]
+        lines.append([f.task, str(f.documents), *seconds, f"{f.ratio:.2f}", *forwards, *tokens, f.equality()])
+        lines += [[f"  {what}", "", "", "", f"{factor:.2f}"] for what, factor in f.savings().items()]
+    return table(columns, lines, notes)
 
 
-def legend(rows: list[Figures], args: argparse.Namespace, rate: float) -> list[str]:
+def notes(rows: list[Figures], args: argparse.Namespace, rate: float) -> list[str]:
     """What the numbers are, and how fast each path went."""
     arch = architecture(args.scale, args.blocks)
     clocked = "processor time on one thread" if args.device == "cpu" and args.threads == 1 else "wall-clock time"
@@ -193,9 +185,7 @@ def legend(rows: list[Figures], args: argparse.Namespace, rate: float) -> list[s
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dqx.benchmarks.evaluate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = options("evaluate", __doc__)
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"one or several of {', '.join(TASKS)} (all)")
     parser.add_argument("--documents", type=int, help="documents of every task (as many as take some minutes)")
     parser.add_argument("--scale", type=int, default=16, help="divide LLaDA-8B's widths by this (16)")
@@ -208,18 +198,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device; null measures a large matrix product")
     parser.add_argument("--quick", action="store_true", help="tiny model, two documents, short prompts and answers")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
-    args.tasks = args.tasks.split(",")
-    if strange := [name for name in args.tasks if name not in TASKS]:
-        parser.error(f"--tasks: {', '.join(strange)} is unknown; there are {', '.join(TASKS)}")
+    args.tasks = names(parser, "--tasks", args.tasks, TASKS)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: PyTorch finds no GPU here; leave it out to run on the CPU")
     if args.quick:
         args.scale, args.blocks, args.documents = 32, 2, args.documents or 2
-    for option in ("documents", "blocks", "threads"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            parser.error(f"--{option}={value} must be at least 1")
+    check_counts(parser, args, "documents", "blocks", "threads")
     if args.tokens_per_step not in (1, 2, 4, 8, 16, 32):
         parser.error(
             f"--tokens-per-step={args.tokens_per_step} must divide a block of 32 tokens; 1, 2, 4, 8, 16, 32 do"
@@ -236,25 +221,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("tasks", "json")}
     rows: list[Figures] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress() as line:
         for name in args.tasks:
-            line = progress.add_task(name)
+            say = line(name)
             for figures in measure(name, args):
-                progress.update(line, description=f"{name}, {figures.ratio:.2f} times as fast")
-            progress.stop_task(line)
+                say(f"{figures.ratio:.2f} times as fast")
             rows.append(figures)
-            if args.json is not None:  # after every task, so that a run that is broken off leaves something
-                args.json.write_text(
-                    json.dumps([row.to_dict() | {"settings": settings} for row in rows], indent=1) + "\n"
-                )
+            write_figures(args.json, [row.to_dict() | {"settings": settings} for row in rows])  # now, lest it break off
     arc = [f for f in rows if f.task.startswith("arc_")]
     shown = [*rows, together("arc, both", arc)] if len(arc) > 1 else rows
     rate = args.peak * 1e12 if args.peak else matmul_rate(torch.device(args.device), DTYPES[args.dtype])
-    console = Console(highlight=False, emoji=False)
-    Console(highlight=False, emoji=False, width=max(130, console.width)).print(table(shown))
-    for text in legend(rows, args, rate):
-        console.print(text, style="dim", soft_wrap=True)
+    tell(overview(shown, notes(rows, args, rate)))
 
 
 if __name__ == "__main__":

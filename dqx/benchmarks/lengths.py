@@ -54,7 +54,7 @@ def measure(spec: TaskSpec, data_root: str) -> list[Lengths]:
 
     members = [build(leaf, spec, data_root=data_root, steps=None) for leaf in leaves(spec.harness)]
     sizes = [len(task.eval_docs) for task in members]
-    found: list[Lengths] = []
+    sampled: list[Lengths] = []
     for task, size, count in zip(members, sizes, in_turn(sizes, SAMPLE), strict=True):
         task.build_all_requests(samples=random.Random(task.task_name).sample(range(size), count))
         documents: dict[int, Lengths] = {}
@@ -64,8 +64,8 @@ def measure(spec: TaskSpec, data_root: str) -> list[Lengths]:
                 continuation = f"{task.doc_to_target(request.doc)}\n\n{continuation['until'][0].strip()}"
             before = documents[request.doc_id].targets if request.doc_id in documents else ()
             documents[request.doc_id] = Lengths(by_rule(context), (*before, by_rule(continuation)))
-        found += documents.values()
-    return found
+        sampled += documents.values()
+    return sampled
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,22 +12,20 @@ folders are removed at the end. See README.md beside this file.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dqx.benchmarks.cases import MODELS
+from dqx.benchmarks.common import Say, check_counts, in_process, options, write_figures
 from dqx.common.files import write_json
 from dqx.common.memory import GB
 from dqx.config import compose
@@ -38,20 +36,7 @@ from dqx.quant import QuantReport, quantize_checkpoint
 from dqx.quant.checkpoint.on_disk import Loading
 
 POOL = 2**24 + 43  # random numbers that all weights are cut from; the prime keeps rows of a matrix apart
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the process that is measured does."""
-
-    source: Path
-    output: Path
-    method: str
-    bits: str
-    samples: int
-    length: int
-    activations_gb: float | None
-    threads: int
+SOURCE, OUTPUT = "source", "quantized"  # in the folder
 
 
 def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
@@ -94,45 +79,28 @@ def _random(name: str, shape: torch.Size, pool: Tensor) -> Tensor:
     return values.view(shape) * (1.0 if name.startswith("embed") else shape[1] ** -0.5)
 
 
-def measure(job: Job) -> QuantReport:
-    """Quantize in a fresh process. Raises RuntimeError if that fails."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return QuantReport.from_dict(ours.recv())
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process ended with code {process.exitcode}; -9 means that memory ran out") from None
-    finally:
-        process.join()
-
-
-def _work(job: Job, pipe: Any) -> None:
-    torch.set_num_threads(job.threads)
-    choice = compose.select(method=job.method, bits=job.bits)
-    method, source = compose.build(choice.method), inspect(str(job.source))
+def quantized(args: argparse.Namespace, say: Say) -> QuantReport:
+    """Quantize the checkpoint in `args.folder`; what the process that is measured does."""
+    torch.set_num_threads(args.threads)
+    choice = compose.select(method=args.method, bits=args.bits)
+    method, source = compose.build(choice.method), inspect(str(args.folder / SOURCE))
     noise = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, source.arch.vocab_size, (job.samples, job.length), generator=noise)
+    ids = torch.randint(0, source.arch.vocab_size, (args.samples, args.length), generator=noise)
     batches = [ids] if method.needs_data else []
-    loading = Loading(activations_gb=job.activations_gb)
-    report = quantize_checkpoint(source, job.output, method, choice.bits, batches, loading=loading, progress=False)
-    pipe.send(report.to_dict())
-    pipe.close()
+    loading, output = Loading(activations_gb=args.activations_gb), args.folder / OUTPUT
+    return quantize_checkpoint(source, output, method, choice.bits, batches, loading=loading, progress=False)
 
 
-def figures(job: Job, arch: Architecture, report: QuantReport, size: int) -> dict[str, Any]:
+def figures(args: argparse.Namespace, arch: Architecture, report: QuantReport, size: int) -> dict[str, Any]:
     return {
         "family": arch.family,
         "blocks": arch.n_blocks,
         "method": report.method,
         "bits": report.bits,
         "tokens": report.calibration_tokens,
-        "threads": job.threads,
+        "threads": args.threads,
         "checkpoint_gb": size / GB,
-        "quantized_gb": sum(path.stat().st_size for path in job.output.iterdir()) / GB,
+        "quantized_gb": sum(path.stat().st_size for path in (args.folder / OUTPUT).iterdir()) / GB,
         "seconds": report.seconds,
         "peak_ram_gb": report.peak_ram / GB,
         "notes": len(report.notes),
@@ -140,9 +108,7 @@ def figures(job: Job, arch: Architecture, report: QuantReport, size: int) -> dic
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dqx.benchmarks.memory", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = options("memory", __doc__)
     parser.add_argument("folder", type=Path, help="a new folder, with room for the checkpoint twice")
     parser.add_argument("--model", default="llada_8b", choices=MODELS, help="whose shapes (llada_8b)")
     parser.add_argument("--method", default="rtn", help="a choice of the config group `method` (rtn)")
@@ -152,13 +118,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of each (256)")
     parser.add_argument("--activations-gb", type=float, default=1.0, help="RAM for their activations (1)")
     parser.add_argument("--threads", type=int, default=1, help="of the measured process (1)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"{args.folder} exists already; name a new folder")
-    for name in ("blocks", "samples", "length", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} must be at least 1")
+    check_counts(parser, args, "blocks", "samples", "length", "threads")
     return args
 
 
@@ -166,31 +129,19 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     arch = MODELS[args.model]
     arch = arch if args.blocks is None else replace(arch, n_blocks=args.blocks)
-    console = Console(highlight=False, emoji=False)
-    job = Job(
-        args.folder / "source",
-        args.folder / "quantized",
-        args.method,
-        args.bits,
-        args.samples,
-        args.length,
-        args.activations_gb,
-        args.threads,
-    )
     try:
         started = time.perf_counter()
-        size = write_checkpoint(arch, job.source)
-        console.print(f"checkpoint: {size / GB:.2f} GB, written in {time.perf_counter() - started:.0f} s")
-        found = figures(job, arch, measure(job), size)
+        size = write_checkpoint(arch, args.folder / SOURCE)
+        print(f"checkpoint: {size / GB:.2f} GB, written in {time.perf_counter() - started:.0f} s")
+        measured = figures(args, arch, in_process(quantized, args), size)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
-    console.print(
-        f"{args.model}, {arch.n_blocks} blocks, {found['method']} {found['bits']}, {found['tokens']} calibration "
-        f"tokens, {args.threads} threads: {found['seconds']:.0f} s, at most {found['peak_ram_gb']:.2f} GB resident",
-        soft_wrap=True,
+    print(
+        f"{args.model}, {arch.n_blocks} blocks, {measured['method']} {measured['bits']}, {measured['tokens']} "
+        f"calibration tokens, {args.threads} threads: {measured['seconds']:.0f} s, at most "
+        f"{measured['peak_ram_gb']:.2f} GB resident"
     )
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(args.json, measured)
 
 
 if __name__ == "__main__":

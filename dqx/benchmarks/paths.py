@@ -10,7 +10,6 @@ and including one: it is what dqx's engine has to write, and it is told that an 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.benchmarks.cases import MODELS, scaled
+from dqx.benchmarks.common import clock
 from dqx.benchmarks.lengths import Lengths
 from dqx.diffusion import SeededNoise, greedy_matches, log_likelihood_given
 from dqx.diffusion.batches import Request
@@ -83,13 +83,6 @@ class Work:
         return Work(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of this process on one thread of the CPU, so that other work on the machine does not count."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
-
-
 @contextmanager
 def counted(model: MaskedDiffusionTransformer) -> Iterator[Work]:
     """The work that the model does inside. A multiplication and an addition are two FLOPs."""
@@ -128,7 +121,7 @@ def counted(model: MaskedDiffusionTransformer) -> Iterator[Work]:
 
 
 @dataclass
-class Outcome:
+class Comparison:
     """What both paths did. `greedy` is the plain path's greedy pass, which `plain` leaves out.
 
     `equal` says of each document whether the tokens up to its stop are the same, `error` is the largest relative
@@ -141,8 +134,8 @@ class Outcome:
     equal: list[bool] = field(default_factory=list)
     error: float = 0.0
 
-    def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(
             self.plain + other.plain,
             self.greedy + other.greedy,
             self.dqx + other.dqx,
@@ -155,14 +148,14 @@ def random_tokens(model: MaskedDiffusionTransformer, length: int, generator: tor
     return torch.randint(model.arch.mask_token_id, (length,), generator=generator)
 
 
-def generate(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Sequence[Lengths], seed: int) -> Outcome:
+def generate(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Sequence[Lengths], seed: int) -> Comparison:
     """The answers to documents of a generation task, by both paths."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [random_tokens(model, document.prompt, generator) for document in documents]
-    sampler, outcome = LLaDASampler(suppress_mask=True), Outcome()  # trained models do not write masks
+    sampler, comparison = LLaDASampler(suppress_mask=True), Comparison()  # trained models do not write masks
     schedule: dict[str, Any] = {name: getattr(spec, name) for name in ("gen_length", "block_length", "steps")}
     texts = []
-    with counted(model) as outcome.plain:
+    with counted(model) as comparison.plain:
         for i, (prompt, document) in enumerate(zip(prompts, documents, strict=True)):
             noise = SeededNoise(seed, [i])
             answer = sampler.generate(model, prompt[None].to(model.device), noise=noise, **schedule).ids[0].tolist()
@@ -174,10 +167,10 @@ def generate(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Seque
         settled=lambda ids: any(ids[: len(text)] == text for text in texts),
         **schedule,
     )
-    with counted(model) as outcome.dqx:
+    with counted(model) as comparison.dqx:
         answers = engine.generate([Prompt(prompt.tolist(), i) for i, prompt in enumerate(prompts)])
-    outcome.equal = [answer.ids[: len(text)] == text for answer, text in zip(answers, texts, strict=True)]
-    return outcome
+    comparison.equal = [answer.ids[: len(text)] == text for answer, text in zip(answers, texts, strict=True)]
+    return comparison
 
 
 def plain_likelihood(model: MaskedDiffusionTransformer, request: Request, samples: int, seed: int) -> float:
@@ -189,25 +182,25 @@ def plain_likelihood(model: MaskedDiffusionTransformer, request: Request, sample
     return log_likelihood_given(model, states, tokens, drawn.double().mean(1), batch_size=BATCH)
 
 
-def score(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Sequence[Lengths], seed: int) -> Outcome:
+def score(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Sequence[Lengths], seed: int) -> Comparison:
     """The likelihoods of the choices of documents, by both paths."""
     assert spec.mc_samples is not None
     generator = torch.Generator().manual_seed(seed)
-    requests, outcome = [], Outcome()
+    requests, comparison = [], Comparison()
     for i, document in enumerate(documents):
         prompt = random_tokens(model, document.prompt, generator)
         for j, length in enumerate(document.targets):
             requests.append(Request(prompt, random_tokens(model, length, generator), (spec.harness, i, j)))
-    with counted(model) as outcome.plain:
+    with counted(model) as comparison.plain:
         plain = [plain_likelihood(model, request, spec.mc_samples, seed) for request in requests]
-    with counted(model) as outcome.greedy:
+    with counted(model) as comparison.greedy:
         for request in requests:
             greedy_matches(model, request.prefix.to(model.device), request.target)
-    with counted(model) as outcome.dqx:
+    with counted(model) as comparison.dqx:
         values = Scorer(model, samples=spec.mc_samples, seed=seed).score(requests)
-    outcome.error = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(values, plain, strict=True))
-    return outcome
+    comparison.error = max(abs(ours - theirs) / abs(theirs) for ours, theirs in zip(values, plain, strict=True))
+    return comparison
 
 
-Path = Callable[[MaskedDiffusionTransformer, TaskSpec, Sequence[Lengths], int], Outcome]
+Path = Callable[[MaskedDiffusionTransformer, TaskSpec, Sequence[Lengths], int], Comparison]
 PATHS: dict[str, Path] = {"generation": generate, "likelihood": score}

@@ -11,27 +11,22 @@ its own, one after the other in the same minutes, and both results are compared.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from dqx.benchmarks.cases import LENGTH, MODELS, make_case, scaled
-from dqx.benchmarks.sides import BITS, SIDES, Job, compare
+from dqx.benchmarks.common import Say, check_counts, in_process, names, options, progress, table, tell, write_figures
+from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare
 from dqx.config import compose
-from dqx.report.terminal import RULES
+from dqx.report.tables import Table
 
 NAMES = ("plain", "dqx")
 
@@ -65,11 +60,16 @@ class Figures:
         return asdict(self) | {"ratio": self.ratio, "seconds_per_model": per_model}
 
 
-def measure(figures: Figures, progress: Callable[[str], None]) -> Figures:
-    """Run both sides, each in a fresh process, and fill in the figures."""
+def measure(figures: Figures, say: Say) -> Figures:
+    """Run both sides, each in a fresh process, and fill in the figures. Raises RuntimeError if one dies."""
     with tempfile.TemporaryDirectory() as folder:
         for side in NAMES:
-            result = _in_process(figures, side, folder, progress)
+            try:
+                result = in_process(_work, figures, side, folder, say=partial(_said, say, side))
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{figures.method} on {figures.model}, {side}: {error}: take a larger --scale or fewer --tokens"
+                ) from None
             figures.seconds[side] = result["seconds"]
             if side == "plain":
                 figures.aside = result["aside"]
@@ -78,53 +78,26 @@ def measure(figures: Figures, progress: Callable[[str], None]) -> Figures:
     return figures
 
 
-def _in_process(figures: Figures, side: str, folder: str, progress: Callable[[str], None]) -> dict[str, Any]:
-    """The result of `_work` from a new process, whose texts go to `progress`. Raises RuntimeError if it dies."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(figures, side, folder, theirs))
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            message = ours.recv()
-            if isinstance(message, dict):
-                return message
-            progress(f"{side}: {message}")
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"{figures.method} on {figures.model}, {side}: the process ended with code {process.exitcode}; "
-            "if that is -9, memory ran out: take a larger --scale or fewer --tokens"
-        ) from None
-    finally:
-        process.join()
-
-
-def _work(figures: Figures, side: str, folder: str, pipe: Connection) -> None:
+def _work(figures: Figures, side: str, folder: str, say: Say) -> dict[str, Any]:
     """One side in a process of its own; the dqx side reads what the plain side left in `folder` and compares."""
     torch.set_num_threads(figures.threads)
-    case = make_case(scaled(MODELS[figures.model], figures.scale), figures.tokens)
+    arch = scaled(MODELS[figures.model], figures.scale)
     choice = compose.select(method=figures.method, bits=figures.bits)
-    job = Job(case, compose.build(choice.method), choice.bits, pipe.send)
+    run = SideRun(make_case(arch, figures.tokens), compose.build(choice.method), choice.bits, say)
     start = _peak_mib()
-    SIDES[figures.method][NAMES.index(side)](job)
-    result: dict[str, Any] = {
-        "seconds": job.outcome.seconds,
-        "aside": job.outcome.aside,
-        "peak_mib": _peak_mib(),
-        "start_mib": start,
-    }
+    SIDES[figures.method][NAMES.index(side)](run)
+    result: dict[str, Any] = {"seconds": run.seconds, "aside": run.aside, "peak_mib": _peak_mib(), "start_mib": start}
     file = Path(folder) / "plain.safetensors"
     if side == "plain":
-        save_file({name: tensor.contiguous() for name, tensor in job.outcome.found.items()}, file)
-    else:
-        if figures.method == "duquant":
-            fresh = make_case(scaled(MODELS[figures.model], figures.scale), figures.tokens)
-            job = Job(fresh, job.method, job.bits, pipe.send)
-        result["differences"] = compare(figures.method, job, load_file(file))
-    pipe.send(result)
-    pipe.close()
+        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
+        return result
+    if figures.method == "duquant":
+        run = SideRun(make_case(arch, figures.tokens), run.method, run.bits, say)
+    return result | {"differences": compare(figures.method, run, load_file(file))}
+
+
+def _said(say: Say, side: str, text: str) -> None:
+    say(f"{side}: {text}")
 
 
 def _peak_mib() -> float:
@@ -133,29 +106,25 @@ def _peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def table(rows: list[Figures]) -> Table:
+def overview(rows: list[Figures]) -> Table:
     """Times, ratios, equality and memory of all figures; methods of several phases get a line per phase."""
-    result = Table(box=RULES, show_edge=False, pad_edge=False, header_style="bold")
-    for head in ("model", "method"):
-        result.add_column(head, no_wrap=True)
-    for head in ("plain\ns", "dqx\ns", "ratio", "codes that\ndiffer", "plain\nMiB", "dqx\nMiB", "plain\nh per model",
-                 "dqx\nh per model"):  # fmt: skip
-        result.add_column(head, justify="right", no_wrap=True)
+    columns = ("model", "method", "plain s", "dqx s", "ratio", "codes that differ", "plain MiB", "dqx MiB",
+               "plain h per model", "dqx h per model")  # fmt: skip
+    lines = []
     for f in rows:
         per_model = [f"{f.total(side) * f.blocks / 3600:.2f}" for side in NAMES]
         memory = [f"{f.peak_mib[side]:.0f}" for side in NAMES]
-        result.add_row(
-            f.model, f"{f.method} {f.bits}", *(f"{f.total(side):.2f}" for side in NAMES), f"{f.ratio:.2f}",
-            f"{100 * f.differences['codes']:.3f} %", *memory, *per_model,
-        )  # fmt: skip
+        totals = [f"{f.total(side):.2f}" for side in NAMES]
+        codes = f"{100 * f.differences['codes']:.3f} %"
+        lines.append([f.model, f"{f.method} {f.bits}", *totals, f"{f.ratio:.2f}", codes, *memory, *per_model])
         if len(f.seconds["dqx"]) > 1:
             for phase, ours in f.seconds["dqx"].items():
                 theirs = f.seconds["plain"][phase]
-                result.add_row("", f"  {phase}", f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}", style="dim")
-    return result
+                lines.append(["", f"  {phase}", f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}"])
+    return table(columns, lines, notes(rows), left=2)
 
 
-def legend(rows: list[Figures]) -> list[str]:
+def notes(rows: list[Figures]) -> list[str]:
     """What the numbers are."""
     first = rows[0]
     clock = "processor time on one thread" if first.threads == 1 else f"wall-clock time on {first.threads} threads"
@@ -179,24 +148,18 @@ def legend(rows: list[Figures]) -> list[str]:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dqx.benchmarks.quantize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = options("quantize", __doc__)
     parser.add_argument("--model", default=",".join(MODELS), help=f"one or several of {', '.join(MODELS)} (all)")
     parser.add_argument("--methods", default=",".join(SIDES), help=f"one or several of {', '.join(SIDES)} (all)")
     parser.add_argument("--tokens", type=int, default=2048, help=f"a multiple of {LENGTH} (2048)")
     parser.add_argument("--scale", type=int, default=1, help="divide all widths by this (1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process (1)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
-    args.model, args.methods = args.model.split(","), args.methods.split(",")
-    for names, known, option in ((args.model, MODELS, "--model"), (args.methods, SIDES, "--methods")):
-        if strange := [name for name in names if name not in known]:
-            parser.error(f"{option}: {', '.join(strange)} is unknown; there are {', '.join(known)}")
+    args.model = names(parser, "--model", args.model, MODELS)
+    args.methods = names(parser, "--methods", args.methods, SIDES)
     if args.tokens < LENGTH or args.tokens % LENGTH:
         parser.error(f"--tokens={args.tokens} must be a multiple of {LENGTH}, the length of a sequence; write 2048")
-    if args.threads < 1:
-        parser.error(f"--threads={args.threads} must be at least 1")
+    check_counts(parser, args, "threads")
     for model in args.model:
         try:
             scaled(MODELS[model], args.scale)
@@ -208,27 +171,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     rows: list[Figures] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress() as line:
         for model in args.model:
             for method in args.methods:
-                figures = Figures(
-                    model, method, BITS[method], args.tokens, args.scale, args.threads, MODELS[model].n_blocks
-                )
-                task = progress.add_task(f"{model} {method}")
-
-                def say(text: str, task: Any = task, name: str = f"{model} {method}") -> None:
-                    progress.update(task, description=f"{name}, {text}")
-
+                say = line(f"{model} {method}")
+                blocks = MODELS[model].n_blocks
+                figures = Figures(model, method, BITS[method], args.tokens, args.scale, args.threads, blocks)
                 rows.append(measure(figures, say))
                 say(f"{rows[-1].ratio:.2f} times as fast")
-                progress.stop_task(task)
-                if args.json is not None:  # after every method, so that a run that is broken off leaves something
-                    args.json.write_text(json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
-    console = Console(highlight=False, emoji=False)
-    Console(highlight=False, emoji=False, width=max(130, console.width)).print(table(rows))
-    for line in legend(rows):
-        console.print(line, style="dim", soft_wrap=True)
+                write_figures(args.json, [row.to_dict() for row in rows])  # now, lest the run be broken off
+    tell(overview(rows))
 
 
 if __name__ == "__main__":

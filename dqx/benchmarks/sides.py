@@ -8,7 +8,6 @@ S sequences, T tokens, N tokens of all, I inputs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from dqx.benchmarks import plain
 from dqx.benchmarks.cases import Case
+from dqx.benchmarks.common import Say, clock
 from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import SITES, RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
@@ -34,29 +34,19 @@ BITS = {"gptq": "w4a16", "awq": "w4a16", "duquant": "w4a4"}
 
 
 @dataclass
-class Outcome:
-    """Seconds by phase, and what came out: tensors by name, such as `codes.q`. Times in `aside` do not count."""
+class SideRun:
+    """One side's work: its own block and the method; `say` hears what it is at.
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    aside: dict[str, float] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
-
-    def keep(self, roles: tuple[str, ...], rounded: list[Any]) -> None:
-        """Note what became of the weights of `roles`."""
-        for role, result in zip(roles, rounded, strict=True):
-            for name in ("codes", "scale", "zero_point"):
-                self.found[f"{name}.{role}"] = getattr(result, name)
-
-
-@dataclass
-class Job:
-    """One side's work: its own block and the method; `say` hears what it is at."""
+    What came out: seconds by phase, of which those in `aside` do not count, and tensors by name, such as `codes.q`.
+    """
 
     case: Case
     method: Method
     bits: BitsConfig
-    say: Callable[[str], None] = lambda text: None
-    outcome: Outcome = field(default_factory=Outcome)
+    say: Say = lambda text: None
+    seconds: dict[str, float] = field(default_factory=dict)
+    aside: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def context(self) -> Context:
@@ -66,12 +56,17 @@ class Job:
     def timed(self, phase: str, detail: str, *, times: float = 1, aside: bool = False) -> Iterator[None]:
         """Add to a phase: the time of this process on one thread, so that other work on the machine does not count;
         wall-clock time on several threads. `times` for work that stands for more of its kind."""
-        now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.say(f"{phase}: {detail}")
-        started = now()
+        started = clock()
         yield
-        seconds = self.outcome.aside if aside else self.outcome.seconds
-        seconds[phase] = seconds.get(phase, 0.0) + times * (now() - started)
+        seconds = self.aside if aside else self.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + times * (clock() - started)
+
+    def keep(self, roles: tuple[str, ...], rounded: list[Any]) -> None:
+        """Note what became of the weights of `roles`."""
+        for role, result in zip(roles, rounded, strict=True):
+            for name in ("codes", "scale", "zero_point"):
+                self.tensors[f"{name}.{role}"] = getattr(result, name)
 
     def inputs(self) -> dict[str, Tensor]:
         """What the linears of every site read now."""
@@ -87,7 +82,7 @@ class Job:
         block = self.case.block
         for name, tensor in (("attn_norm", block.attn_norm.weight), ("mlp_norm", block.mlp_norm.weight),
                              ("v", block.v.weight[:, 0]), ("up", block.up.weight[:, 0])):  # fmt: skip
-            self.outcome.found[f"channel_scale.{name}"] = tensor.clone()
+            self.tensors[f"channel_scale.{name}"] = tensor.clone()
 
 
 def statistics(x: Tensor, needs: frozenset[str]) -> dict[str, Any]:
@@ -99,56 +94,56 @@ def statistics(x: Tensor, needs: frozenset[str]) -> dict[str, Any]:
     return {need: collector.value() for need, collector in collectors.items()}
 
 
-def round_stacked(job: Job, roles: tuple[str, ...], weights: list[Tensor], stats: dict[str, Any]) -> None:
+def round_stacked(run: SideRun, roles: tuple[str, ...], weights: list[Tensor], stats: dict[str, Any]) -> None:
     """Round weights that read the same input in one call, and note the results."""
-    part, clip = job.method.rounding_of(roles[0]), job.method.clip_of(roles[0])
+    part, clip = run.method.rounding_of(roles[0]), run.method.clip_of(roles[0])
     assert part is not None
     bound = None if clip is None else ClipAtSite(clip, stats)
-    rounded = part(torch.cat(weights), job.bits.weight_of(roles[0]), stats, bound)
-    job.outcome.keep(roles, rounded.split([len(w) for w in weights]))
+    rounded = part(torch.cat(weights), run.bits.weight_of(roles[0]), stats, bound)
+    run.keep(roles, rounded.split([len(w) for w in weights]))
 
 
 @torch.no_grad()
-def dqx_gptq(job: Job) -> None:
-    part = job.method.rounding
+def dqx_gptq(run: SideRun) -> None:
+    part = run.method.rounding
     assert part is not None
-    for site, x in job.inputs().items():
-        with job.timed("rounding", ", ".join(SITES[site])):
-            round_stacked(job, SITES[site], [job.weight(role) for role in SITES[site]], statistics(x, part.needs))
+    for site, x in run.inputs().items():
+        with run.timed("rounding", ", ".join(SITES[site])):
+            round_stacked(run, SITES[site], [run.weight(role) for role in SITES[site]], statistics(x, part.needs))
 
 
 @torch.no_grad()
-def plain_gptq(job: Job) -> None:
-    for site, x in job.inputs().items():
+def plain_gptq(run: SideRun) -> None:
+    for site, x in run.inputs().items():
         for role in SITES[site]:
-            with job.timed("rounding", role):
-                weight = job.bits.weight
-                rounded = plain.gptq(job.weight(role), x.flatten(0, 1), weight.bits, weight.group_size)
-            job.outcome.keep((role,), [rounded])
+            with run.timed("rounding", role):
+                weight = run.bits.weight
+                rounded = plain.gptq(run.weight(role), x.flatten(0, 1), weight.bits, weight.group_size)
+            run.keep((role,), [rounded])
 
 
 @torch.no_grad()
-def dqx_awq(job: Job) -> None:
-    (name, transform), *_ = job.method.block_transforms.items()
-    inputs = job.inputs()
-    with job.timed("scale search", "all sites"):
+def dqx_awq(run: SideRun) -> None:
+    (name, transform), *_ = run.method.block_transforms.items()
+    inputs = run.inputs()
+    with run.timed("scale search", "all sites"):
         stats = {site: statistics(inputs[site], needs) for site, needs in transform.needs.items()}
-        transform.apply(job.case.block, stats, job.context.at(name=name))
-    job.keep_scaled()
-    clip = job.method.clip
+        transform.apply(run.case.block, stats, run.context.at(name=name))
+    run.keep_scaled()
+    clip = run.method.clip
     assert clip is not None
-    for site, x in job.inputs().items():
+    for site, x in run.inputs().items():
         for skipped in (True, False):
             roles = tuple(role for role in SITES[site] if (role in clip.skip_roles) == skipped)
             if roles:
-                with job.timed(CLIP, ", ".join(roles)):
+                with run.timed(CLIP, ", ".join(roles)):
                     stats_here = statistics(x, frozenset() if skipped else clip.needs)
-                    round_stacked(job, roles, [job.weight(role) for role in roles], stats_here)
+                    round_stacked(run, roles, [run.weight(role) for role in roles], stats_here)
 
 
 @torch.no_grad()
-def plain_awq(job: Job) -> None:
-    block, rope, bits, size = job.case.block, job.case.rope, job.bits.weight.bits, job.bits.weight.group_size
+def plain_awq(run: SideRun) -> None:
+    block, rope, bits, size = run.case.block, run.case.rope, run.bits.weight.bits, run.bits.weight.group_size
     judges: dict[str, Callable[[Tensor], Tensor]] = {
         "attn_in": lambda x: block.attention(x, rope, None),
         "attn_out": block.o,
@@ -163,111 +158,111 @@ def plain_awq(job: Job) -> None:
         "mlp_in": block.mlp_norm,
         "mlp_out": block.up,
     }
-    inputs = job.inputs()
+    inputs = run.inputs()
     scales = {}
     for site, judge in judges.items():
         linears = [getattr(block, role) for role in SITES[site]]
-        with job.timed("scale search", ", ".join(SITES[site])):
+        with run.timed("scale search", ", ".join(SITES[site])):
             scales[site] = plain.awq_scale(linears, inputs[site], judge, bits, size)[0]
     for site, scale in scales.items():
         for role in SITES[site]:
-            job.weight(role).mul_(scale)
+            run.weight(role).mul_(scale)
         producer = before[site]
         producer.weight.div_(scale if producer.weight.dim() == 1 else scale[:, None])
         if producer.bias is not None:
             producer.bias.div_(scale)
-    job.keep_scaled()
-    for site, x in job.inputs().items():
+    run.keep_scaled()
+    for site, x in run.inputs().items():
         for role in SITES[site]:
-            w = job.weight(role)
+            w = run.weight(role)
             if role not in ("q", "k"):
                 some = w[:CLIP_ROWS]
-                with job.timed(CLIP, f"{role}, {len(some)} rows", times=len(w) / len(some)):
+                with run.timed(CLIP, f"{role}, {len(some)} rows", times=len(w) / len(some)):
                     plain.awq_clip(some, x.flatten(0, 1), bits, size)
-                with job.timed(CLIP, f"{role} by matrix products", aside=True):
+                with run.timed(CLIP, f"{role} by matrix products", aside=True):
                     limits = plain.awq_clip(w, x.flatten(0, 1), bits, size, rows=64, matmul=True)
                 w = plain.clamp_groups(w, limits)
-            with job.timed(CLIP, role):
+            with run.timed(CLIP, role):
                 rounded = plain.rtn(w, bits, size)
-            job.outcome.keep((role,), [rounded])
+            run.keep((role,), [rounded])
 
 
-def smoothed(job: Job) -> dict[str, Tensor]:
+def smoothed(run: SideRun) -> dict[str, Tensor]:
     """What the linears read once the block is smoothed, all tokens as one sequence."""
-    (name, smooth), *_ = job.method.block_transforms.items()
-    inputs = job.inputs()
+    (name, smooth), *_ = run.method.block_transforms.items()
+    inputs = run.inputs()
     stats = {site: statistics(inputs[site], needs) for site, needs in smooth.needs.items()}
-    smooth.apply(job.case.block, stats, job.context.at(name=name))
-    return {site: x.reshape(1, -1, x.shape[-1]) for site, x in job.inputs().items()}
+    smooth.apply(run.case.block, stats, run.context.at(name=name))
+    return {site: x.reshape(1, -1, x.shape[-1]) for site, x in run.inputs().items()}
 
 
-def rotation_part(job: Job) -> tuple[str, BlockRotate]:
-    (name, part), *_ = job.method.site_transforms.items()
+def rotation_part(run: SideRun) -> tuple[str, BlockRotate]:
+    (name, part), *_ = run.method.site_transforms.items()
     assert isinstance(part, BlockRotate)
     return name, part
 
 
-def bases(job: Job, site: str) -> list[Tensor]:
+def bases(run: SideRun, site: str) -> list[Tensor]:
     """The random matrices that both sides start from."""
-    name, part = rotation_part(job)
-    return [base_rotation(part.tile, job.context.at(name=name).generator(site, i)) for i in range(2)]
+    name, part = rotation_part(run)
+    return [base_rotation(part.tile, run.context.at(name=name).generator(site, i)) for i in range(2)]
 
 
 @torch.no_grad()
-def dqx_duquant(job: Job) -> None:
-    name, part = rotation_part(job)
-    for site, x in smoothed(job).items():
-        weights = [job.weight(role) for role in SITES[site]]
-        with job.timed("rotation search", site):
+def dqx_duquant(run: SideRun) -> None:
+    name, part = rotation_part(run)
+    for site, x in smoothed(run).items():
+        weights = [run.weight(role) for role in SITES[site]]
+        with run.timed("rotation search", site):
             stats = statistics(x, part.needs)
-            rotation: nn.Module = part.fit(torch.cat(weights), stats, job.context.at(name=name), site)
-        with job.timed("rotating and rounding", ", ".join(SITES[site])):
-            round_stacked(job, SITES[site], [rotation(weight) for weight in weights], {})
+            rotation: nn.Module = part.fit(torch.cat(weights), stats, run.context.at(name=name), site)
+        with run.timed("rotating and rounding", ", ".join(SITES[site])):
+            round_stacked(run, SITES[site], [rotation(weight) for weight in weights], {})
 
 
 @torch.no_grad()
-def plain_duquant(job: Job) -> None:
-    _, part = rotation_part(job)
-    assert isinstance(job.method.clip, FixedRatio)
-    for site, x in smoothed(job).items():
-        first, second = (base.float() for base in bases(job, site))
-        with job.timed("rotation search", site):  # k and v copy q's, up copies gate's
-            found = plain.duquant(x[0], (first, second), part.steps)
+def plain_duquant(run: SideRun) -> None:
+    _, part = rotation_part(run)
+    assert isinstance(run.method.clip, FixedRatio)
+    for site, x in smoothed(run).items():
+        first, second = (base.float() for base in bases(run, site))
+        with run.timed("rotation search", site):  # k and v copy q's, up copies gate's
+            rotation = plain.duquant(x[0], (first, second), part.steps)
         for role in SITES[site]:
-            with job.timed("rotating and rounding", role):
-                turned = plain.duquant_apply(job.weight(role), found)
-                rounded = plain.rtn(turned, job.bits.weight.bits, -1, clip_ratio=job.method.clip.ratio)
-            job.outcome.keep((role,), [rounded])
-        for i, rotation in enumerate((found[0], found[2])):
-            job.outcome.found[f"channels.{site}.{i}"] = torch.tensor(rotation.channels, dtype=torch.long)
-            job.outcome.found[f"matrix.{site}.{i}"] = rotation.matrix
-        job.outcome.found[f"order.{site}"] = found[1]
+            with run.timed("rotating and rounding", role):
+                turned = plain.duquant_apply(run.weight(role), rotation)
+                rounded = plain.rtn(turned, run.bits.weight.bits, -1, clip_ratio=run.method.clip.ratio)
+            run.keep((role,), [rounded])
+        for i, half in enumerate((rotation[0], rotation[2])):
+            run.tensors[f"channels.{site}.{i}"] = torch.tensor(half.channels, dtype=torch.long)
+            run.tensors[f"matrix.{site}.{i}"] = half.matrix
+        run.tensors[f"order.{site}"] = rotation[1]
 
 
 @torch.no_grad()
-def compare_duquant(job: Job, theirs: Mapping[str, Tensor]) -> dict[str, float]:
+def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, float]:
     """Every step of dqx from what the plain side had before that step; see `differences`.
 
     From end to end the two part ways in float32: among thousands of channels some maxima are equal but for rounding,
     hence are sorted differently, and the second search then works on another matrix.
     """
-    _, part = rotation_part(job)
+    _, part = rotation_part(run)
     ours: dict[str, Tensor] = {}
-    for site, x in smoothed(job).items():
+    for site, x in smoothed(run).items():
         order, matrices = theirs[f"order.{site}"], [theirs[f"matrix.{site}.{i}"] for i in range(2)]
         turned = x[0].unflatten(-1, (-1, part.tile)) @ matrices[0]
-        job.say(f"checking: {site}")
+        run.say(f"checking: {site}")
         ours[f"order.{site}"] = zigzag_permutation(turned.flatten(1).abs().amax(0), part.tile)
         for i, matrix in enumerate((x[0], turned.flatten(1)[:, order])):
-            found = greedy_rotation(matrix, bases(job, site)[i], part.steps, part.index)
-            ours[f"channels.{site}.{i}"] = torch.tensor(found.indices, dtype=torch.long)
-            ours[f"matrix.{site}.{i}"] = found.rotation_BB
+            search = greedy_rotation(matrix, bases(run, site)[i], part.steps, part.index)
+            ours[f"channels.{site}.{i}"] = torch.tensor(search.indices, dtype=torch.long)
+            ours[f"matrix.{site}.{i}"] = search.rotation_BB
         module = BlockRotation(torch.stack(matrices), order[None])
-        round_stacked(job, SITES[site], [module(job.weight(role)) for role in SITES[site]], {})
-    return differences(theirs, ours | job.outcome.found)
+        round_stacked(run, SITES[site], [module(run.weight(role)) for role in SITES[site]], {})
+    return differences(theirs, ours | run.tensors)
 
 
-Side = Callable[[Job], None]
+Side = Callable[[SideRun], None]
 SIDES: dict[str, tuple[Side, Side]] = {
     "gptq": (plain_gptq, dqx_gptq),
     "awq": (plain_awq, dqx_awq),
@@ -275,31 +270,32 @@ SIDES: dict[str, tuple[Side, Side]] = {
 }
 
 
-def compare(method: str, job: Job, theirs: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far dqx's outcome is from the plain one; `job` is fresh for duquant, else the one that dqx worked on."""
-    return compare_duquant(job, theirs) if method == "duquant" else differences(theirs, job.outcome.found)
+def compare(method: str, run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far dqx's tensors are from the plain ones; `run` is fresh for duquant, else the one that dqx worked on."""
+    return compare_duquant(run, theirs) if method == "duquant" else differences(theirs, run.tensors)
 
 
 def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, float]:
-    """How far two outcomes are from equal: the share of codes (and zero points) that differ over all linears; of
-    other integers the number that differ; of scales the share that differs by more than 1e-4 of itself; of matrices
-    the largest difference of an entry.
+    """How far the tensors of two sides are from equal, over all linears.
+
+    Of codes and zero points the share that differs, of other integers their number, of scales the share that differs by
+    more than 1e-4 of itself, of matrices the largest difference of an entry.
     """
-    found: dict[str, list[float]] = {}
+    by_kind: dict[str, list[float]] = {}
     for name, tensor in theirs.items():
         kind, other = name.split(".")[0], ours[name]
         if kind in ("channels", "order"):
             same = tensor.shape == other.shape and torch.equal(tensor, other)
-            found.setdefault(kind, []).append(float(not same))
+            by_kind.setdefault(kind, []).append(float(not same))
         elif kind == "matrix":
-            found.setdefault(kind, []).append(float((tensor.double() - other.double()).abs().max()))
+            by_kind.setdefault(kind, []).append(float((tensor.double() - other.double()).abs().max()))
         else:
             unequal = tensor != other if kind == "codes" else (tensor - other).abs() > 1e-4 * tensor.abs()
-            total = found.setdefault(kind, [0.0, 0.0])
+            total = by_kind.setdefault(kind, [0.0, 0.0])
             total[0] += float(unequal.sum())
             total[1] += tensor.numel()
     return {
         kind: values[0] / values[1] if kind not in ("channels", "order", "matrix")
         else (max(values) if kind == "matrix" else sum(values))
-        for kind, values in found.items()
+        for kind, values in by_kind.items()
     }  # fmt: skip

@@ -12,9 +12,7 @@ one quantized result for each combination of both.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -25,11 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from dqx.benchmarks.common import options, table, tell, write_figures
 from dqx.record.folder import Record, RunFolder
-from dqx.report.terminal import RULES
 
 GROUPS = ("method", "bits", "steps", "task")
 
@@ -83,19 +78,18 @@ def launch(*arguments: str) -> float:
 def shown(record: Record) -> dict[str, Any]:
     """What a run found out: every document of both models, deltas, outliers, fidelity."""
     sides = {"full_precision": record.full_precision, "quantized": record.quantized}
-    documents = {side: {name: result.documents for name, result in found.items()} for side, found in sides.items()}
+    documents = {side: {name: task.documents for name, task in tasks.items()} for side, tasks in sides.items()}
     return {"documents": documents, "deltas": record.deltas, "outliers": record.outliers, "fidelity": record.fidelity}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dqx.benchmarks.sweep", description=__doc__.split("\n")[0])
+    parser = options("sweep", __doc__)
     parser.add_argument("--methods", default="gptq,awq")
     parser.add_argument("--bits", default="w4a16,w3a16")
     parser.add_argument("--steps", default="8,16")
     parser.add_argument("--tasks", default="nano_sums,nano_facts")
     parser.add_argument("--limit", type=int, default=32, help="documents per task (32)")
     parser.add_argument("--quick", action="store_true", help="one width and task, 2 documents: to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
     values = [args.methods, args.bits, args.steps, args.tasks]
     shared = [f"task.limit={args.limit}", "wandb.mode=disabled"]
@@ -103,17 +97,16 @@ def main(argv: list[str] | None = None) -> None:
         values = ["gptq,smoothquant", "w4a16", "8,16", "nano_sums"]
         shared = ["task.limit=2", "wandb.mode=disabled", "calib.samples=2", "calib.length=32"]
     with TemporaryDirectory() as folder:
-        found = measure({g: v.split(",") for g, v in zip(GROUPS, values, strict=True)}, shared, Path(folder))
-    table = Table("", "seconds", box=RULES)
-    table.add_row("one command, empty cache", f"{found.cold:.1f}")
-    table.add_row("the same command again", f"{found.warm:.1f}")
-    table.add_row(f"{found.runs} commands, no cache", f"{found.separate:.1f}")
-    console = Console(highlight=False, emoji=False)
-    console.print(table)
-    console.print("results: equal to the last bit" if found.equal else "results: DIFFERENT")
-    if args.json is not None:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    if not found.equal:
+        figures = measure({g: v.split(",") for g, v in zip(GROUPS, values, strict=True)}, shared, Path(folder))
+    rows = {
+        "one command, empty cache": figures.cold,
+        "the same command again": figures.warm,
+        f"{figures.runs} commands, no cache": figures.separate,
+    }
+    tell(table(("", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in rows.items()]))
+    print("results: equal to the last bit" if figures.equal else "results: DIFFERENT")
+    write_figures(args.json, asdict(figures))
+    if not figures.equal:
         sys.exit(1)
 
 

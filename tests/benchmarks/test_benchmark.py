@@ -11,9 +11,10 @@ from rich.console import Console
 
 from dqx.benchmarks import activations, plain, quantize
 from dqx.benchmarks.cases import MODELS, make_case, scaled
-from dqx.benchmarks.sides import BITS, SIDES, Job, compare, differences
+from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare, differences
 from dqx.config import compose
 from dqx.models.transformer import SITES
+from dqx.report.terminal import rendered
 
 SMALL = {"hidden_size": 256, "mlp_size": 384}  # heads as wide as the real ones
 
@@ -77,19 +78,19 @@ def test_both_sides_agree(method, model, n_kv_heads):
     shorter = ["method.transforms.rotate.steps=40"] if method == "duquant" else []
     choice = compose.select(method=method, bits=BITS[method], overrides=shorter)
     start = case(model, n_kv_heads)
-    theirs, ours = (Job(copy.deepcopy(start), compose.build(choice.method), choice.bits) for _ in range(2))
+    theirs, ours = (SideRun(copy.deepcopy(start), compose.build(choice.method), choice.bits) for _ in range(2))
     for side, job in zip(SIDES[method], (theirs, ours), strict=True):
         side(job)
-        assert job.outcome.seconds
+        assert job.seconds
     if method == "duquant":
-        ours = Job(copy.deepcopy(start), ours.method, ours.bits)
-    found = compare(method, ours, theirs.outcome.found)
+        ours = SideRun(copy.deepcopy(start), ours.method, ours.bits)
+    found = compare(method, ours, theirs.tensors)
     # AWQ's thresholds: a symmetric clamp leaves weights half way between codes, so the last bit decides between two
     assert found["codes"] < (0.02 if method == "awq" else 2e-3)
     assert found["scale"] < (0.04 if method == "awq" else 2e-3)
     assert found.get("channel_scale", 0) == found.get("channels", 0) == found.get("order", 0) == 0
     assert found.get("matrix", 0) < 1e-4
-    assert set(theirs.outcome.found) >= {f"codes.{role}" for roles in SITES.values() for role in roles}
+    assert set(theirs.tensors) >= {f"codes.{role}" for roles in SITES.values() for role in roles}
 
 
 def test_differences_are_seen():
@@ -120,7 +121,7 @@ def test_cases_have_the_real_shapes_and_planted_outliers():
 
 def test_command_line(capsys):
     for wrong, said in (
-        (["--model", "llama"], "llada_8b, dream_7b"),
+        (["--model", "llama"], "dream_7b, llada_8b"),
         (["--methods", "gptq,rtn"], "rtn is unknown"),
         (["--tokens", "100"], "multiple of 512"),
         (["--scale", "3"], "scale=3"),
@@ -137,12 +138,12 @@ def test_table():
     row = quantize.Figures("dream_7b", "awq", "w4a16", 2048, 1, 1, 28, seconds, memory, memory, {"codes": 0.00123})
     row.aside = {"clip": 1.0}
     console = Console(width=130, record=True)
-    console.print(quantize.table([row]))
+    console.print(rendered(quantize.overview([row])))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert lines[-3][:6] == ["dream_7b", "awq", "w4a16", "8.00", "2.00", "4.00"]
     assert lines[-3][6:] == ["0.123", "%", "900", "700", "0.06", "0.02"]
     assert lines[-1] == ["clip", "5.00", "0.50", "10.00"]
-    assert any("4.00 s in all, and the ratio is 2.00" in line for line in quantize.legend([row]))
+    assert any("4.00 s in all, and the ratio is 2.00" in line for line in quantize.notes([row]))
 
 
 @pytest.mark.slow
@@ -163,4 +164,4 @@ def test_cost_of_outlier_statistics_is_put_beside_a_document():
     found = activations.compare(arch, window=16, prompt=8, gen_length=4, steps=4)
     assert min(found.document, found.windows, found.states, found.windows_metered) > 0
     assert found.share(8) == pytest.approx(found.share(1) / 8)
-    assert len(activations.table(found).rows) == 3 + len(activations.DOCUMENTS)
+    assert len(activations.overview(found).rows) == 3 + len(activations.DOCUMENTS)

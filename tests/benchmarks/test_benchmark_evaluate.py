@@ -12,8 +12,9 @@ from dqx.benchmarks.cases import MODELS
 from dqx.benchmarks.count_sizes import by_rule
 from dqx.benchmarks.evaluate import Figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
-from dqx.benchmarks.paths import Outcome, Work
+from dqx.benchmarks.paths import Comparison, Work
 from dqx.config import compose
+from dqx.report.terminal import rendered
 
 
 def model(seed=0):
@@ -122,7 +123,9 @@ def test_likelihoods_are_equal(seed):
 def figures(kind="likelihood"):
     plain = Work(8, 80, 800, 900, 100, 900, 100)
     greedy, dqx = Work(2, 20, 200, 225, 25, 225, 25), Work(2, 30, 300, 320, 10, 400, 50)
-    return Figures("task", kind, 2, 0.0, Outcome(plain, greedy if kind == "likelihood" else Work(), dqx, [True], 1e-7))
+    return Figures(
+        "task", kind, 2, 0.0, Comparison(plain, greedy if kind == "likelihood" else Work(), dqx, [True], 1e-7)
+    )
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "generation"])
@@ -177,7 +180,7 @@ def test_a_quick_run(tmp_path, capsys):
 
 def test_table():
     console = Console(width=130, record=True)
-    console.print(evaluate.table([figures()]))
+    console.print(rendered(evaluate.overview([figures()])))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert lines[3] == ["task", "2", "10.00", "2.00", "5.00", "100", "30", "1.0k", "0.3k", "within", "1.0e-07"]
     assert lines[4] == ["no", "greedy", "pass", "1.25"]

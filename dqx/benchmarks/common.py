@@ -1,0 +1,113 @@
+"""What the benchmarks share: their options, a clock, a process of its own, progress, a table, the file of figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from dqx.report.tables import Entry, Table
+from dqx.report.terminal import print_lines, show
+
+CPU = torch.device("cpu")
+Say = Callable[[str], None]
+
+
+def options(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The command line of `python -m dqx.benchmarks.NAME`, with `--json`; `about` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m dqx.benchmarks.{name}", description=about, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def names(parser: argparse.ArgumentParser, option: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names in `a,b`. Ends the program where one is unknown."""
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"{option}: {', '.join(unknown)} is unknown; there are {', '.join(known)}")
+    return chosen
+
+
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) -> None:
+    """End the program where one of these options is below 1."""
+    for name in counts:
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name}={value} must be at least 1")
+
+
+def clock(device: torch.device = CPU) -> float:
+    """Seconds: of this process on one thread of the CPU, so that other work on the machine does not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def in_process(work: Callable[..., Any], *arguments: Any, say: Say = lambda text: None) -> Any:
+    """What `work(*arguments, say)` returns in a new process. Raises RuntimeError if that dies."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(work, arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            ended, message = ours.recv()
+            if ended:
+                return message
+            say(message)
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process ended with code {process.exitcode}; -9 means that memory ran out") from None
+    finally:
+        process.join()
+
+
+def _send(work: Callable[..., Any], arguments: Sequence[Any], pipe: Connection) -> None:
+    pipe.send((True, work(*arguments, lambda text: pipe.send((False, text)))))
+    pipe.close()
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Say]]:
+    """Lines on stderr: `line(name)` begins one, and what it returns says what stands behind the name."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        lines: list[Any] = []
+
+        def line(name: str) -> Say:
+            for before in lines:
+                shown.stop_task(before)
+            lines.append(shown.add_task(name))
+            return lambda text, task=lines[-1]: shown.update(task, description=f"{name}, {text}")  # type: ignore[misc]
+
+        yield line
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = (), *, left: int = 1) -> Table:
+    """Rows of text, the first `left` columns flush left; short rows are filled up."""
+    entries = [[Entry(text) for text in (*row, *[""] * (len(columns) - len(row)))] for row in rows]
+    return Table("", tuple(columns), entries, [], notes=tuple(notes), left=left)
+
+
+def tell(figures: Table) -> None:
+    """Print a table with its notes."""
+    console = Console(highlight=False, emoji=False)
+    print_lines(console, ["", *show(figures, console)], "dim")
+
+
+def write_figures(file: Path | None, figures: Any) -> None:
+    """Write figures as JSON, where a file was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
