@@ -217,9 +217,9 @@ def duquant(
     return first, order, duquant_rotation(x[:, order], bases[1], steps, by_row=by_row)
 
 
-def duquant_apply(w_OI: Tensor, found: tuple[Rotation, Tensor, Rotation]) -> Tensor:
+def duquant_apply(w_OI: Tensor, parts: tuple[Rotation, Tensor, Rotation]) -> Tensor:
     """The columns of a weight (or the channels of an input) under what `duquant` found."""
-    first, order, second = found
+    first, order, second = parts
     width = len(first.matrix)
     turned = (w_OI.reshape(-1, width) @ first.matrix).reshape(w_OI.shape)[:, order]
     return (turned.reshape(-1, width) @ second.matrix).reshape(w_OI.shape)

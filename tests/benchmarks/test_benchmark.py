@@ -38,10 +38,10 @@ def test_plain_gptq_is_the_official_one(name):
 def test_plain_duquant_is_the_official_one(name):
     data = golden("duquant_linear")
     first, second = data[f"{name}.base_rots"]
-    found = plain.duquant(data["x"], (first, second), int(name.split("_s")[1]), by_row=True)
-    assert [found[0].channels, found[2].channels] == [data[f"{name}.exchange_ids.{i}"].tolist() for i in (0, 1)]
-    assert torch.equal(found[1], data[f"{name}.perm"][0])
-    torch.testing.assert_close(plain.duquant_apply(data["weight"], found), data[f"{name}.w_rotated"])
+    rotation = plain.duquant(data["x"], (first, second), int(name.split("_s")[1]), by_row=True)
+    assert [rotation[0].channels, rotation[2].channels] == [data[f"{name}.exchange_ids.{i}"].tolist() for i in (0, 1)]
+    assert torch.equal(rotation[1], data[f"{name}.perm"][0])
+    torch.testing.assert_close(plain.duquant_apply(data["weight"], rotation), data[f"{name}.w_rotated"])
 
 
 def test_plain_awq_is_the_official_one():
@@ -84,12 +84,12 @@ def test_both_sides_agree(method, model, n_kv_heads):
         assert job.seconds
     if method == "duquant":
         ours = SideRun(copy.deepcopy(start), ours.method, ours.bits)
-    found = compare(method, ours, theirs.tensors)
+    distance = compare(method, ours, theirs.tensors)
     # AWQ's thresholds: a symmetric clamp leaves weights half way between codes, so the last bit decides between two
-    assert found["codes"] < (0.02 if method == "awq" else 2e-3)
-    assert found["scale"] < (0.04 if method == "awq" else 2e-3)
-    assert found.get("channel_scale", 0) == found.get("channels", 0) == found.get("order", 0) == 0
-    assert found.get("matrix", 0) < 1e-4
+    assert distance["codes"] < (0.02 if method == "awq" else 2e-3)
+    assert distance["scale"] < (0.04 if method == "awq" else 2e-3)
+    assert distance.get("channel_scale", 0) == distance.get("channels", 0) == distance.get("order", 0) == 0
+    assert distance.get("matrix", 0) < 1e-4
     assert set(theirs.tensors) >= {f"codes.{role}" for roles in SITES.values() for role in roles}
 
 
@@ -161,7 +161,7 @@ def test_cost_of_outlier_statistics_is_put_beside_a_document():
     arch = replace(
         MODELS["llada_8b"], n_blocks=2, n_heads=2, n_kv_heads=2, vocab_size=1001, mask_token_id=1000, **SMALL
     )
-    found = activations.compare(arch, window=16, prompt=8, gen_length=4, steps=4)
-    assert min(found.document, found.windows, found.states, found.windows_metered) > 0
-    assert found.share(8) == pytest.approx(found.share(1) / 8)
-    assert len(activations.overview(found).rows) == 3 + len(activations.DOCUMENTS)
+    figures = activations.compare(arch, window=16, prompt=8, gen_length=4, steps=4)
+    assert min(figures.document, figures.windows, figures.states, figures.windows_metered) > 0
+    assert figures.share(8) == pytest.approx(figures.share(1) / 8)
+    assert len(activations.overview(figures).rows) == 3 + len(activations.DOCUMENTS)

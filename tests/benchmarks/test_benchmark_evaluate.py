@@ -90,12 +90,12 @@ def test_work_is_counted():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_answers_are_equal_and_stop_early(seed):
     spec = replace(compose.suite(["gsm8k"])["gsm8k"], gen_length=32, block_length=8, steps=16)
-    found = paths.generate(model(seed), spec, [Lengths(20, (5,)), Lengths(31, (17,)), Lengths(12, (32,))], seed)
-    assert found.equal == [True, True, True]
-    assert found.plain.sequences == 3 * 16
-    assert found.plain.head == found.plain.whole_head
-    assert 4 + 12 + 16 - 6 <= found.dqx.sequences <= 4 + 12 + 16
-    assert found.dqx.head < found.dqx.whole_head
+    both = paths.generate(model(seed), spec, [Lengths(20, (5,)), Lengths(31, (17,)), Lengths(12, (32,))], seed)
+    assert both.equal == [True, True, True]
+    assert both.plain.sequences == 3 * 16
+    assert both.plain.head == both.plain.whole_head
+    assert 4 + 12 + 16 - 6 <= both.dqx.sequences <= 4 + 12 + 16
+    assert both.dqx.head < both.dqx.whole_head
 
 
 def test_a_wrong_answer_is_seen(monkeypatch):
@@ -110,11 +110,11 @@ def test_a_wrong_answer_is_seen(monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_likelihoods_are_equal(seed):
     spec = replace(compose.suite(["arc_easy"])["arc_easy"], mc_samples=16)
-    found = paths.score(model(seed), spec, [Lengths(15, (1, 1, 2, 9)), Lengths(12, (3, 1, 3, 4))], seed)
-    assert found.error < 1e-5
-    assert found.plain.sequences == 8 * 16
-    assert found.greedy.sequences == 1 + 1 + 2 + 9 + 3 + 1 + 3 + 4
-    assert found.dqx.sequences < found.plain.sequences / 2
+    both = paths.score(model(seed), spec, [Lengths(15, (1, 1, 2, 9)), Lengths(12, (3, 1, 3, 4))], seed)
+    assert both.error < 1e-5
+    assert both.plain.sequences == 8 * 16
+    assert both.greedy.sequences == 1 + 1 + 2 + 9 + 3 + 1 + 3 + 4
+    assert both.dqx.sequences < both.plain.sequences / 2
 
 
 # figures

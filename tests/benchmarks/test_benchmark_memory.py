@@ -45,10 +45,10 @@ def test_the_command_measures_and_cleans_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(memory.MODELS, "llada_8b", replace(MODELS["llada_8b"], **SIZES, **TOKENS))
     options = ["--method=gptq", "--blocks=1", "--samples=2", "--length=16", f"--json={tmp_path / 'figures.json'}"]
     memory.main([str(tmp_path / "work"), *options])
-    found = json.loads((tmp_path / "figures.json").read_text())
-    assert (found["method"], found["bits"], found["blocks"], found["tokens"]) == ("gptq", "w4a16", 1, 32)
-    assert found["peak_ram_gb"] > 0.05
-    assert found["quantized_gb"] > found["checkpoint_gb"]  # rounded weights in the model's dtype, and their scales
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["method"], figures["bits"], figures["blocks"], figures["tokens"]) == ("gptq", "w4a16", 1, 32)
+    assert figures["peak_ram_gb"] > 0.05
+    assert figures["quantized_gb"] > figures["checkpoint_gb"]  # rounded weights in the model's dtype, and their scales
     assert "llada_8b, 1 blocks, gptq w4a16, 32 calibration tokens" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
 
