@@ -480,3 +480,40 @@ def test_which_methods_need_data():
     assert GPTQ_METHOD.needs_data
     assert replace(RTN_METHOD, rounding_by_role={"down": GPTQ()}).needs_data
     assert replace(GPTQ_METHOD, rounding_by_role={"down": GPTQ(stream="fp")}).streams() == {"quantized", "fp"}
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [ids(), [ids()], list(ids()), ids().tolist(), [ids()[:1], ids()[1].int(), Batch(ids()[2:])]],
+    ids=["tensor", "list", "rows", "lists", "mixed"],
+)
+@torch.no_grad()
+def test_token_ids_calibrate_as_batches_do(batches):
+    model, expected = toy(), toy()
+    assert run(model, GPTQ_METHOD, bits(3), batches).calibration_tokens == ids().numel()
+    run(expected, GPTQ_METHOD, bits(3))
+    assert torch.equal(model(ids(2)), expected(ids(2)))
+
+
+@pytest.mark.parametrize(
+    ("batches", "told"),
+    [
+        ("a text", r"batches\[0\] is of type str; calibration takes token ids"),
+        ([ids(), torch.randn(2, 8)], r"batches\[1\] is of type torch\.float32 tensor \[2, 8\]"),
+        ([1, 2, 3], r"batches\[0\] is of type int"),
+        (ids() + 500, "the calibration text has token 5[0-9]+, but the vocabulary has 96"),
+        ([], "give at least one calibration batch"),
+    ],
+    ids=["text", "floats", "flat", "foreign", "none"],
+)
+def test_what_is_no_calibration_text_is_told(batches, told):
+    with pytest.raises(ValueError, match=told):
+        run(toy(), GPTQ_METHOD, bits(3), batches)
+
+
+def test_a_report_is_short_to_look_at():
+    report = run(toy(), GPTQ_METHOD, bits(3))
+    assert repr(report) == f"QuantReport(gptq w3a16: 21 linears, {report.average_bits:.2f} bits per weight)"
+    table = report._repr_html_()
+    assert table.count("<tr>") == 8
+    assert "<td>down</td><td>3</td><td>3</td><td>16</td>" in table
