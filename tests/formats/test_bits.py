@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_quant_loop import TOY, Batch, ids, toy
+from test_loop import TOY, Batch, ids, toy
 
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR, choices

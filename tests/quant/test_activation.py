@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_quant_loop import TOY, Batch, ids, linears, logits, toy
+from test_loop import TOY, Batch, ids, linears, logits, toy
 
 from dqx.formats.bits import FORMATS, RoleBits, RoleOverrides
 from dqx.formats.floats import E4M3, MXFP4, NVFP4
