@@ -46,7 +46,7 @@ from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.formats.bits import BitsConfig
-from dqx.models.checkpoint import QUANTIZED, Checkpoint, CheckpointError, inspect, load_weights, save, skeleton
+from dqx.models.checkpoint import QUANTIZED, Checkpoint, CheckpointError, inspect, load_weights, save
 from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
@@ -347,23 +347,15 @@ class DiffusionLM:
         return str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
 
 
-def describe_configured(config: ModelConfig) -> DiffusionLM:
-    """The model that a `model` config describes, its weights not loaded yet (on torch's meta device).
-
-    Raises CheckpointError where its files cannot be used.
-    """
+def load_configured(config: ModelConfig) -> DiffusionLM:
+    """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
     checkpoint = inspect(config.path, config.revision)
     if config.mask_token_id is not None:
         checkpoint = replace(checkpoint, arch=replace(checkpoint.arch, mask_token_id=config.mask_token_id))
-    return DiffusionLM(skeleton(checkpoint.arch), load_tokenizer(checkpoint), checkpoint, build(config.sampler), config)
-
-
-def load_configured(config: ModelConfig) -> DiffusionLM:
-    """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
-    lm = describe_configured(config)
-    lm.model = load_weights(lm.checkpoint, dtype_of(config.dtype), pick_device(config.device))
-    plant_outliers(lm.model, config.outliers.gain, config.outliers.channels)
-    return lm
+    tokenizer, sampler = load_tokenizer(checkpoint), build(config.sampler)
+    model = load_weights(checkpoint, dtype_of(config.dtype), pick_device(config.device))
+    plant_outliers(model, config.outliers.gain, config.outliers.channels)
+    return DiffusionLM(model, tokenizer, checkpoint, sampler, config)
 
 
 @told_plainly

@@ -19,7 +19,7 @@ from dqx.quant.method import Method
 from dqx.record.folder import RunFolder
 from dqx.sharing import bundle
 from dqx.sharing.replay import NAME, replayed
-from dqx.study.checks import validate
+from dqx.study.experiment import problems
 
 OLD = Path(__file__).parent / "data" / "old"
 BUNDLE = OLD / "run.dqx.zip"
@@ -34,7 +34,7 @@ def shared_config() -> Config:
 
 def test_a_shared_run_can_be_run_again() -> None:
     config = shared_config()
-    assert validate(config) == []
+    assert problems(config) == []
     assert isinstance(build(config.method), Method)
     assert isinstance(build(config.model.sampler), LLaDASampler)
 

@@ -90,9 +90,9 @@ def dispatch(config: Config, folder: Path) -> None:
     settings = HydraConfig.get()
     origin = Origin.of(settings, config.bundle)
     if config.dispatch == "separate" and settings.mode == RunMode.RUN:
-        from dqx.study.checks import validate
+        from dqx.study.experiment import problems
 
-        raise ConfigProblems([ALONE, *validate(config)])
+        raise ConfigProblems([ALONE, *problems(config)])
     count = (
         1
         if any(dispatch_problems(config.dispatch, config.model.device))
@@ -105,11 +105,9 @@ def dispatch(config: Config, folder: Path) -> None:
         with watched(config.hang_minutes, folder / LOG):
             run(config, folder, origin)
         return
-    from dqx.study.checks import validate
+    from dqx.study.experiment import Experiment
 
-    problems = validate(config)
-    if problems:
-        raise ConfigProblems(problems)
+    Experiment.of(config)  # raises what each process would find
     from dqx.launch.workers.messages import Job
     from dqx.launch.workers.team import share
 

@@ -92,10 +92,10 @@ class Sweeper(BasicSweeper):
 
     def mistakes(self, composed: DictConfig) -> list[str]:
         """What is wrong with a run."""
-        from dqx.study.checks import problems_before_launch
+        from dqx.study.experiment import problems
 
         try:
-            return problems_before_launch(resolved(composed), elsewhere=getattr(self.launcher, "elsewhere", False))
+            return problems(resolved(composed), elsewhere=getattr(self.launcher, "elsewhere", False))
         except ConfigProblems as error:
             return error.problems
 

@@ -13,7 +13,6 @@ from typing import Any
 from dqx.common.files import jsonable
 from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.results import TaskResult
-from dqx.models.checkpoint import inspect
 from dqx.record.compare import ABSENT, compare, differences
 from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.record.words import difference, interval, value
@@ -28,8 +27,23 @@ log = logging.getLogger(__name__)
 class Against:
     """The run in a bundle. `before` is what differs here, in plain words; `after` adds how the results compare."""
 
-    def __init__(self, path: str, config: Config, environment: Mapping[str, Any], calibration_text: str | None = None):
-        """`calibration_text` has this run's fingerprint. Raises ConfigProblems for a bundle that cannot be read."""
+    def __init__(
+        self,
+        path: str,
+        config: Config,
+        checkpoint: str,
+        environment: Mapping[str, Any],
+        calibration_text: str | None = None,
+    ):
+        """Read a bundle and compare what this run will be with it. Raises ConfigProblems where it cannot be read.
+
+        Args:
+            path: the bundle.
+            config: of this run.
+            checkpoint: fingerprint of this run's.
+            environment: of this run, as its record has it.
+            calibration_text: fingerprint of this run's; None where it reads none.
+        """
         try:
             shared = bundle.read(Path(path).expanduser())
             with TemporaryDirectory() as folder:
@@ -40,7 +54,7 @@ class Against:
         settings = jsonable(asdict(config))
         self.before = [
             *environment_differences(self.record.environment, environment, config.model.dtype),
-            *_checkpoint(self.record, config),
+            *_checkpoint(self.record.model["fingerprint"], checkpoint),
             *_data(shared.manifest.get("data", {}), data_fingerprints(settings)),
             *_calibration(self.record.calibration_text, calibration_text),
             *_settings(self.record.config, settings, shared.manifest["give_anew"]),
@@ -74,17 +88,16 @@ def environment_differences(there: Mapping[str, Any], here: Mapping[str, Any], d
         yield f"bfloat16: this device ({generation[0]}) has no arithmetic in it and emulates it"
 
 
-def _checkpoint(there: Record, config: Config) -> Iterator[str]:
-    fingerprint = inspect(config.model.path, config.model.revision).fingerprint()
-    if fingerprint != there.model["fingerprint"]:
-        yield f"checkpoint: fingerprint {there.model['fingerprint']} there, {fingerprint} here: another model"
+def _checkpoint(there: str, here: str) -> Iterator[str]:
+    if there != here:
+        yield f"checkpoint: fingerprint {there} there, {here} here: another model"
 
 
 def _data(there: Mapping[str, str], here: Mapping[str, str]) -> Iterator[str]:
     for name in dict.fromkeys((*there, *here)):
         if there.get(name) != here.get(name):
-            names = (found.get(name, "not known (not a local copy)") for found in (there, here))
-            yield "data of {}: {} there, {} here".format(name, *names)
+            digests = (known.get(name, "not known (not a local copy)") for known in (there, here))
+            yield "data of {}: {} there, {} here".format(name, *digests)
 
 
 def _calibration(there: str | None, here: str | None) -> Iterator[str]:

@@ -103,14 +103,14 @@ def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
         raise BundleError("it holds two members of one name")
     if len(names) > MOST or sum(entry.file_size for entry in entries) > LARGEST:
         raise BundleError(f"it is larger than any bundle ({MOST} members, {LARGEST >> 20} MiB unpacked)")
-    found, left = {}, LARGEST
+    contents, left = {}, LARGEST
     for entry in entries:
         with archive.open(entry) as file:
-            found[entry.filename] = file.read(left + 1)  # whatever size the entry claims
-        left -= len(found[entry.filename])
+            contents[entry.filename] = file.read(left + 1)  # whatever size the entry claims
+        left -= len(contents[entry.filename])
         if left < 0:
             raise BundleError(f"it is larger than any bundle ({LARGEST >> 20} MiB unpacked)")
-    return found
+    return contents
 
 
 def _manifest(content: bytes | None) -> dict[str, Any]:

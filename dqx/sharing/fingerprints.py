@@ -17,11 +17,7 @@ def data_fingerprints(config: Mapping[str, Any]) -> dict[str, str]:
 
     Files that are not there are left out, as is what comes from the hub or with dqx.
     """
-    found = {}
-    for name, files in _files(config):
-        if files and all(file.is_file() for file in files):
-            found[name] = _digest(files)
-    return found
+    return {name: _digest(files) for name, files in _files(config) if files and all(file.is_file() for file in files)}
 
 
 def _files(config: Mapping[str, Any]) -> Iterator[tuple[str, list[Path]]]:
@@ -39,13 +35,13 @@ def _text(section: Mapping[str, Any], root: str | None) -> list[Path]:
     """The files of a text that is a local file, or a copy below `root`."""
     if not section.get("text"):
         return []
-    found = find_text(section["text"], config=section.get("config"), data_root=root)
-    path = Path(found.path)
+    source = find_text(section["text"], config=section.get("config"), data_root=root)
+    path = Path(source.path)
     if ASSETS in path.parents:
         return []
     if path.suffix in LOCAL_SUFFIXES:
         return [path]
-    return _folder(path, found.config)
+    return _folder(path, source.config)
 
 
 def _data_set(root: str, leaf: Any) -> list[Path]:

@@ -38,7 +38,7 @@ DIGEST = "sha256:"
 
 
 def share(run: str | Path, to: str | Path | None = None, *, documents: bool = False) -> tuple[Path, list[str]]:
-    """Write the bundle of a finished run to `to` (null: `RUN.dqx.zip` here). Returns its path and what to know of it.
+    """Write the bundle of a finished run to `to` (None: `RUN.dqx.zip` here). Returns its path and what to know of it.
 
     Raises OSError or ValueError for a folder without a finished run.
     """
@@ -154,8 +154,8 @@ def _files(record: Record) -> dict[str, bytes]:
     """The files of a record, as `RunFolder.write` writes them."""
     with TemporaryDirectory() as folder:
         RunFolder(folder).write(record)
-        found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _set(config: dict[str, Any], key: str, value: str) -> None:

@@ -1,7 +1,8 @@
-"""Everything that is wrong with a run, as far as it can be told without reading a weight, and all of it at once.
+"""What can be wrong with a run, as far as it can be told without reading a weight.
 
 Each part of the project judges its own settings (`Method.problems`, `Sampler.problems`, `task_problems`,
-`calib_problems`, `inspect`); this module asks them all, and adds the checks that need two groups at once.
+`calib_problems`, `inspect`); this module asks them, and adds the checks that need two groups at once.
+`dqx.study.experiment` tells all of it together.
 """
 
 from __future__ import annotations
@@ -11,110 +12,53 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from dqx.common.devices import DTYPES, device_problems, dispatch_problems, dtype_of, pick_device
+from dqx.common.devices import DTYPES
 from dqx.common.names import did_you_mean
-from dqx.common.parts import build_part, part_problems
-from dqx.config.compose import as_part, resolve
 from dqx.config.schema import Config
 from dqx.data.calibration import calib_problems
 from dqx.data.masking import masking_problems
+from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.problems import task_problems
-from dqx.models.checkpoint import PACKAGED, Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.models.architecture import Architecture
+from dqx.models.checkpoint import PACKAGED, Checkpoint
 from dqx.models.family import families, family_of
 from dqx.models.tokenizer import tokenizer_problem
-from dqx.models.transformer import Architecture
 from dqx.quant.method import Method
-from dqx.study.estimate.memory import memory_problems, pools
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def problems(config: Config, arch: Architecture | None = None) -> list[str]:
-    """All problems in the order of the config groups, each once; empty when the run can start.
+def setting_problems(config: Config) -> list[str]:
+    """Numbers and names that no run can have."""
+    empty = ["model.sampler is empty; choose a model, or set its _target_"] if not config.model.sampler else []
+    return [*_number_problems(config), *_name_problems(config), *empty]
 
-    With `arch` the model is judged by that architecture, and what only the machine that runs it must have, the
-    checkpoint and the device, is not looked at.
-    """
-    found = [*_number_problems(config), *_name_problems(config)]
-    if arch is None:
-        found += device_problems(config.model.device)
-    found += dispatch_problems(config.dispatch, config.model.device, here=arch is None)
-    if not config.model.sampler:
-        found.append("model.sampler is empty; choose a model, or set its _target_")
-    sampler_problems = part_problems(config.model.sampler or None, "model.sampler")
-    method_problems = part_problems(as_part(config.method), "method")
-    found += sampler_problems + method_problems
-    sampler = None if sampler_problems or not config.model.sampler else build_part(config.model.sampler)
-    method = None if method_problems else build_part(as_part(config.method))
 
-    task = config.task
-    from_tasks = task_problems(
-        task.suite,
+def data_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
+    """What is wrong with the tasks and the calibration text; method and sampler are None where they are wrong too."""
+    told = task_problems(
+        config.task.suite,
         data_root=config.data_root,
-        steps=config.steps.count if (config.steps.count or 0) > 0 else None,  # else told above
+        steps=config.steps.count if (config.steps.count or 0) > 0 else None,  # else told by `setting_problems`
         sampler=sampler,
-        limit=task.limit,
+        limit=config.task.limit,
         chat=config.model.chat,
         likelihood=config.likelihood,
     )
-    found += [f"model.{p}" if p.startswith("sampler.") else p for p in from_tasks]
-    if method is None or reads_text(config, method):
-        found += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
-
-    if not config.model.path.strip():
-        return _once(found)
-    if arch is not None:
-        found += _architecture_problems(config, arch)
-        found += [] if method is None else method.problems(config.bits, arch)
-        return _once(found)
-    if found and not _is_local(config.model.path):
-        found.append(
-            f"(model.path={config.model.path} was not looked at, to download nothing for a run that cannot start)"
-        )
-        return _once(found)
-    try:
-        checkpoint = inspect(config.model.path, config.model.revision)
-    except CheckpointError as error:
-        return _once([*found, str(error)])
-    found += _checkpoint_problems(config, checkpoint)
-    found += _architecture_problems(config, checkpoint.arch)
-    if method is not None:
-        found += method.problems(config.bits, checkpoint.arch)
-    if not found:  # what a run needs can be told of one that works
-        dtype = dtype_of(config.model.dtype) or checkpoint.stored_dtype()
-        found += memory_problems(pools(config, checkpoint.arch, dtype, pick_device(config.model.device)))
-    return _once(found)
+    told = [f"model.{p}" if p.startswith("sampler.") else p for p in told]
+    if method is None or method.needs_data or config.outliers.samples > 0:
+        told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
+    return told
 
 
-def problems_before_launch(config: Config, *, elsewhere: bool = False) -> list[str]:
-    """All problems of a run that this machine only launches, if it is computed `elsewhere`.
-
-    Then the device is not looked at, and of a checkpoint that is not here nothing but its config.json on the hub;
-    where that cannot be had, the run alone can tell.
-    """
-    if not elsewhere:
-        return problems(config)
-    try:
-        return problems(
-            config, read_config(locate(config.model.path, config.model.revision, files=("config.json",)))[1]
-        )
-    except CheckpointError:
-        return []
+def model_problems(config: Config, arch: Architecture, method: Method | None) -> list[str]:
+    """Numbers that a model is too small for, and widths that do not go with it."""
+    return [*_architecture_problems(config, arch), *(method.problems(config.bits, arch) if method else ())]
 
 
-def reads_text(config: Config, method: Method) -> bool:
-    """Whether a run needs calibration text: for its method, or to measure outliers."""
-    return method.needs_data or config.outliers.samples > 0
-
-
-def _once(found: list[str]) -> list[str]:
-    return list(dict.fromkeys(found))
-
-
-def _is_local(path: str) -> bool:
+def is_local(path: str) -> bool:
+    """Whether a checkpoint's path names no repository on the hub."""
     return not path or path.startswith(PACKAGED) or Path(path).expanduser().exists() or path.count("/") != 1
 
 
@@ -177,7 +121,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         yield f"cache_dir={config.cache_dir} is a file; give a folder, it is made where it does not exist"
 
 
-def _checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
+def checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
     """What the folder is not or does not have: another family, no tokenizer, no chat template."""
     model, arch = config.model, checkpoint.arch
     if model.family in families() and arch.family != model.family:
@@ -240,8 +184,3 @@ def _has_chat_template(folder: Path) -> bool:
         return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def validate(config: Config | DictConfig) -> list[str]:
-    """Everything that is wrong with a run, as far as can be told without reading a weight."""
-    return problems(config if isinstance(config, Config) else resolve(config))

@@ -39,6 +39,7 @@ from dqx.common.files import jsonable
 from dqx.common.tensors import tensor_digest
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec, steps_of
+from dqx.study.experiment import Experiment
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
 QUANTIZING = ("models", "formats", "quant", "data/calibration.py", "data/masking.py", "diffusion/noise.py")
@@ -50,17 +51,13 @@ VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
-def model_facts(*, fingerprint: str, model: Any, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What a model at full precision is.
-
-    `fingerprint` is `Checkpoint.fingerprint()`, `model` the `model` section of the config (`outliers` and
-    `mask_token_id` are read), `dtype` and `device` those in use.
-    """
-    device = torch.device(device)
+def model_facts(experiment: Experiment) -> dict[str, Any]:
+    """What a model at full precision is."""
+    device, model = experiment.device, experiment.config.model
     cuda = device.type == "cuda"
     return {
-        "fingerprint": fingerprint,
-        "dtype": str(dtype).removeprefix("torch."),
+        "fingerprint": experiment.fingerprint,
+        "dtype": str(experiment.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device)
         if cuda
         else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
@@ -69,29 +66,17 @@ def model_facts(*, fingerprint: str, model: Any, dtype: torch.dtype, device: tor
     }
 
 
-def evaluation_facts(
-    *,
-    checkpoint: Path,
-    fingerprint: str,
-    model: Any,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int,
-    limit: int | None,
-    data_root: str | None,
-) -> dict[str, Any]:
-    """What every task's result at full precision depends on, besides the task.
-
-    `checkpoint` is the folder; of `model`, `chat` and `sampler` are read besides. Others as for `model_facts`.
-    """
+def evaluation_facts(experiment: Experiment) -> dict[str, Any]:
+    """What every task's result at full precision depends on, besides the task."""
+    config, folder = experiment.config, experiment.checkpoint.folder
     return {
-        **model_facts(fingerprint=fingerprint, model=model, dtype=dtype, device=device),
-        "texts": _content(path for pattern in CHECKPOINT_TEXTS for path in checkpoint.glob(pattern)),
-        "chat": model.chat,
-        "sampler": jsonable(model.sampler),
-        "seed": seed,
-        "limit": limit,
-        "data": None if data_root is None else _listing(Path(data_root)),
+        **model_facts(experiment),
+        "texts": _content(path for pattern in CHECKPOINT_TEXTS for path in folder.glob(pattern)),
+        "chat": config.model.chat,
+        "sampler": jsonable(config.model.sampler),
+        "seed": config.seed,
+        "limit": config.task.limit,
+        "data": None if config.data_root is None else _listing(Path(config.data_root)),
         "code": EVALUATION_CODE,
         "versions": {name: package_version(name) for name in VERSIONS},
     }
@@ -102,7 +87,7 @@ def quantization_facts(
 ) -> dict[str, Any]:
     """What a quantized model depends on. `original` has the facts of the model at full precision.
 
-    `method`, `bits` and `calib` are sections of the config, `calib` null for methods that read no text, `calibration`
+    `method`, `bits` and `calib` are sections of the config, `calib` None for methods that read no text, `calibration`
     its batches.
     """
     return {
@@ -112,7 +97,7 @@ def quantization_facts(
         "calib": jsonable(calib),
         "calibration": tokens_digest(calibration),
         "seed": seed,
-        **_measured_by(QUANTIZATION_CODE),
+        **_made_by(QUANTIZATION_CODE),
     }
 
 
@@ -125,17 +110,9 @@ def outlier_facts(
     surfaces: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
-    shown = {"tokens": tokens_digest(batches), "thresholds": jsonable(thresholds), "surfaces": list(surfaces)}
-    shown["states"] = [
-        {
-            "ids": tensor_digest([("ids", state.ids)]),
-            "step": state.step,
-            "prompt": state.prompt,
-            "ratio": state.mask_ratio,
-        }
-        for state in states
-    ]
-    return {"model": dict(model), **shown, **_measured_by(MEASUREMENT_CODE)}
+    at = [(tensor_digest([("ids", s.ids)]), s.step, s.prompt, s.mask_ratio) for s in states]
+    shown = {"tokens": tokens_digest(batches), "states": at}
+    return _measured(model, **shown, thresholds=thresholds, surfaces=surfaces)
 
 
 def prediction_facts(
@@ -152,30 +129,32 @@ def prediction_facts(
     )
     at = [None if question.state is None else question.state.step for question in questions]
     answers = tensor_digest([("ids", rollout.ids)])
-    shown = {"questions": asked, "at": at, "answers": answers, "seed": seed}
-    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+    return _measured(model, sampler=sampler, questions=asked, at=at, answers=answers, seed=seed)
 
 
 def answer_facts(
     model: Mapping[str, Any], *, sampler: Any, prompts: Tensor, gen_length: int, steps: int, seed: int
 ) -> dict[str, Any]:
     """What the answers that a model writes after `prompts` depend on, in all their states."""
-    asked = {"prompts": tensor_digest([("ids", prompts)]), "gen_length": gen_length, "steps": steps, "seed": seed}
-    return {"model": dict(model), "sampler": jsonable(sampler), **asked, **_measured_by(MEASUREMENT_CODE)}
+    asked = tensor_digest([("ids", prompts)])
+    return _measured(model, sampler=sampler, prompts=asked, gen_length=gen_length, steps=steps, seed=seed)
 
 
 def rollout_facts(model: Mapping[str, Any], *, sampler: Any, calib: Any, windows: Tensor, seed: int) -> dict[str, Any]:
     """What the states that a model's sampler visits depend on, from the `windows` of text on."""
-    shown = {"calib": jsonable(calib), "tokens": tensor_digest([("ids", windows)]), "seed": seed}
-    return {"model": dict(model), "sampler": jsonable(sampler), **shown, **_measured_by(MEASUREMENT_CODE)}
+    return _measured(model, sampler=sampler, calib=calib, tokens=tensor_digest([("ids", windows)]), seed=seed)
 
 
-def _measured_by(code: str) -> dict[str, Any]:
+def _measured(model: Mapping[str, Any], **shown: Any) -> dict[str, Any]:
+    return {"model": dict(model), **jsonable(shown), **_made_by(MEASUREMENT_CODE)}
+
+
+def _made_by(code: str) -> dict[str, Any]:
     return {"code": code, "versions": {"torch": package_version("torch")}}
 
 
 def task_facts(name: str, spec: TaskSpec, steps: int | None, likelihood: LikelihoodSettings) -> dict[str, Any]:
-    """What a task's result depends on of its own. `steps` is the run's number of denoising steps, null the task's."""
+    """What a task's result depends on of its own. `steps` is the run's number of denoising steps, None the task's."""
     facts: dict[str, Any] = jsonable(spec) | {"name": name, "steps": steps_of(spec, steps)}
     if spec.kind == "likelihood":
         facts["likelihood"] = likelihood.deciding()

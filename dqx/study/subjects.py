@@ -22,28 +22,29 @@ from typing import Any
 
 import torch
 
-from dqx.api import DiffusionLM, describe_configured, load_configured
-from dqx.common.devices import dtype_of, pick_device
+from dqx.api import DiffusionLM
+from dqx.common.devices import dtype_of
 from dqx.common.memory import GB, trim
 from dqx.common.names import method_label
 from dqx.common.processes import one_model, processes
-from dqx.config.compose import build
-from dqx.config.schema import Config
 from dqx.data.calibration import CalibBatch
-from dqx.models.checkpoint import CheckpointError, skeleton
+from dqx.models.checkpoint import CheckpointError, load_weights, skeleton
+from dqx.models.plant import plant_outliers
+from dqx.models.tokenizer import load_tokenizer
 from dqx.quant import QuantReport, load_quantized, quantize, quantize_checkpoint, save_quantized
 from dqx.quant.checkpoint.folder import read_recipe, verify_shards
 from dqx.quant.checkpoint.on_disk import Loading, OtherSettings, partial
-from dqx.study import facts as keys
+from dqx.study import facts
 from dqx.study.cache import space
+from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.key import Key
-from dqx.study.cache.once import Once
-from dqx.study.estimate.memory import pools, room_for_activations, streams_from_disk, weight_bytes
+from dqx.study.estimate.memory import room_for_activations, streams_from_disk, weight_bytes
+from dqx.study.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
 
-class MadeAnew(Exception):
+class ModelChanged(Exception):
     """The quantized model had to be made again, and came out differently: what is known of it is of another."""
 
     def __init__(self, quantized: Quantized):
@@ -63,8 +64,8 @@ class Quantized:
         return {"report": self.report.to_dict(), "model": self.model, "notes": self.notes}
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Quantized:
-        return cls(QuantReport.from_dict(found["report"]), str(found["model"]), list(found["notes"]))
+    def from_dict(cls, content: Mapping[str, Any]) -> Quantized:
+        return cls(QuantReport.from_dict(content["report"]), str(content["model"]), list(content["notes"]))
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,7 @@ class Subject:
 
     name: str
     facts: dict[str, Any]  # what it depends on
-    described: DiffusionLM  # checkpoint, tokenizer and sampler; weights perhaps
-    dtype: torch.dtype
-    device: torch.device
-    lm: Callable[[], DiffusionLM]  # with weights
+    load: Callable[[], DiffusionLM]
 
 
 class Subjects:
@@ -85,17 +83,14 @@ class Subjects:
     Every call has to be made by all processes of the run. `timings` gets the seconds of loading.
     """
 
-    def __init__(self, config: Config, once: Once, timings: dict[str, float]):
-        self.config, self.once, self.timings = config, once, timings
-        self.lm = describe_configured(config.model)
-        self.method = build(config.method)
-        self.device = pick_device(config.model.device)
-        self.dtype = dtype_of(config.model.dtype) or self.lm.checkpoint.stored_dtype()
-        self.pools = pools(config, self.lm.checkpoint.arch, self.dtype, self.device)
-        self.fingerprint = self.lm.checkpoint.fingerprint()
-        self.facts = keys.model_facts(
-            fingerprint=self.fingerprint, model=config.model, dtype=self.dtype, device=self.device
-        )
+    def __init__(self, experiment: Experiment, cache: ArtifactCache, timings: dict[str, float]):
+        self.experiment, self.config, self.cache, self.timings = experiment, experiment.config, cache, timings
+        self.method, self.device, checkpoint = experiment.method, experiment.device, experiment.checkpoint
+        tokenizer = load_tokenizer(checkpoint)
+        self.lm = DiffusionLM(
+            skeleton(checkpoint.arch), tokenizer, checkpoint, experiment.sampler, experiment.config.model
+        )  # its weights come and go
+        self.facts = facts.model_facts(experiment)
         self.seen: Sequence[CalibBatch] = ()  # what quantization reads
         self.key: Key  # of the quantized model, once that text is known
         self.known: Quantized | None = None
@@ -103,28 +98,28 @@ class Subjects:
 
     def described(self) -> dict[str, Any]:
         """The model as a record has it."""
-        checkpoint = self.lm.checkpoint
+        experiment, model = self.experiment, self.config.model
         return {
-            "name": self.config.model.name,
-            "family": checkpoint.arch.family,
-            "path": self.config.model.path,
-            "fingerprint": self.fingerprint,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "parameters": checkpoint.parameters(),
-            "sampler": self.lm.sampler.name,
+            "name": model.name,
+            "family": experiment.arch.family,
+            "path": model.path,
+            "fingerprint": experiment.fingerprint,
+            "dtype": str(experiment.dtype).removeprefix("torch."),
+            "parameters": experiment.checkpoint.parameters(),
+            "sampler": experiment.sampler.name,
         }
 
     @property
     def original(self) -> Subject:
         """The model at full precision."""
-        return Subject("full precision", self.facts, self.lm, self.dtype, self.device, self.full_precision)
+        return Subject("full precision", self.facts, self.full_precision)
 
     @property
     def quantized(self) -> Subject:
         """The quantized model, once it is known."""
         assert self.known is not None
-        facts = self.facts | {"quantization": self.key.facts, "model": self.known.model}
-        return Subject("quantized", facts, self.lm, self.dtype, self.device, self.after_quantization)
+        quantization = {"quantization": self.key.facts, "model": self.known.model}
+        return Subject("quantized", self.facts | quantization, self.after_quantization)
 
     def full_precision(self) -> DiffusionLM:
         """The model as it was."""
@@ -132,7 +127,9 @@ class Subjects:
             self._forget()
             self._say("loading the weights")
             started = time.perf_counter()
-            self.lm.model = load_configured(self.config.model).model
+            model = self.config.model
+            self.lm.model = load_weights(self.lm.checkpoint, dtype_of(model.dtype), self.device)
+            plant_outliers(self.lm.model, model.outliers.gain, model.outliers.channels)
             self.timings["load the model"] = self.timings.get("load the model", 0.0) + time.perf_counter() - started
             self._loaded = "full precision"
         return self.lm
@@ -143,40 +140,40 @@ class Subjects:
         `seen` is the calibration text that the method reads.
         """
         self.seen, self.key = seen, self._key(seen)
-        known, source = self.once.value(self.key, Quantized.from_dict, self._make)
+        known, source = self.cache.value(self.key, Quantized.from_dict, self._make)
         self.known = known
         return known, source
 
     def after_quantization(self) -> DiffusionLM:
         """The quantized model, from the cache if it is there.
 
-        Raises MadeAnew where it had to be made again and is another one than before; `known` is then of this one.
+        Raises ModelChanged where it had to be made again and is another one than before; `known` is then of this one.
         """
         if self._loaded == "quantized":
             return self.lm
-        with self.once.reading(self.key):
-            found = self._restore()
-        if not found:
-            with self.once.alone(self.key):
+        with self.cache.reading(self.key):
+            restored = self._restore()
+        if not restored:
+            with self.cache.alone(self.key):
                 if not self._restore(alone=True):
                     before, self.known = self.known, self._make()
                     if before is None or before.model != self.known.model:
                         if processes().main:
-                            self.once.store.write(self.key, self.known)
-                        raise MadeAnew(self.known)
+                            self.cache.store.write(self.key, self.known)
+                        raise ModelChanged(self.known)
         return self.lm
 
     def save(self, folder: Path) -> None:
-        """Write the quantized model to a folder that does not exist. Raises MadeAnew as `after_quantization` does."""
-        model = self.after_quantization().model
+        """Write the quantized model to a folder that does not exist yet. Raises as `after_quantization` does."""
+        self.after_quantization()
         assert self.known is not None
         if processes().main:
-            save_quantized(model, self.known.report, folder, method=self.method, bits=self.config.bits)
+            self._write(self.known.report, folder)
 
     def _key(self, seen: Sequence[CalibBatch]) -> Key:
         """What the quantized model depends on."""
         config = self.config
-        facts = keys.quantization_facts(
+        depends_on = facts.quantization_facts(
             self.facts,
             method=config.method,
             bits=config.bits,
@@ -185,31 +182,30 @@ class Subjects:
             seed=config.seed,
         )
         label = method_label(config.method.name, config.method.variant)
-        return Key("quantized", f"{config.model.name}-{label}-{config.bits.name}", facts)
+        return Key("quantized", f"{config.model.name}-{label}-{config.bits.name}", depends_on)
 
     def _make(self) -> Quantized:
         """Quantize, and keep the weights if they are worth it. The main process holds the lock."""
-        from_disk = processes().broadcast(streams_from_disk(self.pools))
+        from_disk = processes().broadcast(streams_from_disk(self.experiment.pools))
         report, notes = self._quantize_from_disk() if from_disk else self._quantize_in_memory()
-        return Quantized(report, keys.model_digest(self.lm.model), notes)
+        return Quantized(report, facts.model_digest(self.lm.model), notes)
 
     def _quantize_in_memory(self) -> tuple[QuantReport, list[str]]:
         config, lm, main = self.config, self.full_precision(), processes().main
         self._say("quantizing")
         self._loaded = "quantized"
         report = quantize(lm.model, self.method, config.bits, self.seen, seed=config.seed, progress=main)
-        notes = one_model(lm.model, keys.model_digest)
-
-        def write(folder: Path) -> None:
-            save_quantized(lm.model, report, folder, method=self.method, bits=config.bits)
-
+        notes = one_model(lm.model, facts.model_digest)
         if main and report.changed and self._is_kept():
-            self.once.store.write_folder(self.key, write)
+            self.cache.store.write_folder(self.key, lambda folder: self._write(report, folder))
         return report, notes
+
+    def _write(self, report: QuantReport, folder: Path) -> None:
+        save_quantized(self.lm.model, report, folder, method=self.method, bits=self.config.bits)
 
     def _quantize_from_disk(self) -> tuple[QuantReport, list[str]]:
         """The main process writes the folder of the quantized model, from which all load it."""
-        store, team = self.once.store, processes()
+        store, team = self.cache.store, processes()
         folder, kept = store.folder_of(self.key), team.main and self._is_kept()
         self._forget()
         if team.main and not self._is_complete(folder):
@@ -240,22 +236,22 @@ class Subjects:
                     dtype=dtype_of(config.model.dtype),
                     device=self.device,
                     planted=(planted.gain, planted.channels),
-                    activations_gb=room_for_activations(self.pools) / GB,
+                    activations_gb=room_for_activations(self.experiment.pools) / GB,
                 ),
             )
 
-        if not self.once.reuse:
+        if not self.cache.reuse:
             shutil.rmtree(partial(folder), ignore_errors=True)
         try:
             write()
         except OtherSettings as error:  # of another version of a library
-            self.once.store.warn(f"begun again: {error}")
+            self.cache.store.warn(f"begun again: {error}")
             shutil.rmtree(partial(folder))
             write()
 
     def _is_complete(self, folder: Path) -> bool:
         """Whether an earlier run has written the whole folder, and was stopped before it could say so."""
-        if not (self.once.reuse and folder.is_dir()):
+        if not (self.cache.reuse and folder.is_dir()):
             return False
         try:
             verify_shards(folder, read_recipe(folder))
@@ -265,10 +261,10 @@ class Subjects:
 
     def _is_kept(self) -> bool:
         """Whether the weights are worth keeping, and there is room for them now."""
-        config, store = self.config, self.once.store
+        config, store = self.config, self.cache.store
         if not (self.seen and config.keep_quantized):
             return False
-        needed = weight_bytes(self.lm.checkpoint.arch, self.dtype)
+        needed = weight_bytes(self.experiment.arch, self.experiment.dtype)
         if config.cache_max_gb is None or space.make_room(store, needed, int(config.cache_max_gb * GB)):
             return True
         store.warn(f"the quantized model was not kept: it is larger than cache_max_gb={config.cache_max_gb:g}")
@@ -287,21 +283,21 @@ class Subjects:
 
         The main process holds the lock, for reading, or `alone`: then what is damaged is removed.
         """
-        store, team = self.once.store, processes()
+        store, team = self.cache.store, processes()
         folder, known = store.folder_of(self.key), self.known
-        if known is None or not team.broadcast(self.once.reuse and folder.is_dir()):
+        if known is None or not team.broadcast(self.cache.reuse and folder.is_dir()):
             return False
         self._forget()
         self._say(f"loading the quantized weights from {folder}")
         try:
             model, _report = load_quantized(folder, self.device, verify=False)
-            damage = "" if keys.model_digest(model) == known.model else "its content does not match its checksum"
+            damage = "" if facts.model_digest(model) == known.model else "its content does not match its checksum"
         except ValueError as error:
             damage = str(error)
-        found = next((reason for reason in team.gather(damage) if reason), "")
-        if found:
+        damage = next((reason for reason in team.gather(damage) if reason), "")
+        if damage:
             if alone and team.main:
-                store.warn(f"{folder} is damaged and was computed again ({found})")
+                store.warn(f"{folder} is damaged and was computed again ({damage})")
                 store.remove_folder(self.key)
             return False
         store.touch(folder)

@@ -19,7 +19,7 @@ from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, choices
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.models.checkpoint import read_config
 from dqx.quant.protocols import Rounding
-from dqx.study.checks import validate
+from dqx.study.experiment import problems
 
 ROOT = CONF_DIR.parent
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -384,7 +384,7 @@ def test_methods_are_recombined_on_the_command_line(overrides: list[str], expect
             assert {key: type(part).__name__ for key, part in found.items()} == names
         else:
             assert type(found).__name__ == names
-    assert validate(config) == []
+    assert problems(config) == []
 
 
 def test_parts_of_older_configurations_are_found_where_they_are_now() -> None:

@@ -1,15 +1,11 @@
 """Statistics by token class and denoising step, and the tensors kept, against stored activations; flat memory."""
 
-from dataclasses import replace
 from weakref import WeakSet
 
 import pytest
 import torch
 from test_outliers import ARCH, batches, model, stored
 
-from dqx.api import load
-from dqx.config.compose import compose, resolve
-from dqx.data.calibration import CalibBatch
 from dqx.diagnostics.activations import OutlierStats, Thresholds, default_blocks, measure_activations, meter
 from dqx.diagnostics.activations.meter import PART_MANTISSA_BITS, PartMeter, SiteMeter
 from dqx.diagnostics.activations.moments import Moments
@@ -17,10 +13,6 @@ from dqx.diagnostics.activations.sketch import LogHistogram
 from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOKEN_CLASSES, State
 from dqx.models.transformer import SITES
-from dqx.study import run as stages
-from dqx.study.cache.once import Once
-from dqx.study.cache.store import Store
-from dqx.study.subjects import Subject
 
 SETTINGS = Thresholds(channel_ratio=3.0, massive_absolute=2.0, massive_relative=6.0)
 PROMPT, ANSWER, WINDOWS = 5, 6, 3
@@ -239,34 +231,3 @@ def test_moments_keep_their_digits_far_from_zero():
         assert kurtosis == pytest.approx(float(part.pow(4).mean() / part.pow(2).mean() ** 2), rel=1e-8)
     whole = x - x.mean()
     assert found.total().of()[2] == pytest.approx(float(whole.pow(4).mean() / whole.pow(2).mean() ** 2), rel=1e-8)
-
-
-def test_a_second_run_reads_numbers_and_tensors(tmp_path):
-    """Both artefacts, or both are made again; other states, blocks or thresholds are other artefacts."""
-    lm, config = load("nano_llada"), resolve(compose(["outliers.surfaces=[1]"]))
-    watched = stages.Watched(
-        [CalibBatch(torch.arange(1, 25)[None], torch.zeros(1))],
-        [State(torch.arange(1, 25)[None], 0, 12, 0.0, lm.model.arch.mask_token_id)],
-    )
-    loads = []
-    subject = Subject("any", {}, lm, torch.float32, torch.device("cpu"), lambda: loads.append(1) or lm)
-
-    def outliers(seen=watched, **changes):
-        chosen = replace(config, outliers=replace(config.outliers, **changes))
-        return stages._outliers(subject, chosen, Once(Store(tmp_path)), seen)
-
-    first, again = outliers(), outliers()
-    assert len(loads) == 1
-    assert again == first
-    assert again.token_texts
-    assert set(again.maps) == set(first.maps) >= {"1/mlp_out/surface", "2/mlp_out/channel_max"}
-    assert all(torch.equal(again.maps[name], tensor) for name, tensor in first.maps.items())
-    outliers(replace(watched, states=[]))
-    outliers(replace(watched, states=[replace(watched.states[0], prompt=6)]))
-    outliers(surfaces=[0])
-    outliers(massive_absolute=50.0)
-    assert len(loads) == 5
-    for path in (tmp_path / "activations").glob("*.safetensors"):
-        path.unlink()
-    assert outliers() == first
-    assert len(loads) == 6

@@ -34,7 +34,7 @@ from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.family import family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant import quantize
-from dqx.study.checks import problems
+from dqx.study.experiment import problems
 
 SAMPLERS = {
     "llada": LLaDASampler(suppress_mask=True),

@@ -18,7 +18,7 @@ from dqx.diffusion.samplers.llada import share
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import MaskedDiffusionTransformer, shift_logits
 from dqx.record.folder import RunFolder
-from dqx.study.checks import problems
+from dqx.study.experiment import problems
 from dqx.study.run import run
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -27,8 +27,9 @@ from dqx.evaluate.tasks import evaluate
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
-from dqx.study.results import Results
+from dqx.study.stages import Results
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SAMPLES = 6
@@ -405,14 +406,15 @@ def test_settings_reach_the_result_and_its_baseline(tiny_checkpoint: TinyCheckpo
             progress=False,
             likelihood=likelihood,
         )
-        return found["arc"], Results(Store(tmp_path), {}, likelihood=likelihood).key("arc", spec).path
+        return found["arc"], Results(ArtifactCache(Store(tmp_path)), {}, likelihood=likelihood).key("arc", spec).path
 
     (plain, place), (hasty, of_hasty), (fast, of_fast) = (
         run(),
         run(adaptive=True, error_level=0.6),
         run(batch_tokens=100),
     )
-    of_exact = Results(Store(tmp_path), {}, likelihood=LikelihoodSettings(exact=True)).key("arc", spec).path
+    exact = Results(ArtifactCache(Store(tmp_path)), {}, likelihood=LikelihoodSettings(exact=True))
+    of_exact = exact.key("arc", spec).path
     assert fast.documents[0].log_likelihoods == pytest.approx(plain.documents[0].log_likelihoods, rel=1e-5)
     assert place == of_fast
     assert len({place, of_exact, of_hasty}) == 3

@@ -16,10 +16,11 @@ from dqx.evaluate.problems import hub_problems, task_problems
 from dqx.evaluate.tasks import evaluate
 from dqx.evaluate.text import text_windows
 from dqx.record.deltas import compare
+from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
-from dqx.study.checks import problems
 from dqx.study.estimate.work import task_work
-from dqx.study.results import Results
+from dqx.study.experiment import problems
+from dqx.study.stages import Results
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -134,7 +135,7 @@ def test_the_plan_counts_windows():
 def test_a_changed_file_is_another_baseline(tmp_path):
     file = tmp_path / "a.txt"
     spec = suite("nano_text", f"task.suite.nano_text.text={file}")["nano_text"]
-    results = Results(Store(tmp_path / "cache"), {})
+    results = Results(ArtifactCache(Store(tmp_path / "cache")), {})
     file.write_text("one")
     before = results.key("nano_text", spec)
     shutil.copy(file, tmp_path / "b.txt")

@@ -23,7 +23,7 @@ from dqx.config.command_line import explain
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR
 from dqx.record.outcomes import Failure, failures
-from dqx.study.checks import problems_before_launch
+from dqx.study.experiment import problems
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parents[1]
 QUICK = ["task=nano_facts", "task.limit=2", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled"]
@@ -146,12 +146,10 @@ def test_an_engine_that_is_not_installed(error: Exception, choice: str) -> None:
 
 def test_a_machine_that_only_launches_needs_no_device_and_no_checkpoint() -> None:
     config = resolve(compose(["model.device=cuda:99", "bits.weight.group_size=100"]))
-    assert len(problems_before_launch(config)) == 3
-    assert all(
-        "group_size=100 does not divide" in problem for problem in problems_before_launch(config, elsewhere=True)
-    )
+    assert len(problems(config)) == 3
+    assert all("group_size=100 does not divide" in problem for problem in problems(config, elsewhere=True))
     config.model.path = "/on/the/nodes/alone"
-    assert problems_before_launch(config, elsewhere=True) == []
+    assert problems(config, elsewhere=True) == []
 
 
 def test_slurm_without_slurm(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_another_calibration_text_is_told(tmp_path: Path, there: str | None, her
     """By the tokens of its windows: two machines may have files of one name."""
     config = resolve(compose([]))
     path = bundled(tmp_path, config, calibration_text=there)
-    told = [line for line in Against(str(path), config, {}, here).before if line.startswith("calibration text")]
+    told = [line for line in Against(str(path), config, "abc", {}, here).before if line.startswith("calibration text")]
     differs = there is not None and there != here
     expected = f"calibration text: fingerprint 0123 there, {here or 'none read'} here: other tokens"
     assert told == ([expected] if differs else [])

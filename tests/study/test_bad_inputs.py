@@ -16,10 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dqx import api
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import ConfigProblems
-from dqx.study.checks import validate
+from dqx.study import experiment, subjects
 from dqx.study.run import run
 
 DATA = Path(__file__).parents[1] / "data"
@@ -44,7 +43,7 @@ def problems(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
     def load_weights(*_: object, **__: object) -> None:
         raise WeightsWereRead
 
-    monkeypatch.setattr(api, "load_weights", load_weights)
+    monkeypatch.setattr(subjects, "load_weights", load_weights)
 
     def answer(*overrides: str) -> list[str]:
         base = [f"model.path={checkpoint}", f"calib.text={text}", "calib.length=64", "task=nano_sums"]
@@ -303,7 +302,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "unknown model_type",
         lambda f: edit_config(f, model_type="llama"),
-        "model_type is 'llama'; dqx has 'llada', 'Dream'",
+        "model_type is 'llama'; dqx has 'Dream', 'llada'",
     ),
     ("a key is missing", lambda f: edit_config(f, d_model=...), "config.json: key 'd_model' is missing"),
     ("mask id outside the vocabulary", lambda f: edit_config(f, mask_token_id=320), "mask_token_id=320 lies outside"),
@@ -448,5 +447,5 @@ def test_calibration_dataset_that_data_root_lacks(problems: Problems, data_root:
     assert "Salesforce/wikitext does not exist; put a copy of the dataset there" in found
 
 
-def test_validate_takes_what_hydra_composes() -> None:
-    assert any(p.startswith("seed=-1") for p in validate(compose(["seed=-1", "task=nano_sums"])))
+def test_problems_are_told_of_what_hydra_composes() -> None:
+    assert any(p.startswith("seed=-1") for p in experiment.problems(compose(["seed=-1", "task=nano_sums"])))

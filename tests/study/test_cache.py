@@ -25,11 +25,12 @@ from dqx.data.calibration import CalibBatch
 from dqx.evaluate.journal import Journal, Line
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import TaskSpec
-from dqx.study import facts as keys
+from dqx.study import facts
+from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.key import Key
 from dqx.study.cache.store import Store
 from dqx.study.facts import model_digest
-from dqx.study.results import Results
+from dqx.study.stages import Results
 
 SPEC = TaskSpec(
     harness="nano_sums",
@@ -54,23 +55,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def facts(folder: Path, **changes: Any) -> dict[str, Any]:
-    model = {
+def model(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The facts of a model at full precision, after these changes of its experiment."""
+    sections = {
         "outliers": {"gain": 1.0, "channels": 4},
         "mask_token_id": None,
         "chat": False,
         "sampler": {"temperature": 0.0},
     }
-    model |= changes.pop("model", {})
-    basics = {
-        "checkpoint": folder / "model", "fingerprint": "abc", "dtype": torch.float32, "device": "cpu", "seed": 0,
-        "limit": None, "data_root": str(folder / "data"), "model": SimpleNamespace(**model),
-    }  # fmt: skip
-    return keys.evaluation_facts(**(basics | changes))
+    settings = {"seed": 0, "data_root": str(folder / "data"), "task": SimpleNamespace(limit=changes.pop("limit", None))}
+    settings |= {key: changes.pop(key) for key in ("seed", "data_root") if key in changes}
+    settings |= {"model": SimpleNamespace(**sections | changes.pop("model", {}))}
+    here = {"fingerprint": "abc", "dtype": torch.float32, "device": torch.device("cpu")} | changes
+    checkpoint = SimpleNamespace(folder=folder / "model")
+    experiment: Any = SimpleNamespace(config=SimpleNamespace(**settings), checkpoint=checkpoint, **here)
+    return facts.evaluation_facts(experiment)
 
 
-def results(folder: Path, found: dict[str, Any] | None = None, **more: Any) -> Results:
-    return Results(Store(folder / "cache"), facts(folder) if found is None else found, **more)
+def results(folder: Path, depends_on: dict[str, Any] | None = None, *, reuse: bool = True, **more: Any) -> Results:
+    cache = ArtifactCache(Store(folder / "cache"), reuse=reuse)
+    return Results(cache, model(folder) if depends_on is None else depends_on, **more)
 
 
 def source(cache: Results, name: str = "nano_sums", spec: TaskSpec = SPEC) -> str:
@@ -88,7 +92,7 @@ def test_a_result_is_computed_once(folder: Path) -> None:
     again = results(folder)
     assert source(again) == "reused"
     assert source(again, "nano_facts", LIKELY) == "computed"
-    assert again.store.warnings == []
+    assert again.cache.store.warnings == []
     assert sorted(p.suffix for p in (folder / "cache" / "results").iterdir()) == [".json", ".json", ".lock", ".lock"]
 
 
@@ -103,7 +107,7 @@ def test_a_result_is_computed_once(folder: Path) -> None:
 )  # fmt: skip
 def test_another_setting_is_another_result(folder: Path, change: dict[str, Any]) -> None:
     source(results(folder))
-    assert source(results(folder, facts(folder, **change))) == "computed"
+    assert source(results(folder, model(folder, **change))) == "computed"
 
 
 @pytest.mark.parametrize("change", [{"fewshot": 2}, {"gen_length": 32}, {"metric": "other"}, {"harness": "x"}], ids=str)
@@ -134,7 +138,7 @@ def test_code_version_follows_the_sources_it_is_asked_for(tmp_path: Path) -> Non
     for name in ("models", "quant", "formats", "evaluate/tasks"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "models" / "a.py").write_text("x = 1")
-    versions = [(code_version(keys.EVALUATING, tmp_path), code_version(keys.QUANTIZING, tmp_path))]
+    versions = [(code_version(facts.EVALUATING, tmp_path), code_version(facts.QUANTIZING, tmp_path))]
     for file, text in (
         ("quant/b.py", "y"),
         ("models/a.py", "2"),
@@ -142,20 +146,20 @@ def test_code_version_follows_the_sources_it_is_asked_for(tmp_path: Path) -> Non
         ("formats/c.py", "1"),
     ):
         (tmp_path / file).write_text(text)
-        versions.append((code_version(keys.EVALUATING, tmp_path), code_version(keys.QUANTIZING, tmp_path)))
+        versions.append((code_version(facts.EVALUATING, tmp_path), code_version(facts.QUANTIZING, tmp_path)))
     evaluating, quantizing = zip(*versions, strict=True)
     assert [a == b for a, b in itertools.pairwise(evaluating)] == [True, False, False, True]
     assert [a == b for a, b in itertools.pairwise(quantizing)] == [False, False, True, False]
     (tmp_path / "quant" / "RESULTS.md").write_text("words")  # and not what is written about them
-    assert code_version(keys.QUANTIZING, tmp_path) == quantizing[-1]
+    assert code_version(facts.QUANTIZING, tmp_path) == quantizing[-1]
 
 
 def test_sources_that_are_asked_for_exist() -> None:
-    assert all((PACKAGE / name).exists() for name in (*keys.EVALUATING, *keys.QUANTIZING, *keys.MEASURING))
+    assert all((PACKAGE / name).exists() for name in (*facts.EVALUATING, *facts.QUANTIZING, *facts.MEASURING))
     measuring = {path.stem for path in (PACKAGE / "diagnostics/activations").glob("*.py")}
     measuring -= {"__init__", "findings"}
     assert measuring
-    assert {f"diagnostics/activations/{name}.py" for name in measuring} < set(keys.MEASURING)
+    assert {f"diagnostics/activations/{name}.py" for name in measuring} < set(facts.MEASURING)
 
 
 @pytest.mark.parametrize("pair", [("gptq", "w3a16"), ("smoothquant_as_published", "w8a8"), ("quarot", "w4a4")], ids=str)
@@ -185,14 +189,14 @@ def test_what_a_quantized_model_depends_on() -> None:
     basics = {"method": {"name": "gptq"}, "bits": {"name": "w3"}, "calib": {"text": "nano"}, "seed": 0}
     basics |= {"calibration": [CalibBatch(torch.arange(8).view(2, 4), torch.zeros(2))]}
     original = {"fingerprint": "abc", "dtype": "float32"}
-    found = [digest(keys.quantization_facts(original, **basics))]
-    assert digest(keys.quantization_facts(original, **basics)) == found[0]
+    found = [digest(facts.quantization_facts(original, **basics))]
+    assert digest(facts.quantization_facts(original, **basics)) == found[0]
     for change in (
         {"method": {"name": "rtn"}}, {"bits": {"name": "w4"}}, {"calib": None}, {"seed": 1}, {"calibration": ()},
         {"calibration": [CalibBatch(torch.arange(1, 9).view(2, 4), torch.zeros(2))]},
     ):  # fmt: skip
-        found.append(digest(keys.quantization_facts(original, **(basics | change))))
-    found.append(digest(keys.quantization_facts(original | {"dtype": "bfloat16"}, **basics)))
+        found.append(digest(facts.quantization_facts(original, **(basics | change))))
+    found.append(digest(facts.quantization_facts(original | {"dtype": "bfloat16"}, **basics)))
     assert len(set(found)) == len(found)
 
 
@@ -219,8 +223,8 @@ def test_a_damaged_result_is_reported_and_not_used(folder: Path, damage: Any) ->
     assert path.read_text() != whole
     cache = results(folder)
     assert source(cache) == "computed"
-    assert "damaged" in cache.store.warnings[0]
-    assert str(path) in cache.store.warnings[0]
+    assert "damaged" in cache.cache.store.warnings[0]
+    assert str(path) in cache.cache.store.warnings[0]
     assert source(results(folder)) == "reused"
 
 
@@ -228,7 +232,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(folder: Path) -> None:
     (folder / "cache").write_text("a file where the folder should be")
     cache = results(folder)
     assert source(cache) == "computed"
-    assert [words in " ".join(cache.store.warnings) for words in ("cannot be locked", "could not be kept")] == [
+    assert [words in " ".join(cache.cache.store.warnings) for words in ("cannot be locked", "could not be kept")] == [
         True
     ] * 2
 
@@ -237,7 +241,7 @@ def test_results_are_computed_afresh_on_request(folder: Path) -> None:
     source(results(folder))
     cache = results(folder, reuse=False)
     key = cache.key("nano_sums", SPEC)
-    cache.store.journal(key).append([Line("nano_sums/0", "", ["old"])])
+    cache.cache.store.journal(key).append([Line("nano_sums/0", "", ["old"])])
     found = []
     _result, where = cache.get("nano_sums", SPEC, lambda name, spec, journal: found.append(journal.read()) or RESULT)
     assert (where, found[0].lines) == ("computed", {})

@@ -17,26 +17,25 @@ from test_processes import launch as launched
 from test_stages import SMALL, shown
 
 from dqx.benchmarks.cases import MODELS
-from dqx.common.devices import dtype_of
 from dqx.common.memory import GB, peak_ram, watch_peaks
 from dqx.common.processes import processes
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import Config, ConfigProblems, MemoryConfig
-from dqx.models.checkpoint import inspect
 from dqx.quant.checkpoint.on_disk import PARTIAL, PROGRESS, OnDisk
 from dqx.record.folder import Record
 from dqx.report.terminal import footer
 from dqx.study.cache import command, space
-from dqx.study.checks import validate
 from dqx.study.estimate import memory
 from dqx.study.estimate.memory import (
     exceeded,
     gigabytes,
+    group_limit,
+    memory_pools,
     memory_problems,
-    pools,
     room_for_activations,
     streams_from_disk,
 )
+from dqx.study.experiment import Experiment, designed, problems
 from dqx.study.run import run
 
 CPU = torch.device("cpu")
@@ -52,7 +51,7 @@ def configured(*overrides: str) -> Config:
 def too_little(*overrides: str) -> str:
     """A limit at which the model is quantized from disk: just above what the run cannot do without."""
     config = configured(*overrides)
-    (ram,) = pools(config, inspect(config.model.path).arch, dtype_of(config.model.dtype), CPU)
+    (ram,) = Experiment.of(config).pools
     assert ram.least + 10_000 < ram.in_memory
     return f"memory.ram_gb={(ram.least + 10_000) / GB}"
 
@@ -209,7 +208,7 @@ def test_an_unfinished_model_is_an_entry_under_the_lock_of_its_artefact(tmp_path
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
 def test_limits_are_positive_numbers(value: str) -> None:
-    (problem,) = validate(configured(f"memory.gpu_gb={value}"))
+    (problem,) = problems(configured(f"memory.gpu_gb={value}"))
     assert problem.startswith("memory.gpu_gb=")
     assert "must be a number above 0, or null for what the machine has" in problem
 
@@ -220,31 +219,31 @@ def test_a_limit_that_cannot_work_is_refused_with_one_that_can(tmp_path: Path) -
     (problem,) = refused.value.problems
     assert problem.startswith("memory.ram_gb=0.5 is too little: about 8")
     least = problem.rpartition("give ")[2].removesuffix(" or more")
-    assert validate(configured(f"memory.ram_gb={least}")) == []
+    assert problems(configured(f"memory.ram_gb={least}")) == []
 
 
 def test_a_machine_that_is_too_small_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine_bytes", lambda: 500_000_000)
-    (problem,) = validate(configured())
+    (problem,) = problems(configured())
     assert problem.startswith("the run does not fit into the 500 MB of RAM there are: about ")
 
 
 def test_processes_that_share_a_run_share_the_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 3_000_000_000)
-    assert validate(configured("dispatch=2")) == []
-    (problem,) = validate(configured("dispatch=30"))
+    assert problems(configured("dispatch=2")) == []
+    (problem,) = problems(configured("dispatch=30"))
     assert problem.startswith("the run does not fit into the 100 MB of RAM there are for each of 30 processes: about ")
     assert "; fewer processes (dispatch), or " in problem
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")  # what a worker reads is its share already
-    assert validate(configured("dispatch=30")) == []
+    assert problems(configured("dispatch=30")) == []
 
 
 def of_8b(device: torch.device = CPU, **limits: float) -> list[memory.Pool]:
     sizes = ("calib.samples=4", "calib.length=128")
     config = resolve(compose(["model=llada_8b_base", "method=gptq", "bits=w4a16", "task=gsm8k", *sizes]))
     config.memory = MemoryConfig(**limits)
-    return pools(config, MODELS["llada_8b"], torch.bfloat16, device)
+    return memory_pools(designed(config, MODELS["llada_8b"], torch.bfloat16, device))
 
 
 def test_what_8b_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,11 +264,11 @@ def test_what_8b_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_limits_of_control_groups_count(tmp_path: Path) -> None:
-    assert memory._group_limit(tmp_path) is None
+    assert group_limit(tmp_path) is None
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._group_limit(tmp_path) is None
+    assert group_limit(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000000\n")
-    assert memory._group_limit(tmp_path) == 1_000_000
+    assert group_limit(tmp_path) == 1_000_000
     assert 0 < memory.machine_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -30,16 +30,18 @@ from dqx.evaluate.journal import Line
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.family import families, family_of
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
 from dqx.study.estimate.memory import weight_bytes
 from dqx.study.estimate.sizes import SIZES
 from dqx.study.estimate.speed import Measured, block_flops, block_parameters, head_flops
 from dqx.study.estimate.work import different_states, task_work
+from dqx.study.experiment import Experiment, designed
 from dqx.study.facts import evaluation_facts
 from dqx.study.plan.runs import calibration_work, hessian_flops, plan_run
 from dqx.study.plan.table import amount, duration, print_plan
-from dqx.study.results import Results
 from dqx.study.run import run
+from dqx.study.stages import Results
 
 ROOT = CONF_DIR.parent
 LLADA = ["model=llada_8b_base", "bits=w4a16", "plan_tflops=200"]
@@ -179,9 +181,8 @@ def test_every_task_of_the_study_has_a_size() -> None:
 def test_quantization_costs_what_the_method_reads() -> None:
     def counted(method: str, *overrides: str) -> tuple[int, float]:
         config = resolve(compose([f"method={method}", *LLADA, "calib.samples=2", "calib.length=64", *overrides]))
-        method_, bits = build(config.method), config.bits
-        work = calibration_work(method_, config)
-        return sum(w.at_most for w in work), hessian_flops(method_, bits, MODELS["llada_8b"], 2 * 64)
+        design = designed(config, MODELS["llada_8b"], torch.bfloat16, torch.device("cuda"))
+        return sum(w.at_most for w in calibration_work(design)), hessian_flops(design, 2 * 64)
 
     assert counted("rtn") == (0, 0)
     assert counted("gptq") == (3 * 2, 2 * 32 * 2 * 64 * (3 * 4096**2 + 12288**2))
@@ -238,39 +239,29 @@ def test_what_the_cache_has_is_found(tmp_path: Path) -> None:
     overrides = ["method=rtn", "task=nano_facts", "task.limit=3", "outliers.samples=0", "fidelity.samples=0"]
     overrides += [f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
     config = resolve(compose([*overrides, "method=fp16", "bits=w16a16"]))
-    assert plan_run(compose(overrides)).found == {}
+    assert plan_run(compose(overrides)).cached == {}
     assert not (tmp_path / "cache").exists()  # a plan leaves nothing
 
-    checkpoint = inspect(config.model.path)
-    facts = evaluation_facts(
-        checkpoint=checkpoint.folder,
-        fingerprint=checkpoint.fingerprint(),
-        model=config.model,
-        dtype=torch.float32,
-        device="cpu",
-        seed=0,
-        limit=3,
-        data_root=None,
-    )
     store = Store(config.cache_dir)
-    key = Results(store, facts).key("nano_facts", config.task.suite["nano_facts"])
+    facts = evaluation_facts(Experiment.of(config))
+    key = Results(ArtifactCache(store), facts).key("nano_facts", config.task.suite["nano_facts"])
     journal = store.journal(key)
     journal.append([Line("nano_facts/1", "", [])])
     journal.close()
     plan = plan_run(compose(overrides))
-    assert plan.found == {"nano_facts": 1}
+    assert plan.cached == {"nano_facts": 1}
     whole = plan.evaluation["nano_facts"].flops
     assert plan.cost(set())["full precision"].flops == pytest.approx(whole * 2 / 3)
 
     run(config, tmp_path / "run")
     plan = plan_run(compose(overrides))
-    assert plan.found == {"nano_facts": None}
+    assert plan.cached == {"nano_facts": None}
     assert plan.cost(set())["full precision"].flops == 0
     assert plan.cost(set())["evaluate"].flops == whole
     (row,) = (line for line in listing(overrides).splitlines() if " nano_facts " in line)
     assert row.split()[-1] == "all"
-    assert plan_run(compose([*overrides, "seed=1"])).found == {}
-    assert plan_run(compose([*overrides, "reuse=false"])).found == {}
+    assert plan_run(compose([*overrides, "seed=1"])).cached == {}
+    assert plan_run(compose([*overrides, "reuse=false"])).cached == {}
 
 
 def test_approximate_samplers_cost_the_exact_schedule_and_it_is_said() -> None:

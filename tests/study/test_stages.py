@@ -7,19 +7,29 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
+from dqx.api import DiffusionLM, load
 from dqx.config.compose import compose, resolve
+from dqx.data.calibration import CalibBatch
+from dqx.diagnostics.activations import OutlierStats
+from dqx.diffusion.rollout import State
 from dqx.record.folder import Record
 from dqx.study import subjects
 from dqx.study.cache import space
 from dqx.study.cache.key import Key
 from dqx.study.cache.store import Store
+from dqx.study.costs import Costs
+from dqx.study.experiment import Experiment
 from dqx.study.run import run
+from dqx.study.stages import Stages, Watched
+from dqx.study.subjects import Subject
 
 SMALL = [
     *("task=nano_facts", "task.limit=2", "task.suite.nano_facts.mc_samples=2", "wandb.mode=disabled"),
@@ -61,7 +71,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(subjects, name, noting)
 
-    watch("load_configured", "full precision")
+    watch("load_weights", "full precision")
     watch("quantize", "quantize")
     watch("load_quantized", "quantized")
     return calls
@@ -111,6 +121,20 @@ def test_the_same_run_again_loads_no_weights(
     assert "loading" not in caplog.text
 
 
+def test_predictions_are_read_only_to_compare_with_them(launch: Launch, made: list[str], tmp_path: Path) -> None:
+    """They are large. Damaged ones are told of, and made again, when they are needed."""
+    first = launch(*GPTQ)
+    (file,) = (tmp_path / "cache" / "predictions").glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert launch(*GPTQ).warnings == first.warnings
+    other = launch(*GPTQ, "bits=w3a16")
+    assert any(f"{file} is damaged and was computed again" in warning for warning in other.warnings)
+    assert file.read_bytes() == whole
+    assert made == ["full precision", "quantize", "full precision", "quantize", "full precision", "quantized"]
+    assert other.fidelity == launch(*GPTQ, "bits=w3a16", "reuse=false").fidelity
+
+
 def test_runs_read_kept_weights_at_the_same_time(
     launch: Launch, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +158,39 @@ def test_runs_read_kept_weights_at_the_same_time(
     assert "quantized" not in locked
     assert [record.deltas[0].n for record in (first, second)] == [2, 3]
     assert space.remove(entry)
+
+
+def test_outliers_are_numbers_and_tensors(tmp_path: Path) -> None:
+    """Both artefacts, or both are made again; other states, blocks or thresholds are other artefacts."""
+    lm = load("nano_llada")
+    ids = torch.arange(1, 25)[None]
+    watched = Watched([CalibBatch(ids, torch.zeros(1))], [State(ids, 0, 12, 0.0, lm.model.arch.mask_token_id)])
+    loads = []
+
+    def loaded() -> DiffusionLM:
+        loads.append("once more")
+        return lm
+
+    def outliers(*overrides: str, seen: Watched = watched) -> OutlierStats:
+        config = resolve(compose(["outliers.surfaces=[1]", *overrides, f"cache_dir={tmp_path}"]))
+        experiment = Experiment.of(config)
+        return Stages(experiment, Costs(experiment.device)).outliers(Subject("any", {}, loaded), seen)
+
+    first, again = outliers(), outliers()
+    assert len(loads) == 1
+    assert again == first
+    assert again.token_texts
+    assert set(again.maps) == set(first.maps) >= {"1/mlp_out/surface", "2/mlp_out/channel_max"}
+    assert all(torch.equal(again.maps[name], tensor) for name, tensor in first.maps.items())
+    outliers(seen=replace(watched, states=[]))
+    outliers(seen=replace(watched, states=[replace(watched.states[0], prompt=6)]))
+    outliers("outliers.surfaces=[0]")
+    outliers("outliers.massive_absolute=50.0")
+    assert len(loads) == 5
+    for path in (tmp_path / "activations").glob("*.safetensors"):
+        path.unlink()
+    assert outliers() == first
+    assert len(loads) == 6
 
 
 def test_rtn_is_made_again_rather_than_kept(launch: Launch, made: list[str], tmp_path: Path) -> None:

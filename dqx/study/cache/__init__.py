@@ -1,10 +1,8 @@
 """What runs have computed and others need not compute again.
 
-    keys.py      what an artefact depends on, as facts in plain words; their digest is its name
+    key.py       the name of an artefact: a digest of what it depends on (dqx/study/facts.py), in plain words
     store.py     one JSON file per key, tensors or a folder beside it: written whole, with checksums, under a lock
-    once.py      reused if it is there, computed by one run if not; the log says which
-    journal.py   finished documents of an evaluation that is not complete, line by line
-    results.py   task results of both sides of a run: reused, continued or computed
+    artifacts.py reused if it is there, computed by one run if not; the log says which
     space.py     how much room all of it takes, and what makes way when there is none
     command.py   `dqx cache`: list, verify, prune
 

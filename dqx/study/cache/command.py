@@ -31,7 +31,7 @@ DAY = 24 * 3600.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says (null: the process's own)."""
+    """Do what the command line says (None: the process's own)."""
     parser = argparse.ArgumentParser(
         prog="dqx cache",
         description="List, verify and prune what runs share.",
@@ -97,8 +97,8 @@ def damage(entry: Entry) -> str | None:
         if not digest(stored["facts"]).startswith(name):
             return "it was made with other settings than its name says"
         if entry.path.suffix == ".safetensors":
-            found = tensor_digest(sorted(load_file(entry.path).items()))
-            return None if found == stored["content"]["tensors"] else "its content does not match its checksum"
+            same = tensor_digest(sorted(load_file(entry.path).items())) == stored["content"]["tensors"]
+            return None if same else "its content does not match its checksum"
     except Exception as error:  # whatever the bytes of a damaged file may lead to
         return f"{type(error).__name__}: {error}"
     return None

@@ -42,13 +42,13 @@ class Entry:
 
 def entries(folder: Path) -> list[Entry]:
     """Everything in a cache but locks and what is being written, by kind and name."""
-    found = []
+    there = []
     for path in sorted(folder.glob("*/[!.]*")):
         with suppress(FileNotFoundError):  # a run that goes on has removed it by now
             if path.suffix != ".lock":
                 size = sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
-                found.append(Entry(path, path.parent.name, size, path.stat().st_mtime))
-    return found
+                there.append(Entry(path, path.parent.name, size, path.stat().st_mtime))
+    return there
 
 
 def make_room(store: Store, needed: int, limit: int) -> bool:

@@ -55,9 +55,9 @@ class Store:
                 raise ValueError("it was made with other settings than its name says")
             if stored["digest"] != digest(stored["content"]):
                 raise ValueError("its content does not match its checksum")
-            found = parse(stored["content"])
+            content = parse(stored["content"])
             self.touch(path)
-            return found
+            return content
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             self.warn(f"{path} is damaged and was computed again ({reason})")
@@ -85,6 +85,13 @@ class Store:
             return None
         self.touch(path)
         return tensors
+
+    def has_tensors(self, key: Key) -> bool:
+        """Whether tensors are kept, which nobody has looked at."""
+        paths = [self._place(key, suffix) for suffix in (".json", ".safetensors")]
+        for path in paths:
+            self.touch(path)
+        return all(path.exists() for path in paths)
 
     def write_tensors(self, key: Key, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors; the JSON, with their digest, last."""

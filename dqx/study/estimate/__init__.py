@@ -1,1 +1,9 @@
-"""What a run will cost."""
+"""What a run will take, by the model's shapes alone.
+
+    work.py     how many sequences go through the model, as the evaluation engine needs them
+    sizes.py    how large the benchmarks are
+    speed.py    how long work takes on this machine: random blocks of the model's shapes, timed for some seconds
+    memory.py   what a run has to hold, and whether there is room
+
+A plan asks all of them, a run the last.
+"""

@@ -25,16 +25,14 @@ import torch
 
 from dqx.common.devices import process_count
 from dqx.common.memory import GB
-from dqx.config.compose import build
-from dqx.config.schema import Config
 from dqx.diffusion.batches import token_bytes
 from dqx.diffusion.engine import row_bytes
-from dqx.formats.bits import BitsConfig
-from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer
-from dqx.quant.method import Method
+from dqx.models.architecture import Architecture
+from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.stats import COLLECTORS
+from dqx.study.design import Design
 from dqx.study.estimate.speed import batch_rows, block_parameters
-from dqx.study.estimate.work import Work, fidelity_work, outlier_work, task_work
+from dqx.study.estimate.work import Work, fidelity_work, outlier_work, work_of_tasks
 
 #: Copies in float32 of the linears of a site while they are rounded and judged.
 COPIES = 5
@@ -43,7 +41,7 @@ FIXED = 800_000_000
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryNeeds:
     """Bytes where the model is: the weights, and what comes on top while quantizing and while evaluating."""
 
     weights: int
@@ -73,21 +71,22 @@ class Pool:
         return max(self.evaluating, min(self.in_memory, self.from_disk))
 
 
-def pools(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device) -> list[Pool]:
+def memory_pools(design: Design) -> list[Pool]:
     """What a run needs where, beside what it may take; the RAM comes first."""
-    memory, settings = of_run(config, arch, dtype, device, smallest=True), config.memory
+    config, arch, dtype, device = design.config, design.arch, design.dtype, design.device
+    needs, settings = memory_needs(design, smallest=True), config.memory
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
-    working = block + _working_bytes(config, arch, dtype)
-    evaluating, in_memory = memory.weights + memory.evaluating, memory.weights + memory.quantizing
+    working = block + _working_bytes(design)
+    evaluating, in_memory = needs.weights + needs.evaluating, needs.weights + needs.quantizing
     count = (
         1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)
     )  # a worker is told its own share
     limit = _limit(settings.ram_gb, machine_bytes() // count)
     if device.type != "cuda":
-        from_disk = max(sum(outer) + max(outer), working) if memory.quantizing else 0
+        from_disk = max(sum(outer) + max(outer), working) if needs.quantizing else 0
         return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk, count)]
     staged = FIXED + 2 * max(*outer, block)  # tensors on their way to a file, or from one
-    from_disk = max(sum(outer), working) if memory.quantizing else 0
+    from_disk = max(sum(outer), working) if needs.quantizing else 0
     there = _limit(settings.gpu_gb, device_bytes(device))
     return [
         Pool("ram", settings.ram_gb, limit, staged, staged, staged, count),
@@ -95,19 +94,19 @@ def pools(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.
     ]
 
 
-def streams_from_disk(found: Sequence[Pool]) -> bool:
+def streams_from_disk(pools: Sequence[Pool]) -> bool:
     """Whether the model is quantized from disk because it does not fit together with what quantizing it needs."""
-    return any(pool.in_memory > pool.limit for pool in found)
+    return any(pool.in_memory > pool.limit for pool in pools)
 
 
-def room_for_activations(found: Sequence[Pool]) -> int:
+def room_for_activations(pools: Sequence[Pool]) -> int:
     """Bytes of RAM for calibration activations while the model is quantized from disk; the others go to files."""
-    return max(0, found[0].limit - found[0].from_disk)
+    return max(0, pools[0].limit - pools[0].from_disk)
 
 
-def memory_problems(found: Sequence[Pool]) -> Iterator[str]:
+def memory_problems(pools: Sequence[Pool]) -> Iterator[str]:
     """Why a run cannot start."""
-    for pool in found:
+    for pool in pools:
         if pool.least <= pool.limit:
             continue
         needed = (
@@ -125,46 +124,30 @@ def memory_problems(found: Sequence[Pool]) -> Iterator[str]:
             yield f"the run does not fit into the {gigabytes(pool.limit)} of {kind} {there}: {needed}; {fewer}{remedy}"
 
 
-def exceeded(found: Sequence[Pool], peak: dict[str, int]) -> Iterator[str]:
+def exceeded(pools: Sequence[Pool], peak: dict[str, int]) -> Iterator[str]:
     """What has taken more than a setting allows, for the record."""
-    for pool in found:
+    for pool in pools:
         if pool.setting is not None and peak[pool.name] > pool.limit:
             yield f"memory.{pool.name}_gb={pool.setting:g}, but {gigabytes(peak[pool.name])} were taken"
 
 
-def of_run(
-    config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device, *, smallest: bool = False
-) -> Memory:
-    """Of a run whose configuration has no other problems.
+def memory_needs(design: Design, *, smallest: bool = False) -> MemoryNeeds:
+    """Of a run.
 
     Batches are those that keep the device busy; with `smallest` the least a GPU can do with, where they adapt to what
     there is.
     """
-    sampler = build(config.model.sampler)
-    works = [
-        task_work(spec, sampler, limit=config.task.limit, chat=config.model.chat, likelihood=config.likelihood)
-        for spec in config.task.suite.values()
-    ]
-    fidelity = config.fidelity
+    config, device = design.config, design.device
+    works, fidelity = list(work_of_tasks(design).values()), config.fidelity
     works += [outlier_work(1, config.calib.length)] if config.outliers.samples else []
     if fidelity.samples:
         works += fidelity_work(1, fidelity.length, fidelity.gen_length, steps=1, states=1, guided=False)
     one = smallest and device.type == "cuda"
-    rows = [(work, 1 if one else batch_rows(work, device.type)) for work in works if work is not None]
-    quantizing = _working_bytes(config, arch, dtype) + _stored_bytes(config, arch, dtype)
-    return Memory(
-        weights=weight_bytes(arch, dtype),
-        quantizing=quantizing if changes(build(config.method), config.bits) else 0,
-        evaluating=evaluating_bytes(arch, dtype, rows),
-    )
-
-
-def changes(method: Method, bits: BitsConfig) -> bool:
-    """Whether a method at these bits quantizes or transforms anything."""
-    return bool(method.transforms) or any(
-        (method.rounding_of(role) is not None and bits.rounds_weight(role))
-        or (method.quantizes_input(role) and bits.rounds_input(role))
-        for role in ROLES
+    rows = [(work, 1 if one else batch_rows(work, device.type)) for work in works]
+    return MemoryNeeds(
+        weights=weight_bytes(design.arch, design.dtype),
+        quantizing=_working_bytes(design) + _stored_bytes(design) if design.changes_model else 0,
+        evaluating=evaluating_bytes(design.arch, design.dtype, rows),
     )
 
 
@@ -180,30 +163,30 @@ def _outer_bytes(arch: Architecture, dtype: torch.dtype) -> tuple[int, int]:
     return embed, 0 if arch.tied_head else embed
 
 
-def _working_bytes(config: Config, arch: Architecture, dtype: torch.dtype) -> int:
+def _working_bytes(design: Design) -> int:
     """While one block is quantized, on top of its weights."""
-    method = build(config.method)
-    largest = max(sum(arch.in_features(r) * arch.out_features(r) for r in roles) for roles in SITES.values())
-    if not method.streams(config.bits):
+    method, arch = design.method, design.arch
+    largest = max(sum(arch.in_features(r) * arch.out_features(r) for r in roles) for roles in arch.sites.values())
+    if not design.streams:
         return COPIES * largest * 4
     parts = [method.rounding, *method.rounding_by_role.values(), *method.corrections.values()]
     needs = {name for part in parts if part is not None for name in part.needs}
     factors = sum(COLLECTORS[name].factors for name in needs)
     wide = max(arch.hidden_size, arch.mlp_size)
-    return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, config.calib.length, 0)
+    return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, design.config.calib.length, 0)
 
 
-def _stored_bytes(config: Config, arch: Architecture, dtype: torch.dtype) -> int:
+def _stored_bytes(design: Design) -> int:
     """The activations of all calibration windows that are held at a time."""
-    method, calib = build(config.method), config.calib
-    windows = sum(1 if stream == "mean" else calib.samples for stream in method.streams(config.bits))
+    method, arch, calib = design.method, design.arch, design.config.calib
+    windows = sum(1 if stream == "mean" else calib.samples for stream in design.streams)
     widths = [
-        arch.in_features(SITES[site][0])
+        arch.in_features(arch.sites[site][0])
         for transform in method.block_transforms.values()
         for site, needs in transform.needs.items()
         if "inputs" in needs
     ]
-    return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * calib.length * dtype.itemsize
+    return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * calib.length * design.dtype.itemsize
 
 
 def evaluating_bytes(arch: Architecture, dtype: torch.dtype, works: Iterable[tuple[Work, int]]) -> int:
@@ -230,17 +213,18 @@ def device_bytes(device: torch.device) -> int:
 
 def machine_bytes() -> int:
     """RAM for each of the run's processes here: the machine's, or its control group's (container, Slurm job)."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     root = Path("/sys/fs/cgroup")
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::"):
                 group = root / line.removeprefix("0::/")
-                found += [bytes_ for folder in (group, *group.parents) if (bytes_ := _group_limit(folder))]
-    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                limits += [limit for folder in (group, *group.parents) if (limit := group_limit(folder))]
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _group_limit(folder: Path) -> int | None:
+def group_limit(folder: Path) -> int | None:
+    """What a control group's folder allows, in bytes; None where it sets no limit."""
     with suppress(OSError):
         text = (folder / "memory.max").read_text().strip()
         return int(text) if text.isdigit() else None

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,7 +25,8 @@ from dqx.diffusion.batches import CPU_TOKENS, GPU_TOKENS, Request
 from dqx.diffusion.engine import BUSY, Engine, Prompt
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
-from dqx.models.transformer import ROLES, Architecture, Block, MaskedDiffusionTransformer
+from dqx.models.architecture import Architecture
+from dqx.models.transformer import Block, MaskedDiffusionTransformer
 from dqx.study.estimate.work import Work
 
 PASS = 0.25  # seconds that one timed pass should take, about, at most
@@ -34,21 +35,9 @@ TRIES = 3
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Speed(Protocol):
-    """Turns work into seconds. `label` says how, `tflops` at which sustained speed in 10^12 operations per second."""
-
-    @property
-    def label(self) -> str: ...
-
-    @property
-    def tflops(self) -> float: ...
-
-    def seconds(self, work: Work, sampler: Sampler) -> float: ...
-
-
 def block_parameters(arch: Architecture) -> int:
     """Weights of the seven linears of one block."""
-    return sum(arch.in_features(role) * arch.out_features(role) for role in ROLES)
+    return sum(arch.in_features(role) * arch.out_features(role) for role in arch.roles)
 
 
 def block_flops(arch: Architecture, length: int) -> float:
@@ -79,7 +68,7 @@ def batch_rows(work: Work, device_type: str) -> int:
 
 @dataclass(frozen=True)
 class Assumed:
-    """Another machine, at a sustained speed that somebody gives."""
+    """Another machine, at a sustained speed that somebody gives, in 10^12 operations per second."""
 
     arch: Architecture
     tflops: float
@@ -222,10 +211,10 @@ def filled(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
 def best(seconds: Callable[[], float]) -> float:
     """The least of a few tries, of fewer where one takes long, after one that does not count."""
     seconds()
-    found = [seconds()]
-    while len(found) < TRIES and sum(found) < PASS:
-        found.append(seconds())
-    return min(found)
+    tries = [seconds()]
+    while len(tries) < TRIES and sum(tries) < PASS:
+        tries.append(seconds())
+    return min(tries)
 
 
 def timed(do: Callable[[], object], device: torch.device) -> float:

@@ -25,6 +25,7 @@ from dqx.diffusion.noise import generator
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec, steps_of
+from dqx.study.design import Design
 from dqx.study.estimate.sizes import SIZES, TEXT_TOKENS, BenchmarkSize
 
 CHAT_TOKENS = 20  # that a chat template adds to a prompt, about
@@ -53,6 +54,17 @@ class Work:
     @property
     def tokens(self) -> float:
         return self.forwards * self.length
+
+
+def work_of_tasks(design: Design) -> dict[str, Work]:
+    """One evaluation of each of a run's tasks whose size is known."""
+    config, steps = design.config, design.config.steps.count
+    limit, chat, likelihood = config.task.limit, config.model.chat, config.likelihood
+    works = {
+        name: task_work(spec, design.sampler, limit=limit, steps=steps, chat=chat, likelihood=likelihood)
+        for name, spec in config.task.suite.items()
+    }
+    return {name: work for name, work in works.items() if work is not None}
 
 
 def task_work(
@@ -117,13 +129,13 @@ def different_states(length: int, draws: int, *, exact: bool = False) -> dict[in
         return {1: 1.0}
     fewest, more = divmod(Fraction(draws, length), 1)
     return {
-        count: float(1 - more) * _found(math.comb(length, count), fewest)
-        + float(more) * _found(math.comb(length, count), fewest + 1)
+        count: float(1 - more) * _different(math.comb(length, count), fewest)
+        + float(more) * _different(math.comb(length, count), fewest + 1)
         for count in range(1, length + 1)
     }
 
 
-def _found(states: int, draws: int) -> float:
+def _different(states: int, draws: int) -> float:
     """How many of so many equally likely states are expected among the draws."""
     if states == 1 or draws == 0:
         return float(min(states, draws))

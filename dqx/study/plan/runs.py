@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,29 +15,29 @@ from safetensors import safe_open
 
 from dqx.common.devices import device_problems, dtype_of, pick_device
 from dqx.common.names import method_label
-from dqx.config.compose import build, resolve
+from dqx.config.compose import resolve
 from dqx.config.schema import Config, ConfigProblems
 from dqx.diffusion.rollout import schedule
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.scorers.sandbox import run_program
 from dqx.evaluate.spec import TaskSpec, steps_of
-from dqx.formats.bits import UNQUANTIZED, BitsConfig
+from dqx.formats.bits import UNQUANTIZED
+from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import PACKAGED, CheckpointError, inspect, locate, read_config
 from dqx.models.family import families
-from dqx.models.transformer import SITES, Architecture
-from dqx.quant.method import Method
-from dqx.study.checks import problems, reads_text
-from dqx.study.estimate.memory import Memory, changes, memory_problems, of_run, pools, streams_from_disk
-from dqx.study.estimate.speed import Assumed, Measured, Speed, measured, work_flops
-from dqx.study.estimate.work import Work, fidelity_work, outlier_work, task_work
-from dqx.study.plan.found import found_documents
+from dqx.study.cache.artifacts import ArtifactCache
+from dqx.study.cache.store import Store
+from dqx.study.design import Design
+from dqx.study.estimate.memory import MemoryNeeds, memory_needs, memory_pools, memory_problems, streams_from_disk
+from dqx.study.estimate.speed import Assumed, Measured, measured, work_flops
+from dqx.study.estimate.work import Work, fidelity_work, outlier_work, work_of_tasks
+from dqx.study.experiment import Experiment, designed
+from dqx.study.stages import Results
 
 #: Passes of the calibration text through all blocks that collecting statistics takes, per stream.
 PASSES_PER_STREAM = 3
 #: The same for one candidate of a scale search: each linear once in its own and once in a neighbour's judge, about.
 PASSES_PER_CANDIDATE = 1.5
-#: How safetensors calls what a checkpoint's numbers are stored in.
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,14 @@ class PlannedRun:
     quantization: Cost = Cost()
     changes: bool = True  # False: nothing is quantized, so the full-precision results are the run's
     baselines: dict[str, str] = field(default_factory=dict)  # task -> what its full-precision result depends on
-    found: dict[str, int | None] = field(default_factory=dict)  # documents of full precision in the cache; None: all
-    memory: Memory | None = None
+    cached: dict[str, int | None] = field(default_factory=dict)  # documents of full precision in the cache; None: all
+    memory: MemoryNeeds | None = None
     speed: str = ""  # how seconds were found
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.method}-{self.bits}"
 
     def cost(self, computed: set[str]) -> dict[str, Cost]:
         """Of full precision, calibration and evaluation, where the baselines `computed` are there already."""
@@ -91,7 +95,7 @@ class PlannedRun:
 
     def missing(self, task: str) -> float:
         """The share of a task's full-precision documents that is not in the cache."""
-        done = self.found.get(task, 0)
+        done = self.cached.get(task, 0)
         return 0.0 if done is None else max(0.0, 1 - done / self.work[task].documents)
 
 
@@ -119,41 +123,38 @@ def _planned(config: Config) -> PlannedRun:
     arch = _architecture(config, run)
     if arch is None:
         return run
-    run.problems += _speed_problems(config) + problems(config, arch)
+    run.problems += _speed_problems(config)
+    try:
+        design = designed(config, arch, _dtype(config), torch.device("cuda"))
+    except ConfigProblems as error:
+        run.problems += error.problems
     if run.problems:
         return run
-    dtype, method = _dtype(config), build(config.method)
-    speed = _speed(config, arch, dtype)
-    sampler = _exact(build(config.model.sampler), run)
+    speed: Assumed | Measured
+    if config.plan_tflops:
+        speed = Assumed(arch, config.plan_tflops)
+    else:
+        design = replace(design, device=pick_device(config.model.device))
+        speed = measured(arch, design.dtype, design.device)
+    design = replace(design, sampler=_exact(design.sampler, run))
     run.speed = speed.label
-    run.changes = changes(method, config.bits)
+    run.changes = design.changes_model
 
     def cost(work: Work) -> Cost:
-        return Cost(work_flops(arch, work), speed.seconds(work, sampler))
+        return Cost(work_flops(arch, work), speed.seconds(work, design.sampler))
 
-    for name, spec in config.task.suite.items():
-        work = task_work(
-            spec,
-            sampler,
-            limit=config.task.limit,
-            steps=config.steps.count,
-            chat=config.model.chat,
-            likelihood=config.likelihood,
-        )
-        if work is not None:
-            run.work[name] = work
-            run.evaluation[name] = cost(work) + Cost(seconds=work.programs and work.programs * _program_seconds())
-            run.baselines[name] = _baseline_key(config, spec)
-    run.checks = sum(map(cost, _checks(config, sampler.cfg_scale > 0)), Cost())
-    run.quantization = sum(map(cost, calibration_work(method, config)), Cost())
-    hessians = hessian_flops(method, config.bits, arch, config.calib.samples * config.calib.length)
+    run.work = work_of_tasks(design)
+    for name, work in run.work.items():
+        run.evaluation[name] = cost(work) + Cost(seconds=work.programs and work.programs * _program_seconds())
+        run.baselines[name] = _baseline_key(config, config.task.suite[name])
+    run.checks = sum(map(cost, _checks(config, design.sampler.cfg_scale > 0)), Cost())
+    run.quantization = sum(map(cost, calibration_work(design)), Cost())
+    hessians = hessian_flops(design, config.calib.samples * config.calib.length)
     run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12))
-    if isinstance(speed, Measured) and _is_here(config.model.path):
-        run.found = _found(config, dtype, speed.device, run)
-    device = speed.device if isinstance(speed, Measured) else torch.device("cuda")
-    run.memory = of_run(config, arch, dtype, device)
+    run.memory = memory_needs(design)
     if isinstance(speed, Measured):
-        run.notes += _memory_notes(config, arch, dtype, device)
+        run.cached = _cached(design, run)
+        run.notes += _memory_notes(design)
     return run
 
 
@@ -181,13 +182,13 @@ def _is_here(path: str) -> bool:
 
 def _dtype(config: Config) -> torch.dtype:
     """The dtype of the run's weights; of dtype=auto that of a file, bfloat16 where there is none."""
-    dtype = dtype_of(config.model.dtype)
-    if dtype is not None:
-        return dtype
+    if (given := dtype_of(config.model.dtype)) is not None:
+        return given
     files = sorted(locate(config.model.path).glob("*.safetensors")) if _is_here(config.model.path) else []
     for file in files:
         with safe_open(file, framework="pt") as f:
-            return STORED[f.get_slice(next(iter(f.keys()))).get_dtype()]
+            stored: torch.dtype = f.get_slice(next(iter(f.keys())))[:1].dtype
+            return stored
     return torch.bfloat16
 
 
@@ -202,12 +203,6 @@ def _speed_problems(config: Config) -> list[str]:
     return [f"plan_tflops={config.plan_tflops} must be a number above 0; null measures this machine"]
 
 
-def _speed(config: Config, arch: Architecture, dtype: torch.dtype) -> Speed:
-    if config.plan_tflops is not None:
-        return Assumed(arch, config.plan_tflops)
-    return measured(arch, dtype, pick_device(config.model.device))
-
-
 def _exact(sampler: Sampler, run: PlannedRun) -> Sampler:
     """The sampler without approximations: how much they save is not in the schedule."""
     if not sampler.approximations:
@@ -219,28 +214,28 @@ def _exact(sampler: Sampler, run: PlannedRun) -> Sampler:
     return sampler.exact()
 
 
-def calibration_work(method: Method, config: Config) -> list[Work]:
+def calibration_work(design: Design) -> list[Work]:
     """Sequences through all blocks while a method is fitted: statistics by stream, candidates of a scale search.
 
     Solving, clipping and rotating are not counted, nor the search for a rotation.
     """
-    calib, streams = config.calib, method.streams(config.bits)
-    sequences = sum(PASSES_PER_STREAM * (1 if stream == "mean" else calib.samples) for stream in streams)
-    searches = sum(transform.candidates for transform in method.block_transforms.values())
-    sequences += round(PASSES_PER_CANDIDATE * searches * calib.samples)
-    found = [Work("plain", sequences, sequences, calib.length)] if sequences else []
-    if calib.rollout and reads_text(config, method):  # half a generation for each window
+    calib = design.config.calib
+    sequences = sum(PASSES_PER_STREAM * (1 if stream == "mean" else calib.samples) for stream in design.streams)
+    searched = sum(transform.candidates for transform in design.method.block_transforms.values())
+    sequences += round(PASSES_PER_CANDIDATE * searched * calib.samples)
+    work = [Work("plain", sequences, sequences, calib.length)] if sequences else []
+    if calib.rollout and design.reads_text:  # half a generation for each window
         steps = calib.samples * (calib.steps or calib.gen_length or 0) // 2
-        found.append(Work("plain", steps, steps, calib.length))
-    return found
+        work.append(Work("plain", steps, steps, calib.length))
+    return work
 
 
-def hessian_flops(method: Method, bits: BitsConfig, arch: Architecture, tokens: int) -> float:
+def hessian_flops(design: Design, tokens: int) -> float:
     """Operations of the sums X^T X of all sites that are rounded by them."""
-    total = 0.0
-    for widths in map(bits.of_block, range(arch.n_blocks)):
-        for roles in SITES.values():
-            rounding = [method.rounding_of(role) for role in roles if widths.weight_of(role).bits != UNQUANTIZED]
+    arch, total = design.arch, 0.0
+    for widths in map(design.config.bits.of_block, range(arch.n_blocks)):
+        for roles in arch.sites.values():
+            rounding = [design.method.rounding_of(r) for r in roles if widths.weight_of(r).bits != UNQUANTIZED]
             if any(part is not None and "hessian" in part.needs for part in rounding):
                 total += 2.0 * tokens * arch.in_features(roles[0]) ** 2
     return total
@@ -249,17 +244,17 @@ def hessian_flops(method: Method, bits: BitsConfig, arch: Architecture, tokens: 
 def _checks(config: Config, guided: bool) -> list[Work]:
     """What is looked at on both sides besides the tasks."""
     outliers, fidelity = config.outliers.samples, config.fidelity
-    found = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
+    work = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
     steps = schedule(fidelity.gen_length, config.steps.count)
     if fidelity.samples and outliers:
         states = min(config.outliers.steps, steps)
-        found.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
+        work.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
     if fidelity.samples:
         states = min(fidelity.steps, steps)
-        found += fidelity_work(
+        work += fidelity_work(
             fidelity.samples, fidelity.length, fidelity.gen_length, steps=steps, states=states, guided=guided
         )
-    return found
+    return work
 
 
 @lru_cache
@@ -281,9 +276,17 @@ def _baseline_key(config: Config, spec: TaskSpec) -> str:
     )
 
 
-def _found(config: Config, dtype: torch.dtype, device: torch.device, run: PlannedRun) -> dict[str, int | None]:
+def _cached(design: Design, run: PlannedRun) -> dict[str, int | None]:
+    """What the cache has of full precision, which depends on the checkpoint and this machine.
+
+    A quantized model is known by every token of its calibration text, which a plan does not read.
+    """
+    config = design.config
+    if not (config.reuse and _is_here(config.model.path) and Path(config.cache_dir).is_dir()):
+        return {}
     try:
-        return found_documents(config, inspect(config.model.path, config.model.revision), dtype, device)
+        experiment = Experiment(**vars(design), checkpoint=inspect(config.model.path, config.model.revision))
+        return Results.of(experiment, ArtifactCache(Store(config.cache_dir))).finished(config.task.suite)
     except CheckpointError as error:
         run.notes.append(f"the cache was not looked at: {error}")
         return {}
@@ -292,8 +295,8 @@ def _found(config: Config, dtype: torch.dtype, device: torch.device, run: Planne
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
-def _memory_notes(config: Config, arch: Architecture, dtype: torch.dtype, device: torch.device) -> Iterator[str]:
-    found = pools(config, arch, dtype, device)
-    if streams_from_disk(found):
+def _memory_notes(design: Design) -> Iterator[str]:
+    pools = memory_pools(design)
+    if streams_from_disk(pools):
         yield "quantized from disk, block by block: it does not fit into memory together with what quantizing it needs."
-    yield from memory_problems(found)
+    yield from memory_problems(pools)

@@ -9,10 +9,9 @@ from typing import TextIO
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from dqx.report.terminal import RULES
+from dqx.report.tables import Entry, Table
+from dqx.report.terminal import print_lines, show
 from dqx.study.estimate.memory import gigabytes
 from dqx.study.plan.runs import Cost, PlannedRun
 
@@ -32,97 +31,69 @@ WIDTH = 118
 
 def print_plan(runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
     """Print the runs, the tasks, what stands in their way, and what the estimate assumes."""
-    file = file or sys.stdout
-    console = Console(file=file, highlight=False, emoji=False)
-    wide = Console(file=file, highlight=False, emoji=False, width=max(200, console.width))
-    console.print(Text(f"\n{len(runs)} run{'s' if len(runs) != 1 else ''} planned, nothing is loaded or run\n"))
+    console = Console(file=file or sys.stdout, highlight=False, emoji=False)
     counted = [run for run in runs if not run.problems]
     costs = _costs(counted)
-    wide.print(_run_table(runs, costs))
+    print_lines(console, ("", f"{len(runs)} run{'s' if len(runs) != 1 else ''} planned, nothing is loaded or run", ""))
+    show(_run_table(runs, costs), console)
     if any(run.work for run in counted):
         console.print()
-        wide.print(_task_table(counted))
-    console.print()
-    for line in [*_total(counted, costs), *_notes(runs)]:
-        console.print(Text(line), soft_wrap=True)
-    console.print()
-    console.print(Text(fill(ASSUMPTIONS.strip(), WIDTH)), soft_wrap=True)
+        show(_task_table(counted), console)
+    print_lines(console, ("", *_total(counted, costs), *_notes(runs), "", fill(ASSUMPTIONS.strip(), WIDTH)))
 
 
 def _costs(runs: Iterable[PlannedRun]) -> list[dict[str, Cost]]:
     """The parts of each run; a full-precision evaluation belongs to the first run that needs it."""
-    found: list[dict[str, Cost]] = []
+    costs: list[dict[str, Cost]] = []
     computed: set[str] = set()
     for run in runs:
-        found.append(run.cost(computed))
+        costs.append(run.cost(computed))
         computed |= set(run.baselines.values())
-    return found
+    return costs
 
 
 def _run_table(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> Table:
-    table = Table(box=RULES, padding=0, show_edge=False)
-    for name in ("model", "method", "bits"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tasks", "FLOPs", "memory", "full\nprecision", "calibrate", "evaluate", "total"):
-        table.add_column(name, justify="right", no_wrap=True)
-    left = iter(costs)
+    columns = ("model", "method", "bits", "tasks", "FLOPs", "memory", "full precision", "calibrate", "evaluate")
+    rows, left = [], iter(costs)
     for run in runs:
-        names = (run.model, run.method, run.bits, str(len(run.tasks)))
+        cells = [run.model, run.method, run.bits, str(len(run.tasks))]
         if run.problems:
-            table.add_row(*names, *[""] * 5, "cannot run")
-            continue
-        parts = next(left)
-        whole = sum(parts.values(), Cost())
-        memory = "" if run.memory is None else gigabytes(run.memory.total)
-        table.add_row(*names, amount(whole.flops), memory, *(duration(c.seconds) for c in (*parts.values(), whole)))
+            rows.append([*cells, *[""] * 5, "cannot run"])
+        else:
+            memory = "" if run.memory is None else gigabytes(run.memory.total)
+            rows.append([*cells, *_cost_cells(list(next(left).values()), memory)])
     if len(costs) > 1:
-        columns = [sum((parts[name] for parts in costs), Cost()) for name in costs[0]]
-        whole = sum(columns, Cost())
-        table.add_section()
-        table.add_row("all", "", "", "", amount(whole.flops), "", *(duration(c.seconds) for c in (*columns, whole)))
-    return table
+        sums = [sum((parts[name] for parts in costs), Cost()) for name in costs[0]]
+        rows.append(["all", "", "", "", *_cost_cells(sums, "")])
+    return Table("Runs", (*columns, "total"), _entries(rows), [], left=3, rules=(len(runs),))
+
+
+def _cost_cells(parts: Sequence[Cost], memory: str) -> list[str]:
+    whole = sum(parts, Cost())
+    return [amount(whole.flops), memory, *(duration(cost.seconds) for cost in (*parts, whole))]
 
 
 def _task_table(runs: Iterable[PlannedRun]) -> Table:
-    table = Table(box=RULES, padding=0, show_edge=False)
-    for name in ("model", "task"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "documents",
-        "each",
-        "forwards",
-        "at most",
-        "tokens\neach",
-        "tokens",
-        "FLOPs",
-        "one\nevaluation",
-        "in the\ncache",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    rows = {
+    columns = ("model", "task", "documents", "each", "forwards", "at most", "tokens each", "tokens", "FLOPs")
+    costs = {
         (run.model, name, work, _in_cache(run, name)): run.evaluation[name]
         for run in runs
         for name, work in run.work.items()
     }
-    for (model, name, work, found), cost in rows.items():
-        table.add_row(
-            model,
-            name,
-            str(work.documents),
-            work.each,
-            amount(work.forwards),
-            amount(work.at_most),
-            str(work.length),
-            amount(work.tokens),
-            amount(cost.flops),
-            duration(cost.seconds),
-            found,
-        )
-    return table
+    rows = []
+    for (model, name, work, in_cache), cost in costs.items():
+        cells = [model, name, str(work.documents), work.each, amount(work.forwards), amount(work.at_most)]
+        cells += [str(work.length), amount(work.tokens), amount(cost.flops), duration(cost.seconds), in_cache]
+        rows.append(cells)
+    return Table("Tasks", (*columns, "one evaluation", "in the cache"), _entries(rows), [], left=2)
+
+
+def _entries(rows: Iterable[Iterable[str]]) -> list[list[Entry]]:
+    return [[Entry(text) for text in row] for row in rows]
 
 
 def _in_cache(run: PlannedRun, task: str) -> str:
-    done = run.found.get(task, 0)
+    done = run.cached.get(task, 0)
     return "all" if done is None else str(done or "-")
 
 
@@ -132,10 +103,8 @@ def _total(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> list
     if len(runs) > 1:
         seconds = [sum(parts.values(), Cost()).seconds for parts in costs]
         most = max(range(len(runs)), key=seconds.__getitem__)
-        largest = f"{runs[most].model}-{runs[most].method}-{runs[most].bits}"
-        lines.append(
-            f"In all {duration(sum(seconds))} of one device; the largest run is {largest}, {duration(seconds[most])}."
-        )
+        largest = f"the largest run is {runs[most].name}, {duration(seconds[most])}"
+        lines.append(f"In all {duration(sum(seconds))} of one device; {largest}.")
         gpus = torch.cuda.device_count()
         if gpus > 1:
             ideal = max(max(seconds), sum(seconds) / gpus)
@@ -147,11 +116,9 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
     by_problem: dict[str, list[str]] = {}
     by_note: dict[str, list[str]] = {}
     for run in runs:
-        name = f"{run.model}-{run.method}-{run.bits}"
-        for problem in run.problems:
-            by_problem.setdefault(problem, []).append(name)
-        for note in run.notes:
-            by_note.setdefault(note, []).append(name)
+        for names, told in ((by_problem, run.problems), (by_note, run.notes)):
+            for text in told:
+                names.setdefault(text, []).append(run.name)
     lines = [f"Cannot run: {', '.join(dict.fromkeys(names))}: {problem}" for problem, names in by_problem.items()]
     unknown = dict.fromkeys(n for run in runs if not run.problems for n in run.tasks if n not in run.work)
     if unknown:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Once:
+class ArtifactCache:
     """Artefacts of a store. Without `reuse` everything is computed afresh, and kept."""
 
     def __init__(self, store: Store, *, reuse: bool = True):
@@ -33,23 +33,35 @@ class Once:
 
     def value(self, key: Key, parse: Callable[[Any], T], compute: Callable[[], T]) -> tuple[T, str]:
         """What JSON can hold and `parse` makes of it again, and whether it was `reused` or `computed`."""
-        return self.get(key, lambda: self.store.read(key, parse), compute, lambda found: self.store.write(key, found))
+        return self.get(key, lambda: self.store.read(key, parse), compute, lambda value: self.store.write(key, value))
 
     def tensors(self, key: Key, compute: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], str]:
         """Named tensors on the CPU, and whether they were `reused` or `computed`."""
         return self.get(
-            key, lambda: self.store.read_tensors(key), compute, lambda found: self.store.write_tensors(key, found)
+            key, lambda: self.store.read_tensors(key), compute, lambda made: self.store.write_tensors(key, made)
         )
+
+    def tensors_later(self, key: Key, compute: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        """What `tensors` gives, computed now where it is not there, else read when it is asked for."""
+        made, source = self.get(
+            key,
+            lambda: {} if self.store.has_tensors(key) else None,
+            compute,
+            lambda made: self.store.write_tensors(key, made),
+        )
+        if source == "computed":
+            return lambda: made
+        return lambda: self._look(lambda: self.store.read_tensors(key)) or self.tensors(key, compute)[0]
 
     def get(
         self, key: Key, read: Callable[[], T | None], compute: Callable[[], T], keep: Callable[[T], object]
     ) -> tuple[T, str]:
-        """What `read` finds, or else what `compute` gives and `keep` keeps."""
-        found = self._look(read)
-        if found is None:
+        """What `read` gives, or else what `compute` gives and `keep` keeps."""
+        kept = self._look(read)
+        if kept is None:
             with self.alone(key):
-                found = self._look(read)  # by now another run may have computed it
-                if found is None:
+                kept = self._look(read)  # by now another run may have computed it
+                if kept is None:
                     self._say("computing", key)
                     value = compute()
                     if self.processes.main:
@@ -57,7 +69,7 @@ class Once:
                     self._say("computed ", key)
                     return value, "computed"
         self._say("reused   ", key)
-        return found, "reused"
+        return kept, "reused"
 
     def alone(self, key: Key) -> AbstractContextManager[None]:
         """The main process waits for the lock; the others wait for what it tells them next."""
@@ -68,8 +80,8 @@ class Once:
         return self.store.reading(key) if self.processes.main else nullcontext()
 
     def _look(self, read: Callable[[], T | None]) -> T | None:
-        found: T | None = self.processes.broadcast(read() if self.reuse and self.processes.main else None)
-        return found
+        kept: T | None = self.processes.broadcast(read() if self.reuse and self.processes.main else None)
+        return kept
 
     def _say(self, what: str, key: Key) -> None:
         if self.processes.main:
