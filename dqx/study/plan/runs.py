@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -285,7 +285,8 @@ def _cached(design: Design, run: PlannedRun) -> dict[str, int | None]:
     if not (config.reuse and _is_here(config.model.path) and Path(config.cache_dir).is_dir()):
         return {}
     try:
-        experiment = Experiment(**vars(design), checkpoint=inspect(config.model.path, config.model.revision))
+        parts = {f.name: getattr(design, f.name) for f in fields(design)}
+        experiment = Experiment(**parts, checkpoint=inspect(config.model.path, config.model.revision))
         return Results.of(experiment, ArtifactCache(Store(config.cache_dir))).finished(config.task.suite)
     except CheckpointError as error:
         run.notes.append(f"the cache was not looked at: {error}")
