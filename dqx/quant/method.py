@@ -29,7 +29,6 @@ from dqx.quant.protocols import (
 )
 
 QUANTIZES = ("weights", "weights_and_activations")
-SCOPES = ("model", "block", "site")
 
 
 @dataclass(frozen=True)

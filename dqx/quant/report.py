@@ -148,24 +148,7 @@ class QuantReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts and numbers, for JSON."""
         rows = [asdict(row) | {"shape": list(row.shape), "notes": list(row.notes)} for row in self.linears]
-        return {
-            "method": self.method,
-            "bits": self.bits,
-            "variant": self.variant,
-            "kv_bits": self.kv_bits,
-            "transforms": self.transforms,
-            "seed": self.seed,
-            "average_bits": self.average_bits,
-            "calibration_sequences": self.calibration_sequences,
-            "calibration_tokens": self.calibration_tokens,
-            "seconds": self.seconds,
-            "from_disk": self.from_disk,
-            "peak_ram": self.peak_ram,
-            "peak_gpu": self.peak_gpu,
-            "linears": rows,
-            "kept": [asdict(row) for row in self.kept],
-            "notes": self.notes,
-        }
+        return asdict(self) | {"linears": rows, "average_bits": self.average_bits, "notes": self.notes}
 
 
 def kept_rows(model: nn.Module, method: Method, bits: BitsConfig) -> list[KeptRow]:

@@ -64,8 +64,7 @@ class Hessian(Collector, statistic="hessian"):
         """Add the tokens of x [..., I]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.total is None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=x.device)
+            self.total = wide(x.new_zeros(x.shape[-1], x.shape[-1]))
         for chunk in rows.split(CHUNK_TOKENS):
             chunk = wide(chunk)
             for left, right in _panels(len(self.total)):
@@ -91,8 +90,7 @@ class Cross(Collector, statistic="cross"):
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         rows, wanted = x.reshape(-1, x.shape[-1]), _paired(intact).reshape(-1, x.shape[-1])
         if self.total is None:
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self.total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=x.device)
+            self.total = wide(x.new_zeros(x.shape[-1], x.shape[-1]))
         for quantized, fp in zip(rows.split(CHUNK_TOKENS), wanted.split(CHUNK_TOKENS), strict=True):
             quantized = wide(quantized)
             self.total.addmm_((wide(fp) - quantized).T, quantized)

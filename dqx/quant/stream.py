@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +102,7 @@ class Stream:
         outputs = self.store.row(keep=True) if keep_outputs else []
         with listening(block, wanted, add, stop_at):
             for i in range(len(self.inputs)):
-                output = self._forward_to(block, i, stop_at)
+                output = self._forward_to(block, i)
                 if output is not None:
                     outputs.append(output)
         if keep_outputs:
@@ -111,15 +113,14 @@ class Stream:
         """What the linears of `site` read for sequence i."""
         heard: list[Tensor] = []
         with listening(block, [site], lambda _, x: heard.append(x), site):
-            self._forward_to(block, i, site)
+            self._forward_to(block, i)
         return heard[0]
 
-    def _forward_to(self, block: Block, i: int, stop_at: str | None) -> Tensor | None:
-        try:
-            output = self.forward(block, i)
-        except _Reached:
-            return None
-        return output if stop_at is None else None
+    def _forward_to(self, block: Block, i: int) -> Tensor | None:
+        """The block's output, or None where the pass ended at a site."""
+        with suppress(_Reached):
+            return self.forward(block, i)
+        return None
 
 
 def collect_paired(
@@ -168,7 +169,7 @@ def block_statistics(
         for collector in wanted[site].values():
             collector.add(x)
 
-    with listening(block, wanted, add, None):
+    with listening(block, wanted, add):
         for x in sequences:
             block(x, block_rope(block.arch, x))
     return {site: values(by_name) for site, by_name in wanted.items()}
@@ -184,29 +185,23 @@ def _mean_embedding(model: MaskedDiffusionTransformer, ids: Sequence[Tensor]) ->
     return [torch.cat([model.embed(part).mean(0, keepdim=True) for part in parts], dim=1)]
 
 
-class listening:
+@contextmanager
+def listening(
+    block: Block, sites: Iterable[str], call: Callable[[str, Tensor], None], stop_at: str | None = None
+) -> Iterator[None]:
     """A context in which `call(site, x)` hears every input x of the sites; reaching `stop_at` ends the pass."""
 
-    def __init__(self, block: Block, sites: Any, call: Callable[[str, Tensor], None], stop_at: str | None):
-        self.hooks = [
-            getattr(block, SITES[site][0]).register_forward_pre_hook(self._hook(site, call, stop_at)) for site in sites
-        ]
+    def hear(site: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        call(site, args[0])
+        if site == stop_at:
+            raise _Reached
 
-    @staticmethod
-    def _hook(site: str, call: Callable[[str, Tensor], None], stop_at: str | None) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            call(site, args[0])
-            if site == stop_at:
-                raise _Reached
-
-        return hook
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.hooks:
-            handle.remove()
+    hooks = [getattr(block, SITES[site][0]).register_forward_pre_hook(partial(hear, site)) for site in sites]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Reached(Exception):
