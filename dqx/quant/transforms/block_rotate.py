@@ -8,7 +8,7 @@ The linears that read the same input share the transform, as in the authors' cod
 Where the authors' code differs from the paper, both are options. Its greedy step takes the row of the largest entry
 modulo the tile's width where the paper means its channel (`index`), and looks at one sequence only, the mean of all
 calibration sequences position by position (`stream`). The default `index: channel` is the paper's: neither leaves a
-smaller range or error (see conf/method/duquant.yaml), and a channel does not depend on how many tiles a token has.
+smaller range or error (see dqx/quant/RESULTS.md), and a channel does not depend on how many tiles a token has.
 `stream: mean` is the code's; the paper does not say.
 
 N tokens, C channels, B tile width, R rotations, O = outputs, I = inputs.
