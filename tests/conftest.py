@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dqx.formats.bits import BitsConfig
 from dqx.models.checkpoint import save
 from dqx.models.family import family_of
-from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
 
@@ -60,7 +60,8 @@ def write_tokenizer(folder: Path, family: str) -> None:
 def setting() -> Context:
     """Where parts are judged: the small Dream model, 16 bits, an empty method."""
     config = json.loads((TESTS / "golden" / "dream_tiny" / "config.json").read_text())
-    return Context(family_of("dream").architecture(config), BitsConfig(), Method("empty"))
+    arch = family_of("dream").architecture(config)
+    return Context(arch, BitsConfig().resolve(arch).usual, Method("empty"))
 
 
 @pytest.fixture
@@ -74,8 +75,7 @@ def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
         config = json.loads((TESTS / "golden" / f"{family}_tiny" / "config.json").read_text())
         length = "max_sequence_length" if family == "llada" else "max_position_embeddings"
         config |= {"eos_token_id": 256, "pad_token_id": 256, "mask_token_id": 257, length: 1024, **changes}
-        model = MaskedDiffusionTransformer(family_of(family).architecture(config))
-        initialise(model, torch.Generator().manual_seed(seed))
+        model = random_model(family_of(family).architecture(config), seed)
         folder = tmp_path / f"{family}_{len(list(tmp_path.iterdir()))}"
         save(model, config, folder, max_shard_bytes)
         write_tokenizer(folder, family)

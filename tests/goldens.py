@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tiny import SITES, TOY
 from torch import Tensor
 
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.family import families, family_of
-from dqx.models.transformer import SITES, Architecture, Block, MaskedDiffusionTransformer, rope_tables
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
 from dqx.quant.stats import COLLECTORS
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = tuple(families())
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Calibration sequences [B, T]."""
-
-    ids: Tensor
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTransformer:
@@ -47,21 +41,14 @@ def hub_name(family: str, role: str) -> str:
 def awq_dream_block() -> Block:
     """The block of the Dream AWQ set: as many key/value heads as heads."""
     config = json.loads((GOLDEN / "awq_dream_config.json").read_text())
-    arch = Architecture(
-        family="dream",
-        vocab_size=8,
+    arch = replace(
+        TOY,
         hidden_size=config["hidden_size"],
         mlp_size=config["intermediate_size"],
-        n_blocks=1,
         n_heads=config["num_attention_heads"],
         n_kv_heads=config["num_key_value_heads"],
         rope_theta=config["rope_theta"],
         norm_eps=config["rms_norm_eps"],
-        qkv_bias=True,
-        mask_token_id=0,
-        eos_token_id=1,
-        max_length=512,
-        logit_shift=True,
     )
     block, data = Block(arch), golden("awq_dream_inputs")
     with torch.no_grad():

@@ -1,20 +1,19 @@
 """A small but complete record of a run, for the tests of what reads and writes records."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from tiny import PLAIN, random_model
 
 from dqx.common.environment import environment
 from dqx.diagnostics.activations import measure_activations
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
 from dqx.record.folder import Record
 
-ARCH = Architecture(
-    family="llada", vocab_size=32, hidden_size=16, mlp_size=24, n_blocks=2, n_heads=2, n_kv_heads=2, rope_theta=1e4,
-    norm_eps=1e-5, qkv_bias=False, mask_token_id=31, eos_token_id=0, max_length=32, logit_shift=False,
-)  # fmt: skip
+SIZES = {"vocab_size": 32, "hidden_size": 16, "mlp_size": 24, "n_blocks": 2, "n_heads": 2, "n_kv_heads": 2}
+ARCH = replace(PLAIN, mask_token_id=31, max_length=32, **SIZES)
 
 
 def task_result(name, scores, category="math", **more):
@@ -33,8 +32,7 @@ def task_result(name, scores, category="math", **more):
 
 
 def outlier_stats(seed=0, gain=1.0):
-    net = MaskedDiffusionTransformer(ARCH)
-    initialise(net, torch.Generator().manual_seed(seed))
+    net = random_model(ARCH, seed)
     net.requires_grad_(False).eval()
     net.blocks[1].mlp_norm.weight[3] = gain
     return measure_activations(net, [SimpleNamespace(ids=torch.arange(1, 25).view(2, 12))])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dqx.models.family import families
 from dqx.models.plant import outlier_channels
-from dqx.models.transformer import ROLES, SITES, Architecture, Block, rope_tables
+from dqx.models.transformer import Architecture, Block, rope_tables
 
 LENGTH = 512  # tokens per sequence
 HEAD = 128  # head width of both models; also the group size of weights and DuQuant's tile
@@ -69,7 +69,8 @@ class Case:
         def record(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda module, args: inputs.__setitem__(site, args[0].detach().clone())
 
-        hooks = [getattr(self.block, roles[0]).register_forward_pre_hook(record(s)) for s, roles in SITES.items()]
+        sites = self.block.arch.sites
+        hooks = [getattr(self.block, roles[0]).register_forward_pre_hook(record(s)) for s, roles in sites.items()]
         try:
             self.block(self.hidden, self.rope)
         finally:
@@ -89,7 +90,7 @@ def make_case(arch: Architecture, n_tokens: int, seed: int = 0, *, length: int =
         raise ValueError(f"tokens={n_tokens} must be a multiple of {length}, the length of a sequence")
     g = torch.Generator().manual_seed(seed)
     block = Block(arch).requires_grad_(False)
-    for role in ROLES:
+    for role in arch.roles:
         linear: nn.Linear = getattr(block, role)
         linear.weight.normal_(0, linear.in_features**-0.5, generator=g)
         if linear.bias is not None:

@@ -20,7 +20,7 @@ from dqx.benchmarks import plain
 from dqx.benchmarks.cases import Case
 from dqx.benchmarks.common import Say, clock
 from dqx.formats.bits import BitsConfig
-from dqx.models.transformer import SITES, RMSNorm
+from dqx.models.transformer import RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
@@ -50,7 +50,12 @@ class SideRun:
 
     @property
     def context(self) -> Context:
-        return Context(self.case.block.arch, self.bits, self.method, index=0)
+        arch = self.case.block.arch
+        return Context(arch, self.bits.resolve(arch).blocks[0], self.method, index=0)
+
+    @property
+    def sites(self) -> Mapping[str, tuple[str, ...]]:
+        return self.case.block.arch.sites
 
     @contextmanager
     def timed(self, phase: str, detail: str, *, times: float = 1, aside: bool = False) -> Iterator[None]:
@@ -99,7 +104,7 @@ def round_stacked(run: SideRun, roles: tuple[str, ...], weights: list[Tensor], s
     part, clip = run.method.rounding_of(roles[0]), run.method.clip_of(roles[0])
     assert part is not None
     bound = None if clip is None else ClipAtSite(clip, stats)
-    rounded = part(torch.cat(weights), run.bits.weight_of(roles[0]), stats, bound)
+    rounded = part(torch.cat(weights), run.context.widths.weight[roles[0]], stats, bound)
     run.keep(roles, rounded.split([len(w) for w in weights]))
 
 
@@ -108,14 +113,15 @@ def dqx_gptq(run: SideRun) -> None:
     part = run.method.rounding
     assert part is not None
     for site, x in run.inputs().items():
-        with run.timed("rounding", ", ".join(SITES[site])):
-            round_stacked(run, SITES[site], [run.weight(role) for role in SITES[site]], statistics(x, part.needs))
+        with run.timed("rounding", ", ".join(run.sites[site])):
+            roles = run.sites[site]
+            round_stacked(run, roles, [run.weight(role) for role in roles], statistics(x, part.needs))
 
 
 @torch.no_grad()
 def plain_gptq(run: SideRun) -> None:
     for site, x in run.inputs().items():
-        for role in SITES[site]:
+        for role in run.sites[site]:
             with run.timed("rounding", role):
                 weight = run.bits.weight
                 rounded = plain.gptq(run.weight(role), x.flatten(0, 1), weight.bits, weight.group_size)
@@ -134,7 +140,7 @@ def dqx_awq(run: SideRun) -> None:
     assert clip is not None
     for site, x in run.inputs().items():
         for skipped in (True, False):
-            roles = tuple(role for role in SITES[site] if (role in clip.skip_roles) == skipped)
+            roles = tuple(role for role in run.sites[site] if (role in clip.skip_roles) == skipped)
             if roles:
                 with run.timed(CLIP, ", ".join(roles)):
                     stats_here = statistics(x, frozenset() if skipped else clip.needs)
@@ -161,11 +167,11 @@ def plain_awq(run: SideRun) -> None:
     inputs = run.inputs()
     scales = {}
     for site, judge in judges.items():
-        linears = [getattr(block, role) for role in SITES[site]]
-        with run.timed("scale search", ", ".join(SITES[site])):
+        linears = [getattr(block, role) for role in run.sites[site]]
+        with run.timed("scale search", ", ".join(run.sites[site])):
             scales[site] = plain.awq_scale(linears, inputs[site], judge, bits, size)[0]
     for site, scale in scales.items():
-        for role in SITES[site]:
+        for role in run.sites[site]:
             run.weight(role).mul_(scale)
         producer = before[site]
         producer.weight.div_(scale if producer.weight.dim() == 1 else scale[:, None])
@@ -173,7 +179,7 @@ def plain_awq(run: SideRun) -> None:
             producer.bias.div_(scale)
     run.keep_scaled()
     for site, x in run.inputs().items():
-        for role in SITES[site]:
+        for role in run.sites[site]:
             w = run.weight(role)
             if role not in ("q", "k"):
                 some = w[:CLIP_ROWS]
@@ -212,12 +218,12 @@ def bases(run: SideRun, site: str) -> list[Tensor]:
 def dqx_duquant(run: SideRun) -> None:
     name, part = rotation_part(run)
     for site, x in smoothed(run).items():
-        weights = [run.weight(role) for role in SITES[site]]
+        weights = [run.weight(role) for role in run.sites[site]]
         with run.timed("rotation search", site):
             stats = statistics(x, part.needs)
             rotation: nn.Module = part.fit(torch.cat(weights), stats, run.context.at(name=name), site)
-        with run.timed("rotating and rounding", ", ".join(SITES[site])):
-            round_stacked(run, SITES[site], [rotation(weight) for weight in weights], {})
+        with run.timed("rotating and rounding", ", ".join(run.sites[site])):
+            round_stacked(run, run.sites[site], [rotation(weight) for weight in weights], {})
 
 
 @torch.no_grad()
@@ -228,7 +234,7 @@ def plain_duquant(run: SideRun) -> None:
         first, second = (base.float() for base in bases(run, site))
         with run.timed("rotation search", site):  # k and v copy q's, up copies gate's
             rotation = plain.duquant(x[0], (first, second), part.steps)
-        for role in SITES[site]:
+        for role in run.sites[site]:
             with run.timed("rotating and rounding", role):
                 turned = plain.duquant_apply(run.weight(role), rotation)
                 rounded = plain.rtn(turned, run.bits.weight.bits, -1, clip_ratio=run.method.clip.ratio)
@@ -258,7 +264,7 @@ def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, flo
             ours[f"channels.{site}.{i}"] = torch.tensor(search.indices, dtype=torch.long)
             ours[f"matrix.{site}.{i}"] = search.rotation_BB
         module = BlockRotation(torch.stack(matrices), order[None])
-        round_stacked(run, SITES[site], [module(run.weight(role)) for role in SITES[site]], {})
+        round_stacked(run, run.sites[site], [module(run.weight(role)) for role in run.sites[site]], {})
     return differences(theirs, ours | run.tensors)
 
 

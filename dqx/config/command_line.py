@@ -13,6 +13,7 @@ leaves everything else alone:
     +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
     model.sampler=llada ->  model/sampler=llada   likewise: a file in conf/model/sampler
     bits.blocks.b0-3.weight=8    ->  ++bits.blocks.b0-3.weight=8    no block has widths of its own before
+    bits.overrides.router.weight=8  ->  ++bits.overrides.router.weight=8    likewise, of a role that few models have
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dqx.common.names import did_you_mean, natural
 from dqx.config.schema import CONF_DIR, GROUPS, ConfigProblems, choices
+from dqx.formats.bits import DENSE_ROLES
 
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
+OVERRIDE = re.compile(r"bits\.overrides\.(\w+)[.=]")
 HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
 PART = re.compile(r"(\+{0,2})(method|model)\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
@@ -49,7 +52,8 @@ def normalize(argv: Sequence[str]) -> list[str]:
 def _normalize(argument: str, sweep: bool) -> str:
     if argument.startswith("+experiment="):
         return argument.removeprefix("+")
-    if argument.startswith(("bits.blocks.", "bits.blocks=")):
+    override = OVERRIDE.match(argument)
+    if argument.startswith(("bits.blocks.", "bits.blocks=")) or (override and override[1] not in DENSE_ROLES):
         return f"++{argument}"
     home = HOME.fullmatch(argument)
     if home:

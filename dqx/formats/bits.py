@@ -7,9 +7,9 @@ frozen because OmegaConf makes frozen ones read-only when they serve as a schema
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 UNQUANTIZED = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, UNQUANTIZED)
@@ -94,94 +94,122 @@ class RoleBits:
         return replace(self, **{name: value for name, value in vars(other).items() if value is not None})
 
 
-@dataclass
-class RoleOverrides:
-    """Mixed widths: `bits.overrides.down.weight=8`."""
+#: Roles that a command line can override without `+`: those of a dense transformer.
+DENSE_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
-    q: RoleBits = field(default_factory=RoleBits)
-    k: RoleBits = field(default_factory=RoleBits)
-    v: RoleBits = field(default_factory=RoleBits)
-    o: RoleBits = field(default_factory=RoleBits)
-    gate: RoleBits = field(default_factory=RoleBits)
-    up: RoleBits = field(default_factory=RoleBits)
-    down: RoleBits = field(default_factory=RoleBits)
+
+class Linears(Protocol):
+    """What widths are resolved for: the linears of a model, as its architecture tells."""
+
+    @property
+    def roles(self) -> tuple[str, ...]: ...
+
+    @property
+    def n_blocks(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """The grids of a block, by role: of every linear's weight and input, and of keys and values."""
+
+    weight: Mapping[str, WeightBits]
+    activation: Mapping[str, ActivationBits]
+    kv: ActivationBits  # in methods that quantize keys and values
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a `BitsConfig` comes to for a model: the grids of every block, and those of a block without an entry."""
+
+    usual: BlockWidths
+    blocks: tuple[BlockWidths, ...]
+
+    def rounds_weight(self, role: str) -> bool:
+        """Whether the role's weight has less than 16 bits in some block."""
+        return any(block.weight[role].bits != UNQUANTIZED for block in self.blocks)
+
+    def rounds_input(self, role: str) -> bool:
+        """Whether the role's input has less than 16 bits in some block."""
+        return any(block.activation[role].bits != UNQUANTIZED for block in self.blocks)
 
 
 @dataclass
 class BitsConfig:
     """One choice of the `bits` group, for example `w4a16`.
 
-    `blocks` has other widths for some blocks, by name: `b31`, or `b0-3` for the first four. An entry says what a
-    role's override says, for all roles of the block that have no override, and by role for these:
-    `b0-3: {weight: 8, down: {weight: 16}}`.
+    `overrides` has other widths for some roles, those of a `RoleBits`: `bits.overrides.down.weight=8`. `blocks` has
+    other widths for some blocks, by name: `b31`, or `b0-3` for the first four. An entry says what a role's override
+    says, for all roles of the block that have no override, and by role for these: `b0-3: {weight: 8, down: {weight:
+    16}}`.
     """
 
     name: str = "w16a16"
     weight: WeightBits = field(default_factory=WeightBits)
     activation: ActivationBits = field(default_factory=ActivationBits)
     kv: KVBits = field(default_factory=KVBits)
-    overrides: RoleOverrides = field(default_factory=RoleOverrides)
+    overrides: dict[str, Any] = field(default_factory=lambda: {role: RoleBits() for role in DENSE_ROLES})
     blocks: dict[str, Any] = field(default_factory=dict)
 
-    def weight_of(self, role: str) -> WeightBits:
-        """The weight grid of a role, its overrides applied."""
-        own: RoleBits = getattr(self.overrides, role)
-        return own.of_weight(self.weight)
+    def override(self, role: str) -> RoleBits:
+        """What is said for a role alone."""
+        return _role_bits(self.overrides.get(role))
 
-    @property
-    def block_formats(self) -> list[str]:
-        """The formats of weights that fix which inputs share a scale."""
-        used = {w.format for role in ROLES if (w := self.weight_of(role)).bits != UNQUANTIZED}
-        return [name for name, format in FORMATS.items() if name in used and format.block is not None]
+    def resolve(self, linears: Linears) -> Widths:
+        """The grids of a model's linears. What cannot be read is left out; `entry_problems` tells of it."""
+        by_entry = {name: self.of_entry(name)._grids(linears.roles) for name in (None, *self.blocks)}
+        entries = {index: name for name in reversed(self.blocks) for index in block_range(name)}
+        return Widths(by_entry[None], tuple(by_entry[entries.get(index)] for index in range(linears.n_blocks)))
 
-    def activation_of(self, role: str) -> ActivationBits:
-        """The grid of a role's input, its overrides applied."""
-        own: RoleBits = getattr(self.overrides, role)
-        return own.of_activation(self.activation)
-
-    def of_block(self, index: int) -> BitsConfig:
-        """The widths of one block, without `blocks`."""
-        return next((self.of_entry(name) for name in self.blocks if index in block_range(name)), self.of_entry(None))
+    def _grids(self, roles: Sequence[str]) -> BlockWidths:
+        return BlockWidths(
+            {role: self.override(role).of_weight(self.weight) for role in roles},
+            {role: self.override(role).of_activation(self.activation) for role in roles},
+            self.activation if self.kv.bits is None else replace(self.activation, bits=self.kv.bits),
+        )
 
     def of_entry(self, name: str | None) -> BitsConfig:
-        """The widths of an entry of `blocks`, or of the blocks that have none."""
+        """These settings with an entry of `blocks` in the place of what is usual (None: as they are, without entries).
+
+        An entry's own settings for a role are its override.
+        """
         entry = _mapping({} if name is None else self.blocks[name])
         own = _role_bits(entry)
-        roles = {role: usual.changed(_role_bits(entry.get(role))) for role, usual in vars(self.overrides).items()}
+        roles = [*self.overrides, *(key for key in entry if key not in (*SETTINGS, *self.overrides))]
         return replace(
             self,
             weight=own.of_weight(self.weight),
             activation=own.of_activation(self.activation),
-            overrides=RoleOverrides(**roles),
+            overrides={role: self.override(role).changed(_role_bits(entry.get(role))) for role in roles},
             blocks={},
         )
 
-    def rounds_weight(self, role: str) -> bool:
-        """Whether the role's weight has less than 16 bits in some block."""
-        return any(self.of_entry(name).weight_of(role).bits != UNQUANTIZED for name in (None, *self.blocks))
-
-    def rounds_input(self, role: str) -> bool:
-        """Whether the role's input has less than 16 bits in some block."""
-        return any(self.of_entry(name).activation_of(role).bits != UNQUANTIZED for name in (None, *self.blocks))
-
-    def widths(self, setting: str) -> dict[str, int | None]:
-        """All widths of weights (`weight`) or inputs (`activation`) by the keys that set them; null where not set."""
-        found = {f"bits.{setting}.bits": getattr(self, setting).bits}
-        found |= {
-            f"bits.overrides.{role}.{setting}": getattr(own, setting) for role, own in vars(self.overrides).items()
-        }
+    def settings(self, part: str) -> dict[str, int | None]:
+        """All widths of weights (`weight`) or inputs (`activation`) by the keys that set them; None where not set."""
+        widths = {f"bits.{part}.bits": getattr(self, part).bits}
+        widths |= {f"bits.overrides.{role}.{part}": getattr(self.override(role), part) for role in self.overrides}
         for name, entry in self.blocks.items():
-            said = {"": entry} | {f".{role}": _mapping(entry).get(role) for role in ROLES}
-            found |= {f"bits.blocks.{name}{role}.{setting}": _mapping(own).get(setting) for role, own in said.items()}
-        return found
+            own = {"": entry} | {f".{role}": said for role, said in _roles_of(_mapping(entry)).items()}
+            widths |= {f"bits.blocks.{name}{role}.{part}": _mapping(said).get(part) for role, said in own.items()}
+        return widths
 
 
-SETTINGS, ROLES = (tuple(f.name for f in fields(cls)) for cls in (RoleBits, RoleOverrides))
+SETTINGS = tuple(f.name for f in fields(RoleBits))
+
+
+def block_formats(grids: Iterable[WeightBits | ActivationBits]) -> list[str]:
+    """The formats among these grids that fix which inputs share a scale."""
+    used = {grid.format for grid in grids if grid.bits != UNQUANTIZED}
+    return [name for name, format in FORMATS.items() if name in used and format.block is not None]
 
 
 def _mapping(entry: Any) -> Mapping[str, Any]:
-    """An entry of `blocks`, or a role's part of it; nothing where it is none (which `entry_problems` tells)."""
-    return entry if isinstance(entry, Mapping) else {}
+    """What an entry of `blocks`, or a role's part of it, says; nothing where it is none (`entry_problems` tells)."""
+    return vars(entry) if isinstance(entry, RoleBits) else entry if isinstance(entry, Mapping) else {}
+
+
+def _roles_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an entry that is by role, in the order of `DENSE_ROLES`."""
+    return {key: entry[key] for key in dict.fromkeys((*DENSE_ROLES, *entry)) if key in entry and key not in SETTINGS}
 
 
 def _role_bits(entry: Any) -> RoleBits:
@@ -191,8 +219,8 @@ def _role_bits(entry: Any) -> RoleBits:
 
 def block_range(name: str) -> range:
     """The blocks that an entry of `blocks` is for; none for a name that is no such entry's."""
-    found = re.fullmatch(r"b(\d+)(?:-(\d+))?", name)
-    return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    match = re.fullmatch(r"b(\d+)(?:-(\d+))?", name)
+    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
 
 
 def label(bits: BitsConfig) -> str:
@@ -205,16 +233,15 @@ def label(bits: BitsConfig) -> str:
     kv = "" if bits.kv.bits is None else f"kv{bits.kv.bits}"
     formats = [part.format for part in (bits.weight, bits.activation) if part.bits != UNQUANTIZED]
     suffix = "" if set(formats) <= {"int"} else "_" + "_".join(dict.fromkeys(formats))
-    overrides = [_changes(role, "", getattr(bits.overrides, role)) for role in ROLES]
+    overrides = [_changes(role, "", own) for role, own in bits.overrides.items()]
     for name, entry in bits.blocks.items():
-        own = _mapping(entry)
-        overrides.append(_changes(name, "w", own))
-        overrides += [_changes(f"{name}{role}", "", _mapping(own.get(role))) for role in ROLES]
+        overrides.append(_changes(name, "w", entry))
+        overrides += [_changes(f"{name}{role}", "", own) for role, own in _roles_of(_mapping(entry)).items()]
     return f"w{bits.weight.bits}a{bits.activation.bits}{kv}{suffix}{''.join(overrides)}"
 
 
 def _changes(whose: str, letter: str, own: Any) -> str:
-    said = own if isinstance(own, Mapping) else vars(own)
+    said = _mapping(own)
     letters = {"weight": letter, "activation": "a", "group_size": "g", "format": "_"}
     text = "".join(f"{letter}{said[key]}" for key, letter in letters.items() if said.get(key) is not None)
     return f"-{whose}{text}" if text else ""

@@ -22,10 +22,6 @@ from dqx.common.parts import locate
 from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache
 
-SITES = Architecture.sites
-ROLES = tuple(role for roles in SITES.values() for role in roles)
-SITE_OF_ROLE = {role: site for site, roles in SITES.items() for role in roles}
-
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E].
 Reuse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -21,9 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
+from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits, block_formats
 from dqx.formats.make import make_grid
-from dqx.models.transformer import ROLES
 from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 
@@ -74,15 +73,14 @@ class PerGroup:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = _clip_problems(where, self.clip_ratio)
-        name = context.bits.activation.format
-        if name in FORMATS and (block := FORMATS[name].block):
+        for name in block_formats(context.widths.activation.values()):
             problems.append(
-                f"bits.activation.format={name} has a scale per {block} channels by its specification, so that "
-                f"{where}.group_size has no meaning; write method.activation=per_token"
+                f"bits.activation.format={name} has a scale per {FORMATS[name].block} channels by its specification, "
+                f"so that {where}.group_size has no meaning; write method.activation=per_token"
             )
         by_width: dict[int, list[str]] = {}
-        for role in ROLES:
-            if context.method.quantizes_input(role) and context.bits.activation_of(role).bits != UNQUANTIZED:
+        for role, bits in context.widths.activation.items():
+            if context.method.quantizes_input(role) and bits.bits != UNQUANTIZED:
                 by_width.setdefault(context.arch.in_features(role), []).append(role)
         common = gcd(*by_width)
         for width, roles in by_width.items():
@@ -109,12 +107,12 @@ class Static:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = _clip_problems(where, self.clip_ratio)
-        name = context.bits.activation.format
-        if name in FORMATS and (block := FORMATS[name].block) and not FORMATS[name].tensor_bits:
-            problems.append(
-                f"bits.activation.format={name} finds the scale of every {block} channels at run time and has no other "
-                "that could be static; write method.activation=per_token"
-            )
+        for name in block_formats(context.widths.activation.values()):
+            if not FORMATS[name].tensor_bits:
+                problems.append(
+                    f"bits.activation.format={name} finds the scale of every {FORMATS[name].block} channels at run "
+                    "time and has no other that could be static; write method.activation=per_token"
+                )
         return problems
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 
 from dqx.common.names import did_you_mean
-from dqx.formats.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, block_range
-from dqx.models.transformer import ROLES, Architecture
+from dqx.formats.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, BlockWidths, RoleBits, block_range
+from dqx.models.architecture import Architecture
 
 
 def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
@@ -19,8 +19,13 @@ def bits_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
 
 
 def entry_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
-    """What keeps `bits.blocks` from being read: entries that name no block, overlap, or are no widths."""
+    """What keeps `bits` from being read: roles that the model has not, blocks that it has not or twice, no widths."""
     problems: list[str] = []
+    for role, own in bits.overrides.items():
+        if role in arch.roles:
+            problems += [] if isinstance(own, RoleBits) else _shape_problems(f"bits.overrides.{role}", own, SETTINGS)
+        elif bits.override(role) != RoleBits() or not isinstance(own, RoleBits):
+            problems.append(f"bits.overrides.{role} is no linear of the model; {did_you_mean(role, arch.roles)}")
     taken: dict[int, str] = {}
     for name, entry in bits.blocks.items():
         key, blocks = f"bits.blocks.{name}", block_range(name)
@@ -33,8 +38,8 @@ def entry_problems(bits: BitsConfig, arch: Architecture) -> list[str]:
                 f"{key} and bits.blocks.{both[0]} are both for block {max(blocks[0], block_range(both[0])[0])}"
             )
         taken |= {index: name for index in blocks if index not in taken}
-        problems += _shape_problems(key, entry, (*SETTINGS, *ROLES))
-        for role in ROLES:
+        problems += _shape_problems(key, entry, (*SETTINGS, *arch.roles))
+        for role in arch.roles:
             if isinstance(entry, Mapping) and role in entry:
                 problems += _shape_problems(f"{key}.{role}", entry[role], SETTINGS)
     return problems
@@ -70,37 +75,39 @@ def _problems(bits: BitsConfig, arch: Architecture) -> list[str]:
     formats = list(_format_problems(bits))
     if formats:
         return formats
+    widths = bits.resolve(arch).usual
     return [
-        *_width_problems(bits),
+        *_width_problems(bits, widths),
         *_symmetry_problems(bits),
-        *_group_problems(bits, arch),
-        *_block_problems(bits, arch),
+        *_group_problems(bits, widths, arch),
+        *_block_problems(widths, arch),
     ]
 
 
 def _format_problems(bits: BitsConfig) -> Iterator[str]:
     named = {"bits.weight.format": bits.weight.format, "bits.activation.format": bits.activation.format}
-    named |= {f"bits.overrides.{r}.format": own.format for r, own in vars(bits.overrides).items() if own.format}
+    own_formats = {role: bits.override(role).format for role in bits.overrides}
+    named |= {f"bits.overrides.{role}.format": format for role, format in own_formats.items() if format}
     for key, name in named.items():
         if name not in FORMATS:
             yield f"{key}={name} is unknown; {did_you_mean(name, FORMATS)}"
 
 
-def _width_problems(bits: BitsConfig) -> Iterator[str]:
+def _width_problems(bits: BitsConfig, widths: BlockWidths) -> Iterator[str]:
     """Widths that their format does not have. Overrides are judged with their own format."""
     weight, activation = bits.weight, bits.activation
     asked: dict[str, tuple[int, str]] = {
         "bits.weight.bits": (weight.bits, weight.format),
-        "bits.activation.bits": (activation.bits, activation.format),
+        "bits.activation.bits": (of_input.bits, of_input.format),
     }
     if bits.kv.bits is not None:
         asked["bits.kv.bits"] = (bits.kv.bits, activation.format)
-    for role, own in vars(bits.overrides).items():
+    for role in widths.weight:
+        own, of_weight, of_input = bits.override(role), widths.weight[role], widths.activation[role]
         if own.weight is not None or own.format is not None:
-            asked[f"bits.overrides.{role}.weight"] = (bits.weight_of(role).bits, bits.weight_of(role).format)
+            asked[f"bits.overrides.{role}.weight"] = (of_weight.bits, of_weight.format)
         if own.activation is not None or own.format is not None:
-            activation = bits.activation_of(role)
-            asked[f"bits.overrides.{role}.activation"] = (activation.bits, activation.format)
+            asked[f"bits.overrides.{role}.activation"] = (of_input.bits, of_input.format)
     for key, (width, name) in asked.items():
         known = (*FORMATS[name].widths, UNQUANTIZED)
         if isinstance(width, bool) or width not in (WIDTHS if name == "int" else known):
@@ -119,15 +126,15 @@ def _symmetry_problems(bits: BitsConfig) -> Iterator[str]:
             )
 
 
-def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
+def _group_problems(bits: BitsConfig, widths: BlockWidths, arch: Architecture) -> Iterator[str]:
     """Group sizes of weights that do not divide the inputs, or are not those of the format."""
-    common = gcd(*(arch.in_features(role) for role in ROLES))
+    common = gcd(*(arch.in_features(role) for role in arch.roles))
     powers = [2**n for n in range(17, 3, -1) if common % 2**n == 0][:3]
     remedy = ", ".join(map(str, powers)) + " and -1 do" if powers else "-1 (one group per row) does"
     offenders: dict[tuple[str, int, int], list[str]] = {}
     foreign: dict[str, str] = {}
-    for role in ROLES:
-        weight, own = bits.weight_of(role), getattr(bits.overrides, role)
+    for role, weight in widths.weight.items():
+        own = bits.override(role)
         key = "bits.weight.group_size" if own.group_size is None else f"bits.overrides.{role}.group_size"
         block = FORMATS[weight.format].block
         if weight.bits == UNQUANTIZED:
@@ -145,7 +152,7 @@ def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
                 yield f"{key}={size} is no number of inputs; for this model {remedy}"
             hopeless.add(key)
         elif width % size:
-            name = bits.weight_of(roles[0]).format
+            name = widths.weight[roles[0]].format
             instead = f"{name} cannot be had for them; write {_leave_out(roles, 'weight')}"
             yield (
                 f"{key}={size} does not divide {width}, the inputs of {', '.join(roles)} ({arch.n_blocks} blocks); "
@@ -153,12 +160,11 @@ def _group_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
             )
 
 
-def _block_problems(bits: BitsConfig, arch: Architecture) -> Iterator[str]:
+def _block_problems(widths: BlockWidths, arch: Architecture) -> Iterator[str]:
     """Activation formats whose blocks do not fill a linear's input."""
     offenders: dict[tuple[str, int, int], list[str]] = {}
-    for role in ROLES:
-        activation, width = bits.activation_of(role), arch.in_features(role)
-        block = FORMATS[activation.format].block
+    for role, activation in widths.activation.items():
+        width, block = arch.in_features(role), FORMATS[activation.format].block
         if activation.bits != UNQUANTIZED and block is not None and width % block:
             offenders.setdefault((activation.format, block, width), []).append(role)
     for (name, block, width), roles in offenders.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
 from dqx.formats.integers import wide
 from dqx.formats.weight import QuantizedWeight
-from dqx.models.transformer import SITES, Block, compose
+from dqx.models.transformer import Block, compose
 from dqx.quant.clip import ClipAtSite
 from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
@@ -47,7 +47,7 @@ class BlockWork:
 
     def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context
-        self.method, self.bits = method, context.bits
+        self.method, self.widths = method, context.widths
         self.intact = block  # the block before rounding, once its transforms are in; of interest to "fp" alone
         self.site_maps: list[nn.Module] = []  # the transforms of the site at work
 
@@ -63,10 +63,9 @@ class BlockWork:
             )
             transform.apply(self.block, stats, self.context.at(name=name))
         self.intact = snapshot(self.block) if "fp" in self.streams else self.block
-        kv = self.method.kv_bits(self.bits)
-        if self.method.kv is not None and kv.bits != UNQUANTIZED:
-            self.method.kv.install(self.block, kv)
-        for site, roles in SITES.items():
+        if self.method.kv is not None and self.widths.kv.bits != UNQUANTIZED:
+            self.method.kv.install(self.block, self.widths.kv)
+        for site, roles in self.block.arch.sites.items():
             self.site_maps = []
             for name, part in self.method.corrections.items():
                 if part.site == site:
@@ -86,7 +85,7 @@ class BlockWork:
 
     def _transform(self, site: str) -> None:
         """Find and install the site's own transforms, the same for all its linears."""
-        linears = [getattr(self.block, role) for role in SITES[site]]
+        linears = [getattr(self.block, role) for role in self.block.arch.sites[site]]
         for name, transform in self.method.site_transforms.items():
             stacked = torch.cat([linear.weight for linear in linears])
             stats = self._at(site, transform.stream, transform.needs, as_is)
@@ -102,11 +101,11 @@ class BlockWork:
         """The linears of a site, those with equal settings together."""
         alike: list[tuple[tuple[Any, ...], list[str]]] = []
         for role in roles:
-            activation = self.bits.activation_of(role)
+            activation = self.widths.activation[role]
             if not self.method.quantizes_input(role):
                 activation = ActivationBits(UNQUANTIZED)
             rounding = self.method.rounding_of(role)
-            settings = (rounding, self.method.clip_of(role), self.bits.weight_of(role), activation)
+            settings = (rounding, self.method.clip_of(role), self.widths.weight[role], activation)
             for known, members in alike:
                 if known == settings:
                     members.append(role)

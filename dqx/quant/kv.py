@@ -73,13 +73,13 @@ class KeysValues:
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
                 f"write {where}.keys=head, or {where}.queries=false"
             )
-        if self.rotate and self.keys is not None and context.method.kv_bits(context.bits).bits != UNQUANTIZED:
+        if self.rotate and self.keys is not None and context.widths.kv.bits != UNQUANTIZED:
             problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
         return problems + self._format_problems(where, context)
 
     def _format_problems(self, where: str, context: Context) -> list[str]:
         """What keeps the format of the activations, which keys and values share, from being theirs."""
-        bits, arch = context.method.kv_bits(context.bits), context.arch
+        bits, arch = context.widths.kv, context.arch
         if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
             return []
         problems = []

@@ -1,6 +1,6 @@
 """Quantize a model block by block: fit and fold transforms, then site by site correct, gather statistics, clip, round.
 
-Inside a block (`block.py`) the sites are done in data-flow order, (q, k, v), (o), (gate, up), (down). Before each the
+Inside a block (`block.py`) the sites are done in data-flow order, (q, k, v) first where it is dense. Before each the
 calibration sequences run through the partly quantized block as far as that site's input, one at a time, and only
 statistics and the inputs of the current block are kept. The output of the finished block feeds the next one. Attention
 is that of the model itself: bidirectional, no mask.
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dqx.common.heartbeat import beat
 from dqx.common.memory import peak_gpu, peak_ram
-from dqx.formats.bits import BitsConfig
-from dqx.models.transformer import SITES, MaskedDiffusionTransformer
+from dqx.formats.bits import UNQUANTIZED, BitsConfig
+from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.activations_store import Row
 from dqx.quant.block import BlockWork
 from dqx.quant.home import Home, Progress
@@ -112,7 +112,8 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     problems = method.problems(bits, arch)
     if home.progress is None and any(isinstance(module, QuantLinear) for module in home.model.modules()):
         problems.append("the model is quantized already; load its weights again")
-    needed = method.streams(bits)
+    widths = bits.resolve(arch)
+    needed = method.streams(widths)
     if needed and not asked.ids:
         problems.append(f"method {method.name} fits to activations; give at least one calibration batch")
     if (largest := max((int(rows.max()) for rows in asked.ids if rows.numel()), default=0)) >= arch.vocab_size:
@@ -127,14 +128,14 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         bits.name,
         asked.seed,
         variant=method.variant,
-        kv_bits=method.kv_bits(bits).bits,
+        kv_bits=UNQUANTIZED if method.kv is None else widths.usual.kv.bits,
         transforms=list(method.transforms),
         linears=list(done.rows),
         calibration_sequences=sum(len(rows) for rows in ids),
         calibration_tokens=sum(rows.numel() for rows in ids),
         from_disk=home.from_disk,
     )
-    context = Context(arch, bits, method, asked.seed, store=home.store)
+    context = Context(arch, widths.usual, method, asked.seed, store=home.store)
     changes = method.changes(context, device)
 
     def stream(name: str, inputs: Row | None = None) -> Stream:
@@ -155,7 +156,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         home.note(Progress(blocks, report.linears, inputs, report.seconds, report.peak_ram, report.peak_gpu))
 
     with _progress_bar(asked.progress) as bar:
-        sites = len(SITES)
+        sites = len(arch.sites)
         task = bar.add_task(f"{method.name} {bits.name}", total=arch.n_blocks * sites, completed=done.blocks * sites)
         note(done.blocks)
 
@@ -164,7 +165,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
             bar.advance(task)
 
         for index in range(done.blocks, arch.n_blocks):
-            work = context.at(index=index, bits=bits.of_block(index))
+            work = context.at(index=index, widths=widths.blocks[index])
             report.linears += _one_block(home, method, changes, streams, work, advance)
             note(index + 1)
     report.kept = kept_rows(home.model, method, bits)

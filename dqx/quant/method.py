@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import UNQUANTIZED, ActivationBits, BitsConfig
-from dqx.models.transformer import ROLES, SITES, Architecture
+from dqx.formats.bits import UNQUANTIZED, BitsConfig, Widths
+from dqx.models.architecture import Architecture
 from dqx.quant.bits_problems import bits_problems, entry_problems, in_entry
 from dqx.quant.protocols import (
     STREAMS,
@@ -66,11 +66,6 @@ class Method:
         left_alone = role in self.rounding_by_role and self.rounding_by_role[role] is None
         return self.activation is not None and not left_alone
 
-    def kv_bits(self, bits: BitsConfig) -> ActivationBits:
-        """The grid of keys and values: 16 bits in methods that leave them alone."""
-        wanted = bits.activation.bits if bits.kv.bits is None else bits.kv.bits
-        return replace(bits.activation, bits=UNQUANTIZED if self.kv is None else wanted)
-
     def changes(self, context: Context, device: torch.device) -> list[ModelChange]:
         """What the model transforms do, in their order."""
         return [part.prepare(context.at(name=name), device) for name, part in self.model_transforms.items()]
@@ -80,7 +75,7 @@ class Method:
 
         Rotations are drawn again from the seed; errors of rounding are not in it, nor other changes of the function.
         """
-        changes = self.changes(Context(arch, bits, self, seed), torch.device("cpu"))
+        changes = self.changes(Context(arch, bits.resolve(arch).usual, self, seed), torch.device("cpu"))
         maps = [change.residual for change in changes if change.residual is not None]
         return lambda x: reduce(lambda y, change: change(y), maps, x)
 
@@ -99,8 +94,8 @@ class Method:
     def _transforms(self, scope: str) -> dict[str, Any]:
         return {name: part for name, part in self.transforms.items() if part.scope == scope}
 
-    def streams(self, bits: BitsConfig | None = None) -> frozenset[str]:
-        """Whose activations the parts look at, at these bits (None: at any): "quantized", "fp", "mean"."""
+    def streams(self, widths: Widths | None = None) -> frozenset[str]:
+        """Whose activations the parts look at, at these widths (None: at any): "quantized", "fp", "mean"."""
         named: set[str] = set()
         for block_part in self.block_transforms.values():
             if any(block_part.needs.values()):
@@ -108,11 +103,11 @@ class Method:
         for site_part in self.site_transforms.values():
             if site_part.needs:
                 named.add(site_part.stream)
-        for role in ROLES:
+        for role in ("", *self.rounding_by_role) if widths is None else widths.usual.weight:  # "": any other role
             rounding, clip = self.rounding_of(role), self.clip_of(role)
-            if rounding is not None and (bits is None or bits.rounds_weight(role)):
+            if rounding is not None and (widths is None or widths.rounds_weight(role)):
                 named |= {part.stream for part in (rounding, clip) if part is not None and part.needs}
-            rounds_input = bits is None or bits.rounds_input(role)
+            rounds_input = widths is None or widths.rounds_input(role)
             if self.activation is not None and self.activation.needs and self.quantizes_input(role) and rounds_input:
                 named.add("quantized")
         if any(part.needs for part in self.corrections.values()):
@@ -128,13 +123,14 @@ class Method:
         """Everything about this method at these bits on this architecture that cannot work, with the remedy."""
         entries = entry_problems(bits, arch)
         if entries:
-            return [*self._slot_problems(), *entries]
-        problems = [*self._slot_problems(), *self._part_problems(Context(arch, bits.of_entry(None), self))]
+            return [*self._slot_problems(arch), *entries]
+        problems = [*self._slot_problems(arch), *self._part_problems(Context(arch, bits.resolve(arch).usual, self))]
         for name in bits.blocks:
-            problems += in_entry(name, self._part_problems(Context(arch, bits.of_entry(name), self)), problems)
-        return [*problems, *self._pair_problems(bits), *bits_problems(bits, arch)]
+            own = Context(arch, bits.of_entry(name).resolve(arch).usual, self)
+            problems += in_entry(name, self._part_problems(own), problems)
+        return [*problems, *self._pair_problems(bits, arch), *bits_problems(bits, arch)]
 
-    def _slot_problems(self) -> Iterator[str]:
+    def _slot_problems(self, arch: Architecture) -> Iterator[str]:
         if self.quantizes not in QUANTIZES:
             yield f"method.quantizes={self.quantizes} is unknown; write {' or '.join(QUANTIZES)}"
         if self.quantizes == "weights_and_activations" and self.activation is None:
@@ -142,14 +138,14 @@ class Method:
                 "method.quantizes=weights_and_activations needs an activation part; set method.activation, "
                 "or method.quantizes=weights"
             )
-        unknown = [role for role in self.rounding_by_role if role not in ROLES]
+        unknown = [role for role in self.rounding_by_role if role not in arch.roles]
         if unknown:
-            yield f"method.rounding_by_role has {', '.join(unknown)}; the roles are {', '.join(ROLES)}"
-        if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in ROLES]):
-            yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(ROLES)}"
+            yield f"method.rounding_by_role has {', '.join(unknown)}; the roles are {', '.join(arch.roles)}"
+        if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in arch.roles]):
+            yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(arch.roles)}"
         for name, part in self.corrections.items():
-            if part.site not in SITES:
-                yield f"method.corrections.{name}.site={part.site} is unknown; the sites are {', '.join(SITES)}"
+            if part.site not in arch.sites:
+                yield f"method.corrections.{name}.site={part.site} is unknown; the sites are {', '.join(arch.sites)}"
         for where, streamed in self._parts().items():
             stream = getattr(streamed, "stream", "quantized")
             if stream not in STREAMS:
@@ -171,10 +167,10 @@ class Method:
         }
         return {where: part for where, part in named.items() if part is not None}
 
-    def _pair_problems(self, bits: BitsConfig) -> list[str]:
+    def _pair_problems(self, bits: BitsConfig, arch: Architecture) -> list[str]:
         """Widths that this method cannot be asked for."""
-        rounds_weights = any(self.rounding_of(role) is not None for role in ROLES)
-        widths, input_widths = bits.widths("weight"), bits.widths("activation")
+        rounds_weights = any(self.rounding_of(role) is not None for role in arch.roles)
+        widths, input_widths = bits.settings("weight"), bits.settings("activation")
         kv = bits.kv.bits
         asked = {
             k: v for k, v in {**widths, **input_widths, "bits.kv.bits": kv}.items() if v not in (None, UNQUANTIZED)

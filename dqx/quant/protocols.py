@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.diffusion.noise import Key, generator
-from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
+from dqx.formats.bits import ActivationBits, BlockWidths, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
@@ -44,15 +44,13 @@ class Composition(Protocol):
 
     def quantizes_input(self, role: str) -> bool: ...
 
-    def kv_bits(self, bits: BitsConfig) -> ActivationBits: ...
-
 
 @dataclass(frozen=True)
 class Context:
     """Where a part works: looked at before weights load, to tell whether it can, and while it is applied."""
 
     arch: Architecture
-    bits: BitsConfig
+    widths: BlockWidths
     method: Composition
     seed: int = 0
     name: str = ""  # the part's name in the method
@@ -69,7 +67,7 @@ class Context:
 
     def grid(self, role: str) -> tuple[Grid, int] | None:
         """The grid and group size that the role's weight will be rounded to; None where it stays in 16 bit."""
-        rounding, bits = self.method.rounding_of(role), self.bits.weight_of(role)
+        rounding, bits = self.method.rounding_of(role), self.widths.weight[role]
         grid = None if rounding is None else rounding.grid(bits)
         return None if grid is None or grid.identity else (grid, bits.group_size)
 

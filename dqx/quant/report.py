@@ -180,7 +180,7 @@ def _reason(name: str, method: Method, bits: BitsConfig) -> str:
         return f"method.rounding_by_role.{role} is null"
     if method.rounding_of(role) is None:
         return f"method {method.name} rounds no weights"
-    index, widths = int(name.split(".")[1]), bits.widths("weight")
+    index, widths = int(name.split(".")[1]), bits.settings("weight")
     entry = next((entry for entry in bits.blocks if index in block_range(entry)), "")
     by_block, by_role = f"bits.blocks.{entry}", f"bits.overrides.{role}.weight"
     keys = (f"{by_block}.{role}.weight", by_role, f"{by_block}.weight", "bits.weight.bits")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqx.models.transformer import SITES, Block, MaskedDiffusionTransformer
+from dqx.models.transformer import Block, MaskedDiffusionTransformer
 from dqx.quant.activations_store import ActivationStore, Row
 from dqx.quant.protocols import block_rope
 from dqx.quant.stats import Collector, collectors
@@ -98,7 +98,7 @@ class Stream:
             for collector in wanted[site].values():
                 collector.add(seen(x))
 
-        stop_at = None if keep_outputs else [site for site in SITES if site in wanted][-1]
+        stop_at = None if keep_outputs else [site for site in block.arch.sites if site in wanted][-1]
         outputs = self.store.row(keep=True) if keep_outputs else []
         with listening(block, wanted, add, stop_at):
             for i in range(len(self.inputs)):
@@ -196,7 +196,8 @@ def listening(
         if site == stop_at:
             raise _Reached
 
-    hooks = [getattr(block, SITES[site][0]).register_forward_pre_hook(partial(hear, site)) for site in sites]
+    first = {site: getattr(block, block.arch.sites[site][0]) for site in sites}
+    hooks = [linear.register_forward_pre_hook(partial(hear, site)) for site, linear in first.items()]
     try:
         yield
     finally:

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from dqx.config.schema import Config
 from dqx.diffusion.samplers import Sampler
+from dqx.formats.bits import Widths
 from dqx.models.architecture import Architecture
 from dqx.quant.method import Method
 
@@ -31,17 +33,22 @@ class Design:
         """Whether the run needs calibration text: for its method, or to measure outliers."""
         return self.method.needs_data or self.config.outliers.samples > 0
 
+    @cached_property
+    def widths(self) -> Widths:
+        """The grids of every block."""
+        return self.config.bits.resolve(self.arch)
+
     @property
     def streams(self) -> frozenset[str]:
         """Whose activations the method looks at, at these bits."""
-        return self.method.streams(self.config.bits)
+        return self.method.streams(self.widths)
 
     @property
     def changes_model(self) -> bool:
         """Whether the method, at these bits, quantizes or transforms anything."""
-        method, bits = self.method, self.config.bits
+        method, widths = self.method, self.widths
         return bool(method.transforms) or any(
-            (method.rounding_of(role) is not None and bits.rounds_weight(role))
-            or (method.quantizes_input(role) and bits.rounds_input(role))
+            (method.rounding_of(role) is not None and widths.rounds_weight(role))
+            or (method.quantizes_input(role) and widths.rounds_input(role))
             for role in self.arch.roles
         )

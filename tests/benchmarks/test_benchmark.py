@@ -8,12 +8,12 @@ import pytest
 import torch
 from goldens import GOLDEN, golden, tiny
 from rich.console import Console
+from tiny import SITES
 
 from dqx.benchmarks import activations, plain, quantize
 from dqx.benchmarks.cases import MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare, differences
 from dqx.config import compose
-from dqx.models.transformer import SITES
 from dqx.report.terminal import rendered
 
 SMALL = {"hidden_size": 256, "mlp_size": 384}  # heads as wide as the real ones

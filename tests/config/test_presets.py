@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from goldens import FAMILIES, Batch, cases, golden, tiny
+from goldens import FAMILIES, cases, golden, tiny
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from records import record
+from tiny import ROLES, Batch
 
 from dqx.common.names import method_label
 from dqx.common.parts import part_problems
 from dqx.config.compose import as_part, build, resolve, run_name
 from dqx.config.schema import CONF_DIR
-from dqx.models.transformer import ROLES, shift_logits
+from dqx.models.transformer import shift_logits
 from dqx.quant import quantize
 from dqx.record import words
 from dqx.report.reference import TABLES, published_cells

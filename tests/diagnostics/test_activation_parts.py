@@ -5,6 +5,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from test_outliers import ARCH, batches, model, stored
+from tiny import SITES
 
 from dqx.diagnostics.activations import OutlierStats, Thresholds, default_blocks, measure_activations, meter
 from dqx.diagnostics.activations.meter import PART_MANTISSA_BITS, PartMeter, SiteMeter
@@ -12,7 +13,6 @@ from dqx.diagnostics.activations.moments import Moments
 from dqx.diagnostics.activations.sketch import LogHistogram
 from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOKEN_CLASSES, State
-from dqx.models.transformer import SITES
 
 SETTINGS = Thresholds(channel_ratio=3.0, massive_absolute=2.0, massive_relative=6.0)
 PROMPT, ANSWER, WINDOWS = 5, 6, 3

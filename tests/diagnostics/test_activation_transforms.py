@@ -3,11 +3,11 @@
 import pytest
 import torch
 from test_methods_identities import bits_of, built, fresh, run, sequences
+from tiny import SITES
 
 from dqx.data.calibration import CalibBatch
 from dqx.diagnostics.activations import measure_activations
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import SITES
 
 
 class Heard:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import TESTS
+from tiny import random_model
 
 from dqx.api import load
 from dqx.config.compose import build, compose, resolve, select
@@ -32,7 +33,6 @@ from dqx.diffusion.rollout import Rollout, State, noise, schedule, write
 from dqx.diffusion.samplers.dream import DreamSampler
 from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.models.family import family_of
-from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant import quantize
 from dqx.study.experiment import problems
 
@@ -50,10 +50,9 @@ GEN_LENGTH = 12
 def tiny(family="llada"):
     """A random model in float64, and the windows [3, 32] it is asked about."""
     config = json.loads((TESTS / "golden" / f"{family}_tiny" / "config.json").read_text())
-    model = MaskedDiffusionTransformer(family_of(family).architecture(config))
-    initialise(model, torch.Generator().manual_seed(0))
+    model = random_model(family_of(family).architecture(config))
     tokens = torch.randint(model.arch.mask_token_id, (3, 32), generator=torch.Generator().manual_seed(0))
-    return model.requires_grad_(False).eval().double(), tokens
+    return model.double(), tokens
 
 
 def refer(model, sampler, tokens, *, steps=4, count=16, together=8):

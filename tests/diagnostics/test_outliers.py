@@ -2,29 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny import PLAIN, ROLES, SITES, Batch, random_model
 from torch import nn
 
 from dqx.diagnostics.activations import OutlierStats, Thresholds, measure_activations, meter
-from dqx.models.transformer import ROLES, SITES, Architecture, MaskedDiffusionTransformer, initialise
 
-ARCH = Architecture(
-    family="llada", vocab_size=64, hidden_size=32, mlp_size=48, n_blocks=2, n_heads=4, n_kv_heads=2, rope_theta=1e4,
-    norm_eps=1e-5, qkv_bias=False, mask_token_id=63, eos_token_id=0, max_length=64, logit_shift=False,
-)  # fmt: skip
+ARCH = replace(PLAIN, vocab_size=64, hidden_size=32, mlp_size=48, n_blocks=2, n_kv_heads=2, mask_token_id=63)
 
 
-class Batch:
-    def __init__(self, ids):
-        self.ids = ids
-
-
-def model(seed=0, arch=ARCH):
-    built = MaskedDiffusionTransformer(arch)
-    initialise(built, torch.Generator().manual_seed(seed))
-    return built.eval().requires_grad_(False)
+def model(seed=0):
+    return random_model(ARCH, seed)
 
 
 def batches(count=3, rows=2, length=11, seed=1):

@@ -1,18 +1,19 @@
 """What `bits=` means: names, mixed widths, the average bits of what is really stored, and settings that cannot work."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_loop import TOY, Batch, ids, toy
+from tiny import ROLES, TOY, Batch, ids, toy
 
 from dqx.config.compose import compose, resolve
-from dqx.config.schema import CONF_DIR, choices
-from dqx.formats.bits import FORMATS, KVBits, RoleBits, RoleOverrides, label
-from dqx.models.transformer import ROLES
+from dqx.config.schema import CONF_DIR, ConfigProblems, choices
+from dqx.formats.bits import DENSE_ROLES, FORMATS, KVBits, RoleBits, label
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
-from dqx.quant.bits_problems import bits_problems
+from dqx.quant.bits_problems import bits_problems, entry_problems
 from dqx.quant.linear import QuantLinear
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN
@@ -23,7 +24,7 @@ NVFP4 = BitsConfig("", WeightBits(4, 16, True, "nvfp4"), ActivationBits(4, True,
 
 
 def w4(group_size: int = 32, *, symmetric: bool = False, **overrides: RoleBits) -> BitsConfig:
-    return BitsConfig("", WeightBits(4, group_size, symmetric), ActivationBits(), overrides=RoleOverrides(**overrides))
+    return BitsConfig("", WeightBits(4, group_size, symmetric), ActivationBits(), overrides=overrides)
 
 
 def composed(*overrides: str) -> BitsConfig:
@@ -46,7 +47,7 @@ def composed(*overrides: str) -> BitsConfig:
         (BitsConfig("", WeightBits(4, 128), FP8.activation), "w4a8_int_fp8"),
         (w4(down=RoleBits(weight=8)), "w4a16-down8"),
         (w4(v=RoleBits(8, group_size=64), down=RoleBits(8, 8)), "w4a16-v8g64-down8a8"),
-        (BitsConfig("", NVFP4.weight, overrides=RoleOverrides(down=RoleBits(8, None, -1, "fp8"))), None),
+        (BitsConfig("", NVFP4.weight, overrides={"down": RoleBits(8, None, -1, "fp8")}), None),
     ],
 )
 def test_names_tell_settings_apart(bits, name):
@@ -81,11 +82,47 @@ def test_choices_of_formats(choice):
 def test_mixed_widths_on_the_command_line():
     bits = composed("bits=w4a16", "bits.overrides.down.weight=8", "bits.overrides.v.group_size=64")
     assert bits.name == "w4a16-vg64-down8"
-    assert bits.weight_of("down") == WeightBits(8, 128)
-    assert bits.weight_of("v") == WeightBits(4, 64)
-    assert bits.weight_of("q") == WeightBits(4, 128)
-    assert composed("bits=w4a4", "bits.overrides.down.activation=8").activation_of("down") == ActivationBits(8)
+    weight = bits.resolve(TOY).usual.weight
+    assert weight["down"] == WeightBits(8, 128)
+    assert weight["v"] == WeightBits(4, 64)
+    assert weight["q"] == WeightBits(4, 128)
+    narrow = composed("bits=w4a4", "bits.overrides.down.activation=8").resolve(TOY).usual
+    assert narrow.activation["down"] == ActivationBits(8)
     assert compose(["bits=w4a16", "bits.overrides.down.weight=8", "method=rtn"]).bits.name == "w4a16-down8"
+
+
+def test_roles_that_other_models_have_on_the_command_line():
+    assert TOY.roles == DENSE_ROLES
+    bits = composed("bits=w4a16", "bits.overrides.router.weight=8", "bits.overrides.router.group_size=64")
+    assert bits.name == "w4a16-router8g64"
+    routed = SimpleNamespace(roles=(*TOY.roles, "router"), n_blocks=1)
+    assert bits.resolve(routed).usual.weight["router"] == WeightBits(8, 64)
+    assert entry_problems(bits, routed) == []
+    assert Method("rtn", RTN()).problems(bits, TOY) == [
+        "bits.overrides.router is no linear of the model; there are q, k, v, o, gate, up, down"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dwn.weight=8", "bits.overrides.dwn is no linear of the model; did you mean down?"),
+        ("dwn=8", "bits.overrides.dwn is no linear of the model; did you mean down?"),
+        ("down.wieght=8", "bits.overrides.down.wieght is no setting; did you mean weight?"),
+        (
+            "down.weight=four",
+            "bits.overrides.down.weight: Value 'four' of type 'str' could not be converted",
+        ),
+        ("down=8", "bits.overrides.down"),
+    ],
+)
+def test_overrides_that_say_nothing(override, message):
+    try:
+        problems = entry_problems(composed("bits=w4a16", f"bits.overrides.{override}"), TOY)
+    except ConfigProblems as error:
+        problems = error.problems
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
 
 
 def test_widths_of_blocks_on_the_command_line():
@@ -93,21 +130,22 @@ def test_widths_of_blocks_on_the_command_line():
         "bits=w4a16", "bits.blocks.b0-3.weight=8", "bits.blocks.b0-3.down.weight=16", "bits.blocks.b9.weight=2"
     )
     assert bits.name == "w4a16-b0-3w8-b0-3down16-b9w2"
-    assert [bits.of_block(i).weight_of("q").bits for i in (0, 3, 4, 8, 9)] == [8, 8, 4, 4, 2]
-    assert [bits.of_block(i).weight_of("down").bits for i in (0, 3, 4, 9)] == [16, 16, 4, 2]
+    blocks = bits.resolve(replace(TOY, n_blocks=10)).blocks
+    assert [blocks[i].weight["q"].bits for i in (0, 3, 4, 8, 9)] == [8, 8, 4, 4, 2]
+    assert [blocks[i].weight["down"].bits for i in (0, 3, 4, 9)] == [16, 16, 4, 2]
     assert composed("bits=w4a4", "method=rtn", "bits.blocks={b1: {activation: 8}}").name == "w4a4-b1a8"
 
 
 def test_what_is_said_for_a_role_holds_in_every_block_that_does_not_say_it_for_the_role():
     bits = w4(down=RoleBits(8, group_size=16), v=RoleBits(6))
     bits.blocks = {"b1": {"weight": 3, "group_size": 64, "v": {"weight": 2}}}
-    own = bits.of_block(1)
-    assert [own.weight_of(role) for role in ("q", "v", "down")] == [
+    widths = bits.resolve(TOY)
+    assert [widths.blocks[1].weight[role] for role in ("q", "v", "down")] == [
         WeightBits(3, 64),
         WeightBits(2, 64),
         WeightBits(8, 16),
     ]
-    assert (own.blocks, bits.of_block(0)) == ({}, w4(down=RoleBits(8, group_size=16), v=RoleBits(6)))
+    assert widths.blocks[0] == widths.usual == w4(down=RoleBits(8, group_size=16), v=RoleBits(6)).resolve(TOY).usual
 
 
 def test_mixed_widths_in_a_file(tmp_path):
@@ -117,8 +155,9 @@ def test_mixed_widths_in_a_file(tmp_path):
     )
     bits = composed(f"hydra.searchpath=[file://{tmp_path}]", "bits=ours")
     assert bits.name == "w3a16-o4-down8a8"
-    assert [bits.weight_of(role).bits for role in ROLES] == [3, 3, 3, 4, 3, 3, 8]
-    assert bits.activation_of("down") == ActivationBits(8)
+    widths = bits.resolve(TOY).usual
+    assert [weight.bits for weight in widths.weight.values()] == [3, 3, 3, 4, 3, 3, 8]
+    assert widths.activation["down"] == ActivationBits(8)
 
 
 def test_the_format_of_one_role():
@@ -126,19 +165,20 @@ def test_the_format_of_one_role():
         "bits=nvfp4",
         "bits.overrides.down={format: fp8, weight: 8, activation: 8, group_size: -1}",
     )
-    assert bits.weight_of("down") == WeightBits(8, -1, True, "fp8")
-    assert bits.activation_of("down") == ActivationBits(8, True, "fp8")
-    assert bits.weight_of("up") == WeightBits(4, 16, True, "nvfp4")
+    widths = bits.resolve(TOY).usual
+    assert widths.weight["down"] == WeightBits(8, -1, True, "fp8")
+    assert widths.activation["down"] == ActivationBits(8, True, "fp8")
+    assert widths.weight["up"] == WeightBits(4, 16, True, "nvfp4")
     assert bits_problems(bits, TOY) == []
-    integers = w4(down=RoleBits(8, 8, -1, "fp8"))
-    assert integers.weight_of("down").symmetric
-    assert not integers.weight_of("up").symmetric
+    integers = w4(down=RoleBits(8, 8, -1, "fp8")).resolve(TOY).usual
+    assert integers.weight["down"].symmetric
+    assert not integers.weight["up"].symmetric
 
 
 # ---- what is stored ----------------------------------------------------------------------------------------------
 
 MIXED = w4(v=RoleBits(8), gate=RoleBits(3, group_size=16), down=RoleBits(16))
-FORMATS_MIXED = BitsConfig("", NVFP4.weight, overrides=RoleOverrides(down=RoleBits(8, None, -1, "fp8")))
+FORMATS_MIXED = BitsConfig("", NVFP4.weight, overrides={"down": RoleBits(8, None, -1, "fp8")})
 STORED = {
     "int": w4(),
     "per_row": w4(-1),
@@ -196,7 +236,7 @@ def test_average_bits_are_those_of_the_stored_tensors(name, rounding):
     total = weights = 0
     for row in report.linears:
         linear = model.blocks[row.block].linears()[row.role]
-        own = bits.weight_of(row.role)
+        own = bits.resolve(TOY).blocks[row.block].weight[row.role]
         stored = sum(tensor.numel() * width for tensor, width in packed(linear, own))
         assert row.stored_bits == stored, row.name
         assert (row.bits, row.format) == (own.bits, own.format)
@@ -268,7 +308,7 @@ def changed(bits: BitsConfig, *, weight: dict | None = None, activation: dict | 
         "",
         WeightBits(**(vars(bits.weight) | (weight or {}))),
         ActivationBits(**(vars(bits.activation) | (activation or {}))),
-        overrides=RoleOverrides(**overrides),
+        overrides=overrides,
     )
 
 
@@ -350,7 +390,7 @@ def test_problems_of_blocks(blocks, messages):
     bits = w4()
     bits.blocks = blocks
     found = Method("rtn", RTN()).problems(bits, TOY)
-    assert Method("rtn", RTN()).streams(bits) == set()  # can be asked before they are told
+    assert Method("rtn", RTN()).streams(bits.resolve(TOY)) == set()  # can be asked before they are told
     assert len(found) == len(messages), found
     assert all(problem.startswith(message) for problem, message in zip(found, messages, strict=True)), found
 
@@ -359,8 +399,8 @@ def test_widths_that_a_method_does_not_have_in_some_block():
     bits = BitsConfig("", WeightBits(16, 32), blocks={"b0": {"weight": 4, "activation": 8}})
     (weights_only,) = Method("gptq", GPTQ()).problems(bits, TOY)
     assert weights_only.startswith("bits.blocks.b0.activation=8, but method gptq quantizes weights only; write bits.bl")
-    assert Method("gptq", GPTQ()).streams(bits) == {"quantized"}
-    assert Method("gptq", GPTQ()).streams(BitsConfig()) == set()
+    assert Method("gptq", GPTQ()).streams(bits.resolve(TOY)) == {"quantized"}
+    assert Method("gptq", GPTQ()).streams(BitsConfig().resolve(TOY)) == set()
 
 
 def test_blocks_that_do_not_fill_an_input():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_loop import Batch, ids, logits, tiny, toy
+from goldens import tiny
+from tiny import Batch, ids, logits, toy
 
 from dqx.formats.floats import E2M1, E4M3, FLOAT_GRIDS, FP8, MXFP4, NVFP4, power_of_two
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_loop import TOY, Batch, ids, linears, logits, toy
+from tiny import TOY, Batch, ids, linears, logits, toy
 
-from dqx.formats.bits import FORMATS, RoleBits, RoleOverrides
+from dqx.formats.bits import FORMATS, RoleBits
 from dqx.formats.floats import E4M3, MXFP4, NVFP4
 from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits
@@ -143,7 +143,7 @@ def test_static_needs_data():
 
 
 def problems(part, bits: BitsConfig) -> list[str]:
-    return part.problems("method.activation", Context(TOY, bits, Method("rtn", RTN(), part)))
+    return part.problems("method.activation", Context(TOY, bits.resolve(TOY).usual, Method("rtn", RTN(), part)))
 
 
 def test_problems():
@@ -160,9 +160,7 @@ def test_problems():
     ]
     assert len(problems(PerGroup(0), a8)) == 2
     assert problems(PerGroup(48), BitsConfig("w8a16", WeightBits(8), ActivationBits(16))) == []
-    without_down = BitsConfig(
-        "", WeightBits(8), ActivationBits(8), overrides=RoleOverrides(down=RoleBits(activation=16))
-    )
+    without_down = BitsConfig("", WeightBits(8), ActivationBits(8), overrides={"down": RoleBits(activation=16)})
     assert problems(PerGroup(64), without_down) == []
 
 

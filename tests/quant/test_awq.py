@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from goldens import Batch, awq_dream_block, cases, golden, hub_name, rope, statistics, tiny
+from goldens import awq_dream_block, cases, golden, hub_name, rope, statistics, tiny
+from tiny import SITES, Batch
 
 from dqx.formats.integers import Grid
-from dqx.models.transformer import SITES
 from dqx.quant import BitsConfig, Method, WeightBits, quantize
 from dqx.quant.clip import OutputMSE
 from dqx.quant.protocols import Context
@@ -34,7 +34,7 @@ def set_up(family):
 
 
 def context_of(block, bits, group_size=32):
-    return Context(block.arch, BitsConfig("b", WeightBits(bits, group_size)), METHOD)
+    return Context(block.arch, BitsConfig("b", WeightBits(bits, group_size)).resolve(block.arch).usual, METHOD)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=lambda v: f"w{v['w_bit']}" if isinstance(v, dict) else v)
@@ -176,7 +176,7 @@ def test_a_site_is_scaled_for_the_roles_that_are_rounded():
     hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(0))
     stats, _ = statistics(block, hidden, AWQScale().needs)
     method = replace(METHOD, rounding_by_role={"q": None, "gate": None, "up": None})
-    context = Context(block.arch, BitsConfig("b", WeightBits(3, 32)), method)
+    context = Context(block.arch, BitsConfig("b", WeightBits(3, 32)).resolve(block.arch).usual, method)
     norm = block.mlp_norm.weight.clone()
     AWQScale(sites=["attn_in", "mlp_in"]).apply(block, stats, context)
     assert torch.equal(block.mlp_norm.weight, norm)
@@ -227,10 +227,11 @@ def test_models_of_16_bit_numbers(dtype):
 
 def test_settings_are_checked():
     arch = tiny("llada").arch
-    setting = Context(arch, BitsConfig(), METHOD)
+    widths = BitsConfig().resolve(arch).usual
+    setting = Context(arch, widths, METHOD)
     assert AWQScale().problems("method.transforms.scale", setting) == []
     bad = AWQScale(n_grid=0, judge="model", sites=["attn"]).problems("method.transforms.scale", setting)
     assert len(bad) == 3
     assert all(p.startswith("method.transforms.scale.") for p in bad)
-    (problem,) = AWQScale().problems("method.transforms.scale", Context(arch, BitsConfig(), Method("m")))
+    (problem,) = AWQScale().problems("method.transforms.scale", Context(arch, widths, Method("m")))
     assert "method.rounding is null" in problem

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from goldens import FAMILIES, Batch, tiny
+from goldens import FAMILIES, tiny
+from tiny import Batch
 from torch import nn
 
 from dqx.models.transformer import compose

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from goldens import FAMILIES, Batch, tiny
+from goldens import FAMILIES, tiny
+from tiny import Batch
 
 from dqx.formats.bits import RoleBits
 from dqx.formats.integers import Grid

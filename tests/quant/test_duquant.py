@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from goldens import GOLDEN, Batch, golden, hub_name, rope, tiny
+from goldens import GOLDEN, golden, hub_name, rope, tiny
+from tiny import ROLES, SITES, Batch
 from torch import Tensor
 
 from dqx.formats.make import make_grid
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import ROLES, SITES, shift_logits
+from dqx.models.transformer import shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.clip import FixedRatio
@@ -308,7 +309,9 @@ def test_settings_are_checked():
 
     def problems(**changes):
         part = replace(ROTATES, **changes)
-        return part.problems("method.transforms.rotate", Context(model.arch, W4A4, official(part, 16)))
+        return part.problems(
+            "method.transforms.rotate", Context(model.arch, W4A4.resolve(model.arch).usual, official(part, 16))
+        )
 
     assert problems() == []
     assert problems(tile=128) == [

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from goldens import FAMILIES, Batch, tiny
+from goldens import FAMILIES, tiny
+from tiny import SITES, Batch
 
 from dqx.formats.integers import Grid
-from dqx.models.transformer import SITES
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 from dqx.quant.rounding.gptaq import GPTAQ, carry_matrix, gptaq_round

@@ -109,7 +109,7 @@ def test_problems_say_what_to_write():
     def problems(part, kv=4, head_size=8, **activation):
         bits = BitsConfig(activation=ActivationBits(**({"bits": 4} | activation)), kv=KVBits(kv))
         shape = replace(arch, hidden_size=head_size * arch.n_heads)
-        return part.problems("method.kv", Context(shape, bits, Method(name="m", kv=part)))
+        return part.problems("method.kv", Context(shape, bits.resolve(shape).usual, Method(name="m", kv=part)))
 
     assert problems(KeysValues(keys="head", queries=True, rotate=True)) == []
     for part, expected in (

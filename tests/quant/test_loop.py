@@ -1,18 +1,17 @@
 """`quantize` on whole models: official whole-model GPTQ, identities, what is quantized, what the report says."""
 
 import json
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from goldens import GOLDEN, tiny
 from safetensors.torch import load_file
-from torch import Tensor
+from tiny import ROLES, TOY, Batch, ids, linears, logits, toy
 
 from dqx.formats.integers import Grid
-from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.family import families, family_of
-from dqx.models.transformer import ROLES, Architecture, MaskedDiffusionTransformer, initialise, shift_logits
+from dqx.models.transformer import shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.linear import QuantLinear
@@ -21,7 +20,6 @@ from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
 from dqx.quant.stream import Stream
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = tuple(families())
 GPTQ_CASES = [
     (family, case)
@@ -34,28 +32,6 @@ FP16 = Method("fp16")
 RTN_METHOD = Method("rtn", RTN(), PerToken())
 GPTQ_METHOD = Method("gptq", GPTQ(), PerToken())
 
-TOY = Architecture(
-    family="dream",
-    vocab_size=96,
-    hidden_size=64,
-    mlp_size=160,
-    n_blocks=3,
-    n_heads=4,
-    n_kv_heads=2,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    qkv_bias=True,
-    mask_token_id=95,
-    eos_token_id=94,
-    max_length=64,
-    logit_shift=True,
-)
-
-
-@dataclass(frozen=True)
-class Batch:
-    ids: Tensor
-
 
 def bits(weight: int, activation: int = 16, group_size: int = 32, symmetric: bool = False) -> BitsConfig:
     return BitsConfig(
@@ -63,37 +39,9 @@ def bits(weight: int, activation: int = 16, group_size: int = 32, symmetric: boo
     )
 
 
-def toy(dtype: torch.dtype = torch.float32, arch: Architecture = TOY) -> MaskedDiffusionTransformer:
-    model = MaskedDiffusionTransformer(arch)
-    initialise(model, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for block in model.blocks:
-            for role in ("q", "k", "v"):
-                if getattr(block, role).bias is not None:
-                    getattr(block, role).bias.normal_(generator=torch.Generator().manual_seed(1))
-    return model.to(dtype).eval()
-
-
-def tiny(family: str) -> MaskedDiffusionTransformer:
-    return load_weights(inspect(str(GOLDEN / f"{family}_tiny")))
-
-
-def ids(n: int = 6, length: int = 24, vocab: int = 96) -> Tensor:
-    return torch.randint(0, vocab, (n, length), generator=torch.Generator().manual_seed(2))
-
-
 def run(model, method, setting, batches=None, **kwargs):
     batches = [Batch(ids())] if batches is None else batches
     return quantize(model, method, setting, batches, progress=False, **kwargs)
-
-
-@torch.no_grad()
-def logits(model: MaskedDiffusionTransformer) -> Tensor:
-    return model(ids(2, 16))
-
-
-def linears(model: MaskedDiffusionTransformer) -> dict[str, torch.nn.Module]:
-    return {f"blocks.{i}.{role}": getattr(block, role) for i, block in enumerate(model.blocks) for role in ROLES}
 
 
 @pytest.mark.parametrize(("family", "case"), GPTQ_CASES, ids=lambda v: v["name"] if isinstance(v, dict) else v)

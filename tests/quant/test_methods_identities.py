@@ -8,31 +8,21 @@ from functools import cache
 
 import pytest
 import torch
-from goldens import Batch
 from omegaconf import DictConfig, OmegaConf
+from tiny import ROLES, TOY, Batch
 
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import choices
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import ROLES, Architecture, MaskedDiffusionTransformer, initialise
+from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant import BitsConfig, Method, QuantReport, quantize
 from dqx.quant.linear import QuantLinear
 from dqx.quant.transforms.block_rotate import BlockRotate
 
-SHARED = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "n_blocks": 2,
-    "n_heads": 4,
-    "rope_theta": 1e4,
-    "norm_eps": 1e-6,
-    "mask_token_id": 63,
-    "eos_token_id": 62,
-    "max_length": 64,
-}
+SMALL = replace(TOY, vocab_size=64, hidden_size=128, mlp_size=384, n_blocks=2, mask_token_id=63, eos_token_id=62)
 ARCHITECTURES = {
-    "llada": Architecture("llada", mlp_size=256, n_kv_heads=4, qkv_bias=False, logit_shift=False, **SHARED),
-    "dream": Architecture("dream", mlp_size=384, n_kv_heads=2, qkv_bias=True, logit_shift=True, **SHARED),
+    "llada": replace(SMALL, family="llada", mlp_size=256, n_kv_heads=4, qkv_bias=False, logit_shift=False),
+    "dream": SMALL,
 }
 KEPT = {
     "llada": ["embed.weight", "blocks.*.attn_norm.weight", "blocks.*.mlp_norm.weight", "norm.weight", "head.weight"],

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from goldens import GOLDEN, Batch
+from goldens import GOLDEN
 from test_saved import CASES, IDS, SMALL, assert_same, configured, dtype_of, quantized
+from tiny import Batch
 
 from dqx.config.compose import build, select
 from dqx.models.checkpoint import inspect, load_weights

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dqx.config.compose import build, select
-from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, RoleBits, RoleOverrides, WeightBits
+from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, RoleBits, WeightBits
 from dqx.models.checkpoint import inspect, load_weights, tensor_names
 from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
@@ -114,7 +114,7 @@ def quantized(golden, case):
         weight=WeightBits(case["w"], -1, symmetric=not case.get("w_asym", False)),
         activation=ActivationBits(case["a"], symmetric=not case.get("a_asym", False)),
         kv=KVBits(case["v"]),
-        overrides=RoleOverrides(down=RoleBits(weight=16)) if published else RoleOverrides(),
+        overrides={"down": RoleBits(weight=16)} if published else {},
     )
     quantize(model, method, bits, progress=False)
     return model
@@ -198,7 +198,7 @@ COMBINATIONS = {
 
 def apply(model, transforms, seed=0):
     method = Method(name="rotations", transforms=transforms)
-    context = Context(model.arch, BitsConfig(), method, seed)
+    context = Context(model.arch, BitsConfig().resolve(model.arch).usual, method, seed)
     for name, transform in transforms.items():
         transform.prepare(context.at(name=name), model.device).apply(model)
     return model
@@ -266,7 +266,7 @@ def test_the_published_variants_are_settings():
     assert method.kv == KeysValues(keys=None, rotate=True)
     assert method.rounding == RTN(exact_absmax=True)
     model = fresh()
-    bits = replace(chosen.bits, overrides=RoleOverrides(down=RoleBits(weight=16)))
+    bits = replace(chosen.bits, overrides={"down": RoleBits(weight=16)})
     report = quantize(model, method, bits, progress=False)
     assert {row.role for row in report.linears if row.bits == 16} == {"down"}
     assert {row.activation_bits for row in report.linears} == {4}
@@ -371,7 +371,8 @@ def test_outlier_channels_are_spread():
 def test_problems_say_what_to_write():
     def problems(transforms, **changes):
         arch = inspect(str(GOLDEN / "dream_tiny")).arch
-        setting = Context(replace(arch, **changes), BitsConfig(), Method(name="m", transforms=transforms))
+        shape = replace(arch, **changes)
+        setting = Context(shape, BitsConfig().resolve(shape).usual, Method(name="m", transforms=transforms))
         return [p for name, part in transforms.items() for p in part.problems(f"method.transforms.{name}", setting)]
 
     assert problems(FULL) == []

@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 import torch
-from goldens import Batch, tiny
+from goldens import tiny
+from tiny import Batch
 from torch import nn
 
 from dqx.common.parts import build_part

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from goldens import Batch, cases, golden, hub_name, rope, statistics, tiny
+from goldens import cases, golden, hub_name, rope, statistics, tiny
+from tiny import ROLES, SITES, Batch
 
 from dqx.models.family import family_of
 from dqx.models.plant import plant_outliers
-from dqx.models.transformer import ROLES, SITES, shift_logits
+from dqx.models.transformer import shift_logits
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
 from dqx.quant.activation import PerToken
 from dqx.quant.kv import KeysValues
@@ -130,7 +131,7 @@ def test_the_function_stays(name, family, planted):
     if planted:
         plant_outliers(model, gain=64, channels=4)
     ids = torch.randint(0, model.arch.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    context = Context(model.arch, BITS3, Method("m", RTN()))
+    context = Context(model.arch, BITS3.resolve(model.arch).usual, Method("m", RTN()))
     transforms = TRANSFORMS[name]
     if transforms[0].scope == "block":  # rotations expect the biases that checkpoints have
         for block in model.blocks:
@@ -156,7 +157,7 @@ def smoothed_block(transform, family="llada"):
     hidden = model.embed(torch.arange(60).view(4, 15)).detach()
     block = model.blocks[0]
     before, _ = statistics(block, hidden, Smooth().needs)
-    transform.apply(block, before, Context(model.arch, BITS3, Method("m", RTN())))
+    transform.apply(block, before, Context(model.arch, BITS3.resolve(model.arch).usual, Method("m", RTN())))
     return block, statistics(block, hidden, Smooth().needs)[0]
 
 

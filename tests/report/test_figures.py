@@ -10,9 +10,9 @@ import pytest
 import torch
 from matplotlib import rcParams
 from records import record, task_result
+from tiny import SITES
 
 from dqx.diagnostics.activations import PartStats
-from dqx.models.transformer import SITES
 from dqx.report import figures
 from dqx.report.figures import sheet, style, surface
 from dqx.report.figures.heat import masked

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from records import record
+from tiny import SITES
 from wandb_server import Server
 
 from dqx.diagnostics.activations import PartStats
 from dqx.diffusion.rollout import TOKEN_CLASSES
-from dqx.models.transformer import SITES
 from dqx.record.folder import RunFolder
 from dqx.record.summary import summary
 from dqx.report.wandb import command, content, copy_run, login, note_skipped, panels, writing

@@ -22,7 +22,7 @@ from dqx.diagnostics.activations.sketch import relative_error
 from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
 from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
-from dqx.models.transformer import SITES, MaskedDiffusionTransformer
+from dqx.models.transformer import MaskedDiffusionTransformer
 
 Place = tuple[int, str]  # block and site
 See = Callable[[Place, Tensor], None]
@@ -71,7 +71,7 @@ def _rows(
     meters = {
         (block, site): SiteMeter(model.arch.in_features(roles[0]), model.arch.vocab_size, model.device, settings)
         for block in range(len(model.blocks))
-        for site, roles in SITES.items()
+        for site, roles in model.arch.sites.items()
     }
     maps: dict[str, Tensor] = {}
     shown, sequences = Tokens(torch.empty(0, 3, dtype=torch.long)), 0
@@ -98,7 +98,7 @@ def watched(model: MaskedDiffusionTransformer, see: See) -> Iterator[None]:
     """While it lasts, `see(place, x)` is called with what the linears of every place are about to read."""
     with ExitStack() as stack:
         for index, block in enumerate(model.blocks):
-            for site, roles in SITES.items():
+            for site, roles in model.arch.sites.items():
                 hook = getattr(block, roles[0]).register_forward_pre_hook(_calling(see, (index, site)))
                 stack.callback(hook.remove)
         yield

@@ -36,7 +36,8 @@ from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.floats import FP8, MXFP4, NVFP4
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import QUANTIZED, CheckpointError, assign, skeleton
-from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
+from dqx.models.family import family_of
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, block_of
 from dqx.quant.method import Method
 from dqx.quant.registry import STORABLE, storable, storable_class
 from dqx.quant.report import QuantReport
@@ -80,7 +81,8 @@ def load_quantized(
     recipe = read_recipe(folder)
     if verify:
         verify_shards(folder, recipe)
-    arch = Architecture(**recipe["architecture"])
+    shape = recipe["architecture"]
+    arch = family_of(shape["family"]).architecture_class(**shape)
     model = skeleton(arch)
     read_outer(folder, model, device)
     for index in range(arch.n_blocks):
@@ -186,7 +188,7 @@ def read_block(folder: Path, index: int, arch: Architecture, device: torch.devic
     path = folder / block_file(index)
     tensors, structure = read_shard(path, device)
     with torch.device("meta"):
-        block = Block(arch)
+        block = block_of(arch)
     for place, value in structure.items():
         parent, _, name = place.rpartition(".")
         setattr(block.get_submodule(parent), name, decode(value, tensors))

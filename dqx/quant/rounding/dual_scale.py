@@ -25,7 +25,6 @@ from torch import Tensor
 from dqx.formats.bits import FORMATS, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.models.transformer import ROLES
 from dqx.quant.protocols import Context, Rounding
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.rtn import rtn_round
@@ -64,7 +63,7 @@ class DualScale:
         problems = self.rounding.problems(f"{where}.rounding", context)
         if self.iterations < 0:
             problems.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
-        roles = [role for role in ROLES if context.method.rounding_of(role) is self]
+        roles = [role for role in context.arch.roles if context.method.rounding_of(role) is self]
         strange = [role for role in roles if role not in PRODUCERS]
         if strange:
             problems.append(
@@ -97,7 +96,7 @@ class DualScale:
                 f"{where}: method.clip judges the inputs of {role} as they are before they are rescaled; write "
                 f"method.clip=weight_mse, or add {role} to method.clip.skip_roles"
             )
-        weight = context.bits.weight_of(producer)
+        weight = context.widths.weight[producer]
         if method.rounding_of(producer) is not None and getattr(FORMATS.get(weight.format), "block", None):
             yield (
                 f"{where}: the scales of {weight.format} are rounded themselves, so that {producer} cannot take over "

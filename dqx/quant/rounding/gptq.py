@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import WeightBits
+from dqx.formats.bits import WeightBits, block_formats
 from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
@@ -58,7 +58,7 @@ class ColumnSettings:
                 f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
                 "group is reached; set one of them to false"
             )
-        for name in context.bits.block_formats if self.act_order and not self.static_groups else ():
+        for name in block_formats(context.widths.weight.values()) if self.act_order and not self.static_groups else ():
             problems.append(
                 f"{where}.act_order=true groups inputs in the order of their activations, but {name} shares a scale "
                 f"among neighbours; add {where}.static_groups=true"

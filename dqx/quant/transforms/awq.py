@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import group_width
-from dqx.models.transformer import ROLES, SITES, Block
+from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, block_rope
 from dqx.quant.transforms.channel_scale import scale_site
-from dqx.quant.transforms.smooth import site_problems
+from dqx.quant.transforms.smooth import scaled_sites, site_problems
 
 SMALLEST = 1e-4  # scales below are raised to it before they are normalised
 JUDGES = ("sublayer", "block")
@@ -55,7 +55,7 @@ class AWQScale:
 
     n_grid: int = 20  # exponents r = 0, 1/n, ... (n-1)/n
     judge: str = "sublayer"  # at attn_in and mlp_in: sublayer, or block as in the study's code for LLaDA
-    sites: list[str] = field(default_factory=lambda: list(SITES))
+    sites: list[str] | None = None  # of SCALED; null: all
     stream: str = "fp"
     scope: ClassVar[str] = "block"
 
@@ -65,13 +65,13 @@ class AWQScale:
 
     @property
     def needs(self) -> Mapping[str, frozenset[str]]:
-        return {site: frozenset({"inputs", "absmean"}) for site in self.sites}
+        return {site: frozenset({"inputs", "absmean"}) for site in scaled_sites(self.sites)}
 
     @torch.no_grad()
     def apply(self, block: Block, stats: Mapping[str, Mapping[str, Any]], context: Context) -> None:
         scales = {}
-        for site in self.sites:
-            grids = {role: context.grid(role) for role in SITES[site]}
+        for site in self.needs:
+            grids = {role: context.grid(role) for role in block.arch.sites[site]}
             rounded = {role: grid for role, grid in grids.items() if grid is not None}
             if rounded and (site != "attn_out" or block.arch.n_kv_heads == block.arch.n_heads):
                 scales[site] = self.search(block, site, stats[site], rounded, context)[0]
@@ -94,10 +94,10 @@ class AWQScale:
         With `give_up` the errors of candidates worse than the best may be too small, but stay larger than the best.
         """
         inputs: Row = stats["inputs"]
-        weight: Tensor = getattr(block, SITES[site][0]).weight
+        weight: Tensor = getattr(block, block.arch.sites[site][0]).weight
         candidates = channel_scales(stats["absmean"].to(wide(weight).dtype), self.n_grid)
         if site in ("attn_out", "mlp_out"):
-            judge = linear_judge(weight, *grids[SITES[site][0]], inputs)
+            judge = linear_judge(weight, *grids[block.arch.sites[site][0]], inputs)
         else:
             judge = module_judge(block, site, grids, self.judge, inputs, context)
         losses = try_all(judge, candidates, give_up=give_up)
@@ -107,7 +107,7 @@ class AWQScale:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = site_problems(self.sites, where)
-        if all(context.method.rounding_of(role) is None for role in ROLES):
+        if all(context.method.rounding_of(role) is None for role in context.arch.roles):
             problems.append(
                 f"{where} searches scales for rounded weights, but method.rounding is null; set it, or leave it out"
             )

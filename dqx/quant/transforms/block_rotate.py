@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
-from dqx.models.transformer import ROLES
 from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
@@ -75,7 +74,7 @@ class BlockRotate:
 def tile_problems(key: str, tile: int, context: Context) -> list[str]:
     """The widths of a model that `tile` does not divide, with tiles that divide all of them."""
     roles: dict[int, list[str]] = {}
-    for role in ROLES:
+    for role in context.arch.roles:
         roles.setdefault(context.arch.in_features(role), []).append(role)
     offenders = {width: readers for width, readers in roles.items() if width % tile}
     common = gcd(*roles)

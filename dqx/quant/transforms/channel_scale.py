@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
-from dqx.models.transformer import SITES, Architecture, Block, RMSNorm, compose
+from dqx.models.transformer import Architecture, Block, RMSNorm, compose
 from dqx.quant.registry import storable
+
+SCALED = ("attn_in", "attn_out", "mlp_in", "mlp_out")  # the sites that have a norm or linear to divide
 
 
 @storable
@@ -55,7 +57,7 @@ def scale_site(block: Block, site: str, channel_scale: Tensor, *, run_time: bool
                 "over; share them or divide at run time"
             )
         _divide_outputs(block.v, heads[:, 0].reshape(-1))
-    for role in SITES[site]:
+    for role in block.arch.sites[site]:
         linear: nn.Linear = getattr(block, role)
         linear.weight = _parameter(wide(linear.weight) * channel_scale, linear.weight)
 

@@ -17,16 +17,16 @@ O = outputs, I = inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
-from dqx.models.transformer import SITES, Architecture, Block
+from dqx.models.transformer import Architecture, Block
 from dqx.quant.protocols import Context
-from dqx.quant.transforms.channel_scale import by_value_head, scale_site
+from dqx.quant.transforms.channel_scale import SCALED, by_value_head, scale_site
 
 SMALLEST = 1e-5  # maxima below are raised to it, so that dead channels give no infinity
 ONE_LINEAR = {"attn_in": "q", "attn_out": "o", "mlp_in": "up", "mlp_out": "down"}
@@ -39,7 +39,7 @@ class Smooth:
 
     alpha: float = 0.5  # 1: inputs become level; 0: weights do
     floor: float = 0.01  # smaller scales are raised to it
-    sites: list[str] = field(default_factory=lambda: list(SITES))
+    sites: list[str] | None = None  # of SCALED; null: all
     one_linear: bool = False  # max|W| of q alone and up alone
     grouped_heads: str = "shared"  # attn_out where heads share a value head: one scale for them, or run_time division
     stream: str = "fp"
@@ -48,17 +48,17 @@ class Smooth:
 
     @property
     def needs(self) -> Mapping[str, frozenset[str]]:
-        return {site: frozenset({"absmax"}) for site in self.sites}
+        return {site: frozenset({"absmax"}) for site in scaled_sites(self.sites)}
 
     @torch.no_grad()
     def apply(self, block: Block, stats: Mapping[str, Mapping[str, Any]], context: Context) -> None:
-        scales = {site: self.channel_scale(block, site, stats[site]["absmax"]) for site in self.sites}
+        scales = {site: self.channel_scale(block, site, stats[site]["absmax"]) for site in self.needs}
         for site, scale in scales.items():
             scale_site(block, site, scale, run_time=self._at_run_time(site, block.arch))
 
     def channel_scale(self, block: Block, site: str, absmax_I: Tensor) -> Tensor:
         """The factor of every input channel [I] of a site."""
-        roles = (ONE_LINEAR[site],) if self.one_linear else SITES[site]
+        roles = (ONE_LINEAR[site],) if self.one_linear else block.arch.sites[site]
         w_max = column_absmax([getattr(block, role).weight for role in roles])
         x_max = absmax_I.to(w_max.dtype)
         identity = isinstance(block.inputs[site], nn.Identity)
@@ -95,11 +95,17 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     return wide(torch.stack([weight.abs().amax(0) for weight in weights]).amax(0))
 
 
-def site_problems(sites: Sequence[str], where: str) -> list[str]:
+def scaled_sites(sites: Sequence[str] | None) -> Sequence[str]:
+    """The sites that are asked for: all where None are named."""
+    return SCALED if sites is None else sites
+
+
+def site_problems(sites: Sequence[str] | None, where: str) -> list[str]:
     """What is wrong with a list of sites."""
-    if strange := [site for site in sites if site not in SITES]:
-        return [f"{where}.sites has {', '.join(map(str, strange))}; the sites are {', '.join(SITES)}"]
-    return [] if sites else [f"{where}.sites is empty, so nothing would be scaled; leave the transform out instead"]
+    if sites is not None and not sites:
+        return [f"{where}.sites is empty, so nothing would be scaled; leave the transform out instead"]
+    strange = [site for site in scaled_sites(sites) if site not in SCALED]
+    return [f"{where}.sites has {', '.join(map(str, strange))}; the sites are {', '.join(SCALED)}"] if strange else []
 
 
 def _over_shared_heads(channels: Tensor, arch: Architecture) -> Tensor:

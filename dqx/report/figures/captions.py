@@ -5,15 +5,26 @@ from __future__ import annotations
 from dqx.record.folder import Record
 from dqx.record.words import whole_run as what_ran
 
-__all__ = ["SITE_NAMES", "what_ran", "windows"]
+__all__ = ["site_name", "sites_of", "what_ran", "windows"]
 
-#: Sites as people say them.
+#: Sites of a dense transformer as people say them.
 SITE_NAMES = {
     "attn_in": "input of q, k, v",
     "attn_out": "input of o",
     "mlp_in": "input of gate, up",
     "mlp_out": "input of down",
 }
+
+
+def site_name(site: str) -> str:
+    """A site in words."""
+    return SITE_NAMES.get(site, f"input at {site}")
+
+
+def sites_of(record: Record) -> list[str]:
+    """The sites that the record's statistics and tensors are of, in their order."""
+    measured = [site for stats in record.outliers.values() for site in stats.sites]
+    return list(dict.fromkeys([*measured, *(name.split("/")[2] for name in record.activations)]))
 
 
 def windows(record: Record) -> str:

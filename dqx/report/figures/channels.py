@@ -12,11 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.report.figures import style
 from dqx.report.figures.axes import tick_plainly
-from dqx.report.figures.captions import SITE_NAMES, what_ran, windows
+from dqx.report.figures.captions import site_name, sites_of, what_ran, windows
 from dqx.report.figures.sheet import Caption, legend, sheet
 
 MOST_BLOCKS = 3
@@ -36,14 +35,15 @@ def channel_maxima(record: Record) -> dict[str, Figure]:
         f"Over {windows(record)}, as the linears read it, after rotations and scalings. Channels sorted by their "
         f"largest |x|; in the corners the numbers of the {NAMED} largest channels.",
     )
+    sites = sites_of(record)
     figure = sheet(caption, 0.35 + 1.3 * len(blocks), legend_rows=1)
-    grid = figure.subplots(len(blocks), len(SITES), sharex="col", sharey="col", squeeze=False)
+    grid = figure.subplots(len(blocks), len(sites), sharex="col", sharey="col", squeeze=False)
     for row, block in zip(grid, blocks, strict=True):
-        for axes, site in zip(row, SITES, strict=True):
+        for axes, site in zip(row, sites, strict=True):
             _panel(axes, record, block, site)
         row[0].set_ylabel(f"block {block}\nlargest |x|")
-    for axes, site in zip(grid[0], SITES, strict=True):
-        axes.set_title(SITE_NAMES[site])
+    for axes, site in zip(grid[0], sites, strict=True):
+        axes.set_title(site_name(site))
     for axes in grid[-1]:
         axes.set_xlabel("channel, by rank")
     for axes in grid[0]:

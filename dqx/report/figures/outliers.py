@@ -6,11 +6,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dqx.diagnostics.activations import PartStats
-from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.report.figures import style
 from dqx.report.figures.axes import from_zero, mask_ratios_on_top, tick_plainly
-from dqx.report.figures.captions import SITE_NAMES, what_ran
+from dqx.report.figures.captions import site_name, what_ran
 from dqx.report.figures.heat import heat_map, masked
 from dqx.report.figures.measures import MEASURES, Measure
 from dqx.report.figures.sheet import Caption, legend, sheet
@@ -41,7 +40,9 @@ def _parts(record: Record) -> Parts:
 
 def _shown(measure: Measure, parts: Parts) -> list[str]:
     """The sites at which there is something to see."""
-    return [site for site in SITES if any(measure.of(p) > 0 for rows in parts.values() for p in rows if p.site == site)]
+    every = [part for of_side in parts.values() for part in of_side]
+    seen = {part.site for part in every if measure.of(part) > 0}
+    return [site for site in dict.fromkeys(part.site for part in every) if site in seen]
 
 
 def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
@@ -65,7 +66,7 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
         bar = figure.colorbar(image, ax=list(row), pad=0.01, label=measure.label)
         if measure.log:
             tick_plainly(bar.ax.yaxis)
-        row[0].set_ylabel(f"{SITE_NAMES[site]}\nblock")
+        row[0].set_ylabel(f"{site_name(site)}\nblock")
     for axes, (side, rows) in zip(grid[0], parts.items(), strict=True):
         axes.set_title(side.label)
         ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in rows))
@@ -93,7 +94,7 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         row[0].set_ylabel(f"{side.label}\n{measure.label}")
     for axes, site in zip(grid[0], sites, strict=True):
-        axes.set_title(SITE_NAMES[site])
+        axes.set_title(site_name(site))
         if measure.log:
             axes.set_yscale("log", nonpositive="mask")
             tick_plainly(axes.yaxis)

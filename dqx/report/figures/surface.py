@@ -25,10 +25,9 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.report.figures import style
-from dqx.report.figures.captions import SITE_NAMES, what_ran
+from dqx.report.figures.captions import site_name, sites_of, what_ran
 from dqx.report.figures.sheet import Caption, between, inches, sheet
 
 MOST_TOKENS, MOST_CHANNELS = 128, 256  # bars of a panel; its axes are not many more points long
@@ -112,7 +111,8 @@ class View:
 def surfaces(record: Record) -> dict[str, Figure]:
     """One figure per block and site whose surface was kept: `surface_BLOCK_SITE`."""
     kept = {(block, site) for _, block, site, what in map(_split, record.activations) if what == "surface"}
-    order = sorted(kept, key=lambda place: (place[0], list(SITES).index(place[1])))
+    sites = sites_of(record)
+    order = sorted(kept, key=lambda place: (place[0], sites.index(place[1])))
     return {f"surface_{block}_{site}": _figure(record, block, site) for block, site in order}
 
 
@@ -145,7 +145,7 @@ def _figure(record: Record, block: int, site: str) -> Figure:
         *(["each side has its own vertical scale"] if own_scales else []),
     ]
     caption = Caption(
-        f"Activations before and after: block {block}, {SITE_NAMES[site]}", what_ran(record), "; ".join(notes) + "."
+        f"Activations before and after: block {block}, {site_name(site)}", what_ran(record), "; ".join(notes) + "."
     )
     figure = sheet(caption, 2.55)
     left, bottom, width, height = between(figure)

@@ -29,7 +29,6 @@ import numpy as np
 
 from dqx.common.files import jsonable
 from dqx.config.schema import WandbConfig
-from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.record.summary import summary
 from dqx.report.wandb import writing
@@ -137,7 +136,7 @@ def _fill(run: Any, record: Record, folder: Path, settings: Mapping[str, Any]) -
         for name, (columns, rows) in tables(record, settings["documents"]).items()
     }
     for side, stats in record.outliers.items():
-        for site in SITES:
+        for site in stats.sites:
             counts, edges = histogram(stats, site)
             bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
             whole[f"log2_abs/{side}/{site}"] = bars

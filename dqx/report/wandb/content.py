@@ -16,7 +16,6 @@ from typing import Any
 from dqx.diagnostics.activations import OutlierStats
 from dqx.record.deltas import headline
 from dqx.evaluate.results import DocumentRow
-from dqx.models.transformer import SITES
 from dqx.record.folder import Record
 from dqx.common.files import jsonable
 

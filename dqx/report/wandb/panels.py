@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dqx.models.transformer import SITES
+from dqx.models.architecture import Architecture
 from dqx.record.folder import SIDES
 
 VIEW = "dqx"
@@ -41,7 +41,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Depth": (
         Panel("lines", ("by_block/sqnr_db",), x="block"),
-        *(Panel("lines", tuple(f"by_block/abs_max/{side}/{site}" for side in SIDES), x="block") for site in SITES),
+        *(Panel("lines", tuple(f"by_block/abs_max/{side}/{site}" for side in SIDES), x="block") for site in Architecture.sites),
     ),
     "Outliers": (
         Panel("images", ("figures/channel_maxima", "figures/outliers_by_class", "figures/outliers_by_step")),

@@ -26,7 +26,7 @@ from dqx.diffusion.engine import BUSY, Engine, Prompt
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.models.architecture import Architecture
-from dqx.models.transformer import Block, MaskedDiffusionTransformer
+from dqx.models.transformer import MaskedDiffusionTransformer, block_of
 from dqx.study.estimate.work import Work
 
 PASS = 0.25  # seconds that one timed pass should take, about, at most
@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def block_parameters(arch: Architecture) -> int:
-    """Weights of the seven linears of one block."""
+    """Weights of the linears of one block."""
     return sum(arch.in_features(role) * arch.out_features(role) for role in arch.roles)
 
 
@@ -93,7 +93,7 @@ class Measured:
     def __post_init__(self) -> None:
         with torch.device("meta"):
             outer = MaskedDiffusionTransformer(replace(self.arch, n_blocks=0, tied_head=True))
-            block = Block(self.arch)
+            block = block_of(self.arch)
         self.outer = filled(outer, self.dtype, self.device)
         self.block = filled(block, self.dtype, self.device)
         self.limit = self._limit()

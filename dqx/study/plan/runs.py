@@ -233,9 +233,9 @@ def calibration_work(design: Design) -> list[Work]:
 def hessian_flops(design: Design, tokens: int) -> float:
     """Operations of the sums X^T X of all sites that are rounded by them."""
     arch, total = design.arch, 0.0
-    for widths in map(design.config.bits.of_block, range(arch.n_blocks)):
+    for block in design.widths.blocks:
         for roles in arch.sites.values():
-            rounding = [design.method.rounding_of(r) for r in roles if widths.weight_of(r).bits != UNQUANTIZED]
+            rounding = [design.method.rounding_of(r) for r in roles if block.weight[r].bits != UNQUANTIZED]
             if any(part is not None and "hessian" in part.needs for part in rounding):
                 total += 2.0 * tokens * arch.in_features(roles[0]) ** 2
     return total
