@@ -161,7 +161,7 @@ def block_statistics(
         ValueError: for an unknown statistic, or one that compares two models.
     """
     sequences = [x for batch in ([inputs] if isinstance(inputs, Tensor) else inputs) for x in batch.split(1)]
-    by_site = needs if isinstance(needs, Mapping) else dict.fromkeys(SITES, tuple(needs))
+    by_site = needs if isinstance(needs, Mapping) else dict.fromkeys(block.arch.sites, tuple(needs))
     n_tokens = sum(x.shape[1] for x in sequences)
     wanted = {site: collectors(names, n_tokens) for site, names in by_site.items()}
 
