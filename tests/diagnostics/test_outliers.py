@@ -14,8 +14,8 @@ from dqx.diagnostics.activations import OutlierStats, Thresholds, measure_activa
 ARCH = replace(PLAIN, vocab_size=64, hidden_size=32, mlp_size=48, n_blocks=2, n_kv_heads=2, mask_token_id=63)
 
 
-def model(seed=0):
-    return random_model(ARCH, seed)
+def model(seed=0, arch=ARCH):
+    return random_model(arch, seed)
 
 
 def batches(count=3, rows=2, length=11, seed=1):

@@ -166,7 +166,7 @@ def test_scaled_statistics():
 def bits(weight, **overrides):
     setting = BitsConfig(f"w{weight}a16", WeightBits(weight, 32), ActivationBits())
     for role, own in overrides.items():
-        setattr(setting.overrides, role, own)
+        setting.overrides[role] = own
     return setting
 
 
