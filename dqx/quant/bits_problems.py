@@ -98,7 +98,7 @@ def _width_problems(bits: BitsConfig, widths: BlockWidths) -> Iterator[str]:
     weight, activation = bits.weight, bits.activation
     asked: dict[str, tuple[int, str]] = {
         "bits.weight.bits": (weight.bits, weight.format),
-        "bits.activation.bits": (of_input.bits, of_input.format),
+        "bits.activation.bits": (activation.bits, activation.format),
     }
     if bits.kv.bits is not None:
         asked["bits.kv.bits"] = (bits.kv.bits, activation.format)
