@@ -20,7 +20,8 @@ from statistics import fmean
 from lm_eval.api.instance import Instance
 
 from dqx.config.compose import suite
-from dqx.evaluate.catalogue import LocalTask, build, leaves
+from dqx.evaluate.catalogue import leaves
+from dqx.evaluate.local_task import LocalTask, build
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.checkpoint import inspect
 from dqx.models.tokenizer import load_tokenizer

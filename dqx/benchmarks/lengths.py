@@ -49,7 +49,8 @@ def spread(documents: list[Lengths], count: int) -> list[Lengths]:
 
 def measure(spec: TaskSpec, data_root: str) -> list[Lengths]:
     """A seeded sample of the documents of a task."""
-    from dqx.evaluate.catalogue import build, leaves
+    from dqx.evaluate.catalogue import leaves
+    from dqx.evaluate.local_task import build
     from dqx.evaluate.tasks import in_turn
 
     members = [build(leaf, spec, data_root=data_root, steps=None) for leaf in leaves(spec.harness)]

@@ -28,20 +28,20 @@ def digest(value: Any) -> str:
 
 def _content(paths: Iterable[Path], root: Path | None = None) -> str:
     """Hash over names and bytes of files."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for path in sorted(set(paths)):
         if path.is_file():
             name = str(path.relative_to(root)) if root else path.name
-            found.update(f"{name}\0{path.stat().st_size}\0".encode())
-            found.update(path.read_bytes())
-    return found.hexdigest()[:20]
+            content.update(f"{name}\0{path.stat().st_size}\0".encode())
+            content.update(path.read_bytes())
+    return content.hexdigest()[:20]
 
 
 def _listing(root: Path) -> str:
     """Hash over relative names, sizes and times of change of all files in a folder."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.is_file():
             stat = path.stat()
-            found.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()[:20]
+            content.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return content.hexdigest()[:20]

@@ -6,18 +6,21 @@ import os
 import platform
 import subprocess
 from importlib import metadata
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dqx.common.files import PACKAGE
 from dqx.common.processes import processes
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("dqx", "torch", "transformers", "lm_eval", "datasets", "hydra-core", "accelerate", "safetensors", "wandb")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
     """Versions, platform and device. No host, user or folder names."""
+    import torch  # a second: versions are also asked for where nothing is computed
+
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {

@@ -7,8 +7,10 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # torch takes a second: where nothing is computed it is not imported
+    import torch
 
 GB = 10**9
 
@@ -24,12 +26,16 @@ def watch_peaks(device: torch.device) -> None:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def bound_gpu(device: torch.device, gb: float | None) -> None:
-    """Let tensors on a CUDA device take so many 10^9 bytes at most (null: all it has); more raises OutOfMemoryError."""
+    """Let tensors on a CUDA device take so many 10^9 bytes at most (None: all it has); more raises OutOfMemoryError."""
     if device.type == "cuda":
+        import torch
+
         there = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(1.0 if gb is None else min(1.0, gb * GB / there), device)
 
@@ -46,4 +52,8 @@ def peak_ram() -> int:
 
 def peak_gpu(device: torch.device) -> int:
     """The most memory that tensors on a CUDA device have taken, in bytes, as `peak_ram`; 0 elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

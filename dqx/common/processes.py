@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, parse_flag_from_env
-from torch import nn
+if TYPE_CHECKING:  # where nothing is computed neither is imported: two seconds
+    from accelerate import PartialState
+    from torch import nn
 
 #: How long a process waits for another one: the main one may wait for a run elsewhere that computes the same.
 PATIENCE = timedelta(days=7)
@@ -24,6 +23,10 @@ PATIENCE = timedelta(days=7)
 
 def state() -> PartialState:
     """accelerate's view of this process; the first call connects it with the others."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
@@ -35,6 +38,8 @@ class Lost(RuntimeError):
 @contextmanager
 def together() -> Iterator[None]:
     """For what all processes do at once. Raises Lost where one of them is no longer there."""
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError:
@@ -58,6 +63,8 @@ class Processes:
         """Everybody's value, by rank."""
         if self.count == 1:
             return [value]
+        from accelerate.utils import gather_object
+
         with together():
             return list(gather_object([value]))
 
@@ -65,6 +72,8 @@ class Processes:
         """The main process's value."""
         if self.count == 1:
             return value
+        from accelerate.utils import broadcast_object_list
+
         with together():
             return broadcast_object_list([value])[0]
 
@@ -76,8 +85,8 @@ class Processes:
 
 def processes() -> Processes:
     """The processes of this run."""
-    found = state()
-    return Processes(found.process_index, found.num_processes)
+    own = state()
+    return Processes(own.process_index, own.num_processes)
 
 
 @contextmanager
@@ -100,6 +109,8 @@ def one_model(model: nn.Module, digest: Callable[[nn.Module], str]) -> list[str]
     team = processes()
     if team.count == 1 or len(set(team.gather(digest(model)))) == 1:
         return []
+    from accelerate.utils import broadcast
+
     with together():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data.copy_(broadcast(tensor.data))
@@ -113,10 +124,10 @@ def shares(work: Sequence[float], n: int) -> list[list[int]]:
 
     A pure function of `work`; each share in rising order.
     """
-    found: list[list[int]] = [[] for _ in range(n)]
+    taken: list[list[int]] = [[] for _ in range(n)]
     loads = [(0.0, rank) for rank in range(n)]
     for i in sorted(range(len(work)), key=lambda i: (-work[i], i)):
         load, rank = heapq.heappop(loads)
-        found[rank].append(i)
+        taken[rank].append(i)
         heapq.heappush(loads, (load + work[i], rank))
-    return [sorted(share) for share in found]
+    return [sorted(share) for share in taken]

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 
 def data_files(folder: str, name: str | None) -> dict[str, list[Path]]:
     """The files of each split of a configuration. Raises ValueError or OSError for a folder that has none."""
+    import datasets  # a second: not before there is something to read
+
     builder = datasets.load_dataset_builder(folder, name=name)
     return {str(split): [Path(f) for f in files] for split, files in (builder.config.data_files or {}).items()}
 
 
-def load_local(folder: str, name: str | None, **settings: Any) -> datasets.DatasetDict:
+def load_local(folder: str, name: str | None, **settings: Any) -> DatasetDict:
     """All splits of a configuration of the dataset in `folder`."""
+    import datasets  # as above
+
     digest = hashlib.sha256()
     for split, files in data_files(folder, name).items():
         for file in files:

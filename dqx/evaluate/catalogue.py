@@ -1,7 +1,7 @@
-"""From a task's name to lm-eval task objects with the study's settings, on hub data or on a local copy.
+"""From a task's name to the YAML files that describe it, read without lm-eval, whose import takes a second.
 
-lm-eval's own YAML is used wherever it works; `lm_eval_tasks/` holds the rest. Only the folders that a task needs
-are read, because lm-eval's full index takes eight seconds.
+lm-eval's own files are used wherever they work; `lm_eval_tasks/` holds the rest. Only the folders that a task needs
+are read, because reading all of lm-eval's takes eight seconds.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import logging
 import re
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-from lm_eval.api import task as lm_eval_task
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
+import yaml
 
-from dqx.data.local import load_local
-from dqx.evaluate.spec import TaskSpec
+from dqx.common.environment import package_version
 
 OWN_FOLDER = Path(__file__).parent / "lm_eval_tasks"
-LM_EVAL_FOLDER = Path(lm_eval.__file__).parent / "tasks"
+LM_EVAL_FOLDER = Path(str(find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 
 #: Folders of lm-eval's that hold the study's tasks; any other task is searched for.
 FOLDERS = {
@@ -45,9 +40,6 @@ CHAT_VERSIONS = {"dqx_humaneval": "dqx_humaneval_chat", "dqx_mbpp": "dqx_mbpp_ch
 
 #: Tasks of lm-eval's that cannot run here (beginning of their names), and ours in their place.
 REPLACED = {"humaneval": "dqx_humaneval", "mbpp": "dqx_mbpp", "minerva_math": "dqx_math"}
-
-#: lm-eval's seed for drawing few-shot examples: the examples do not change with the run's seed.
-FEWSHOT_SEED = 1234
 
 #: `dataset_path` values that name a file format and not a dataset.
 FORMATS = ("json", "parquet", "csv", "text", "arrow")
@@ -76,10 +68,54 @@ class Leaf:
         return None if self.raw.get("custom_dataset") or path in FORMATS else path
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A name: of a task or a group with its file, or of a tag with the tasks that have it."""
+
+    path: Path | None = None
+    content: Mapping[str, Any] = field(default_factory=dict)
+    tagged: list[str] = field(default_factory=list)
+
+
+class FunctionName(str):
+    """A function as a task file names it (`!function`); nothing has been imported yet."""
+
+
+class _Loader(yaml.SafeLoader if not hasattr(yaml, "CSafeLoader") else yaml.CSafeLoader):  # type: ignore[misc]
+    pass
+
+
+_Loader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A task file, over those that it includes. Raises what files and YAML raise."""
+    content = yaml.load(path.read_bytes(), _Loader)
+    included = content.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [included] if isinstance(included, str) else included:
+        merged |= {key: value for key, value in read(path.parent / name).items() if key != "task_list"}
+    return merged | content
+
+
 @functools.cache
-def _index(*folders: Path) -> Mapping[str, Any]:
-    with quiet():
-        return TaskManager(include_defaults=False, include_path=[OWN_FOLDER, *folders]).task_index
+def _index(*folders: Path) -> Mapping[str, Entry]:
+    """The names in our folder and in others, in which the first file counts, and the last folder."""
+    index: dict[str, Entry] = {}
+    for folder in (OWN_FOLDER, *folders):
+        there: dict[str, Entry] = {}
+        for path in sorted(folder.glob("**/*.yaml")):
+            with contextlib.suppress(Exception):  # files of lm-eval's that are no tasks, or cannot be read
+                content = read(path)
+                name = content["group" if "group" in content and "class" not in content else "task"]
+                if name in there:
+                    continue
+                there[name] = Entry(path, content)
+                tags = content.get("tag") or [] if "group" not in content else []
+                for tag in [tags] if isinstance(tags, str) else tags:
+                    there.setdefault(tag, Entry()).tagged.append(name)
+        index |= there
+    return index
 
 
 def leaves(harness: str, *, chat: bool = False) -> list[Leaf]:
@@ -98,7 +134,7 @@ def leaves(harness: str, *, chat: bool = False) -> list[Leaf]:
         return list(_members(harness, _index(LM_EVAL_FOLDER)))  # a group with members from elsewhere
     close = difflib.get_close_matches(harness, familiar_names(), 3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise UnknownTaskError(f"{harness!r} is no task of lm-eval {lm_eval.__version__} nor of dqx{hint}")
+    raise UnknownTaskError(f"{harness!r} is no task of lm-eval {package_version('lm_eval')} nor of dqx{hint}")
 
 
 def _folders(name: str) -> list[Path]:
@@ -116,13 +152,13 @@ def familiar_names() -> list[str]:
     return sorted({*FOLDERS, *_index(), *folders})
 
 
-def _members(name: str, index: Mapping[str, Any]) -> Iterator[Leaf]:
+def _members(name: str, index: Mapping[str, Entry]) -> Iterator[Leaf]:
     entry = index[name]
-    if entry.yaml_path is None:  # a tag
-        for member in sorted(entry.tags):
+    if entry.path is None:  # a tag
+        for member in sorted(entry.tagged):
             yield from _members(member, index)
-    elif "group" in entry.cfg:
-        members = entry.cfg["task"]
+    elif "group" in entry.content:
+        members = entry.content["task"]
         for member in [members] if isinstance(members, str) else members:
             if not isinstance(member, str) or member not in index:
                 raise UnknownTaskError(
@@ -130,80 +166,29 @@ def _members(name: str, index: Mapping[str, Any]) -> Iterator[Leaf]:
                 )
             yield from _members(member, index)
     else:
-        yield Leaf(name, entry.yaml_path, entry.cfg)
-
-
-class LocalTask(ConfigurableTask):
-    """lm-eval's task, except that a split the data does not have is no error unless documents come from it."""
-
-    notes: tuple[str, ...] = ()
-
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if callable(self.config.custom_dataset):
-            self.dataset = self.config.custom_dataset(**(self.config.metadata or {}), **(dataset_kwargs or {}))
-        elif Path(str(self.DATASET_PATH)).is_absolute():
-            self.dataset = load_local(str(self.DATASET_PATH), self.DATASET_NAME, **(dataset_kwargs or {}))
-        else:
-            super().download(dataset_kwargs, **kwargs)
-        for field in ("training_split", "validation_split", "test_split"):
-            split = getattr(self.config, field)
-            if split is not None and split not in self.dataset:
-                setattr(self.config, field, None)
-                if field == "training_split" and self.config.num_fewshot and not self.fewshot_cfg.split:
-                    self.notes += (
-                        f"{self.config.task}: the data has no split {split!r}; examples come from another one",
-                    )
-
-    @property
-    def eval_docs(self) -> Any:
-        return super().eval_docs if self.__dict__.get("task_docs") is None else self.task_docs
-
-    def build_all_requests(self, **kwargs: Any) -> None:
-        with quiet():
-            super().build_all_requests(**kwargs)
+        yield Leaf(name, entry.path, entry.content)
 
 
 def configuration(leaf: Leaf) -> dict[str, Any]:
     """The task's fields with its functions. Raises whatever the import of the modules that hold them raises."""
-    config = deepcopy(load_yaml(leaf.path))
-    return {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    config = dict(leaf.raw)
+    if not leaf.own and _names_functions(config):
+        from lm_eval.tasks._yaml_loader import load_yaml  # finds modules beside its files; a second
+
+        config = load_yaml(leaf.path)
+    return {key: _with_functions(value) for key, value in config.items() if key not in ("tag", "group", "task_list")}
 
 
-def build(leaf: Leaf, spec: TaskSpec, *, data_root: str | None, steps: int | None) -> LocalTask:
-    """The lm-eval task with the settings of `spec`; reads its documents from `data_root`, or from the hub."""
-    config = configuration(leaf)
-    config["num_fewshot"] = spec.fewshot
-    config["repeats"] = 1
-    if data_root is not None and leaf.dataset is not None:
-        config["dataset_path"] = str(Path(data_root).expanduser().resolve() / leaf.dataset)
-    if spec.kind == "generation":
-        config["generation_kwargs"] = {
-            "until": (config.get("generation_kwargs") or {}).get("until", []),
-            "max_gen_toks": spec.gen_length,
-            "block_length": spec.block_length,
-            "steps": spec.steps if steps is None else steps,
-        }
-    with quiet():
-        task = LocalTask(config=config)
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    return task
+def _names_functions(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, FunctionName) or any(_names_functions(each) for each in inner)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without lm-eval's and datasets' progress bars and hints: 57 tasks would print hundreds of lines."""
-    import datasets
-
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    logger, tqdm = logging.getLogger("lm_eval"), lm_eval_task.tqdm
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    lm_eval_task.tqdm = functools.partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        lm_eval_task.tqdm = tqdm
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
+def _with_functions(value: Any) -> Any:
+    """A copy in which functions stand in place of their names."""
+    if isinstance(value, FunctionName):
+        module, _, name = value.rpartition(".")
+        return getattr(import_module(module), name)
+    if isinstance(value, dict):
+        return {key: _with_functions(each) for key, each in value.items()}
+    return [_with_functions(each) for each in value] if isinstance(value, list) else value

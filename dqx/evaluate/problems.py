@@ -9,7 +9,7 @@ from typing import Any
 from dqx.data.local import data_files
 from dqx.data.texts import text_problems
 from dqx.diffusion.samplers import Sampler
-from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, build, configuration, leaves
+from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, configuration, leaves
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import CATEGORIES, KINDS, NLL, TaskSpec, steps_of
 from dqx.evaluate.text import text_of
@@ -71,6 +71,8 @@ def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, cha
 
     Without a network the first dataset that is not in the cache ends the search: each would cost half a minute.
     """
+    from dqx.evaluate.local_task import build  # with lm-eval and datasets, two seconds
+
     found: dict[str, str] = {}  # by dataset
     for name, spec in suite.items():
         if spec.kind == "text":  # `text_windows` fetches it

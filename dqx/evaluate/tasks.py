@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dqx.common.processes import processes
 from dqx.diffusion.samplers import Sampler
-from dqx.evaluate.catalogue import LocalTask, build, leaves, quiet
+from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.harness import Answered, DiffusionHarness
 from dqx.evaluate.journal import Journal
+from dqx.evaluate.local_task import LocalTask, build, quiet
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.scorers.sandbox import isolation

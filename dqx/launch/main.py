@@ -29,7 +29,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dqx.common.devices import ALONE, STARTED, dispatch_problems, process_count
+from dqx.common.devices import ALONE, STARTED, process_count
 from dqx.config.command_line import explain, normalize
 from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
@@ -89,25 +89,19 @@ def dispatch(config: Config, folder: Path) -> None:
     """Do a run in this process, or in several that share it. Raises what the run raises, or RunEnded."""
     settings = HydraConfig.get()
     origin = Origin.of(settings, config.bundle)
-    if config.dispatch == "separate" and settings.mode == RunMode.RUN:
-        from dqx.study.experiment import problems
+    from dqx.study.experiment import Experiment, problems
 
+    if config.dispatch == "separate" and settings.mode == RunMode.RUN:
         raise ConfigProblems([ALONE, *problems(config)])
-    count = (
-        1
-        if any(dispatch_problems(config.dispatch, config.model.device))
-        else process_count(config.dispatch, config.model.device)
-    )
+    experiment = Experiment.of(config)
+    count = process_count(config.dispatch, config.model.device)
     if count == 1:
         from dqx.launch.workers.alone import watched
-        from dqx.study.run import run
+        from dqx.study.run import run  # only now: with what computes, two seconds more
 
         with watched(config.hang_minutes, folder / LOG):
-            run(config, folder, origin)
+            run(experiment, folder, origin)
         return
-    from dqx.study.experiment import Experiment
-
-    Experiment.of(config)  # raises what each process would find
     from dqx.launch.workers.messages import Job
     from dqx.launch.workers.team import share
 

@@ -7,10 +7,12 @@ repeats Qwen2's tokenizer; the class is ignored and transformers' own Qwen2 toke
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
+from typing import TYPE_CHECKING
 
 from dqx.models.checkpoint import Checkpoint, CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def tokenizer_problem(folder: Path) -> str | None:
@@ -28,6 +30,8 @@ def tokenizer_problem(folder: Path) -> str | None:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError where files are missing, damaged or do not fit the model."""
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # a second: not where nothing is computed
+
     folder = checkpoint.folder
     problem = tokenizer_problem(folder)
     if problem:

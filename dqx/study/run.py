@@ -32,12 +32,14 @@ from dqx.study.stages import Stages
 from dqx.study.subjects import ModelChanged, Subjects
 
 
-def run(config: Config, folder: str | Path, origin: Origin | None = None) -> Record:
-    """Run one configuration and leave its record in `folder`. `origin` says where it comes from.
+def run(described: Config | Experiment, folder: str | Path, origin: Origin | None = None) -> Record:
+    """Run one configuration, or the experiment built from it, and leave its record in `folder`.
 
-    Raises ConfigProblems before anything is loaded when the configuration cannot work.
+    `origin` says where it comes from. Raises ConfigProblems before anything is loaded when the configuration cannot
+    work.
     """
-    experiment = Experiment.of(config)
+    experiment = described if isinstance(described, Experiment) else Experiment.of(described)
+    config = experiment.config
     bound_gpu(experiment.device, config.memory.gpu_gb)
     main, origin, output = processes().main, origin or Origin(), RunFolder(folder)
     costs = Costs(experiment.device)

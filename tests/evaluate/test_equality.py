@@ -22,9 +22,10 @@ from lm_eval.api.instance import Instance
 from dqx.diffusion import SeededNoise, log_likelihood
 from dqx.diffusion.engine import Answer, Engine, Prompt
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
-from dqx.evaluate.catalogue import build, leaves
+from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.harness import DiffusionHarness, document_key, encode, encode_pair, end_tokens
+from dqx.evaluate.local_task import build
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.checkpoint import inspect, load_weights

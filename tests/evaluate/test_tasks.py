@@ -22,8 +22,9 @@ from sympy.parsing.latex import parse_latex
 
 from dqx.diffusion.engine import Answer, Prompt
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler
-from dqx.evaluate.catalogue import build, leaves
+from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.harness import DiffusionHarness
+from dqx.evaluate.local_task import build
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.scorers.math_check import equal_answers
 from dqx.evaluate.spec import TaskSpec

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
-
-from datasets import Dataset, DatasetDict
+from typing import TYPE_CHECKING, Any
 
 from dqx.common.files import ASSETS
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 FOLDER = ASSETS / "nano"
 
 
 def _documents(name: str) -> DatasetDict:
+    from datasets import Dataset, DatasetDict  # a second: not for a task that is only judged
+
     lines = (FOLDER / f"{name}.jsonl").read_text().splitlines()
     return DatasetDict(test=Dataset.from_list([json.loads(line) for line in lines]))
 

@@ -6,13 +6,14 @@ The functions are named in `lm_eval_tasks/*.yaml`; lm-eval calls them with a doc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from dqx.common.heartbeat import beat
 from dqx.evaluate.scorers.math_check import equal_answers
 from dqx.evaluate.scorers.sandbox import TIMEOUT, run_program
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MBPP_EXAMPLES = (2, 3, 4)  # task ids, as in Austin et al. 2021
 MBPP_TIMEOUT = 10.0  # seconds of CPU time: the solution of task 123 takes 2.5, and scores are not to depend on the CPU

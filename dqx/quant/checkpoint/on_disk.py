@@ -32,6 +32,7 @@ from dqx.models.checkpoint import Checkpoint, load_block, load_outer, skeleton
 from dqx.models.plant import plant_in_block
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import ActivationStore, Shelf
+from dqx.quant.checkpoint import PARTIAL
 from dqx.quant.checkpoint import folder as saved
 from dqx.quant.home import Home, Progress
 from dqx.quant.loop import Assignment, Batches, quantize_blocks, token_ids
@@ -39,7 +40,6 @@ from dqx.quant.method import Method
 from dqx.quant.report import LinearRow, QuantReport
 
 PROGRESS = "progress.json"
-PARTIAL = ".partial"
 VERSIONS = ("dqx", "torch", "safetensors")
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dqx.common.digest import digest
 from dqx.common.tensors import tensor_digest
-from dqx.quant.checkpoint.on_disk import PARTIAL
+from dqx.quant.checkpoint import PARTIAL
 from dqx.study.cache import space
 from dqx.study.cache.space import Entry
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dqx.quant.checkpoint.on_disk import PARTIAL
+from dqx.quant.checkpoint import PARTIAL
 from dqx.study.cache.store import Store
 
 

@@ -18,12 +18,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from dqx.common.digest import digest
 from dqx.common.files import jsonable, write_json
@@ -31,6 +29,9 @@ from dqx.common.heartbeat import beat
 from dqx.common.tensors import tensor_digest
 from dqx.evaluate.journal import Journal
 from dqx.study.cache.key import Key
+
+if TYPE_CHECKING:  # torch is imported where tensors are read or written: `dqx cache` does without
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 WAIT = 1.0  # seconds between two signs of life
@@ -76,6 +77,8 @@ class Store:
         path, expected = self._place(key, ".safetensors"), self.read(key, lambda content: str(content["tensors"]))
         if expected is None or not path.exists():
             return None
+        from safetensors.torch import load_file
+
         try:
             tensors = load_file(path)
             if tensor_digest(sorted(tensors.items())) != expected:
@@ -95,6 +98,8 @@ class Store:
 
     def write_tensors(self, key: Key, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors; the JSON, with their digest, last."""
+        from safetensors.torch import save_file
+
         path = self._place(key, ".safetensors")
         temporary = path.with_name(f".{path.name}")
         try:
