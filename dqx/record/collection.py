@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from dqx.record import outcomes
 from dqx.record.folder import SIDES, Record, RunFolder
@@ -63,11 +63,7 @@ class Runs(Sequence[Run]):
     finished: tuple[Run, ...]
     skipped: tuple[Skipped, ...] = ()
 
-    @overload
-    def __getitem__(self, index: int) -> Run: ...
-    @overload
-    def __getitem__(self, index: slice) -> Runs: ...
-    def __getitem__(self, index: int | slice) -> Run | Runs:
+    def __getitem__(self, index: Any) -> Any:
         return Runs(self.finished[index]) if isinstance(index, slice) else self.finished[index]
 
     def __len__(self) -> int:

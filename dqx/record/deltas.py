@@ -24,7 +24,8 @@ says that the difference cannot be told from chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
@@ -155,13 +156,14 @@ def compare(full_precision: Mapping[str, TaskResult], quantized: Mapping[str, Ta
         for name, before in full_precision.items()
     }
     averaged = [row for row in rows if not row.lower_is_better]
-    categories = list(dict.fromkeys(row.category for row in averaged))
-    by_category = []
-    if len(categories) > 1:
-        for category in categories:
-            members = [row for row in averaged if row.category == category]
-            if len(members) > 1:
-                by_category.append(macro_average(members, differences, str(category), "category", category))
+    categories: dict[str | None, list[Delta]] = {}
+    for row in averaged:
+        categories.setdefault(row.category, []).append(row)
+    by_category = [
+        macro_average(members, differences, str(category), "category", category)
+        for category, members in categories.items()
+        if 1 < len(members) < len(averaged)
+    ]
     overall = [macro_average(averaged, differences, "average", "overall", None)] if len(averaged) > 1 else []
     return [row for family in (rows, by_category, overall) for row in judged(family)]
 
@@ -219,37 +221,18 @@ def judged(rows: Sequence[Delta]) -> list[Delta]:
     ]
 
 
-def _row(
-    *,
-    metric: str | None,
-    full_precision: float,
-    quantized: float,
-    delta: float,
-    limits: tuple[float, float] | None,
-    bootstrap: tuple[float, float] | None,
-    p_value: float,
-    **rest: Any,
-) -> Delta:
-    lower_is_better = metric == NLL  # already relative: the logarithm of the ratio of perplexities
-    drop = (full_precision - quantized) / full_precision if full_precision and not lower_is_better else None
+def _row(limits: tuple[float, float] | None, bootstrap: tuple[float, float] | None, **known: Any) -> Delta:
+    """A row with what follows from its other numbers."""
+    lower_is_better = known["metric"] == NLL  # already relative: the logarithm of the ratio of perplexities
+    before, p_value = known["full_precision"], known["p_value"]
+    drop = (before - known["quantized"]) / before if before and not lower_is_better else None
     low, high = limits or (None, None)
     bootstrap_low, bootstrap_high = bootstrap or (None, None)
+    verdict = significance.verdict(known["delta"], p_value, lower_is_better=lower_is_better)
     return Delta(
-        metric=metric,
-        full_precision=full_precision,
-        quantized=quantized,
-        delta=delta,
-        low=low,
-        high=high,
-        relative_drop=drop,
-        level=level(drop),
-        bootstrap_low=bootstrap_low,
-        bootstrap_high=bootstrap_high,
-        p_value=p_value,
-        p_adjusted=p_value,
-        verdict=significance.verdict(delta, p_value, lower_is_better=lower_is_better),
-        **rest,
-    )
+        low=low, high=high, bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high, relative_drop=drop,
+        level=level(drop), p_adjusted=p_value, verdict=verdict, **known,
+    )  # fmt: skip
 
 
 def _paired_scores(full_precision: TaskResult, quantized: TaskResult) -> tuple[list[float], list[float]]:
@@ -269,14 +252,9 @@ def _paired_scores(full_precision: TaskResult, quantized: TaskResult) -> tuple[l
 
 
 def _scores(result: TaskResult, side: str) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    twice, unscored = [], []
-    for row in result.documents:
-        if row.doc_id in scores:
-            twice.append(row.doc_id)
-        if not math.isfinite(row.score):
-            unscored.append(row.doc_id)
-        scores[row.doc_id] = row.score
+    scores = {row.doc_id: row.score for row in result.documents}
+    twice = [doc for doc, count in Counter(row.doc_id for row in result.documents).items() if count > 1]
+    unscored = [doc for doc, score in scores.items() if not math.isfinite(score)]
     if twice:
         raise ValueError(
             f"task {result.name}, {side} run: {_some(twice)} listed twice; every document needs its own id"
@@ -286,7 +264,6 @@ def _scores(result: TaskResult, side: str) -> dict[str, float]:
     return scores
 
 
-def _some(ids: Iterable[str], at_most: int = 5) -> str:
-    names = list(ids)
+def _some(names: Sequence[str], at_most: int = 5) -> str:
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return f"{len(names)} {'document' if len(names) == 1 else 'documents'} ({', '.join(names[:at_most])}{more})"

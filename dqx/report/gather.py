@@ -92,7 +92,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """What one table shows: a model evaluated in one way on tasks that belong together."""
 
     name: str  # the model, and what is not usual in its evaluation
@@ -158,10 +158,10 @@ def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
     return [Evaluation(name, _means(_latest(part), SIDES[0]), _cells(part)) for name, part in named]
 
 
-def groups(evaluated: Sequence[Evaluation]) -> list[Group]:
+def groups(evaluated: Sequence[Evaluation]) -> list[RunGroup]:
     """One group per evaluation and kind of tasks. Full precision is a row of its own, so runs of fp16 are none."""
     return [
-        Group(
+        RunGroup(
             evaluation.name,
             kind,
             tasks,

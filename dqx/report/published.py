@@ -142,17 +142,13 @@ def _ours(
     preset: str, model: str, method: str, bits: str, tasks: list[str], evaluated: Sequence[Evaluation]
 ) -> tuple[Cell | None, tuple[str, ...]]:
     """Our cell nearest to what the preset would run, and in which settings it differs."""
-    candidates = []
+    candidates: list[tuple[Cell, tuple[str, ...]]] = []
     for cell in (cell for evaluation in evaluated for cell in evaluation.cells):
-        run = cell.runs[-1].record.settings
-        if (run.model, run.method_label, cell.bits) == (model, method, bits) and set(tasks) & set(cell.quantized):
-            candidates.append(cell)
-    if not candidates:
-        return None, ()
-    meant = composed(preset, model, method, bits)
-    unlike = [tuple(differences(meant, cell.runs[-1].record, tasks)) for cell in candidates]
-    order = sorted(range(len(candidates)), key=lambda i: (len(unlike[i]), -len(candidates[i].quantized)))
-    return candidates[order[0]], unlike[order[0]]
+        record = cell.runs[-1].record
+        run = record.settings
+        if (run.model, run.method_label, run.bits) == (model, method, bits) and set(tasks) & set(cell.quantized):
+            candidates.append((cell, tuple(differences(composed(preset, model, method, bits), record, tasks))))
+    return min(candidates, key=lambda pair: (len(pair[1]), -len(pair[0].quantized)), default=(None, ()))
 
 
 @cache

@@ -21,7 +21,7 @@ from dqx.record.collection import Run
 from dqx.record.deltas import Delta, headline, judged
 from dqx.record.folder import SIDES, Record
 from dqx.record.words import difference, points, short, value
-from dqx.report.gather import Group, Row
+from dqx.report.gather import Row, RunGroup
 
 MISSING = "missing"
 
@@ -219,7 +219,7 @@ def anchor(number: int) -> str:
     return f"run-{number}"
 
 
-def overview(group: Group) -> Table:
+def overview(group: RunGroup) -> Table:
     """Methods by widths: the average, and its delta from full precision."""
     widths = sorted({row.cell.bits for row in group.rows}, key=natural, reverse=True)
     places = {(row.cell.method, row.cell.bits): row for row in group.rows}
@@ -235,7 +235,7 @@ def overview(group: Group) -> Table:
     )
 
 
-def study(group: Group) -> Table:
+def study(group: RunGroup) -> Table:
     """The study's layout: settings by methods, tasks, average, relative drop, level, and our interval and test."""
     averaged = len(accuracies(group)) > 1
     seeds = any(len(row.cell.seeds) > 1 for row in group.rows)
@@ -255,7 +255,7 @@ def study(group: Group) -> Table:
     )
 
 
-def _row(row: Row, group: Group, *, averaged: bool, seeds: bool) -> list[Entry]:
+def _row(row: Row, group: RunGroup, *, averaged: bool, seeds: bool) -> list[Entry]:
     cell, total = row.cell, row.overall
     entries = [Entry(cell.bits, code=True), Entry(cell.method, code=True)]
     entries.append(Entry(f"{cell.average_bits:.2f}", number=cell.average_bits))
@@ -272,7 +272,7 @@ def _row(row: Row, group: Group, *, averaged: bool, seeds: bool) -> list[Entry]:
     return entries
 
 
-def accuracies(group: Group) -> list[str]:
+def accuracies(group: RunGroup) -> list[str]:
     """The tasks that an average is made of."""
     return [name for name, result in group.full_precision.items() if result.metric != NLL] or list(group.tasks)
 
@@ -286,7 +286,7 @@ def _result(result: TaskResult | None) -> Entry:
     return Entry("-") if result is None else score(result.value, result.metric)
 
 
-def _full_precision(group: Group) -> Entry:
+def _full_precision(group: RunGroup) -> Entry:
     """The group's average at full precision."""
     results = [group.full_precision[name] for name in accuracies(group)]
     return Entry(value(fmean(result.value for result in results), results[0].metric))
@@ -313,7 +313,7 @@ def _verdict(row: Delta) -> Entry:
     return Entry("unclear" if row.verdict == significance.UNDECIDED else row.verdict)
 
 
-def _average(row: Row, group: Group) -> Entry:
+def _average(row: Row, group: RunGroup) -> Entry:
     """The average; of fewer tasks than the table has, it says of how many."""
     has, wanted = (sum(task in names for task in accuracies(group)) for names in (row.deltas, group.tasks))
     return Entry(
@@ -323,14 +323,14 @@ def _average(row: Row, group: Group) -> Entry:
     )
 
 
-def _average_and_delta(row: Row | None, group: Group) -> Entry:
+def _average_and_delta(row: Row | None, group: RunGroup) -> Entry:
     if row is None:
         return Entry()
     average, delta = _average(row, group), _delta(row.overall, STAR[0])
     return Entry(average.text, f"({delta.text}) {average.small}".strip(), average.number, row.overall.level or "")
 
 
-def _what(group: Group) -> str:
+def _what(group: RunGroup) -> str:
     tasks = accuracies(group)
     if group.full_precision[tasks[0]].metric == NLL:
         return f"Nats per token on {enumerated(tasks)}"

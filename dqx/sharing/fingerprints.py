@@ -10,6 +10,7 @@ from typing import Any
 from dqx.data.local import data_files
 from dqx.data.texts import ASSETS, LOCAL_SUFFIXES, find_text
 from dqx.evaluate.catalogue import leaves
+from dqx.record.settings import RunSettings
 
 
 def data_fingerprints(config: Mapping[str, Any]) -> dict[str, str]:
@@ -24,7 +25,7 @@ def _files(config: Mapping[str, Any]) -> Iterator[tuple[str, list[Path]]]:
     root = config.get("data_root")
     calib = config["calib"]
     yield "calib.text", _text(calib, root)
-    for name, spec in (config["task"].get("suite") or {}).items():
+    for name, spec in RunSettings.of(config).tasks.items():
         if spec["kind"] == "text":
             yield name, _text(spec, root)
         elif root:

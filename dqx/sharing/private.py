@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dqx.record.compare import PLACES
+from dqx.record.settings import RunSettings
 
 PACKAGED = "pkg://"
 ABSOLUTE = re.compile(r"(?<![\w/.:<>~$-])(?:file://|~)?/(?:[\w.+@~-]+/)+[\w.+@~-]*|~/[\w.+@~-]+")
@@ -23,7 +24,7 @@ PLACE = re.compile(rf" [+~]*(?:{'|'.join(PLACES)})(?:\.\w+)?=(?:'[^']*'|\S*)|DQX
 
 def local_paths(config: Mapping[str, Any]) -> dict[str, str]:
     """The settings that name a local folder or file which the results depend on, with their values."""
-    texts = [f"task.suite.{name}.text" for name in config["task"].get("suite") or {}]
+    texts = [f"task.suite.{name}.text" for name in RunSettings.of(config).tasks]
     named = ("model.path", "calib.text", *texts)
     return {
         key: value

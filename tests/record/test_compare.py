@@ -28,8 +28,8 @@ FAST = run([1, 1, 1, 0], [0, 0, 0, 0], {"threshold": 0.9, "cache": "dual"}, n_fo
 
 
 def test_each_side_is_compared_with_the_same_side() -> None:
-    found = compare(EXACT, FAST)
-    assert [(side, rows[0].delta, rows[0].lost) for side, rows in found.items()] == [
+    by_side = compare(EXACT, FAST)
+    assert [(side, rows[0].delta, rows[0].lost) for side, rows in by_side.items()] == [
         ("full_precision", 0, 0),
         ("quantized", -0.5, 2),
     ]

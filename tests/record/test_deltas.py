@@ -204,9 +204,9 @@ def test_coverage_of_the_paired_interval_in_practice(n):
 @SAMPLES
 @pytest.mark.parametrize("n", [50, 128, 500])
 def test_coverage_of_the_bootstrap_by_simulation(n, samples):
-    found = [coverage([(n, *losses)], "bootstrap", samples) for losses in LOSSES]
-    assert min(found) >= 0.92
-    assert max(c for c, losses in zip(found, LOSSES, strict=True) if n * sum(losses) >= 6) <= 0.99
+    covered = [coverage([(n, *losses)], "bootstrap", samples) for losses in LOSSES]
+    assert min(covered) >= 0.92
+    assert max(c for c, losses in zip(covered, LOSSES, strict=True) if n * sum(losses) >= 6) <= 0.99
 
 
 @SAMPLES

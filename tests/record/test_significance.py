@@ -140,8 +140,8 @@ def test_power_is_that_of_the_test():
     rng = np.random.default_rng(5)
     n, flipped, difference = 80, 0.2, 0.12
     chances = [(flipped - difference) / 2, (flipped + difference) / 2, 1 - flipped]
-    found = [mcnemar(lost, gained) <= 0.05 for lost, gained, _ in rng.multinomial(n, chances, 4000)]
-    assert mcnemar_power(n, flipped, difference) == pytest.approx(np.mean(found), abs=0.025)
+    rejected = [mcnemar(lost, gained) <= 0.05 for lost, gained, _ in rng.multinomial(n, chances, 4000)]
+    assert mcnemar_power(n, flipped, difference) == pytest.approx(np.mean(rejected), abs=0.025)
     assert mcnemar_power(n, flipped, 0.0) <= 0.05
     assert mcnemar_power(n, 0.0, 0.0) == 0.0
 

@@ -16,7 +16,7 @@ from dqx.record.deltas import paired_interval
 from dqx.record.folder import Record, RunFolder
 from dqx.record.outcomes import Failure
 from dqx.report import content, tables
-from dqx.report.gather import Evaluation, Group, evaluations, groups, mean_over_seeds
+from dqx.report.gather import Evaluation, RunGroup, evaluations, groups, mean_over_seeds
 from dqx.report.markdown import markdown
 
 BASE = records.record(outliers={}, fidelity={})
@@ -31,12 +31,12 @@ def run(seed=0, scores=(1, 1, 1, 1), method="gptq", bits="w3a16", task="nano_sum
     return replace(BASE, config=config, full_precision=full_precision, quantized=quantized, created=created, deltas=[])
 
 
-def sorted_out(*found: Record) -> list[Evaluation]:
-    return evaluations([Run(Path(str(i)), record) for i, record in enumerate(found)])
+def sorted_out(*read: Record) -> list[Evaluation]:
+    return evaluations([Run(Path(str(i)), record) for i, record in enumerate(read)])
 
 
-def only(found: list[Evaluation]) -> Group:
-    (group,) = groups(found)
+def only(evaluated: list[Evaluation]) -> RunGroup:
+    (group,) = groups(evaluated)
     return group
 
 
@@ -84,9 +84,9 @@ def test_what_differs_in_more_than_the_seed_is_told_apart() -> None:
     base = run()
     steps = run(config={"steps": {"count": 64}})
     longer = run(config={"calib": BASE.config["calib"] | {"length": 64}})
-    found = sorted_out(base, steps, longer)
-    assert [evaluation.name for evaluation in found] == ["nano_llada", "nano_llada, 64 steps"]
-    assert [cell.method for cell in found[0].cells] == ["gptq, calib.length=256", "gptq, calib.length=64"]
+    evaluated = sorted_out(base, steps, longer)
+    assert [evaluation.name for evaluation in evaluated] == ["nano_llada", "nano_llada, 64 steps"]
+    assert [cell.method for cell in evaluated[0].cells] == ["gptq, calib.length=256", "gptq, calib.length=64"]
     other = replace(base, model=base.model | {"fingerprint": "fedc"})
     assert [evaluation.name for evaluation in sorted_out(base, other)] == [
         "nano_llada, checkpoint=0123456789abcdef",
@@ -118,8 +118,8 @@ def test_the_studys_two_kinds_of_tasks_and_texts_have_tables_of_their_own() -> N
     side = {name: records.task_result(name, [1, 0], category) for name, category in kinds.items()}
     text = TaskResult("wikitext2", "text", "nll", 2.0, 2, side["piqa"].documents)
     both = {"full_precision": side | {"wikitext2": text}, "quantized": side | {"wikitext2": text}}
-    found = groups(sorted_out(replace(BASE, **both, deltas=[])))
-    assert [(group.kind, group.tasks) for group in found] == [
+    shown = groups(sorted_out(replace(BASE, **both, deltas=[])))
+    assert [(group.kind, group.tasks) for group in shown] == [
         ("general tasks", ("piqa", "mmlu")),
         ("math and code", ("gsm8k", "mbpp")),
         ("texts", ("wikitext2",)),
@@ -144,9 +144,9 @@ def test_what_is_no_finished_run_is_named_with_its_reason(tmp_path: Path) -> Non
     for name, text in (("cut", '{"schema_version": '), ("old", json.dumps({"schema_version": 99}))):
         RunFolder(tmp_path / name).start({}, {})
         (tmp_path / name / "results.json").write_text(text)
-    found = runs(tmp_path, tmp_path / "sweep")
-    assert [each.path.name for each in found] == ["good"]  # once, although named twice
-    reasons = {each.path.name: each.reason for each in found.skipped}
+    read = runs(tmp_path, tmp_path / "sweep")
+    assert [each.path.name for each in read] == ["good"]  # once, although named twice
+    reasons = {each.path.name: each.reason for each in read.skipped}
     assert reasons["failed"] == "out of memory"
     assert reasons["killed"] == "it has not finished: it runs, or was killed"
     assert reasons["cut"].startswith("cannot be read: JSONDecodeError")

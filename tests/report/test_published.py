@@ -43,8 +43,8 @@ def measured(*overrides: str, tasks: list[str], share: float = 0.6, n: int = 10)
     return replace(BASE, config=config, model=model, full_precision=side, quantized=side, deltas=[])
 
 
-def ours(*found: Record) -> list:
-    return evaluations([Run(Path(str(i)), record) for i, record in enumerate(found)])
+def ours(*read: Record) -> list:
+    return evaluations([Run(Path(str(i)), record) for i, record in enumerate(read)])
 
 
 def test_averages_and_drops_are_recomputed() -> None:
@@ -72,23 +72,25 @@ def test_verdicts() -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_preset_renders_without_a_single_run(table: str) -> None:
-    found = content.of_runs([], presets=[table, f"{table}_as_published"])
-    for comparison in found.comparisons:
+    report = content.of_runs([], presets=[table, f"{table}_as_published"])
+    for comparison in report.comparisons:
         rows = lines(comparison.preset, [])
         assert comparison.counts == {WITHIN: 0, DIFFERS: 0, MISSING: sum(len(line.published) for line in rows)}
         assert comparison.commands[0] == (f"python launch.py experiment={comparison.preset}", ["all cells"])
         assert len(comparison.commands) == 1 + sum(line.method != "fp16" for line in rows)
-    text = markdown.markdown(found)
+    text = markdown.markdown(report)
     assert text.count(f"### {table}") == 2 * len(
         {c.model for c in published_cells() if f"qdlm_table{c.table}" == table}
     )
-    assert r"\end{document}" in latex.latex(found)
+    assert r"\end{document}" in latex.latex(report)
 
 
 def test_ours_stand_beside_the_published_ones() -> None:
     run = ["experiment=qdlm_table5", "model=dream_7b_base", "method=gptq", "bits=w4a16"]
-    found = compared("qdlm_table5", ours(measured(*run, tasks=["winogrande", "piqa", "arc_challenge", "arc_easy"])))
-    (table,) = found.tables
+    comparison = compared(
+        "qdlm_table5", ours(measured(*run, tasks=["winogrande", "piqa", "arc_challenge", "arc_easy"]))
+    )
+    (table,) = comparison.tables
     row = table.rows[0]
     assert [(entry.text, entry.small) for entry in row[2:]] == [
         ("60.0", "(68.2) within"),
@@ -99,7 +101,7 @@ def test_ours_stand_beside_the_published_ones() -> None:
         ("0.0", "(0.9)"),
         ("negligible", "(negligible)"),
     ]
-    assert found.counts == {WITHIN: 8, DIFFERS: 0, MISSING: 12}  # full precision came along
+    assert comparison.counts == {WITHIN: 8, DIFFERS: 0, MISSING: 12}  # full precision came along
     assert "Not as the preset" not in "".join(table.notes)
     many = measured(*run, tasks=["winogrande"], n=1000)
     assert compared("qdlm_table5", ours(many)).tables[0].rows[0][2].small == "(68.2) differs"

@@ -122,8 +122,8 @@ def test_a_sweep_is_one_table_below_its_full_precision():
     same = {"full_precision": fp, "command": None}
     out = io.StringIO()
     print_sweep([record(quantized=fp, **same), record(quantized=worse, **same), record()], file=out)
-    found = [re.match(r" *(nano_llada|gptq w3a16) +(.*)", x) for x in out.getvalue().split("\n")]
-    rows = [(match[1], match[2].split()) for match in found if match]
+    matches = [re.match(r" *(nano_llada|gptq w3a16) +(.*)", x) for x in out.getvalue().split("\n")]
+    rows = [(match[1], match[2].split()) for match in matches if match]
     assert [name for name, _ in rows] == ["nano_llada", "gptq w3a16", "gptq w3a16", "nano_llada", "gptq w3a16"]
     assert rows[0][1] == ["16", "75.0", "75.0", "-", "-", "75.0"]
     assert rows[1][1][1:5] == ["75.0", "75.0", "-", "-"]

@@ -20,14 +20,14 @@ from dqx.common.names import natural
 from dqx.config.schema import choices
 from dqx.report.figures import groups, style
 from dqx.report.figures.sheet import Caption, legend, sheet
-from dqx.report.gather import Group, Row
+from dqx.report.gather import Row, RunGroup
 
 APART = 2.2  # points between methods, which often have the same bits
 BESIDE = 0.6  # bits of room at the sides
 ACROSS = 3  # panels beside each other
 
 
-def accuracy_by_bits(group: Group) -> Figure:
+def accuracy_by_bits(group: RunGroup) -> Figure:
     """The figure of a group of runs, some of which have all of its tasks."""
     rows = groups.complete(group)
     panels = _panels(rows)
@@ -81,7 +81,7 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
-def _panel(axes: Axes, group: Group, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
+def _panel(axes: Axes, group: RunGroup, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
     axes.axhline(
         groups.full_precision(group), color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.7, label="full precision"
     )
@@ -104,7 +104,7 @@ def _panel(axes: Axes, group: Group, rows: Sequence[Row], looks: dict[str, dict[
         )  # fmt: skip
 
 
-def _limit(axes: Axes, group: Group, rows: Sequence[Row]) -> None:
+def _limit(axes: Axes, group: RunGroup, rows: Sequence[Row]) -> None:
     """Room for full precision and every interval."""
     shown = [groups.full_precision(group), *(x for row in rows for x in groups.quantized(group, row.overall))]
     heights = [x for x in shown if math.isfinite(x)]

@@ -15,16 +15,16 @@ from dqx.record.words import difference, value
 from dqx.report.figures import groups, style
 from dqx.report.figures.heat import heat_map, masked, write_numbers
 from dqx.report.figures.sheet import Caption, sheet, shortened
-from dqx.report.gather import Group, Row, settings
+from dqx.report.gather import Row, RunGroup, settings
 
 ACROSS = 3  # panels beside each other
 MOST_WRITTEN = 7  # widths beside each other whose numbers can be read
 FULL = "full"  # the column of full precision
 
 
-def by_steps(candidates: Sequence[Group]) -> list[dict[int | None, Group]]:
+def by_steps(candidates: Sequence[RunGroup]) -> list[dict[int | None, RunGroup]]:
     """The groups that differ in nothing but their steps, by these, where there are several; None: the tasks' own."""
-    alike: dict[tuple[object, ...], dict[int | None, Group]] = {}
+    alike: dict[tuple[object, ...], dict[int | None, RunGroup]] = {}
     for group in candidates:
         if not groups.complete(group):
             continue
@@ -35,7 +35,7 @@ def by_steps(candidates: Sequence[Group]) -> list[dict[int | None, Group]]:
     return [members for members in alike.values() if len(members) > 1]
 
 
-def steps_by_bits(members: dict[int | None, Group]) -> Figure:
+def steps_by_bits(members: dict[int | None, RunGroup]) -> Figure:
     """The figure of groups that differ in their steps."""
     order = sorted(members, key=lambda steps: (steps is None, steps))
     cells = {(steps, row.cell.method, row.cell.bits): row for steps in order for row in groups.complete(members[steps])}
@@ -68,7 +68,7 @@ def steps_by_bits(members: dict[int | None, Group]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, members: Sequence[Group], rows: Sequence[Sequence[Row | None]], norm: Normalize) -> AxesImage:
+def _panel(axes: Axes, members: Sequence[RunGroup], rows: Sequence[Sequence[Row | None]], norm: Normalize) -> AxesImage:
     """One method: a row per number of steps; full precision, then the widths."""
     unit, metric = groups.unit(members[0]), NLL if groups.nats(members[0]) else None
     values = masked([[0.0, *(None if row is None else unit * row.overall.delta for row in line)] for line in rows])
