@@ -61,6 +61,7 @@ def write(
         x_disable_meta=True,
         x_disable_machine_info=True,
         x_disable_stats=True,
+        x_save_requirements=False,  # the config has the versions that matter
     )
     with (
         _staging(staged),
