@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dqx.api import DiffusionLM, load, quantize
     from dqx.config.schema import choices
+    from dqx.quant.stream import block_statistics
     from dqx.record.collection import runs
 
 #: Where each name lies. It is imported when it is used: torch takes seconds, and `launch.py --help` does not need it.
 _HOMES = {
     "DiffusionLM": "dqx.api",
+    "block_statistics": "dqx.quant.stream",
     "choices": "dqx.config.schema",
     "load": "dqx.api",
     "quantize": "dqx.api",
     "runs": "dqx.record.collection",
 }
 
-__all__ = ["DiffusionLM", "choices", "load", "quantize", "runs"]
+__all__ = ["DiffusionLM", "block_statistics", "choices", "load", "quantize", "runs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -266,7 +266,7 @@ class DiffusionLM:
         if calib is None:
             calib = self.calibration(text, seed=seed, data_root=data_root) if part.needs_data else ()
         batches = [self.tokens(each) if isinstance(each, str) else each for each in calib]
-        report = quantize_model(self.model, part, widths, [_batch(each) for each in batches], seed=seed)
+        report = quantize_model(self.model, part, widths, batches, seed=seed)
         self.quantization = Quantization(part, widths, report)
         return report
 
@@ -386,7 +386,7 @@ def quantize(
         return model.quantize(method, bits, calib=calib, overrides=overrides, seed=seed)
     described = ModelConfig(name="", family=model.arch.family, path="", sampler={})
     part, widths, _ = _chosen(method, bits, described, model.arch, overrides)
-    return quantize_model(model, part, widths, [_batch(each) for each in calib], seed=seed)
+    return quantize_model(model, part, widths, calib, seed=seed)
 
 
 def _model_config(name: str, overrides: dict[str, Any]) -> ModelConfig:
@@ -443,15 +443,6 @@ def _chosen(
     if problems:
         raise ConfigProblems(problems)
     return part, widths, config.calib
-
-
-def _batch(sequences: Any) -> Any:
-    """Token ids [T] or [B, T] as a batch for calibration; batches as they are."""
-    if hasattr(sequences, "ids"):
-        return sequences
-    ids = torch.as_tensor(sequences)
-    ids = ids if ids.dim() == 2 else ids[None]
-    return CalibBatch(ids, torch.zeros(len(ids)))
 
 
 def _is_one_text(prompt: Any) -> bool:

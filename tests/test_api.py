@@ -190,7 +190,7 @@ def test_the_package_shows_its_api_and_imports_nothing_heavy():
     code = "import sys, dqx; print(dir(dqx)); print('torch' in sys.modules, dqx.__version__, dqx.choices('bits')[:2])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF_DIR.parent)
     assert done.stdout.splitlines() == [
-        "['DiffusionLM', '__version__', 'choices', 'load', 'quantize', 'runs']",
+        "['DiffusionLM', '__version__', 'block_statistics', 'choices', 'load', 'quantize', 'runs']",
         f"False {dqx.__version__} ['fp8', 'fp8_w8a16']",
     ]
 

@@ -5,7 +5,6 @@ T tokens of a sequence, N of all, D hidden, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 
 from dqx.models.family import families
 from dqx.models.plant import outlier_channels
-from dqx.models.transformer import Architecture, Block, rope_tables
+from dqx.models.transformer import Architecture, Block
+from dqx.quant.protocols import block_rope
+from dqx.quant.stream import block_statistics
 
 LENGTH = 512  # tokens per sequence
 HEAD = 128  # head width of both models; also the group size of weights and DuQuant's tile
@@ -57,26 +58,12 @@ class Case:
 
     @property
     def rope(self) -> tuple[Tensor, Tensor]:
-        arch = self.block.arch
-        positions = torch.arange(self.hidden.shape[1])[None]
-        return rope_tables(positions, arch.head_size, arch.rope_theta, torch.float32)
+        return block_rope(self.block.arch, self.hidden)
 
-    @torch.no_grad()
     def site_inputs(self) -> dict[str, Tensor]:
         """What the linears of every site read [S, T, I], in one pass through the block as it is now."""
-        inputs: dict[str, Tensor] = {}
-
-        def record(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, args: inputs.__setitem__(site, args[0].detach().clone())
-
-        sites = self.block.arch.sites
-        hooks = [getattr(self.block, roles[0]).register_forward_pre_hook(record(s)) for s, roles in sites.items()]
-        try:
-            self.block(self.hidden, self.rope)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return inputs
+        kept = block_statistics(self.block, self.hidden, ["inputs"])
+        return {site: torch.cat(list(stats["inputs"])) for site, stats in kept.items()}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from dqx.models.transformer import RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
-from dqx.quant.stats import COLLECTORS
+from dqx.quant.stats import collectors
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, zigzag_permutation
 from dqx.quant.transforms.greedy_rotation import base_rotation, greedy_rotation
 
@@ -92,11 +92,11 @@ class SideRun:
 
 def statistics(x: Tensor, needs: frozenset[str]) -> dict[str, Any]:
     """What dqx collects of a site's input [S, T, I], one sequence after the other as in its loop."""
-    collectors = {need: COLLECTORS[need](x.shape[0] * x.shape[1]) for need in needs}
+    by_name = collectors(needs, x.shape[0] * x.shape[1])
     for sequence in x.split(1):
-        for collector in collectors.values():
+        for collector in by_name.values():
             collector.add(sequence)
-    return {need: collector.value() for need, collector in collectors.items()}
+    return {name: collector.value() for name, collector in by_name.items()}
 
 
 def round_stacked(run: SideRun, roles: tuple[str, ...], weights: list[Tensor], stats: dict[str, Any]) -> None:
