@@ -42,7 +42,7 @@ from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.formats.bits import BitsConfig
@@ -313,19 +313,15 @@ class DiffusionLM:
         journal: Journal | None = None,
     ) -> dict[str, TaskResult]:
         """`evaluate` for task settings of one's own; with a `journal`, of a single task."""
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            suite,
-            sampler=self.sampler,
+        settings = EvaluationSettings(
+            limit=limit,
             steps=steps,
             seed=seed,
-            limit=limit,
             data_root=_path(data_root),
             chat=self.config.chat,
-            likelihood=likelihood,
-            journal=journal,
+            likelihood=likelihood or LikelihoodSettings(),
         )
+        return evaluate(self.model, self.tokenizer, suite, sampler=self.sampler, settings=settings, journal=journal)
 
     def _check_tokens(self, ids: Tensor) -> None:
         size = self.model.arch.vocab_size

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -34,7 +35,7 @@ from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.session import Document, EvaluationSession, score
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
@@ -45,16 +46,31 @@ class Answered(Exception):
     """All requests are answered, and this is not the main process, which alone goes on to scores."""
 
 
+@dataclass(frozen=True)
+class HarnessTask:
+    """What one task asks of the harness.
+
+    label: its name beside the progress bar.
+    mc_samples: draws per choice for likelihoods.
+    batch_size: answers written at a time; None: as many as keep the device busy and fit into its memory.
+    greedy: whether the second value of a likelihood says that greedy decoding writes the target; else it is False.
+    scale: what a choice's likelihood is divided by where adaptive draws compare the choices of a document.
+    """
+
+    label: str = ""
+    mc_samples: int = 128
+    batch_size: int | None = None
+    greedy: bool = False
+    scale: Callable[[Instance], float] = lambda request: 1.0
+
+
 class DiffusionHarness(LM):
     """An lm-eval model around a mask predictor, its tokenizer and a sampler.
 
     Lengths and steps of a generation come with each request, as `max_gen_toks`, `block_length` and `steps` of its
-    generation settings, and `batch_size` answers are written at a time (null: as many as keep the device busy and fit
-    into its memory). `mc_samples` draws per choice serve likelihood, with the options of `likelihood`; a choice's
-    likelihood is divided by its `scale` where adaptive draws compare the choices of a document. With `greedy` the
-    second value of a likelihood says whether greedy decoding writes the target, else it is False. Finished documents
-    go to the `journal`, and those found there are not computed again. With several processes each has its share of a
-    call; then all answers are returned in the main one, and the others raise Answered.
+    generation settings. Finished documents go to the `journal`, and those found there are not computed again. With
+    several processes each has its share of a call; then all answers are returned in the main one, and the others raise
+    Answered.
 
     Over all calls, processes and sessions, `n_forwards` counts sequences through the model, `n_tokens` their
     tokens that were computed, `n_saved` sequences that were not needed because an answer had ended, `generated` the
@@ -67,23 +83,13 @@ class DiffusionHarness(LM):
         model: MaskedDiffusionTransformer,
         tokenizer: PreTrainedTokenizerBase,
         sampler: Sampler,
-        *,
-        seed: int = 0,
-        mc_samples: int = 128,
-        batch_size: int | None = None,
-        greedy: bool = False,
-        progress: bool = True,
-        label: str = "",
-        likelihood: LikelihoodSettings | None = None,
-        scale: Callable[[Instance], float] = lambda request: 1.0,
+        settings: EvaluationSettings | None = None,
+        task: HarnessTask | None = None,
         journal: Journal | None = None,
     ):
         super().__init__()
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.seed, self.mc_samples, self.batch_size, self.greedy = seed, mc_samples, batch_size, greedy
-        self.progress, self.label = progress, label
-        self.likelihood, self.scale = likelihood or LikelihoodSettings(), scale
-        self.journal = journal
+        self.settings, self.task, self.journal = settings or EvaluationSettings(), task or HarnessTask(), journal
         self.n_forwards = 0
         self.n_tokens = 0
         self.n_saved = 0
@@ -139,17 +145,17 @@ class DiffusionHarness(LM):
         """(nats, greedy flag) of each request's continuation after its context."""
         scorer = Scorer(
             self.model,
-            samples=self.mc_samples,
-            seed=self.seed,
-            exact=self.likelihood.exact,
-            error_level=self.likelihood.error_level if self.likelihood.adaptive else None,
-            batch_tokens=self.likelihood.batch_tokens,
+            samples=self.task.mc_samples,
+            seed=self.settings.seed,
+            exact=self.settings.likelihood.exact,
+            error_level=self.settings.likelihood.error_level if self.settings.likelihood.adaptive else None,
+            batch_tokens=self.settings.likelihood.batch_tokens,
         )
         asked = self._likelihood_requests(requests)
         session = EvaluationSession(documents(requests), [scorer.work(request) for request in asked], self.journal)
 
         def answers(values: dict[int, float]) -> dict[int, tuple[float, bool]]:
-            flags = self._greedy({i: asked[i] for i in values}, session) if self.greedy else {}
+            flags = self.greedy_flags({i: asked[i] for i in values}, session) if self.task.greedy else {}
             return {i: (nats, flags.get(i, False)) for i, nats in values.items()}
 
         with self._progress_bar(sum(scorer.work(asked[i]) for i in session.mine), unit="tokens") as bar:
@@ -183,9 +189,9 @@ class DiffusionHarness(LM):
                     gen_length=settings["max_gen_toks"],
                     block_length=self.sampler.block_length(settings.get("block_length")),
                     steps=settings.get("steps") or settings["max_gen_toks"],
-                    seed=self.seed,
+                    seed=self.settings.seed,
                     settled=ending.settled,
-                    batch_size=self.batch_size,
+                    batch_size=self.task.batch_size,
                 )
                 for at, answer in engine.stream([prompts[i] for i in indices]):
                     session.spend(
@@ -214,13 +220,13 @@ class DiffusionHarness(LM):
             raise Answered
         return answers
 
-    def _greedy(self, asked: Mapping[int, Request], session: EvaluationSession) -> dict[int, bool]:
+    def greedy_flags(self, asked: Mapping[int, Request], session: EvaluationSession) -> dict[int, bool]:
         """`likelihood.greedy_matches` of each request, in batches of targets of one length."""
         flags = {}
         lengths = sorted({len(request.target) for request in asked.values()})
         for length in lengths:
             indices = [i for i, request in asked.items() if len(request.target) == length]
-            engine = Engine(self.model, greedy(), gen_length=length, steps=length, batch_size=self.batch_size)
+            engine = Engine(self.model, greedy(), gen_length=length, steps=length, batch_size=self.task.batch_size)
             for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
                 session.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
@@ -231,8 +237,8 @@ class DiffusionHarness(LM):
         seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
         return tqdm(
             total=total,
-            desc=self.label or None,
-            disable=not (self.progress and processes().main),
+            desc=self.task.label or None,
+            disable=not (self.settings.progress and processes().main),
             unit=f" {unit}",
             unit_scale=unit == "tokens",
             mininterval=seconds,
@@ -260,16 +266,16 @@ class DiffusionHarness(LM):
         return found
 
     def _questions(self, requests: Sequence[Instance]) -> list[Question]:
-        if not self.likelihood.adaptive:
+        if not self.settings.likelihood.adaptive:
             return []
-        return [Question(d.requests, [self.scale(requests[i]) for i in d.requests]) for d in documents(requests)]
+        return [Question(d.requests, [self.task.scale(requests[i]) for i in d.requests]) for d in documents(requests)]
 
     def _draws_note(self, session: EvaluationSession) -> list[str]:
         draws = {int(what.split()[1]): n for what, n in session.spent.items() if what.startswith("draws ")}
         if not draws:
             return []
         counts = ", ".join(f"{draws[n]} by {n}" for n in sorted(draws))
-        level = self.likelihood.error_level
+        level = self.settings.likelihood.error_level
         return [f"draws until a question was decided at level {level:g}: of {sum(draws.values())}, {counts}"]
 
     def _prompt(self, request: Instance) -> Prompt:

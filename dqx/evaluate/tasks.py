@@ -15,14 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dqx.common.processes import processes
 from dqx.diffusion.samplers import Sampler
+from dqx.diffusion.settings import raise_if
 from dqx.evaluate.catalogue import leaves
-from dqx.evaluate.harness import Answered, DiffusionHarness
+from dqx.evaluate.harness import Answered, DiffusionHarness, HarnessTask
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.local_task import LocalTask, build, quiet
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.scorers.sandbox import isolation
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import evaluate_text
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -36,77 +37,59 @@ def evaluate(
     suite: Mapping[str, TaskSpec],
     *,
     sampler: Sampler,
-    steps: int | None = None,
-    seed: int = 0,
-    limit: int | None = None,
-    data_root: str | None = None,
-    chat: bool = False,
-    progress: bool = True,
-    likelihood: LikelihoodSettings | None = None,
+    settings: EvaluationSettings | None = None,
     journal: Journal | None = None,
 ) -> dict[str, TaskResult]:
     """One result per task of `suite`, by its name there, with one row per document.
 
-    `steps` replaces the generation tasks' own number of denoising steps. `limit` is the number of documents of a
-    task, or windows of a text; of a group (MMLU, MATH) they are taken from its members in turn. `data_root` is a
-    folder with copies of the datasets in the hub's layout. With a `journal` (of a suite of one task), documents that
-    are found there are not computed again, and finished ones are kept in it. A document's result depends on neither
-    the other documents nor the other tasks, but for the rounding of likelihoods.
+    With a `journal` (of a suite of one task), documents that are found there are not computed again, and finished ones
+    are kept in it. A document's result depends on neither the other documents nor the other tasks, but for the rounding
+    of likelihoods.
 
     Several processes (`dqx.common.processes`) share the documents; programs run and scores are computed in the
     main one, and all get the same results.
 
     Raises ValueError with `task_problems` of the suite.
     """
-    problems = task_problems(
-        suite, data_root=data_root, steps=steps, sampler=sampler, limit=limit, chat=chat, likelihood=likelihood
+    settings = settings or EvaluationSettings()
+    raise_if(
+        task_problems(
+            suite,
+            data_root=settings.data_root,
+            steps=settings.steps,
+            sampler=sampler,
+            limit=settings.limit,
+            chat=settings.chat,
+            likelihood=settings.likelihood,
+        )
     )
-    if problems:
-        raise ValueError("; ".join(problems))
     results = {}
     for name, spec in suite.items():
         result: TaskResult | None
         if spec.kind == "text":
-            result = evaluate_text(
-                model,
-                tokenizer,
-                name,
-                spec,
-                seed=seed,
-                limit=limit,
-                data_root=data_root,
-                progress=progress,
-                likelihood=likelihood,
-                journal=journal,
-            )
+            result = evaluate_text(model, tokenizer, name, spec, settings, journal)
         else:
             started = time.perf_counter()
-            chosen = _documents(spec, limit=limit, data_root=data_root, steps=steps, chat=chat)
-            harness = DiffusionHarness(
-                model,
-                tokenizer,
-                sampler,
-                seed=seed,
+            chosen = _documents(spec, settings)
+            task = HarnessTask(
+                label=name,
                 mc_samples=spec.mc_samples or 1,
                 batch_size=spec.batch_size,
                 greedy=any(task.OUTPUT_TYPE == "loglikelihood" for task in chosen),
-                progress=progress,
-                label=name,
-                likelihood=likelihood,
                 scale=choice_scale(chosen, spec.metric),
-                journal=journal,
             )
-            result = _scored(name, spec, harness, chosen, chat, started)
+            harness = DiffusionHarness(model, tokenizer, sampler, settings, task, journal)
+            result = _scored(name, spec, harness, chosen, started)
         results[name] = processes().broadcast(result)
     return results
 
 
 def _scored(
-    name: str, spec: TaskSpec, harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool, started: float
+    name: str, spec: TaskSpec, harness: DiffusionHarness, chosen: Mapping[LocalTask, int], started: float
 ) -> TaskResult | None:
     """The result of a task of lm-eval's; None in all processes but the main one."""
     try:
-        samples = _run(harness, chosen, chat)
+        samples = _run(harness, chosen)
     except Answered:
         return None
     rows = [
@@ -131,15 +114,15 @@ def _scored(
     )
 
 
-def _documents(
-    spec: TaskSpec, *, limit: int | None, data_root: str | None, steps: int | None, chat: bool
-) -> dict[LocalTask, int]:
+def _documents(spec: TaskSpec, settings: EvaluationSettings) -> dict[LocalTask, int]:
     """The lm-eval tasks of an entry, each with the number of its first documents to run."""
-    members = leaves(spec.harness, chat=chat)
+    members = leaves(spec.harness, chat=settings.chat)
     # with fewer documents than members, the last members are never reached and need not be loaded
-    tasks = [build(leaf, spec, data_root=data_root, steps=steps) for leaf in members[:limit]]
+    tasks = [
+        build(leaf, spec, data_root=settings.data_root, steps=settings.steps) for leaf in members[: settings.limit]
+    ]
     sizes = [len(task.eval_docs) for task in tasks]
-    counts = sizes if limit is None else in_turn(sizes, limit)
+    counts = sizes if settings.limit is None else in_turn(sizes, settings.limit)
     return {task: count for task, count in zip(tasks, counts, strict=True) if count}
 
 
@@ -167,7 +150,7 @@ def in_turn(sizes: Sequence[int], limit: int) -> list[int]:
     return counts
 
 
-def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool) -> dict[str, list[dict[str, Any]]]:
+def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int]) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's per-document records by task."""
     with quiet():
         results = evaluator.evaluate(
@@ -176,8 +159,8 @@ def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int], chat: bool)
             samples={task.task_name: range(count) for task, count in chosen.items()},
             bootstrap_iters=0,
             log_samples=True,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
+            apply_chat_template=harness.settings.chat,
+            fewshot_as_multiturn=harness.settings.chat,
             confirm_run_unsafe_code=True,  # `task_problems` lets only tasks through that use our sandbox
         )
     return results["samples"]

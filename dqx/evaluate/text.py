@@ -27,7 +27,7 @@ from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.session import Document, EvaluationSession, score
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import NLL, TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -68,29 +68,24 @@ def evaluate_text(
     tokenizer: Any,
     name: str,
     spec: TaskSpec,
-    *,
-    seed: int = 0,
-    limit: int | None = None,
-    data_root: str | None = None,
-    progress: bool = True,
-    likelihood: LikelihoodSettings | None = None,
+    settings: EvaluationSettings,
     journal: Journal | None = None,
 ) -> TaskResult:
     """Nats per token, with a row for each window. Guidance plays no part: it is the model that is measured."""
     started = time.perf_counter()
-    windows = text_windows(name, spec, tokenizer, limit=limit, data_root=data_root)
+    windows = text_windows(name, spec, tokenizer, limit=settings.limit, data_root=settings.data_root)
     start = torch.tensor([model.arch.eos_token_id])
     label = Path(text_of(name, spec).path).name
     requests = [Request(start, window, (label, i)) for i, window in enumerate(windows)]
     assert spec.mc_samples is not None
-    batch_tokens = None if likelihood is None else likelihood.batch_tokens
-    scorer = Scorer(model, samples=spec.mc_samples, seed=seed, batch_tokens=batch_tokens)
+    batch_tokens = settings.likelihood.batch_tokens
+    scorer = Scorer(model, samples=spec.mc_samples, seed=settings.seed, batch_tokens=batch_tokens)
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
     session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)
     with tqdm(
         total=sum(scorer.work(requests[i]) for i in session.mine),
         desc=name,
-        disable=not (progress and session.processes.main),
+        disable=not (settings.progress and session.processes.main),
         unit=" tokens",
         unit_scale=True,
         mininterval=1.0 if sys.stderr.isatty() else 60.0,  # a log file keeps every update

@@ -21,7 +21,7 @@ from dqx.diffusion.states import make_estimate
 from dqx.diffusion.stopping import Question, decided, stages
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import TaskResult
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.models.checkpoint import inspect, load_weights
@@ -396,16 +396,8 @@ def test_settings_reach_the_result_and_its_baseline(tiny_checkpoint: TinyCheckpo
 
     def run(**settings: bool | float) -> tuple[TaskResult, Path]:
         likelihood = LikelihoodSettings(**settings)
-        found = evaluate(
-            model,
-            tokenizer,
-            {"arc": spec},
-            sampler=LLaDASampler(),
-            limit=1,
-            data_root=str(DATA),
-            progress=False,
-            likelihood=likelihood,
-        )
+        common = EvaluationSettings(limit=1, data_root=str(DATA), progress=False, likelihood=likelihood)
+        found = evaluate(model, tokenizer, {"arc": spec}, sampler=LLaDASampler(), settings=common)
         return found["arc"], Results(ArtifactCache(Store(tmp_path)), {}, likelihood=likelihood).key("arc", spec).path
 
     (plain, place), (hasty, of_hasty), (fast, of_fast) = (

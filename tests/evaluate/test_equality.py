@@ -24,9 +24,9 @@ from dqx.diffusion.engine import Answer, Engine, Prompt
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
 from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.ending import Ending
-from dqx.evaluate.harness import DiffusionHarness, document_key, encode, encode_pair, end_tokens
+from dqx.evaluate.harness import DiffusionHarness, HarnessTask, document_key, encode, encode_pair, end_tokens
 from dqx.evaluate.local_task import build
-from dqx.evaluate.settings import LikelihoodSettings
+from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
@@ -72,7 +72,9 @@ def assert_equal_answers(
     expected = [ending.text(ids) for ids in plain]
     for size in sizes:
         order = random.Random(size).sample(range(len(requests)), len(requests))
-        harness = DiffusionHarness(model, tokenizer, sampler, seed=seed, batch_size=size, progress=False)
+        harness = DiffusionHarness(
+            model, tokenizer, sampler, EvaluationSettings(seed=seed, progress=False), HarnessTask(batch_size=size)
+        )
         assert harness.generate_until([requests[i] for i in order]) == [expected[i] for i in order]
         for request, ids, text in zip(requests, plain, expected, strict=True):
             found = Recorded.answers.pop(document_key(request)).ids
@@ -181,7 +183,11 @@ def test_bundled_models_score_the_same(bundled, seed: int) -> None:
         order = random.Random(rows).sample(range(len(requests)), len(requests))
         settings = LikelihoodSettings(batch_tokens=rows * longest)
         harness = DiffusionHarness(
-            model, tokenizer, LLaDASampler(), seed=seed, mc_samples=8, likelihood=settings, progress=False
+            model,
+            tokenizer,
+            LLaDASampler(),
+            EvaluationSettings(seed=seed, likelihood=settings, progress=False),
+            HarnessTask(mc_samples=8),
         )
         values = [value for value, _ in harness.loglikelihood([requests[i] for i in order])]
         assert values == pytest.approx([expected[i] for i in order], rel=1e-5)

@@ -16,8 +16,9 @@ from dqx.diffusion import SeededNoise, greedy_matches, log_likelihood
 from dqx.diffusion.batches import Request
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler
 from dqx.evaluate.ending import Ending
-from dqx.evaluate.harness import DiffusionHarness, encode_pair, end_tokens
+from dqx.evaluate.harness import DiffusionHarness, HarnessTask, encode_pair, end_tokens
 from dqx.evaluate.session import EvaluationSession
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
@@ -43,6 +44,9 @@ def recorded(model) -> list[list[list[int]]]:
 
     model.logits_where = logits_where
     return seen
+
+
+QUIET = EvaluationSettings(progress=False)
 
 
 @pytest.fixture
@@ -82,10 +86,14 @@ def test_likelihoods_are_those_of_the_estimator_whatever_the_order(parts) -> Non
         for doc in range(2)
         for choice, answer in enumerate((" yes", " no"))
     ]
-    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), seed=3, mc_samples=4, progress=False)
+    harness = DiffusionHarness(
+        model, tokenizer, LLaDASampler(), EvaluationSettings(seed=3, progress=False), HarnessTask(mc_samples=4)
+    )
     values = harness.loglikelihood(requests)
     assert harness.n_forwards < 16  # some draws of a choice mask the same tokens
-    again = DiffusionHarness(model, tokenizer, LLaDASampler(), seed=3, mc_samples=4, progress=False)
+    again = DiffusionHarness(
+        model, tokenizer, LLaDASampler(), EvaluationSettings(seed=3, progress=False), HarnessTask(mc_samples=4)
+    )
     assert again.loglikelihood(requests[::-1])[::-1] == values
     prefix, target = (torch.tensor(tokenizer(text).input_ids) for text in ("Question 1:", " no"))
     expected = log_likelihood(model, prefix, target, samples=4, seed=3, key=("task", 1, 1))
@@ -98,7 +106,7 @@ def test_greedy_flag_only_on_request(parts) -> None:
     model.head.weight.zero_()  # all tokens are equally likely, and the first one, "!", wins
     requests = [request("Question:", answer, "loglikelihood") for answer in ("!!", "!?")]
     for greedy, flags, forwards in [(False, [False, False], 1), (True, [True, False], 5)]:
-        harness = DiffusionHarness(model, tokenizer, LLaDASampler(), mc_samples=1, greedy=greedy, progress=False)
+        harness = DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET, HarnessTask(mc_samples=1, greedy=greedy))
         assert [flag for _, flag in harness.loglikelihood(requests)] == flags
         assert harness.n_forwards == forwards
 
@@ -115,8 +123,8 @@ def test_greedy_flags_are_those_of_the_plain_decoder(tiny_checkpoint: TinyCheckp
         written = LLaDASampler().generate(model, prefix[None], gen_length=length, steps=length).ids[0]
         asked += [Request(prefix, written), Request(prefix, written.roll(1) + 1)]
     session = EvaluationSession([], [])
-    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), greedy=True, progress=False)
-    flags = harness._greedy(dict(enumerate(asked)), session)
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET, HarnessTask(greedy=True))
+    flags = harness.greedy_flags(dict(enumerate(asked)), session)
     expected = [greedy_matches(model, one.prefix, one.target) for one in asked]
     assert [flags[i] for i in range(len(asked))] == expected
     assert session.spent["n_forwards"] == 2 * (1 + 3 + 3 + 5 + 3)
@@ -176,7 +184,7 @@ def test_half_a_character_settles_nothing(parts) -> None:
 
 def test_long_prompts_lose_their_beginning_and_this_is_recorded(parts) -> None:
     model, tokenizer = parts  # 64 tokens fit
-    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), mc_samples=1, progress=False)
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET, HarnessTask(mc_samples=1))
     asked = recorded(model)
     text = "".join(chr(97 + i % 26) for i in range(70))
     harness.generate_until([generation(text, doc=0), generation(text[:56], doc=1)])
@@ -194,7 +202,7 @@ def test_generation_noise_belongs_to_the_document(parts) -> None:
     requests = [generation("Same prompt", doc) for doc in range(3)]
 
     def run(order: list[int], seed: int = 0) -> dict[int, str]:
-        harness = DiffusionHarness(model, tokenizer, sampler, seed=seed, progress=False)
+        harness = DiffusionHarness(model, tokenizer, sampler, EvaluationSettings(seed=seed, progress=False))
         return dict(zip(order, harness.generate_until([requests[i] for i in order]), strict=True))
 
     together = run([0, 1, 2])
@@ -227,7 +235,7 @@ def test_texts_are_those_of_the_plain_sampler(tiny_checkpoint: TinyCheckpoint, s
     assert len(set(expected)) > 3
     requests = [generation(text, doc=i, until=until) for i, text in enumerate(questions)]
     for size in (1, 3, None):
-        harness = DiffusionHarness(model, tokenizer, sampler, batch_size=size, progress=False)
+        harness = DiffusionHarness(model, tokenizer, sampler, QUIET, HarnessTask(batch_size=size))
         assert harness.generate_until(requests) == expected
         assert harness.n_forwards + harness.n_saved == sum(out.n_forwards for out in plain)
         assert harness.n_saved > 0
@@ -237,12 +245,12 @@ def test_texts_are_those_of_the_plain_sampler(tiny_checkpoint: TinyCheckpoint, s
 def test_an_empty_prompt_starts_from_the_end_token(parts) -> None:
     model, tokenizer = parts
     asked = recorded(model)
-    DiffusionHarness(model, tokenizer, LLaDASampler(), progress=False).generate_until([generation("", n=4)])
+    DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET).generate_until([generation("", n=4)])
     assert asked[0] == [[END] + 4 * [model.arch.mask_token_id]]
 
 
 def test_a_continuation_without_tokens_is_refused(parts) -> None:
-    harness = DiffusionHarness(*parts, LLaDASampler(), progress=False)
+    harness = DiffusionHarness(*parts, LLaDASampler(), QUIET)
     with pytest.raises(ValueError, match="has no token of its own"):
         harness.loglikelihood([request("Q", "", "loglikelihood")])
 
@@ -271,6 +279,6 @@ def test_chat_template(parts) -> None:
 def test_dream_needs_no_block_length(tiny_checkpoint: TinyCheckpoint) -> None:
     checkpoint = inspect(str(tiny_checkpoint("dream")))
     model, tokenizer = load_weights(checkpoint), load_tokenizer(checkpoint)
-    harness = DiffusionHarness(model, tokenizer, DreamSampler(), mc_samples=2, progress=False)
+    harness = DiffusionHarness(model, tokenizer, DreamSampler(), QUIET, HarnessTask(mc_samples=2))
     assert len(harness.generate_until([generation("Question:", n=8)])) == 1
     assert harness.loglikelihood([request("Question:", " yes", "loglikelihood")])[0][0] < 0

@@ -22,13 +22,16 @@ from sympy.parsing.latex import parse_latex
 
 from dqx.diffusion.engine import Answer, Prompt
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler
+from dqx.evaluate import tasks as suites
 from dqx.evaluate.catalogue import leaves
-from dqx.evaluate.harness import DiffusionHarness
+from dqx.evaluate.harness import DiffusionHarness, HarnessTask
 from dqx.evaluate.local_task import build
 from dqx.evaluate.problems import task_problems
+from dqx.evaluate.results import TaskResult
 from dqx.evaluate.scorers.math_check import equal_answers
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import TaskSpec
-from dqx.evaluate.tasks import evaluate, in_turn
+from dqx.evaluate.tasks import in_turn
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
@@ -60,6 +63,10 @@ def parts(tiny_checkpoint: TinyCheckpoint) -> dict[str, Any]:
         "data_root": str(DATA),
         "progress": False,
     }
+
+
+def evaluate(*, model: Any, tokenizer: Any, suite: Any, sampler: Any, **settings: Any) -> dict[str, TaskResult]:
+    return suites.evaluate(model, tokenizer, suite, sampler=sampler, settings=EvaluationSettings(**settings))
 
 
 def widen(parts: dict[str, Any]) -> None:
@@ -305,7 +312,13 @@ def test_steps_of_the_run_replace_the_tasks(parts: dict[str, Any]) -> None:
 
 def test_values_are_those_of_lm_eval(parts: dict[str, Any], well_read) -> None:
     """A single task, and a group weighted by size."""
-    harness = DiffusionHarness(parts["model"], parts["tokenizer"], LLaDASampler(), mc_samples=2, progress=False)
+    harness = DiffusionHarness(
+        parts["model"],
+        parts["tokenizer"],
+        LLaDASampler(),
+        EvaluationSettings(progress=False),
+        HarnessTask(mc_samples=2),
+    )
 
     def build_all(name: str, n: int) -> dict[str, Any]:
         built = [build(leaf, short(name), data_root=str(DATA), steps=None) for leaf in leaves(spec(name).harness)[:n]]

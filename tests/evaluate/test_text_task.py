@@ -13,6 +13,7 @@ from dqx.data.texts import ASSETS
 from dqx.diffusion.likelihood import log_likelihood
 from dqx.diffusion.samplers.llada import LLaDASampler
 from dqx.evaluate.problems import hub_problems, task_problems
+from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.tasks import evaluate
 from dqx.evaluate.text import text_windows
 from dqx.record.deltas import compare
@@ -79,9 +80,8 @@ def test_wikitext_and_files_on_both_families(tiny_checkpoint, tmp_path, family):
     model = load(str(tiny_checkpoint(family)), dtype="float32")
     small = ["task.suite.wikitext2.length=32", "task.suite.wikitext2.mc_samples=2"]
     specs = suite("wikitext2", *small)
-    found = evaluate(
-        model.model, model.tokenizer, specs, sampler=model.sampler, limit=2, data_root=str(DATA), progress=False
-    )["wikitext2"]
+    settings = EvaluationSettings(limit=2, data_root=str(DATA), progress=False)
+    found = evaluate(model.model, model.tokenizer, specs, sampler=model.sampler, settings=settings)["wikitext2"]
     assert found.value == pytest.approx(math.log(model.model.arch.vocab_size), rel=0.5)  # an untrained model
     assert found.n_forwards <= 4
     (tmp_path / "a.txt").write_text(" = Robert Boulter = \n\n" * 20)
