@@ -22,13 +22,32 @@ CPU_TOKENS = 768
 GPU_TOKENS = 16384
 
 
-@dataclass(frozen=True)
+#: Token ids in a row, as a list or as a tensor [T] on any device.
+TokenIds = Sequence[int] | Tensor
+
+
+def token_ids(ids: TokenIds) -> Tensor:
+    """Token ids [T] as int64 on the CPU. Raises ValueError for anything but whole numbers in a row."""
+    try:
+        row = torch.as_tensor(ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"token ids are whole numbers in a row; got {type(ids).__name__} ({error})") from error
+    if row.dim() != 1 or (len(row) and (row.is_floating_point() or row.dtype == torch.bool)):
+        raise ValueError(f"token ids are whole numbers in a row; got {row.dtype} of shape {list(row.shape)}")
+    return row.long()
+
+
+@dataclass(frozen=True, init=False)
 class Request:
-    """A target [L] after a prefix [P], and the name of its noise; see `likelihood.log_likelihood`."""
+    """A target [L] after a prefix [P], on the CPU, and the name of its noise; see `likelihood.log_likelihood`."""
 
     prefix: Tensor
     target: Tensor
-    key: tuple[Key, ...] = ()
+    key: tuple[Key, ...]
+
+    def __init__(self, prefix: TokenIds, target: TokenIds, key: tuple[Key, ...] = ()):
+        for name, value in (("prefix", token_ids(prefix)), ("target", token_ids(target)), ("key", key)):
+            object.__setattr__(self, name, value)
 
     @property
     def length(self) -> int:

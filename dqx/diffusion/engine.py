@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dqx.diffusion.batches import free_memory
+from dqx.diffusion.batches import TokenIds, free_memory, token_ids
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import logits_at, most_confident, write
@@ -51,7 +51,7 @@ SHARE = 0.8
 class Prompt:
     """The tokens of a prompt, at least one, and the name of its noise."""
 
-    ids: Sequence[int]
+    ids: TokenIds
     document: Key | tuple[Key, ...]
 
 
@@ -181,8 +181,7 @@ class Engine:
 
     def _begin(self, index: int, prompt: Prompt) -> Row:
         masks = torch.full((self.gen_length,), self.model.arch.mask_token_id)
-        ids = torch.tensor(prompt.ids, dtype=torch.long)
-        return Row(index, prompt.document, ids, masks, look=torch.zeros_like(masks, dtype=torch.bool))
+        return Row(index, prompt.document, token_ids(prompt.ids), masks, look=torch.zeros_like(masks, dtype=torch.bool))
 
     def _advance(self, row: Row) -> bool:
         """On to the row's next step that writes something. False: there is none."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqx.diffusion.batches import TokenIds, token_ids
 from dqx.diffusion.noise import Key, generator
 from dqx.diffusion.samplers import greedy
 from dqx.diffusion.samplers.base import logits_at
@@ -89,8 +90,8 @@ def masked_log_probs(
 
 def log_likelihood(
     model: MaskedDiffusionTransformer,
-    prefix: Tensor,
-    target: Tensor,
+    prefix: TokenIds,
+    target: TokenIds,
     *,
     samples: int,
     seed: int,
@@ -105,7 +106,7 @@ def log_likelihood(
     has likelihood 1.
     """
     raise_if(count_problems(samples=samples))
-    prefix, target = prefix.cpu(), target.cpu()
+    prefix, target = token_ids(prefix), token_ids(target)
     if len(target) == 0:
         return LogLikelihood(0.0, 0)
     if len(target) == 1:
@@ -150,7 +151,7 @@ def log_likelihood_given(
 
 
 def greedy_matches(
-    model: MaskedDiffusionTransformer, prefix: Tensor, target: Tensor, *, cfg_scale: float = 0.0
+    model: MaskedDiffusionTransformer, prefix: TokenIds, target: TokenIds, *, cfg_scale: float = 0.0
 ) -> bool:
     """Whether greedy decoding, one token per step and the most confident first, writes exactly `target` [L].
 
@@ -158,5 +159,5 @@ def greedy_matches(
     """
     if len(target) == 0:
         return True
-    decoded = greedy(cfg_scale).generate(model, prefix[None], gen_length=len(target), steps=len(target))
-    return bool((decoded.ids[0].cpu() == target.cpu()).all())
+    decoded = greedy(cfg_scale).generate(model, token_ids(prefix)[None], gen_length=len(target), steps=len(target))
+    return decoded.ids[0].cpu().equal(token_ids(target))

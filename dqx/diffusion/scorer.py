@@ -91,7 +91,6 @@ class Scorer:
         `work` in portions, that of the known ones first; `finished` of new values in portions, each once.
         Raises FloatingPointError on NaN.
         """
-        requests = [Request(r.prefix.cpu(), r.target.cpu(), r.key) for r in requests]
         run = _Run(self, requests, known or {}, progress, finished)
         compared = [] if self.error_level is None else list(questions)
         undecided = [question for question in compared if not run.known.keys() >= set(question.requests)]

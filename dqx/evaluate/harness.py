@@ -227,7 +227,7 @@ class DiffusionHarness(LM):
         for length in lengths:
             indices = [i for i, request in asked.items() if len(request.target) == length]
             engine = Engine(self.model, greedy(), gen_length=length, steps=length, batch_size=self.task.batch_size)
-            for at, answer in engine.stream([Prompt(asked[i].prefix.tolist(), i) for i in indices]):
+            for at, answer in engine.stream([Prompt(asked[i].prefix, i) for i in indices]):
                 session.spend(n_forwards=answer.n_forwards, n_tokens=answer.n_tokens)
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
             session.note(engine.notes)

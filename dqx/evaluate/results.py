@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
+
+from dqx.evaluate.spec import NLL
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ class TaskResult:
     n_tokens: int = 0  # tokens of those sequences that were computed
     n_saved: int = 0  # sequences that were not needed because an answer's text was settled
     notes: list[str] = field(default_factory=list)  # what a reader of the number should know, in plain words
+
+    @property
+    def shown(self) -> str:
+        """The value with its unit: `97.9 % exact_match`, `1.234 nats per token`."""
+        return f"{self.value:.4g} nats per token" if self.metric == NLL else f"{100 * self.value:.1f} % {self.metric}"
+
+    def __repr__(self) -> str:
+        return f"TaskResult({self.name}: {self.shown}, n={self.n}, {self.seconds:.1f} s)"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("task", "value", "n", "seconds"))
+        row = "".join(f"<td>{escape(str(x))}</td>" for x in (self.name, self.shown, self.n, f"{self.seconds:.1f}"))
+        return f"<table><tr>{head}</tr><tr>{row}</tr></table>"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

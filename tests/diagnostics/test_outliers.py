@@ -9,7 +9,7 @@ import torch
 from tiny import PLAIN, ROLES, SITES, Batch, random_model
 from torch import nn
 
-from dqx.diagnostics.activations import OutlierStats, Thresholds, measure_activations, meter
+from dqx.diagnostics.activations import OutlierStats, Thresholds, measure_activations, measure_block, meter
 
 ARCH = replace(PLAIN, vocab_size=64, hidden_size=32, mlp_size=48, n_blocks=2, n_kv_heads=2, mask_token_id=63)
 
@@ -224,3 +224,22 @@ def test_round_trip_and_no_batches():
     assert OutlierStats.from_dict(stats.to_dict()) == stats
     with pytest.raises(ValueError, match=r"outliers\.samples"):
         measure_activations(model(), [])
+
+
+def test_a_single_block_is_measured_without_its_model():
+    """Its rows are those of the whole model, but for the ids of tokens, which a block does not know."""
+
+    def nameless(row):
+        top, massive = ([replace(t, token_id=0) for t in tokens] for tokens in (row.top_tokens, row.massive_channels))
+        return replace(row, top_tokens=top, massive_channels=massive, massive_token_ids=[], n_massive_token_ids=0)
+
+    net, data, settings = model(), batches(), Thresholds(massive_absolute=2.0, massive_relative=6.0)
+    whole = measure_activations(net, data, settings)
+    inputs = [list(net.residual_states(batch.ids))[1] for batch in data]
+    alone = measure_block(net.blocks[1], inputs, settings, index=1)
+    assert [nameless(row) for row in alone.rows] == [nameless(whole.at(1, site)) for site in SITES]
+    assert (alone.sequences, alone.tokens, alone.parts) == (whole.sequences, whole.tokens, [])
+    largest = max(row.abs_max for row in alone.rows)
+    assert repr(alone).startswith(f"OutlierStats(4 rows over 66 tokens; largest |x| {largest:.3g} at ")
+    with pytest.raises(ValueError, match="nothing to measure outliers on"):
+        measure_block(net.blocks[1], [])

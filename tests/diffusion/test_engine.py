@@ -224,6 +224,19 @@ def test_memory_bounds_the_batch(models) -> None:
     assert engine._room(rows, 15 * one) == 12 < engine._room(rows[:4], 15 * one)
 
 
+def test_prompts_may_be_lists_or_tensors(models) -> None:
+    engine = Engine(models["llada"], LLaDASampler(), **LLADA_SCHEDULE)
+    (of_list,), (of_tensor,) = (engine.generate([Prompt(ids, "a")]) for ids in ([3, 1, 4], torch.tensor([3, 1, 4])))
+    assert of_list == of_tensor
+    for wrong, message in (
+        ("text", "got str"),
+        ([0.5], "got torch.float32"),
+        (torch.ones(1, 2).long(), r"shape \[1, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=f"token ids are whole numbers in a row; .*{message}"):
+            engine.generate([Prompt(wrong, "a")])
+
+
 def test_settings_that_cannot_run(models) -> None:
     model = models["llada"]
     with pytest.raises(

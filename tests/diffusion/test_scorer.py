@@ -63,6 +63,15 @@ def plain(model: MaskedDiffusionTransformer, requests: list[Request], seed: int,
     ]
 
 
+def test_requests_may_be_lists_or_tensors(models) -> None:
+    scorer = Scorer(models["llada"], samples=4, seed=0)
+    of_lists, of_tensors = scorer.score([Request([3, 1], [4, 1]), Request(torch.tensor([3, 1]), torch.tensor([4, 1]))])
+    assert of_lists == of_tensors
+    assert of_lists == pytest.approx(log_likelihood(models["llada"], [3, 1], [4, 1], samples=4, seed=0).value, rel=1e-5)
+    with pytest.raises(ValueError, match="token ids are whole numbers in a row; got str"):
+        Request("text", [1])
+
+
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.8])
 @pytest.mark.parametrize("seed", [0, 5])
 @pytest.mark.parametrize("family", ["llada", "dream"])

@@ -1,6 +1,7 @@
 """Where activation outliers sit: statistics of every linear's input, streamed in one pass, nothing stored.
 
-    measure.py    runs a model over text and over its denoising states, and shows what its linears read to the meters
+    measure.py    runs a model over text and over its denoising states, or a single block over hidden states, and shows
+                  what the linears read to the meters
     meter.py      the running statistics of a site: fixed in size, however many tokens pass
     sketch.py     quantiles from a logarithmic histogram; moments.py: mean and central moments, merged
     surface.py    |x| over tokens and channels of one window, small enough to keep
@@ -40,7 +41,7 @@ from dqx.diagnostics.activations.findings import findings, summary
 from dqx.diagnostics.activations.stats import ChannelRow, OutlierStats, PartStats, SiteStats, Thresholds, TokenRow
 
 if TYPE_CHECKING:
-    from dqx.diagnostics.activations.measure import measure_activations
+    from dqx.diagnostics.activations.measure import measure_activations, measure_block
     from dqx.diagnostics.activations.surface import default_blocks
 
 __all__ = [
@@ -53,10 +54,11 @@ __all__ = [
     "default_blocks",
     "findings",
     "measure_activations",
+    "measure_block",
     "summary",
 ]
 
-_LAZY = {"measure_activations": "measure", "default_blocks": "surface"}
+_LAZY = {"measure_activations": "measure", "measure_block": "measure", "default_blocks": "surface"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Run a model once over text, and over its denoising states, and say what its linears read.
+"""Run a model once over text, and over its denoising states, or a single block, and say what the linears read.
 
 Linears of one site (`q k v`, `o`, `gate up`, `down`) read the same tensor, so what is true of a site is true of its
 roles. It is looked at as the activation quantizer of these linears gets it: behind scalings and rotations, also those
@@ -10,21 +10,25 @@ B rows, T tokens, C channels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqx.diagnostics.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, SiteMeter, Tokens
 from dqx.diagnostics.activations.sketch import relative_error
 from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
 from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
-from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.architecture import Architecture
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, rope_tables
 
 Place = tuple[int, str]  # block and site
+Pass = tuple[Tensor, Callable[[], object]]  # token ids [B, T], and the forward that reads them
 See = Callable[[Place, Tensor], None]
 
 
@@ -49,29 +53,56 @@ def measure_activations(
     Works alike before and after quantization. Of the blocks `surfaces`, the activation surface of the first row of the
     first batch is kept besides. Raises ValueError without batches.
     """
-    settings = thresholds or Thresholds()
-    rows, maps, sequences = _rows(model, batches, settings, surfaces)
-    parts = _parts(model, states, settings, rows)
-    return OutlierStats(
-        thresholds=settings,
-        sequences=sequences,
-        tokens=next(iter(rows.values())).tokens,
-        rows=list(rows.values()),
-        relative_error=relative_error(MANTISSA_BITS),
-        parts=parts,
-        parts_relative_error=relative_error(PART_MANTISSA_BITS),
-        maps=maps,
-    )
+    arch, settings = model.arch, thresholds or Thresholds()
+
+    def passes() -> Iterator[Pass]:
+        for batch in batches:
+            ids = batch.ids.to(model.device)
+            yield ids, partial(_forward, model, ids)
+
+    stats = _read(arch, dict(enumerate(model.blocks)), arch.vocab_size, passes(), settings, surfaces)
+    parts = _parts(model, states, settings, {(row.block, row.site): row for row in stats.rows})
+    return replace(stats, parts=parts, parts_relative_error=relative_error(PART_MANTISSA_BITS))
 
 
-def _rows(
-    model: MaskedDiffusionTransformer, batches: Iterable[HasIds], settings: Thresholds, surfaces: Sequence[int]
-) -> tuple[dict[Place, SiteStats], dict[str, Tensor], int]:
-    """The statistics of every place over `batches`, the tensors that go with them, and the number of sequences."""
+@torch.no_grad()
+def measure_block(
+    block: Block, inputs: Iterable[Tensor], thresholds: Thresholds | None = None, *, index: int = 0
+) -> OutlierStats:
+    """The statistics of what the linears of a single block read, without the rest of a model.
+
+        inputs = [list(model.residual_states(ids))[3] for ids in batches]
+        measure_block(model.blocks[3], inputs, index=3)
+
+    The hidden states `inputs` [B, T, D] enter the block, on its device and in its dtype. Rows call it block `index`.
+    Tokens are named by sequence and position alone: all have the id 0. Raises ValueError without inputs.
+    """
+    arch = block.arch
+
+    def passes() -> Iterator[Pass]:
+        for x in inputs:
+            ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            columns = torch.arange(x.shape[1], device=x.device)[None]
+            yield ids, partial(block, x, rope_tables(columns, arch.head_size, arch.rope_theta, wide))
+
+    return _read(arch, {index: block}, 1, passes(), thresholds or Thresholds())
+
+
+def _read(
+    arch: Architecture,
+    blocks: Mapping[int, nn.Module],
+    vocabulary: int,
+    passes: Iterable[Pass],
+    settings: Thresholds,
+    surfaces: Sequence[int] = (),
+) -> OutlierStats:
+    """The statistics of every place over forwards, without parts."""
+    device = next(next(iter(blocks.values())).parameters()).device
     meters = {
-        (block, site): SiteMeter(model.arch.in_features(roles[0]), model.arch.vocab_size, model.device, settings)
-        for block in range(len(model.blocks))
-        for site, roles in model.arch.sites.items()
+        (block, site): SiteMeter(arch.in_features(roles[0]), vocabulary, device, settings)
+        for block in blocks
+        for site, roles in arch.sites.items()
     }
     maps: dict[str, Tensor] = {}
     shown, sequences = Tokens(torch.empty(0, 3, dtype=torch.long)), 0
@@ -81,24 +112,26 @@ def _rows(
         if not sequences and place[0] in surfaces:
             maps["{}/{}/surface".format(*place)] = surface(x[0])
 
-    with watched(model, see):
-        for batch in batches:
-            ids = batch.ids.to(model.device)
+    with watched(arch, blocks, see):
+        for ids, forward in passes:
             shown = Tokens.of(ids, sequences)
-            _forward(model, ids)
+            forward()
             sequences += len(ids)
     if not sequences:
-        raise ValueError("no batch to measure outliers on; set outliers.samples to 1 or more")
+        raise ValueError(
+            "nothing to measure outliers on; give one batch at least, or set outliers.samples to 1 or more"
+        )
     maps |= {f"{block}/{site}/channel_max": meter.channel_max.cpu() for (block, site), meter in meters.items()}
-    return {place: meter.result(*place) for place, meter in meters.items()}, maps, sequences
+    rows = [meter.result(*place) for place, meter in meters.items()]
+    return OutlierStats(settings, sequences, rows[0].tokens, rows, relative_error(MANTISSA_BITS), maps=maps)
 
 
 @contextmanager
-def watched(model: MaskedDiffusionTransformer, see: See) -> Iterator[None]:
+def watched(arch: Architecture, blocks: Mapping[int, nn.Module], see: See) -> Iterator[None]:
     """While it lasts, `see(place, x)` is called with what the linears of every place are about to read."""
     with ExitStack() as stack:
-        for index, block in enumerate(model.blocks):
-            for site, roles in model.arch.sites.items():
+        for index, block in blocks.items():
+            for site, roles in arch.sites.items():
                 hook = getattr(block, roles[0]).register_forward_pre_hook(_calling(see, (index, site)))
                 stack.callback(hook.remove)
         yield
@@ -143,7 +176,7 @@ def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, P
     for i, name in enumerate(TOKEN_CLASSES):
         classes[state.token_class(name)] = i
     shown = Tokens.of(state.ids[:0], 0)
-    with watched(model, lambda place, x: meters[place].update(x, shown)):
+    with watched(model.arch, dict(enumerate(model.blocks)), lambda place, x: meters[place].update(x, shown)):
         for first in range(0, len(state.ids), TOGETHER):
             ids, group = (t[first : first + TOGETHER].to(model.device) for t in (state.ids, classes))
             shown = Tokens.of(ids, first, group)

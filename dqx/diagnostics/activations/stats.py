@@ -124,9 +124,16 @@ class OutlierStats:
     relative_error: float  # of the percentiles
     parts: list[PartStats] = field(default_factory=list)  # empty without denoising states
     parts_relative_error: float = 0.0  # of their percentiles
-    token_texts: dict[int, str] = field(default_factory=dict)  # how the token ids above read, once `with_token_texts`
+    token_texts: dict[int, str] = field(default_factory=dict)  # how the token ids above read, see `with_token_texts`
     #: Tensors, in a file of their own: BLOCK/SITE/channel_max [C] and, of chosen blocks, BLOCK/SITE/surface [T', C'].
     maps: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __repr__(self) -> str:
+        largest = max(self.rows, key=lambda row: row.abs_max)
+        return (
+            f"OutlierStats({len(self.rows)} rows over {self.tokens} tokens; largest |x| {largest.abs_max:.3g} at "
+            f"{largest.site} of block {largest.block})"
+        )
 
     @property
     def sites(self) -> list[str]:
