@@ -69,35 +69,35 @@ def masking_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[st
     kind = calib.masking
     if kind not in MASKINGS:
         return [f"calib.masking={kind} is unknown; {did_you_mean(kind, tuple(MASKINGS))}"]
-    found = []
+    problems = []
     for setting in dict.fromkeys(name for names in MASKINGS.values() for name in names):
         value = getattr(calib, setting)
         if value not in (None, False) and setting not in MASKINGS[kind]:
             readers = " and ".join(f"calib={other}" for other, read in MASKINGS.items() if setting in read)
-            found.append(f"calib.{setting}={value} does nothing with calib.masking={kind}; it belongs to {readers}")
+            problems.append(f"calib.{setting}={value} does nothing with calib.masking={kind}; it belongs to {readers}")
     if "visible" in MASKINGS[kind] and not (calib.visible is not None and 0 <= calib.visible < 1):
-        found.append(
+        problems.append(
             f"calib.visible={_text(calib.visible)} must be the share of each window that stays visible, at least 0 "
             f"and below 1; calib={kind} sets it"
         )
-    return found + (_schedule_problems(calib, sampler) if kind == "trajectory" else [])
+    return problems + (_schedule_problems(calib, sampler) if kind == "trajectory" else [])
 
 
 def _schedule_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[str]:
     length = calib.gen_length
     if length is None:
         return ["calib.gen_length is not set; calib=trajectory sets it to half of calib.length"]
-    found = []
+    problems = []
     if length >= calib.length:
-        found.append(
+        problems.append(
             f"calib.gen_length={length} leaves no room for a prompt in windows of calib.length={calib.length} tokens; "
             f"choose less than {calib.length}, or longer windows"
         )
     if sampler is not None:
         steps = length if calib.steps is None else calib.steps
         for problem in sampler.problems(length, sampler.block_length(calib.block_length), steps):
-            found.append(f"model.{problem}" if problem.startswith("sampler.") else f"calib.{problem}")
-    return found
+            problems.append(f"model.{problem}" if problem.startswith("sampler.") else f"calib.{problem}")
+    return problems
 
 
 def calibration_states(

@@ -46,20 +46,20 @@ def find_text(
     `config`, `split` and `field` are of a dataset id or file; a registered name has its own. `where` is the section
     of the configuration that names the text.
     """
-    found = TEXTS.get(text)
-    if found is None:
+    source = TEXTS.get(text)
+    if source is None:
         local = Path(text).suffix in LOCAL_SUFFIXES
         path = str(Path(text).expanduser()) if local else text
         documents = local and not text.endswith(".txt")
-        found = TextSource(path, config, split or "train", field, documents=documents)
-    if data_root and Path(found.path).suffix not in LOCAL_SUFFIXES and not Path(found.path).is_dir():
-        found = replace(found, path=str(Path(data_root).expanduser() / found.path))
-    return replace(found, where=where)
+        source = TextSource(path, config, split or "train", field, documents=documents)
+    if data_root and Path(source.path).suffix not in LOCAL_SUFFIXES and not Path(source.path).is_dir():
+        source = replace(source, path=str(Path(data_root).expanduser() / source.path))
+    return replace(source, where=where)
 
 
-def text_problems(text: str, found: TextSource, data_root: str | None = None) -> list[str]:
-    """What config alone can tell is wrong with a text; `found` is what `find_text` made of it."""
-    path, key = Path(found.path), f"{found.where}.text={text}"
+def text_problems(text: str, source: TextSource, data_root: str | None = None) -> list[str]:
+    """What config alone can tell is wrong with a text; `source` is what `find_text` made of it."""
+    path, key = Path(source.path), f"{source.where}.text={text}"
     if path.suffix in LOCAL_SUFFIXES:
         if not path.is_file():
             return [f"{key}: the file does not exist; give an existing {', '.join(LOCAL_SUFFIXES)} file"]

@@ -108,17 +108,17 @@ def measure_fidelity(
 
 def questions(tokens: Tensor, states: Sequence[State], mask_token_id: int, *, seed: int = 0) -> list[Question]:
     """The windows `tokens` [N, T] with random masks at every mask ratio, then the denoising states."""
-    found = []
+    asked = []
     length = tokens.shape[1]
     for ratio in RATIOS:
         count = max(1, round(ratio * length))
         orders = [_order(length, seed, i, f"{ratio:g}") for i in range(len(tokens))]
         masked = torch.stack([order.argsort() < count for order in orders])
-        found.append(Question(tokens.masked_fill(masked, mask_token_id), _some(masked, orders), ratio))
+        asked.append(Question(tokens.masked_fill(masked, mask_token_id), _some(masked, orders), ratio))
     for state in states:  # the same positions in every state, while they are masked
         orders = [_order(state.ids.shape[1], seed, i, "states") for i in range(len(state.ids))]
-        found.append(Question(state.ids, _some(state.token_class("masked"), orders), state.mask_ratio, state))
-    return found
+        asked.append(Question(state.ids, _some(state.token_class("masked"), orders), state.mask_ratio, state))
+    return asked
 
 
 def _order(length: int, seed: int, window: int, kind: str) -> Tensor:
@@ -211,13 +211,13 @@ def _forward(
 
 def to_tensors(predictions: Iterable[Prediction]) -> dict[str, Tensor]:
     """Predictions as named tensors, for a file."""
-    return {f"{i}.{f.name}": getattr(found, f.name) for i, found in enumerate(predictions) for f in fields(Prediction)}
+    return {f"{i}.{f.name}": getattr(said, f.name) for i, said in enumerate(predictions) for f in fields(Prediction)}
 
 
-def from_tensors(found: Mapping[str, Tensor]) -> list[Prediction]:
+def from_tensors(tensors: Mapping[str, Tensor]) -> list[Prediction]:
     """What `to_tensors` gave."""
     names = [f.name for f in fields(Prediction)]
-    return [Prediction(*(found[f"{i}.{name}"] for name in names)) for i in range(len(found) // len(names))]
+    return [Prediction(*(tensors[f"{i}.{name}"] for name in names)) for i in range(len(tensors) // len(names))]
 
 
 def compare(
@@ -277,8 +277,8 @@ def sqnr(x: Tensor, y: Tensor) -> list[float | None]:
     """10 log10(|x|^2 / |x - y|^2) dB of each block's hidden states [L, n, D]; None where the two are equal."""
     signal = x.double().square().sum((1, 2))
     error = (x.double() - y.double()).square().sum((1, 2))
-    found = 10 * (signal / error).log10()
-    return [None if exact else value for exact, value in zip((error == 0).tolist(), found.tolist(), strict=True)]
+    ratios = 10 * (signal / error).log10()
+    return [None if exact else value for exact, value in zip((error == 0).tolist(), ratios.tolist(), strict=True)]
 
 
 def compare_answers(full_precision: Rollout, quantized: Rollout) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Engine:
     """Writes the answers to many prompts with one sampler and one schedule.
 
     `settled` gets the tokens before an answer's first mask whenever there are more of them, and says whether what
-    follows cannot matter; null writes every answer to its end. `batch_size` rows go through the model at a time; null
+    follows cannot matter; None writes every answer to its end. `batch_size` rows go through the model at a time; None
     chooses from free memory. After running out of memory it is halved, which `notes` says.
 
     Raises ValueError with the `problems` of the settings.
@@ -149,12 +149,12 @@ class Engine:
             if not len(prompt.ids):
                 raise ValueError(f"prompt {i} has no token; give at least one")
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-        waiting = deque(self._begin(i, prompts[i]) for i in order)
+        waiting = deque(self.begin(i, prompts[i]) for i in order)
         largest = len(prompts)
         free = free_memory(self.model.device)
         batch: list[Row] = []
         while waiting or batch:
-            while waiting and len(batch) < min(largest, self._room([*batch, waiting[0]], free)):
+            while waiting and len(batch) < min(largest, self.room([*batch, waiting[0]], free)):
                 row = waiting.popleft()
                 if row.count or self._advance(row):
                     batch.append(row)
@@ -179,7 +179,8 @@ class Engine:
                     going.append(row)
             batch = going
 
-    def _begin(self, index: int, prompt: Prompt) -> Row:
+    def begin(self, index: int, prompt: Prompt) -> Row:
+        """The row of a prompt before its first step. Raises ValueError for what is no row of token ids."""
         masks = torch.full((self.gen_length,), self.model.arch.mask_token_id)
         return Row(index, prompt.document, token_ids(prompt.ids), masks, look=torch.zeros_like(masks, dtype=torch.bool))
 
@@ -303,7 +304,7 @@ class Engine:
             n_saved=saved,
         )
 
-    def _room(self, rows: Sequence[Row], free: float) -> int:
+    def room(self, rows: Sequence[Row], free: float) -> int:
         """`batch_size`, or how many rows of the greatest length keep the device busy and fit into `free` bytes."""
         if self.batch_size:
             return self.batch_size

@@ -42,8 +42,8 @@ class Scorer:
     """Scores requests with one model and one set of settings.
 
     `samples` draws per target; `exact` takes the enumerated expectation where a target has no more states than that.
-    `error_level` (null: always all draws) is the probability of deciding a question early for a choice that is not
-    the best. `batch_tokens` (null: by device and free memory) changes nothing but speed and rounding.
+    `error_level` (None: always all draws) is the probability of deciding a question early for a choice that is not
+    the best. `batch_tokens` (None: by device and free memory) changes nothing but speed and rounding.
 
     Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of
     questions by the draws that their choices took, and `notes` says what a reader of the results should know.

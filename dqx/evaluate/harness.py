@@ -246,7 +246,7 @@ class DiffusionHarness(LM):
 
     def _likelihood_requests(self, requests: Sequence[Instance]) -> list[Request]:
         """Prefix, target and noise of each request. A context that successive requests share is encoded once."""
-        found: list[Request] = []
+        asked: list[Request] = []
         encoded: tuple[str, list[int]] = ("", [])
         last: tuple[list[int], Tensor] = ([], torch.tensor([], dtype=torch.long))
         for request in requests:
@@ -262,8 +262,8 @@ class DiffusionHarness(LM):
             prefix = self._fit(request, prefix, len(target))
             if prefix != last[0]:
                 last = (prefix, torch.tensor(prefix))
-            found.append(Request(last[1], torch.tensor(target), (*document_key(request), request.idx)))
-        return found
+            asked.append(Request(last[1], torch.tensor(target), (*document_key(request), request.idx)))
+        return asked
 
     def _questions(self, requests: Sequence[Instance]) -> list[Question]:
         if not self.settings.likelihood.adaptive:
@@ -301,12 +301,12 @@ class DiffusionHarness(LM):
 
 def documents(requests: Sequence[Instance]) -> list[Document]:
     """The documents that requests are of, in order of appearance."""
-    found: dict[tuple[str, int], list[int]] = {}
+    by_document: dict[tuple[str, int], list[int]] = {}
     for i, request in enumerate(requests):
-        found.setdefault(document_key(request), []).append(i)
+        by_document.setdefault(document_key(request), []).append(i)
     return [
         Document(f"{task}/{doc}", own, digest([jsonable(requests[i].args) for i in own]))
-        for (task, doc), own in found.items()
+        for (task, doc), own in by_document.items()
     ]
 
 

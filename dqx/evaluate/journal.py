@@ -120,8 +120,8 @@ class Journal:
     def _lines(self, path: Path) -> list[Line] | None:
         """The undamaged lines of a file; None where its header has other facts."""
         header, *rest = path.read_bytes().split(b"\n")
-        found = _decoded(header)
-        if found is not None and found.get("of") != self.facts:
+        about = _decoded(header)
+        if about is not None and about.get("of") != self.facts:
             return None
         written = [line for line in rest if line]
         lines = list(self._documents(written))
@@ -131,9 +131,9 @@ class Journal:
 
     def _documents(self, written: Sequence[bytes]) -> Iterator[Line]:
         for line in written:
-            found = _decoded(line, self.seed)
-            if found is not None:
-                yield Line(**found)
+            fields = _decoded(line, self.seed)
+            if fields is not None:
+                yield Line(**fields)
 
 
 def _encoded(value: Any, seed: int = 0) -> bytes:

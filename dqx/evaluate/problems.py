@@ -33,37 +33,37 @@ def task_problems(
 ) -> list[str]:
     """All problems of the suite's settings and of the local data it needs; empty when it can run.
 
-    With `data_root` null the data come from the hub; whether they can be had from there is `hub_problems`' matter.
+    With `data_root` None the data come from the hub; whether they can be had from there is `hub_problems`' matter.
     """
-    found = []
+    problems = []
     if not suite:
-        found.append("task.suite is empty; choose tasks, for example task=nano")
+        problems.append("task.suite is empty; choose tasks, for example task=nano")
     if limit is not None and limit < 1:
-        found.append(f"task.limit={limit} leaves no documents; give 1 or more, or null for all")
+        problems.append(f"task.limit={limit} leaves no documents; give 1 or more, or null for all")
     if data_root is not None and not Path(data_root).expanduser().is_dir():
-        found.append(
+        problems.append(
             f"data_root={data_root} is no folder; give the folder that holds the dataset copies, or null for the hub"
         )
         data_root = None
-    found += [] if likelihood is None else list(likelihood.problems())
+    problems += [] if likelihood is None else list(likelihood.problems())
     for name, spec in suite.items():
-        found += _setting_problems(name, spec)
+        problems += _setting_problems(name, spec)
         if spec.kind == "generation" and sampler is not None:
-            found += _schedule_problems(name, spec, steps, sampler)
+            problems += _schedule_problems(name, spec, steps, sampler)
         if spec.kind == "text":
-            found += _text_problems(name, spec, data_root)
+            problems += _text_problems(name, spec, data_root)
             continue
         try:
             members = leaves(spec.harness, chat=chat)
         except UnknownTaskError as error:
-            found.append(f"task.suite.{name}.harness: {error}")
+            problems.append(f"task.suite.{name}.harness: {error}")
             continue
-        found += _harness_problems(name, spec, members[0])
+        problems += _harness_problems(name, spec, members[0])
         if likelihood is not None and likelihood.adaptive:
-            found += _adaptive_problems(name, spec, members[0])
+            problems += _adaptive_problems(name, spec, members[0])
         if data_root is not None:
-            found += _data_problems(name, members[:limit], Path(data_root).expanduser())
-    return list(dict.fromkeys(found))
+            problems += _data_problems(name, members[:limit], Path(data_root).expanduser())
+    return list(dict.fromkeys(problems))
 
 
 def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, chat: bool = False) -> list[str]:
@@ -73,25 +73,25 @@ def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, cha
     """
     from dqx.evaluate.local_task import build  # with lm-eval and datasets, two seconds
 
-    found: dict[str, str] = {}  # by dataset
+    missing: dict[str, str] = {}  # by dataset
     for name, spec in suite.items():
         if spec.kind == "text":  # `text_windows` fetches it
             continue
         for leaf in leaves(spec.harness, chat=chat)[:limit]:
-            if leaf.dataset is None or leaf.dataset in found:
+            if leaf.dataset is None or leaf.dataset in missing:
                 continue
             try:
                 build(leaf, spec, data_root=None, steps=None)
             except Exception as error:  # many kinds; the text is what helps
                 reason = (str(error).strip() or "no message").splitlines()[0]
-                found[leaf.dataset] = (
+                missing[leaf.dataset] = (
                     f"task {name}: {leaf.dataset} cannot be had from the hub ({type(error).__name__}: {reason}); "
                     f"without a network, give data_root=FOLDER with a copy in FOLDER/{leaf.dataset} "
                     f"(made elsewhere: hf download {leaf.dataset} --repo-type dataset --local-dir ...)"
                 )
                 if isinstance(error, ConnectionError):
-                    return list(found.values())
-    return list(found.values())
+                    return list(missing.values())
+    return list(missing.values())
 
 
 def _setting_problems(name: str, spec: TaskSpec) -> Iterator[str]:

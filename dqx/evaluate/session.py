@@ -123,9 +123,9 @@ def score(
         session.note(scorer.notes)
 
     def finished(values: dict[int, float]) -> None:
-        found = answers({session.mine[at]: nats for at, nats in values.items()})
+        entered = answers({session.mine[at]: nats for at, nats in values.items()})
         count()
-        session.enter(found)
+        session.enter(entered)
 
     scorer.score(
         [requests[i] for i in session.mine],

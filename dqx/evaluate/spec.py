@@ -17,7 +17,7 @@ NLL = "nll"  # the metric that is better when lower: nats per token of a text
 class TaskSpec:
     """One task with its settings. Steps, lengths and draws are what the study used unless a config says otherwise."""
 
-    harness: str  # lm-eval task or group, or one of dqx/evaluate/tasks; `text` for a text
+    harness: str  # lm-eval task or group, or one of dqx/evaluate/lm_eval_tasks; `text` for a text
     category: str  # general, math, code or text
     kind: str  # likelihood (multiple choice), generation, or text (nats per token)
     metric: str  # lm-eval's name of the metric that is reported; nll for a text
@@ -32,8 +32,8 @@ class TaskSpec:
     split: str | None = None
     field: str = "text"
     length: int | None = None  # text: tokens per window
-    windows: int | None = None  # text: at most so many windows, from its start; null: all
-    batch_size: int | None = None  # generation: answers written at a time; null: as many as fit. Changes speed only
+    windows: int | None = None  # text: at most so many windows, from its start; None: all
+    batch_size: int | None = None  # generation: answers written at a time; None: as many as fit. Changes speed only
 
 
 def steps_of(spec: TaskSpec, steps: int | None) -> int | None:

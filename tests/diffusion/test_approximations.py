@@ -258,10 +258,10 @@ def test_a_model_that_predicts_masks() -> None:
 def test_memory_of_the_cache_bounds_the_batch(models) -> None:
     model = models["llada"]
     engine = Engine(model, LLaDASampler(cache="dual"), **SCHEDULE)
-    rows = [engine._begin(i, prompt) for i, prompt in enumerate(prompts())]
+    rows = [engine.begin(i, prompt) for i, prompt in enumerate(prompts())]
     one = row_bytes(model.arch, 26, 4) + cache_bytes(model.arch, 26, 8)
     assert model.empty_cache(1, 26).store.nbytes * 2 == cache_bytes(model.arch, 26, 8)
-    assert [engine._room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 4]
+    assert [engine.room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 4]
 
 
 # ---- with quantization ---------------------------------------------------------------------------------------

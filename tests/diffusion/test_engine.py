@@ -218,10 +218,10 @@ def test_a_model_that_predicts_masks(family: str) -> None:
 def test_memory_bounds_the_batch(models) -> None:
     model = models["dream"]
     engine = Engine(model, DreamSampler(), **DREAM_SCHEDULE)
-    rows = [engine._begin(i, prompt) for i, prompt in enumerate(prompts())]
+    rows = [engine.begin(i, prompt) for i, prompt in enumerate(prompts())]
     one = row_bytes(model.arch, 14 + 8, 8)
-    assert [engine._room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 22]
-    assert engine._room(rows, 15 * one) == 12 < engine._room(rows[:4], 15 * one)
+    assert [engine.room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 22]
+    assert engine.room(rows, 15 * one) == 12 < engine.room(rows[:4], 15 * one)
 
 
 def test_prompts_may_be_lists_or_tensors(models) -> None:

@@ -76,11 +76,11 @@ class ChannelGroup:
     largest: float
 
 
-def _by_layers(found: Iterable[tuple[tuple[str, int], SiteStats, float]]) -> list[ChannelGroup]:
+def _by_layers(outstanding: Iterable[tuple[tuple[str, int], SiteStats, float]]) -> list[ChannelGroup]:
     """Groups from single finds: what has to be alike besides the layers, with the channel; the layer; the value."""
     layers: dict[tuple[str, int], list[SiteStats]] = {}
     largest: dict[tuple[str, int], float] = {}
-    for key, row, value in found:
+    for key, row, value in outstanding:
         layers.setdefault(key, []).append(row)
         largest[key] = max(value, largest.get(key, 0.0))
     groups: dict[Hashable, ChannelGroup] = {}

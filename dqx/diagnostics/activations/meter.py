@@ -111,11 +111,11 @@ class SiteMeter:
 
     def _peaks(self, chunk: Chunk) -> None:
         """Channels that are larger here than ever before."""
-        found = (chunk.size.amax(0) > self.channel_max).nonzero()[:, 0]
-        if len(found):
-            row = chunk.size[:, found].argmax(0)
-            self.channel_peak[found] = chunk.x[row, found]
-            self.channel_place[found] = chunk.tokens.places[row]
+        larger = (chunk.size.amax(0) > self.channel_max).nonzero()[:, 0]
+        if len(larger):
+            row = chunk.size[:, larger].argmax(0)
+            self.channel_peak[larger] = chunk.x[row, larger]
+            self.channel_place[larger] = chunk.tokens.places[row]
 
     def result(self, block: int, site: str) -> SiteStats:
         settings, values = self.settings, self.values
@@ -217,14 +217,14 @@ class PartMeter:
 
     def total(self) -> PartMeter:
         """All groups as one."""
-        found = PartMeter(self.channel_hits.shape[1], 1, self.counts.device, self.settings, self.row)
-        found.moments = self.moments.total()
-        found.values.counts += self.values.counts.sum(0)
-        found.counts += self.counts.sum(0)
-        found.abs_max = self.abs_max.amax(0, keepdim=True)
-        found.channel_hits += self.channel_hits.sum(0)
-        found.top = self.top.total()
-        return found
+        whole = PartMeter(self.channel_hits.shape[1], 1, self.counts.device, self.settings, self.row)
+        whole.moments = self.moments.total()
+        whole.values.counts += self.values.counts.sum(0)
+        whole.counts += self.counts.sum(0)
+        whole.abs_max = self.abs_max.amax(0, keepdim=True)
+        whole.channel_hits += self.channel_hits.sum(0)
+        whole.top = self.top.total()
+        return whole
 
     def result(
         self, token_class: str, group: int = 0, step: int | None = None, mask_ratio: float | None = None
@@ -280,13 +280,13 @@ class Top:
 
     def total(self) -> Top:
         """All groups as one."""
-        found = Top(self.size.shape[1], 1, self.size.device)
-        found._keep(self.size.view(1, -1), self.values.view(1, -1), self.places.view(1, -1, 4))
-        return found
+        whole = Top(self.size.shape[1], 1, self.size.device)
+        whole._keep(self.size.view(1, -1), self.values.view(1, -1), self.places.view(1, -1, 4))
+        return whole
 
     def rows(self, group: int = 0) -> list[TokenRow]:
-        found = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)
-        return [_token(place, value) for size, place, value in found if size >= 0]
+        listed = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)
+        return [_token(place, value) for size, place, value in listed if size >= 0]
 
     def _keep(self, size: Tensor, values: Tensor, places: Tensor) -> None:
         count, size = self.size.shape[1], torch.cat((self.size, size), dim=1)
@@ -311,6 +311,6 @@ def _median(size: Tensor) -> Tensor:
 
 def _largest(sizes: Tensor, threshold: float) -> list[int]:
     """Indices of the entries that reach a threshold, the largest first."""
-    found: list[int] = (sizes >= threshold).nonzero()[:, 0].tolist()
+    reaching: list[int] = (sizes >= threshold).nonzero()[:, 0].tolist()
     at = sizes.tolist()
-    return sorted(found, key=lambda i: -at[i])
+    return sorted(reaching, key=lambda i: -at[i])

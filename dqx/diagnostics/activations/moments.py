@@ -37,9 +37,9 @@ class Moments:
 
     def total(self) -> Moments:
         """All groups as one."""
-        found = Moments(1, self.sums.device)
-        found.sums = united(self.sums[:, None])
-        return found
+        whole = Moments(1, self.sums.device)
+        whole.sums = united(self.sums[:, None])
+        return whole
 
     def of(self, group: int = 0) -> tuple[float, float, float | None]:
         """Mean, standard deviation and kurtosis of a group: NaN without values, kurtosis None without spread."""

@@ -161,9 +161,9 @@ class OutlierStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors."""
-        found = asdict(replace(self, maps={}))
-        del found["maps"]
-        return found
+        data = asdict(replace(self, maps={}))
+        del data["maps"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], maps: dict[str, Tensor] | None = None) -> OutlierStats:
@@ -192,5 +192,5 @@ def _row(kind: type, row: dict[str, Any]) -> Any:
         key: float(value) if value == "NaN" else value for key, value in row.items() if key in known
     }
     for name in _NESTED.keys() & values.keys():
-        values[name] = [_NESTED[name](**found) for found in values[name]]
+        values[name] = [_NESTED[name](**inner) for inner in values[name]]
     return kind(**values)

@@ -52,7 +52,7 @@ def run_program(
 ) -> ProgramResult:
     """Run Python `source` with at most `timeout` seconds of CPU time and `memory` bytes of address space.
 
-    The clock on the wall ends it after `wall` seconds (null: five times `timeout` plus 5), which is generous so that a
+    The clock on the wall ends it after `wall` seconds (None: five times `timeout` plus 5), which is generous so that a
     busy machine changes no score. Raises RuntimeError when the child process cannot be set up.
     """
     token = secrets.token_hex(16)
