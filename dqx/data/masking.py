@@ -41,6 +41,7 @@ from dqx.data.calibration import CalibBatch
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers import Call, Sampler
+from dqx.diffusion.settings import raise_if
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: The kinds, and the settings of `calib` that each one reads.
@@ -113,9 +114,7 @@ def calibration_states(
 
     Raises ValueError with the `masking_problems`. The model runs for rollouts only.
     """
-    problems = masking_problems(calib, sampler)
-    if problems:
-        raise ValueError("; ".join(problems))
+    raise_if(masking_problems(calib, sampler))
     mask_id = model.arch.mask_token_id
     if calib.rollout:
         ids = rollouts(model, sampler, windows, calib, seed=seed, progress=progress)

@@ -11,22 +11,19 @@ tokens and keeps what follows them).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dqx.common.digest import digest
 from dqx.common.files import jsonable
-from dqx.common.processes import processes
 from dqx.diffusion.batches import Request
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.samplers import Sampler, greedy
@@ -34,7 +31,7 @@ from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.ending import Ending
 from dqx.evaluate.journal import Journal
-from dqx.evaluate.session import Document, EvaluationSession, score
+from dqx.evaluate.session import Document, EvaluationSession, progress_bar, score
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -158,7 +155,8 @@ class DiffusionHarness(LM):
             flags = self.greedy_flags({i: asked[i] for i in values}, session) if self.task.greedy else {}
             return {i: (nats, flags.get(i, False)) for i, nats in values.items()}
 
-        with self._progress_bar(sum(scorer.work(asked[i]) for i in session.mine), unit="tokens") as bar:
+        work = sum(scorer.work(asked[i]) for i in session.mine)
+        with progress_bar(work, self.task.label, "tokens", shown=self.settings.progress) as bar:
             score(
                 scorer,
                 asked,
@@ -178,7 +176,7 @@ class DiffusionHarness(LM):
         prompts = [self._prompt(request) for request in requests]
         work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
         session = EvaluationSession(documents(requests), work, self.journal)
-        with self._progress_bar(len(session.todo)) as bar:
+        with progress_bar(len(session.todo), self.task.label, "requests", shown=self.settings.progress) as bar:
             for indices in alike(requests, session.todo):
                 settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
@@ -232,17 +230,6 @@ class DiffusionHarness(LM):
                 flags[indices[at]] = answer.ids == asked[indices[at]].target.tolist()
             session.note(engine.notes)
         return flags
-
-    def _progress_bar(self, total: int, unit: str = "requests") -> tqdm[NoReturn]:
-        seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
-        return tqdm(
-            total=total,
-            desc=self.task.label or None,
-            disable=not (self.settings.progress and processes().main),
-            unit=f" {unit}",
-            unit_scale=unit == "tokens",
-            mininterval=seconds,
-        )
 
     def _likelihood_requests(self, requests: Sequence[Instance]) -> list[Request]:
         """Prefix, target and noise of each request. A context that successive requests share is encoded once."""

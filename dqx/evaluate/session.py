@@ -7,11 +7,14 @@ continued run has the batches of an undisturbed one.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from dqx.common.processes import processes, shares
 from dqx.diffusion.batches import Request
@@ -135,3 +138,15 @@ def score(
         finished=finished,
     )
     count()
+
+
+def progress_bar(total: int, label: str, unit: str, *, shown: bool) -> tqdm[NoReturn]:
+    """The bar of a session, drawn by the main process alone. A log file keeps every update, so there they are few."""
+    return tqdm(
+        total=total,
+        desc=label or None,
+        disable=not (shown and processes().main),
+        unit=f" {unit}",
+        unit_scale=unit == "tokens",
+        mininterval=1.0 if sys.stderr.isatty() else 60.0,
+    )

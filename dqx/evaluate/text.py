@@ -10,7 +10,6 @@ models. The exponential of a difference is the ratio of two perplexities.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dqx.common.digest import digest
 from dqx.data.texts import TextSource, find_text, token_stream
@@ -26,7 +24,7 @@ from dqx.diffusion.batches import Request
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.evaluate.session import Document, EvaluationSession, score
+from dqx.evaluate.session import Document, EvaluationSession, progress_bar, score
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import NLL, TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -82,14 +80,8 @@ def evaluate_text(
     scorer = Scorer(model, samples=spec.mc_samples, seed=settings.seed, batch_tokens=batch_tokens)
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
     session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)
-    with tqdm(
-        total=sum(scorer.work(requests[i]) for i in session.mine),
-        desc=name,
-        disable=not (settings.progress and session.processes.main),
-        unit=" tokens",
-        unit_scale=True,
-        mininterval=1.0 if sys.stderr.isatty() else 60.0,  # a log file keeps every update
-    ) as bar:
+    work = sum(scorer.work(requests[i]) for i in session.mine)
+    with progress_bar(work, name, "tokens", shown=settings.progress) as bar:
         score(scorer, requests, session, progress=bar.update)
     values = [float(nats) for nats in session.gather()]
     rows = [

@@ -65,7 +65,7 @@ def parts(tiny_checkpoint: TinyCheckpoint) -> dict[str, Any]:
     }
 
 
-def evaluate(*, model: Any, tokenizer: Any, suite: Any, sampler: Any, **settings: Any) -> dict[str, TaskResult]:
+def evaluate(model: Any, tokenizer: Any, suite: Any, *, sampler: Any, **settings: Any) -> dict[str, TaskResult]:
     return suites.evaluate(model, tokenizer, suite, sampler=sampler, settings=EvaluationSettings(**settings))
 
 
