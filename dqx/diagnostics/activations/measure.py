@@ -25,7 +25,8 @@ from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, Site
 from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
 from dqx.models.architecture import Architecture
-from dqx.models.transformer import Block, MaskedDiffusionTransformer, rope_tables
+from dqx.models.transformer import Block, MaskedDiffusionTransformer
+from dqx.quant.protocols import block_rope
 
 Place = tuple[int, str]  # block and site
 Pass = tuple[Tensor, Callable[[], object]]  # token ids [B, T], and the forward that reads them
@@ -82,9 +83,7 @@ def measure_block(
     def passes() -> Iterator[Pass]:
         for x in inputs:
             ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            columns = torch.arange(x.shape[1], device=x.device)[None]
-            yield ids, partial(block, x, rope_tables(columns, arch.head_size, arch.rope_theta, wide))
+            yield ids, partial(block, x, block_rope(arch, x))
 
     return _read(arch, {index: block}, 1, passes(), thresholds or Thresholds())
 
