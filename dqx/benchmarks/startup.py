@@ -21,23 +21,24 @@ from dqx.common.files import PACKAGE
 
 CHECKOUT = PACKAGE.parent
 LAUNCH, DQX = "launch.py", ("-m", "dqx")
-#: What is typed -> Python's arguments. A refusal ends with exit code 2, everything else with 0.
+REFUSED = 2  # the exit code of a command line that cannot work
+#: What is typed -> Python's arguments.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "python -c 'import torch'": ("-c", "import torch"),
     "launch.py --help": (LAUNCH, "--help"),
     "launch.py --cfg job": (LAUNCH, "--cfg", "job"),
-    "launch.py with a mistake": (LAUNCH, "bits.weight.group_size=100"),
-    "launch.py with a name that does not exist": (LAUNCH, "method=gptqq"),
+    "launch.py with a mistake in a setting": (LAUNCH, "bits.weight.group_size=100"),
+    "launch.py with a mistake in a name": (LAUNCH, "method=gptqq"),
     "dqx --help": (*DQX, "--help"),
     "dqx report --help": (*DQX, "report", "--help"),
     "dqx cache": (*DQX, "cache"),
 }
 
 
-def seconds(checkout: Path, arguments: tuple[str, ...], folder: Path) -> float:
+def seconds(checkout: Path, arguments: tuple[str, ...], folder: Path, *, code: int = 0) -> float:
     """CPU seconds of `python ARGUMENTS` with the sources of a checkout, started in `folder`.
 
-    Raises RuntimeError with the command's last words where it fails; a refusal (exit code 2) is an answer.
+    Raises RuntimeError with the command's last words where it ends with another exit code than `code`.
     """
     first = [str(checkout / LAUNCH)] if arguments[0] == LAUNCH else [arguments[0]]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(checkout)}
@@ -46,7 +47,7 @@ def seconds(checkout: Path, arguments: tuple[str, ...], folder: Path) -> float:
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=told, stderr=told)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode not in (0, 2):
+        if child.returncode != code:
             told.seek(0)
             raise RuntimeError(f"python {' '.join(arguments)} failed in {checkout}: {told.read()[-2000:]}")
     return usage.ru_utime + usage.ru_stime
@@ -55,7 +56,7 @@ def seconds(checkout: Path, arguments: tuple[str, ...], folder: Path) -> float:
 def cached(checkout: Path, folder: Path, runs: int = 4) -> dict[str, float]:
     """CPU seconds of runs of which everything is in the cache, and of a report of them; figures are not drawn twice."""
     quick = (LAUNCH, "experiment=quick", "cache_dir=cache")
-    sweep = (*quick, "-m", "seed=" + ",".join(map(str, range(runs))), "hydra.sweep.dir=swept")
+    sweep = (LAUNCH, "-m", *quick[1:], "seed=" + ",".join(map(str, range(runs))), "hydra.sweep.dir=swept")
     for command in (quick, sweep):  # fill the cache
         seconds(checkout, command, folder)
     once = seconds(checkout, quick, folder)
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(args.repeat):
                 for name, checkout in checkouts.items():
                     with TemporaryDirectory() as folder:
-                        measured[name].append(seconds(checkout, arguments, Path(folder)))
+                        code = REFUSED if "mistake" in command else 0
+                        measured[name].append(seconds(checkout, arguments, Path(folder), code=code))
             figures[command] = {name: median(values) for name, values in measured.items()}
         for name, checkout in checkouts.items() if args.cached else ():
             line(f"cached runs, {name}")
