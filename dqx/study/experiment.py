@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Experiment(Design):
             reason = "to download nothing for a run that cannot start"
             _refuse([*wrong, f"(model.path={model.path} was not looked at, {reason})"])
         try:
-            checkpoint = _inspected(model.path, model.revision)
+            checkpoint = inspect(model.path, model.revision)
         except CheckpointError as error:
             raise ConfigProblems([*wrong, str(error)]) from error
         wrong += checks.checkpoint_problems(config, checkpoint)
@@ -115,18 +115,6 @@ def _parts(config: Config, *, here: bool = True) -> tuple[Any, Any, list[str]]:
     wrong += [problem for told in unfit.values() for problem in told]
     wrong += checks.data_problems(config, method, sampler)
     return method, sampler, wrong
-
-
-def _inspected(path: str, revision: str | None) -> Checkpoint:
-    """The checkpoint, which the runs of one process inspect once for as long as none of its files changes."""
-    folder = locate(path, revision)
-    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-    return _inspect(str(folder), tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
-
-
-@lru_cache(maxsize=4)
-def _inspect(folder: str, files: tuple[tuple[str, int, int], ...]) -> Checkpoint:
-    return inspect(folder)
 
 
 def _refuse(wrong: Iterable[str]) -> None:

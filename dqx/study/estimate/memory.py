@@ -78,8 +78,9 @@ def memory_pools(design: Design) -> list[Pool]:
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
     working = block + _working_bytes(design)
     evaluating, in_memory = needs.weights + needs.evaluating, needs.weights + needs.quantizing
-    told = "LOCAL_WORLD_SIZE" in os.environ  # a worker is told its own share
-    count = 1 if told else process_count(config.dispatch, config.model.device)
+    count = (
+        1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)
+    )  # a worker is told its own share
     limit = _limit(settings.ram_gb, machine_bytes() // count)
     if device.type != "cuda":
         from_disk = max(sum(outer) + max(outer), working) if needs.quantizing else 0
