@@ -71,8 +71,6 @@ def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, cha
 
     Without a network the first dataset that is not in the cache ends the search: each would cost half a minute.
     """
-    from dqx.evaluate.local_task import build  # with lm-eval and datasets, two seconds
-
     missing: dict[str, str] = {}  # by dataset
     for name, spec in suite.items():
         if spec.kind == "text":  # `text_windows` fetches it
@@ -80,6 +78,8 @@ def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, cha
         for leaf in leaves(spec.harness, chat=chat)[:limit]:
             if leaf.dataset is None or leaf.dataset in missing:
                 continue
+            from dqx.evaluate.local_task import build  # with lm-eval and datasets, two seconds: not for bundled tasks
+
             try:
                 build(leaf, spec, data_root=None, steps=None)
             except Exception as error:  # many kinds; the text is what helps

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval import evaluator
-from lm_eval.api.instance import Instance
 from transformers import PreTrainedTokenizerBase
 
 from dqx.common.processes import processes
@@ -19,7 +17,6 @@ from dqx.diffusion.settings import raise_if
 from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.harness import Answered, DiffusionHarness, HarnessTask
 from dqx.evaluate.journal import Journal
-from dqx.evaluate.local_task import LocalTask, build, quiet
 from dqx.evaluate.problems import task_problems
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.scorers.sandbox import isolation
@@ -27,6 +24,11 @@ from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.text import evaluate_text
 from dqx.models.transformer import MaskedDiffusionTransformer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from dqx.evaluate.local_task import LocalTask
 
 __all__ = ["evaluate", "task_problems"]
 
@@ -116,6 +118,8 @@ def _scored(
 
 def _documents(spec: TaskSpec, settings: EvaluationSettings) -> dict[LocalTask, int]:
     """The lm-eval tasks of an entry, each with the number of its first documents to run."""
+    from dqx.evaluate.local_task import build  # with lm-eval
+
     members = leaves(spec.harness, chat=settings.chat)
     # with fewer documents than members, the last members are never reached and need not be loaded
     tasks = [
@@ -152,6 +156,10 @@ def in_turn(sizes: Sequence[int], limit: int) -> list[int]:
 
 def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int]) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's per-document records by task."""
+    from lm_eval import evaluator  # with datasets and pandas, a second: not where all results are known
+
+    from dqx.evaluate.local_task import quiet
+
     with quiet():
         results = evaluator.evaluate(
             lm=harness,
