@@ -17,8 +17,6 @@ PLACES = (
     *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
     *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes"),
 )
-
-
 ABSENT = "not set"
 
 
@@ -71,24 +69,18 @@ def compare(before: Record, after: Record) -> dict[str, list[deltas.Delta]]:
 def costs(before: Mapping[str, TaskResult], after: Mapping[str, TaskResult]) -> Iterator[str]:
     """What the tasks took: `nano_sums: sequences 384 -> 101, tokens computed 17k -> 5k, seconds 2.1 -> 0.9`."""
     for name in (name for name in before if name in after):
-        pairs = {
-            what: (getattr(before[name], field), getattr(after[name], field))
+        counts = [
+            f"{what} {_ratio(getattr(before[name], field), getattr(after[name], field))}"
             for what, field in (("sequences", "n_forwards"), ("tokens computed", "n_tokens"))
-        }
-        counts = [f"{what} {_ratio(*pair)}" for what, pair in pairs.items()]
+        ]
         yield f"{name}: {', '.join(counts)}, {before[name].seconds:.3g} s -> {after[name].seconds:.3g} s"
 
 
 def flips(before: TaskResult, after: TaskResult) -> list[Flip]:
     """The documents whose score changed: lost and gained ones in turn, each in the order of the documents."""
-    other = {row.doc_id: row for row in after.documents}
-    lost: list[Flip] = []
-    gained: list[Flip] = []
-    for row in before.documents:
-        there = other.get(row.doc_id)
-        if there is not None and there.score != row.score:
-            worse = (there.score < row.score) != (before.metric == NLL)
-            (lost if worse else gained).append(Flip(row, there, worse))
+    changed = [(row, other) for row, other in deltas.paired(before, after) if other.score != row.score]
+    flipped = [Flip(row, other, (other.score < row.score) != (before.metric == NLL)) for row, other in changed]
+    lost, gained = ([flip for flip in flipped if flip.lost == worse] for worse in (True, False))
     return [flip for flip in chain.from_iterable(zip_longest(lost, gained)) if flip is not None]
 
 

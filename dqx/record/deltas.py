@@ -26,11 +26,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 from typing import Any
 
-from dqx.evaluate.results import TaskResult
+from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.record import significance
 
@@ -70,8 +70,11 @@ class Delta:
     def lower_is_better(self) -> bool:
         return self.metric == NLL
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+
+def paired(before: TaskResult, after: TaskResult) -> list[tuple[DocumentRow, DocumentRow]]:
+    """The documents that both results have, in the order of the first."""
+    other = {row.doc_id: row for row in after.documents}
+    return [(row, other[row.doc_id]) for row in before.documents if row.doc_id in other]
 
 
 def level(relative_drop: float | None) -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ SCHEMA = Path(__file__).with_name("results.schema.json")
 SCHEMA_VERSION = 4
 #: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step.
 READABLE = (1, 2, 3, 4)
+#: What results.json has as `Record` has it; and what records of version 1 may lack.
+KEPT = ("model", "timings", "choices", "command", "created", "warnings", "mirror")
+ADDED = ("fidelity", "memory")
 ACTIVATIONS = "activations.safetensors"
 SIDES = ("full_precision", "quantized")
 
@@ -111,7 +114,7 @@ class Record:
             "limit": run.limit,
             "seed": run.seed,
             "tasks": tasks,
-            "deltas": [row.to_dict() for row in self.deltas],
+            "deltas": [asdict(row) for row in self.deltas],
             "outliers": {side: activations.summary(stats) for side, stats in self.outliers.items()},
             "fidelity": self.fidelity,
             "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
@@ -145,7 +148,7 @@ class RunFolder:
         """Write every file of the record; results.json last, so that it stands for a finished run."""
         self.start(record.config, record.environment)
         for name, before in record.full_precision.items():
-            rows = _paired_rows(before, record.quantized[name])
+            rows = map(_document, deltas.paired(before, record.quantized[name]))
             lines = [json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             write_text(self.path / "documents" / f"{file_name(name)}.jsonl", "".join(lines))
         write_json(self.path / "outliers.json", {side: stats.to_dict() for side, stats in record.outliers.items()})
@@ -180,40 +183,27 @@ class RunFolder:
         for name, task in results["tasks"].items():
             rows = self._rows(name) if documents or version == 1 else []
             for side, tasks in sides.items():
-                cost = {k: v for k, v in task[side].items() if k != "source"}
-                cost["value"] = float(cost["value"])
-                tasks[name] = TaskResult(
-                    name=name,
-                    category=task["category"],
-                    metric=task["metric"],
-                    n=task["n"],
-                    documents=[DocumentRow.from_dict({**row, **row[side]}) for row in rows],
-                    **cost,
-                )
+                told = {k: v for k, v in task[side].items() if k != "source"} | {"value": float(task[side]["value"])}
+                told |= {key: task[key] for key in ("category", "metric", "n")}
+                documents = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
+                tasks[name] = TaskResult(name, documents=documents, **told)
         calibration = results["calibration"] or {}
         return Record(
             config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
             environment=self._json("environment.json"),
-            model=results["model"],
             quantization=self._json("quantization.json"),
             outliers={side: OutlierStats.from_dict(stats) for side, stats in self._json("outliers.json").items()},
             activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
             calibration_text=calibration.get("fingerprint"),
             mask_ratio=calibration.get("mask_ratio"),
-            fidelity=results.get("fidelity", {}),
-            timings=results["timings"],
-            memory=results.get("memory", {}),
             sources={
                 side: {name: task[side].get("source", "computed") for name, task in results["tasks"].items()}
                 for side in SIDES
             },
-            choices=results["choices"],
-            command=results["command"],
-            created=results["created"],
-            warnings=results["warnings"],
-            mirror=results["mirror"],
             deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
             **sides,
+            **{key: results[key] for key in KEPT},
+            **{key: results.get(key, {}) for key in ADDED},
         )
 
     def _rows(self, task: str) -> list[dict[str, Any]]:
@@ -249,20 +239,8 @@ def _cost(result: TaskResult) -> dict[str, Any]:
     return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")}
 
 
-def _paired_rows(before: TaskResult, after: TaskResult) -> list[dict[str, Any]]:
-    other = {row.doc_id: row for row in after.documents}
-    return [
-        {
-            "doc_id": row.doc_id,
-            "target": row.target,
-            "truncated": row.truncated,
-            "full_precision": _side(row),
-            "quantized": _side(other[row.doc_id]),
-        }
-        for row in before.documents
-    ]
-
-
-def _side(row: DocumentRow) -> dict[str, Any]:
-    kept = ("score", "prediction", "answer", "log_likelihoods")
-    return {key: getattr(row, key) for key in kept}
+def _document(rows: tuple[DocumentRow, DocumentRow]) -> dict[str, Any]:
+    """A document of both sides, as documents/TASK.jsonl has it."""
+    own = ("score", "prediction", "answer", "log_likelihoods")
+    shared = {key: getattr(rows[0], key) for key in ("doc_id", "target", "truncated")}
+    return shared | {side: {key: getattr(row, key) for key in own} for side, row in zip(SIDES, rows, strict=True)}

@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +102,7 @@ def bootstrap_studentised(differences: Sequence[float]) -> tuple[float, float] |
     values = np.array(differences, dtype=np.float64)
     if len(values) < SMALLEST_STUDENTISED:
         return None
-    mean, error = _mean(differences), values.std() / math.sqrt(len(values))
+    mean, error = fmean(differences), values.std() / math.sqrt(len(values))
     if error == 0:
         return mean, mean
     shifts = []
@@ -119,7 +120,7 @@ def t_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     n = len(differences)
     if n < 2:
         return None
-    mean = _mean(differences)
+    mean = fmean(differences)
     half = float(t.ppf(1 - ALPHA / 2, n - 1)) * _deviation(differences) / math.sqrt(n)
     return mean - half, mean + half
 
@@ -173,9 +174,8 @@ def mcnemar_power(n: int, flipped: float, difference: float) -> float:
 
     if flipped <= 0:
         return 0.0
-    flips = np.arange(
-        int(binom.ppf(1e-9, n, min(flipped, 1.0))), int(binom.ppf(1 - 1e-9, n, min(flipped, 1.0))) + 1
-    )  # the rest has no weight
+    fewest, most = (int(binom.ppf(share, n, min(flipped, 1.0))) for share in (1e-9, 1 - 1e-9))  # others: no weight
+    flips = np.arange(fewest, most + 1)
     edge = binom.ppf(ALPHA / 2, flips, 0.5) - 1  # largest count of the rarer direction that is rejected, or one less
     edge = np.where(2 * binom.cdf(edge + 1, flips, 0.5) <= ALPHA, edge + 1, edge)
     up = min(1.0, (1 + difference / flipped) / 2)
@@ -201,10 +201,6 @@ def verdict(difference: float, p_value: float, *, lower_is_better: bool = False)
     return BETTER if (difference < 0) == lower_is_better else WORSE
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _deviation(values: Sequence[float]) -> float:
-    mean = _mean(values)
+    mean = fmean(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))

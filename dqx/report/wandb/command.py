@@ -32,8 +32,8 @@ SWEEP = "multirun.yaml"  # what Hydra leaves in the folder of a sweep
 def again(path: Path, **changes: Any) -> Record:
     """Write the copy of the run in `path` anew, with these of its `wandb` settings changed (None: as they were).
 
-    Figures are drawn, but for `wandb.figures=false`. What came of it is noted in results.json, of which nothing else changes. Raises OSError or ValueError for a folder
-    without a finished run.
+    Figures are drawn, but for `wandb.figures=false`. What came of it is noted in results.json, of which nothing else
+    changes. Raises OSError or ValueError for a folder without a finished run.
     """
     record = RunFolder(path).read()
     given = [*record.settings.wandb.items(), *changes.items()]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dqx.diagnostics.activations import OutlierStats
-from dqx.record.deltas import headline
 from dqx.evaluate.results import DocumentRow
+from dqx.record.deltas import paired
 from dqx.record.folder import Record
-from dqx.common.files import jsonable
 
 TAG_LENGTH = 64  # W&B takes no longer ones
 DELTA_COLUMNS = (
@@ -86,8 +85,7 @@ def document_rows(record: Record, limit: int) -> list[list[Any]]:
     """
     rows = []
     for task, before in record.full_precision.items():
-        after = {row.doc_id: row for row in record.quantized[task].documents}
-        pairs = [(row, after[row.doc_id]) for row in before.documents]
+        pairs = paired(before, record.quantized[task])
         pairs.sort(key=lambda pair: (pair[0].score == pair[1].score, _hash(pair[0].doc_id)))
         sign = -1.0 if next(d for d in record.deltas if d.name == task).lower_is_better else 1.0
         rows += [_document_row(task, first, second, sign) for first, second in pairs[:limit]]
@@ -99,16 +97,9 @@ def outlier_rows(record: Record) -> list[list[Any]]:
     rows = []
     for side, stats in record.outliers.items():
         for row in stats.rows:
-            token = row.top_tokens[0]
-            extra = {
-                "model": side,
-                "max_over_median": row.max_over_median,
-                "top_channel": row.top_channels[0].channel,
-                "top_sequence": token.sequence,
-                "top_position": token.position,
-                "top_token_id": token.token_id,
-            }
-            values = asdict(row) | extra
+            values = asdict(row) | {"model": side, "max_over_median": row.max_over_median}
+            values |= {f"top_{key}": value for key, value in asdict(row.top_tokens[0]).items()}
+            values["top_channel"] = row.top_channels[0].channel
             rows.append([values[column] for column in OUTLIER_COLUMNS])
     return rows
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from dqx.common.digest import digest
+from dqx.common.files import jsonable
 from dqx.record.compare import PLACES
 from dqx.record.folder import Record
-from dqx.common.files import jsonable
 
 LENGTH = 16  # hexadecimal digits
 

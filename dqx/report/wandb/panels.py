@@ -41,7 +41,10 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Depth": (
         Panel("lines", ("by_block/sqnr_db",), x="block"),
-        *(Panel("lines", tuple(f"by_block/abs_max/{side}/{site}" for side in SIDES), x="block") for site in Architecture.sites),
+        *(
+            Panel("lines", tuple(f"by_block/abs_max/{side}/{site}" for side in SIDES), x="block")
+            for site in Architecture.sites
+        ),
     ),
     "Outliers": (
         Panel("images", ("figures/channel_maxima", "figures/outliers_by_class", "figures/outliers_by_step")),
