@@ -201,7 +201,8 @@ class RunFolder:
                 for side in SIDES
             },
             deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
-            **sides,
+            full_precision=sides["full_precision"],
+            quantized=sides["quantized"],
             **{key: results[key] for key in KEPT},
             **{key: results.get(key, {}) for key in ADDED},
         )

@@ -6,7 +6,7 @@ gather.py      runs sorted into what one table can hold; seeds make one cell
 content.py     what a report says, in whichever format
 published.py   the published tables (reference.py), cell by cell beside ours
 markdown.py, latex.py, page.py   a report as Markdown, LaTeX, one HTML page (templates/)
-figures/       what is drawn; pictures.py: figures, as files
+figures/       what is drawn
 wandb/         the record in Weights & Biases
 command.py     dqx report
 compare.py     dqx compare

@@ -64,9 +64,9 @@ def main() -> None:
         console.print(Text(words.lede(report.records)))
         print_lines(console, (f"  {path}" for path in write(report, folder)))  # to be read while figures are drawn
         if report.runs:
-            from dqx.report import pictures  # with Matplotlib
+            from dqx.report import figures  # with Matplotlib
 
-            pictures.draw(report, folder / "figures")
+            figures.draw(report, folder / "figures")
             write(report, folder)
             print_lines(console, [f"  {folder / 'figures'}"])
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from tiny import SITES
 from dqx.diagnostics.activations import PartStats
 from dqx.report import figures
 from dqx.report.figures import sheet, style, surface
-from dqx.report.figures.heat import masked
+from dqx.report.figures.axes import masked
 from dqx.report.figures.pareto import front
 
 BLOCKS, STEPS = 2, (0, 12)

@@ -1,14 +1,14 @@
 """Figures of records: drawn on demand, the same bytes for the same record.
 
     style.py      sizes, fonts, colours, markers
-    sheet.py      a figure with its caption; captions.py, groups.py: what was run, in words
+    sheet.py      a figure with its caption; groups.py: scores of a group of runs
     surface.py    the activation surface, tokens by channels
     channels.py   channel maxima
-    outliers.py   outliers by block and step, and by token class; measures.py: what is shown of them
+    outliers.py   outliers by block and step, and by token class
     depth.py      the hidden state's error by block and step
     errors.py     predictions against full precision, by step and mask ratio
     pareto.py     accuracy against average bits; steps.py: steps by bits
-    heat.py, axes.py   a matrix as colours; what axes share
+    axes.py       what axes share; a matrix as colours
 
 Nothing here keeps a state between figures (no pyplot), and a record without the data of a figure has none of it.
 What each figure shows: README.md.
@@ -21,16 +21,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from dqx.record.collection import Run
 from dqx.record.folder import Record
+from dqx.report.content import Picture, Report
 from dqx.report.figures import channels, depth, errors, outliers, pareto, steps, style, surface
 from dqx.report.figures.groups import complete
 from dqx.report.figures.sheet import settled
 from dqx.report.figures.surface import with_one_surface
 from dqx.report.gather import evaluations, groups
+from dqx.report.tables import anchor
 
-__all__ = ["Figure", "of_run", "of_runs", "save", "with_one_surface"]
+__all__ = ["Figure", "draw", "of_run", "of_runs", "save", "with_one_surface"]
 
 OF_RUN: tuple[Callable[[Record], dict[str, Figure]], ...] = (
     surface.surfaces,
@@ -41,6 +44,7 @@ OF_RUN: tuple[Callable[[Record], dict[str, Figure]], ...] = (
     errors.by_step,
     errors.by_mask_ratio,
 )
+WIDE, NARROW = 1400, 960  # pixels of a figure in a report's page: of all runs together, of one
 NO_DATE = {"CreationDate": None, "Creator": None, "Producer": None}
 
 
@@ -77,3 +81,23 @@ def save(figure: Figure, folder: str | Path, name: str, pdf: bool = True) -> Non
         figure.savefig(folder / f"{name}.png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
         if pdf:
             figure.savefig(folder / f"{name}.pdf", dpi=style.PRINT_DPI, metadata=NO_DATE)
+
+
+def draw(report: Report, folder: Path) -> None:
+    """Draw a report's figures below `folder`, those of each run in a folder of its own, and put their places into it.
+
+    A run that is reported alone gets every figure that its record has the data for, as PNG and PDF. Where there are
+    several, those of single runs are PNG, with one activation surface each: that of the largest value.
+    """
+    alone = len(report.runs) == 1
+    report.pictures = _saved(of_runs(report.records), folder, width=WIDE)
+    runs = tqdm(report.runs, "figures", unit=" runs", leave=False, disable=None)
+    for number, run in enumerate(runs, 1):
+        drawn = of_run(run.record if alone else with_one_surface(run.record))
+        report.run_pictures.append(_saved(drawn, folder / anchor(number), alone))
+
+
+def _saved(drawn: dict[str, Figure], folder: Path, pdf: bool = True, width: int = NARROW) -> list[Picture]:
+    for name, figure in drawn.items():
+        save(figure, folder, name, pdf=pdf)
+    return [Picture(name, folder / f"{name}.png", width) for name in drawn]

@@ -1,16 +1,38 @@
-"""What axes of several figures have: the mask ratio above denoising steps, limits, ticks of logarithmic scales."""
+"""What axes of several figures have: mask ratios above denoising steps, limits, plain ticks, a matrix as colours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from numpy.typing import NDArray
 
-MOST_RATIOS = 5
+from dqx.report.figures import style
+
+MOST_RATIOS, MOST_TICKS = 5, 9
 SHORT, LONG = 60, 3000  # logarithmic axes that end at less than so many times where they begin
+
+Matrix = np.ma.MaskedArray[Any, np.dtype[np.float64]]
+
+
+def panels(figure: Figure, rows: Sequence[str], columns: Sequence[str], below: str, **shared: Any) -> NDArray[Any]:
+    """Axes [rows, columns] with the columns' names on top, the rows' at the left, and one name below all."""
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, **shared)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name)
+    for axes, name in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(name)
+    for axes in grid[-1]:
+        axes.set_xlabel(below)
+    return grid
 
 
 def mask_ratios_on_top(axes: Axes, places: Sequence[float], ratios: Sequence[float]) -> None:
@@ -35,3 +57,44 @@ def tick_plainly(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def masked(rows: Sequence[Sequence[float | None]]) -> Matrix:
+    """A matrix whose None, NaN and infinite entries are masked."""
+    return np.ma.masked_invalid(np.array([[np.nan if x is None else float(x) for x in row] for row in rows]))
+
+
+def heat_map(
+    axes: Axes,
+    values: Matrix,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    norm: Normalize,
+    colours: str = style.LARGE_IS_DARK,
+) -> AxesImage:
+    """Draw values [R, C], the first row on top; what lies below the colours' range is white."""
+    palette = mpl.colormaps[colours].with_extremes(bad=style.ABSENT, under="white")
+    image = axes.imshow(values, cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+    for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        name_ticks(axis, names)
+    for spine in axes.spines.values():
+        spine.set(visible=True, linewidth=0.3)
+    return image
+
+
+def name_ticks(axis: Axis, names: Sequence[str], most: int = MOST_TICKS) -> None:
+    """Ticks at 0, 1, ... with names, every second, fifth, tenth ... where there are many."""
+    every = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, len(names) + 1) if len(names) <= n * most)
+    axis.set_ticks(range(0, len(names), every), labels=list(names[::every]))
+    axis.set_minor_locator(NullLocator())
+
+
+def write_numbers(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], size: float = 5.5) -> None:
+    """Write a text into every cell, light on dark and dark on light."""
+    colours = image.to_rgba(image.get_array())[..., :3]  # type: ignore[arg-type]
+    light = colours @ (0.299, 0.587, 0.114) > 0.5
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            axes.text(j, i, text, ha="center", va="center", size=size, color="black" if light[i, j] else "white")

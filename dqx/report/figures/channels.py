@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dqx.record.folder import Record
+from dqx.record.words import whole_run
 from dqx.report.figures import style
-from dqx.report.figures.axes import tick_plainly
-from dqx.report.figures.captions import site_name, sites_of, what_ran, windows
-from dqx.report.figures.sheet import Caption, legend, sheet
+from dqx.report.figures.axes import panels, tick_plainly
+from dqx.report.figures.sheet import Caption, legend, sheet, site_name, sites_of, windows
 
 MOST_BLOCKS = 3
 ROOM = 4.0  # times the highest line, for the names above it
@@ -31,25 +31,21 @@ def channel_maxima(record: Record) -> dict[str, Figure]:
     blocks = first_middle_last({int(name.split("/")[1]) for name in kept})
     caption = Caption(
         "Largest |x| of every channel, before and after",
-        what_ran(record),
+        whole_run(record),
         f"Over {windows(record)}, as the linears read it, after rotations and scalings. Channels sorted by their "
         f"largest |x|; in the corners the numbers of the {NAMED} largest channels.",
     )
     sites = sites_of(record)
     figure = sheet(caption, 0.35 + 1.3 * len(blocks), legend_rows=1)
-    grid = figure.subplots(len(blocks), len(sites), sharex="col", sharey="col", squeeze=False)
+    rows = [f"block {block}\nlargest |x|" for block in blocks]
+    grid = panels(figure, rows, [*map(site_name, sites)], "channel, by rank", sharex="col", sharey="col")
     for row, block in zip(grid, blocks, strict=True):
         for axes, site in zip(row, sites, strict=True):
             _panel(axes, record, block, site)
-        row[0].set_ylabel(f"block {block}\nlargest |x|")
-    for axes, site in zip(grid[0], sites, strict=True):
-        axes.set_title(site_name(site))
-    for axes in grid[-1]:
-        axes.set_xlabel("channel, by rank")
     for axes in grid[0]:
         axes.set_ylim(top=ROOM * axes.get_ylim()[1])
-    for axis in (axis for axes in grid[0] for axis in (axes.xaxis, axes.yaxis)):
-        tick_plainly(axis)
+        tick_plainly(axes.xaxis)
+        tick_plainly(axes.yaxis)
     legend(figure, grid[0], columns=2)
     return {"channel_maxima": figure}
 

@@ -10,10 +10,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dqx.record.folder import Record
+from dqx.record.words import whole_run
 from dqx.report.figures import style
-from dqx.report.figures.axes import mask_ratios_on_top
-from dqx.report.figures.captions import what_ran
-from dqx.report.figures.heat import Matrix, heat_map, masked, name_ticks
+from dqx.report.figures.axes import Matrix, heat_map, mask_ratios_on_top, masked, name_ticks
 from dqx.report.figures.sheet import Caption, sheet
 
 
@@ -26,7 +25,7 @@ def sqnr(record: Record) -> dict[str, Figure]:
     absent = "; grey: no error at all" if np.ma.is_masked(values) else ""
     caption = Caption(
         "Error of the hidden state behind every block",
-        what_ran(record),
+        whole_run(record),
         "Signal to quantization noise, 10 log10(|x|^2 / |x - y|^2) in dB of the hidden state x at full precision and y "
         f"quantized, on the same states; 6 dB are one bit{absent}. Right: mean over the steps, and their range.",
     )

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dqx.record.folder import Record
+from dqx.record.words import whole_run
 from dqx.report.figures import style
 from dqx.report.figures.axes import from_zero, mask_ratios_on_top
-from dqx.report.figures.captions import what_ran
 from dqx.report.figures.sheet import Caption, legend, sheet
 
 #: Key in the record -> label, factor.
@@ -40,7 +40,7 @@ def by_step(record: Record) -> dict[str, Figure]:
         return {}
     caption = Caption(
         "Predictions against full precision, by denoising step",
-        what_ran(record),
+        whole_run(record),
         KL + STATES.format(**rows[0]) + CHANGED + (FREE.format(**answers) if answers else ""),
     )
     figure = sheet(caption, 3.6 if answers else 2.0)
@@ -66,7 +66,7 @@ def by_mask_ratio(record: Record) -> dict[str, Figure]:
         return {}
     caption = Caption(
         "Predictions against full precision, by mask ratio",
-        what_ran(record),
+        whole_run(record),
         f"{KL} Random masks: {random[0]['positions']} masked tokens per ratio."
         + (f" The sampler's states: those that full precision visits.{CHANGED}" if own else ""),
     )

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dqx.diagnostics.activations import PartStats
 from dqx.record.folder import Record
+from dqx.record.words import whole_run
 from dqx.report.figures import style
-from dqx.report.figures.axes import from_zero, mask_ratios_on_top, tick_plainly
-from dqx.report.figures.captions import site_name, what_ran
-from dqx.report.figures.heat import heat_map, masked
-from dqx.report.figures.measures import MEASURES, Measure
-from dqx.report.figures.sheet import Caption, legend, sheet
+from dqx.report.figures.axes import from_zero, heat_map, mask_ratios_on_top, masked, panels, tick_plainly
+from dqx.report.figures.sheet import Caption, legend, sheet, site_name
 
 MOST_MARKERS = 12  # of a line
 CLASSES = ("prompt", "committed", "masked")
 STATES = "States that full precision visits while it writes, the same for both sides"
+NONE = 1e-9  # a share below is none
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a part, and how it is drawn."""
+
+    name: str  # of the figures made of it
+    title: str
+    label: str  # with its unit
+    of: Callable[[PartStats], float]
+    log: bool
+
+    def norm(self, values: Sequence[float]) -> Normalize:
+        """Colours from the smallest to the largest of the values; shares begin above 0, so that none is below them."""
+        if self.log:
+            drawn = [x for x in values if 0 < x < float("inf")] or [1.0]
+            return LogNorm(min(drawn), max(max(drawn), 1.01 * min(drawn)))
+        return Normalize(NONE, max(values, default=0.0) or 1.0)
+
+
+def massive_share(part: PartStats) -> float:
+    """Tokens with a massive value, in percent."""
+    return 100 * part.massive_tokens / part.tokens if part.tokens else 0.0
+
+
+MEASURES = (
+    Measure("outliers", "Largest |x|", "largest |x|", lambda part: part.abs_max, log=True),
+    Measure("massive", "Tokens with a massive value", "tokens, %", massive_share, log=False),
+)
 
 
 def by_step(record: Record) -> dict[str, Figure]:
@@ -49,12 +81,13 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
     sites = _shown(measure, parts)
     caption = Caption(
         f"{measure.title} by block and denoising step",
-        what_ran(record),
+        whole_run(record),
         f"{STATES}. Colours: {measure.label}, one scale for both sides of a site"
         f"{'; logarithmic' if measure.log else ', white: none'}. {_definition(record, measure)}",
     )
     figure = sheet(caption, 0.6 + 1.05 * len(sites))
-    grid = figure.subplots(len(sites), len(parts), sharex=True, sharey=True, squeeze=False)
+    names = [f"{site_name(site)}\nblock" for site in sites]
+    grid = panels(figure, names, [side.label for side in parts], "denoising step", sharex=True, sharey=True)
     for row, site in zip(grid, sites, strict=True):
         at = {side: [p for p in rows if p.site == site] for side, rows in parts.items()}
         norm = measure.norm([measure.of(p) for rows in at.values() for p in rows])
@@ -66,13 +99,9 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
         bar = figure.colorbar(image, ax=list(row), pad=0.01, label=measure.label)
         if measure.log:
             tick_plainly(bar.ax.yaxis)
-        row[0].set_ylabel(f"{site_name(site)}\nblock")
-    for axes, (side, rows) in zip(grid[0], parts.items(), strict=True):
-        axes.set_title(side.label)
+    for axes, rows in zip(grid[0], parts.values(), strict=True):
         ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in rows))
         mask_ratios_on_top(axes, range(len(ratios)), list(ratios.values()))
-    for axes in grid[-1]:
-        axes.set_xlabel("denoising step")
     return figure
 
 
@@ -80,28 +109,25 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
     sites = _shown(measure, parts)
     caption = Caption(
         f"{measure.title} by what a token is: given, committed by now, or masked",
-        what_ran(record),
+        whole_run(record),
         f"{STATES}; all steps together. {_definition(record, measure)}",
     )
     figure = sheet(caption, 0.35 + 1.3 * len(parts), legend_rows=1)
-    grid = figure.subplots(len(parts), len(sites), sharex=True, sharey="col", squeeze=False)
-    for row, (side, rows) in zip(grid, parts.items(), strict=True):
+    names = [f"{side.label}\n{measure.label}" for side in parts]
+    grid = panels(figure, names, [*map(site_name, sites)], "block", sharex=True, sharey="col")
+    for row, rows in zip(grid, parts.values(), strict=True):
         for axes, site in zip(row, sites, strict=True):
             for name, line in zip(CLASSES, style.CYCLE, strict=False):
                 of_class = sorted((p for p in rows if (p.site, p.token_class) == (site, name)), key=lambda p: p.block)
                 marks = {"label": name, "clip_on": False, "markevery": 1 + len(of_class) // MOST_MARKERS}
                 axes.plot([p.block for p in of_class], [measure.of(p) for p in of_class], **marks | line)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        row[0].set_ylabel(f"{side.label}\n{measure.label}")
-    for axes, site in zip(grid[0], sites, strict=True):
-        axes.set_title(site_name(site))
+    for axes in grid[0]:
         if measure.log:
             axes.set_yscale("log", nonpositive="mask")
             tick_plainly(axes.yaxis)
         else:
             from_zero(axes)
-    for axes in grid[-1]:
-        axes.set_xlabel("block")
     legend(figure, grid[0], columns=3)
     return figure
 

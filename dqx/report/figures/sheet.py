@@ -1,4 +1,4 @@
-"""A figure with its caption: above what it shows and what was run, below units and counts.
+"""A figure with its caption: above what it shows and what was run, below units and counts; sites in words.
 
 The caption is broken to the figure's width and the figure grows with it, so that no name is too long. What is drawn
 lies between the two; `between` says where, in shares of the figure.
@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
+from dqx.record.folder import Record
 from dqx.record.words import visible
 from dqx.report.figures import style
 
@@ -25,6 +26,14 @@ LEGEND_ROW, GAP = 0.15, 0.04  # inches
 POINTS = 72  # per inch
 FINE = 720  # dots per inch: letters are as wide as in print
 HINTED = 1.05  # as wide as that they may be on the grid of a PNG
+
+#: Sites of a dense transformer as people say them.
+SITE_NAMES = {
+    "attn_in": "input of q, k, v",
+    "attn_out": "input of o",
+    "mlp_in": "input of gate, up",
+    "mlp_out": "input of down",
+}
 
 
 @dataclass(frozen=True)
@@ -49,26 +58,17 @@ def sheet(caption: Caption, height: float, width: float = style.DOUBLE, legend_r
     FigureCanvasAgg(figure)
     tops = (total - MARGIN, total - MARGIN - tall[0], MARGIN + tall[2])
     for broken, (_, size, bold), top in zip(lines, parts, tops, strict=True):
-        figure.text(
-            MARGIN / width,
-            top / total,
-            "\n".join(broken),
-            size=size,
-            weight="bold" if bold else "normal",
-            color="black" if bold else "#404040",
-            va="top",
-            linespacing=1.1,
-            parse_math=False,
-            in_layout=False,
-        )
+        weight, colour = ("bold", "black") if bold else ("normal", "#404040")
+        words = figure.text(MARGIN / width, top / total, "\n".join(broken), size=size, va="top", weight=weight)
+        words.set(color=colour, linespacing=1.1, parse_math=False, in_layout=False)
     figure.set_layout_engine("constrained", rect=(0, base / total, 1, height / total), w_pad=0.03, h_pad=0.03)
     return figure
 
 
 def between(figure: Figure) -> tuple[float, float, float, float]:
     """Left, bottom, width and height of what lies between words and legend."""
-    left, bottom, width, height = figure.get_layout_engine().get()["rect"]  # type: ignore[union-attr]
-    return left, bottom, width, height
+    rect: tuple[float, float, float, float] = figure.get_layout_engine().get()["rect"]  # type: ignore[union-attr]
+    return rect
 
 
 def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> None:
@@ -76,14 +76,9 @@ def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> N
     handles = {label: handle for axes in of for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     room = inches(figure)[0] / columns - 0.45
     height = rows * LEGEND_ROW / inches(figure)[1]
-    box = figure.legend(
-        list(handles.values()),
-        [shortened(visible(label), room, 6) for label in handles],
-        ncols=columns,
-        loc="center",
-        bbox_to_anchor=(0, between(figure)[1] - height, 1, height),
-        borderaxespad=0,
-    )
+    labels = [shortened(visible(label), room, 6) for label in handles]
+    box = figure.legend(list(handles.values()), labels, ncols=columns, loc="center", borderaxespad=0)
+    box.set_bbox_to_anchor((0, between(figure)[1] - height, 1, height), figure.transFigure)
     box.set_in_layout(False)
 
 
@@ -137,3 +132,20 @@ def measured(text: str, size: float, bold: bool = False) -> float:
     font.set_size(size, FINE)
     font.set_text(text)
     return HINTED * float(font.get_width_height()[0]) / 64 / FINE
+
+
+def site_name(site: str) -> str:
+    """A site in words."""
+    return SITE_NAMES.get(site, f"input at {site}")
+
+
+def sites_of(record: Record) -> list[str]:
+    """The sites that the record's statistics and tensors are of, in their order."""
+    measured = [site for stats in record.outliers.values() for site in stats.sites]
+    return list(dict.fromkeys([*measured, *(name.split("/")[2] for name in record.activations)]))
+
+
+def windows(record: Record) -> str:
+    """The text that outlier statistics were made on: `8 calibration windows of 256 tokens`."""
+    stats = next(iter(record.outliers.values()))
+    return f"{stats.sequences} calibration windows of {stats.tokens // stats.sequences} tokens"

@@ -13,7 +13,7 @@ from dqx.common.names import natural
 from dqx.evaluate.spec import NLL
 from dqx.record.words import difference, value
 from dqx.report.figures import groups, style
-from dqx.report.figures.heat import heat_map, masked, write_numbers
+from dqx.report.figures.axes import heat_map, masked, write_numbers
 from dqx.report.figures.sheet import Caption, sheet, shortened
 from dqx.report.gather import Row, RunGroup, settings
 

@@ -40,8 +40,6 @@ CYCLE: tuple[dict[str, Any], ...] = (
     {"color": BLACK, "marker": "X", "linestyle": (0, (8, 2))},
     {"color": YELLOW, "marker": "p", "linestyle": (0, (3, 1)), "markeredgecolor": BLACK, "markeredgewidth": 0.4},
 )
-
-
 FILLS = ("full", "none", "left", "top")  # of markers
 
 
@@ -59,37 +57,16 @@ SIDES = (
     Side("quantized", "quantized", {"color": VERMILION, "linestyle": (0, (4, 1.5))}),
 )
 
+TICKS = {"labelsize": 6, "major.width": 0.5, "major.size": 2.5, "minor.width": 0.3, "minor.size": 1.5}
 RC: Any = {  # matplotlib types its keys one by one
-    "font.family": "DejaVu Sans",
-    "font.size": 7,
-    "axes.titlesize": 7,
-    "axes.labelsize": 7,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 6,
-    "legend.frameon": False,
-    "axes.linewidth": 0.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.4,
-    "lines.linewidth": 1.0,
-    "lines.markersize": 3.0,
-    "xtick.major.width": 0.5,
-    "ytick.major.width": 0.5,
-    "xtick.minor.width": 0.3,
-    "ytick.minor.width": 0.3,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "xtick.minor.size": 1.5,
-    "ytick.minor.size": 1.5,
-    "hatch.linewidth": 0.4,
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
+    "font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7,
+    "legend.fontsize": 6, "legend.frameon": False, "figure.dpi": DPI, "savefig.dpi": DPI,
+    "axes.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E4E4E4", "grid.linewidth": 0.4,
+    "lines.linewidth": 1.0, "lines.markersize": 3.0, "hatch.linewidth": 0.4,
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in TICKS.items()},
     "pdf.fonttype": 42,  # text stays text
-}
+}  # fmt: skip
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dqx.record.folder import Record
+from dqx.record.words import whole_run
 from dqx.report.figures import style
-from dqx.report.figures.captions import site_name, sites_of, what_ran
-from dqx.report.figures.sheet import Caption, between, inches, sheet
+from dqx.report.figures.sheet import Caption, between, inches, sheet, site_name, sites_of
 
 MOST_TOKENS, MOST_CHANNELS = 128, 256  # bars of a panel; its axes are not many more points long
 ONE_SCALE_UP_TO = 8.0  # times the smaller side's largest value
@@ -145,7 +145,7 @@ def _figure(record: Record, block: int, site: str) -> Figure:
         *(["each side has its own vertical scale"] if own_scales else []),
     ]
     caption = Caption(
-        f"Activations before and after: block {block}, {site_name(site)}", what_ran(record), "; ".join(notes) + "."
+        f"Activations before and after: block {block}, {site_name(site)}", whole_run(record), "; ".join(notes) + "."
     )
     figure = sheet(caption, 2.55)
     left, bottom, width, height = between(figure)
