@@ -185,8 +185,8 @@ class RunFolder:
             for side, tasks in sides.items():
                 told = {k: v for k, v in task[side].items() if k != "source"} | {"value": float(task[side]["value"])}
                 told |= {key: task[key] for key in ("category", "metric", "n")}
-                documents = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
-                tasks[name] = TaskResult(name, documents=documents, **told)
+                told["documents"] = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
+                tasks[name] = TaskResult(name=name, **told)
         calibration = results["calibration"] or {}
         return Record(
             config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
