@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 UNQUANTIZED = 16
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, UNQUANTIZED)
@@ -54,6 +54,9 @@ class ActivationBits:
     format: str = "int"
 
 
+Usual = TypeVar("Usual", WeightBits, ActivationBits)
+
+
 @dataclass
 class KVBits:
     """Width of keys and values, for methods that quantize them (`method.kv`)."""
@@ -72,22 +75,17 @@ class RoleBits:
 
     def of_weight(self, usual: WeightBits) -> WeightBits:
         """A weight's grid with what is said here in place of the usual."""
-        return replace(
-            usual,
-            bits=usual.bits if self.weight is None else self.weight,
-            group_size=usual.group_size if self.group_size is None else self.group_size,
-            format=self.format or usual.format,
-            symmetric=usual.symmetric or self.format in FLOATS,
-        )
+        group_size = usual.group_size if self.group_size is None else self.group_size
+        return replace(self._grid(usual, self.weight), group_size=group_size)
 
     def of_activation(self, usual: ActivationBits) -> ActivationBits:
         """An input's grid with what is said here in place of the usual."""
-        return replace(
-            usual,
-            bits=usual.bits if self.activation is None else self.activation,
-            format=self.format or usual.format,
-            symmetric=usual.symmetric or self.format in FLOATS,
-        )
+        return self._grid(usual, self.activation)
+
+    def _grid(self, usual: Usual, bits: int | None) -> Usual:
+        symmetric = usual.symmetric or self.format in FLOATS
+        bits = usual.bits if bits is None else bits
+        return replace(usual, bits=bits, format=self.format or usual.format, symmetric=symmetric)
 
     def changed(self, other: RoleBits) -> RoleBits:
         """This with what `other` says."""

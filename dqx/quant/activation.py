@@ -13,17 +13,17 @@ No result depends on what else is in the batch. I = inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits, block_formats
+from dqx.formats.integers import wide
 from dqx.formats.make import make_grid
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, Stats
 from dqx.quant.registry import storable
 
 
@@ -36,7 +36,7 @@ class PerToken:
     include_zero: bool = True  # asymmetric ranges hold zero
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def fit(self, stats: Mapping[str, Any]) -> PerToken:
+    def fit(self, stats: Stats) -> PerToken:
         """Nothing to find out: the grid comes from each token."""
         return self
 
@@ -46,7 +46,7 @@ class PerToken:
         return grid.fake(x, clip_ratio=self.clip_ratio)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        return _clip_problems(where, self.clip_ratio)
+        return clip_problems(f"{where}.clip_ratio", self.clip_ratio)
 
 
 @storable
@@ -59,20 +59,19 @@ class PerGroup:
     include_zero: bool = True  # asymmetric ranges hold zero
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def fit(self, stats: Mapping[str, Any]) -> PerGroup:
+    def fit(self, stats: Stats) -> PerGroup:
         """Nothing to find out: the grid comes from each group."""
         return self
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
         """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
-        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
-        if grid.identity:
+        if bits.bits == UNQUANTIZED:
             return x
         groups = x.unflatten(-1, (-1, self.group_size))
-        return grid.fake(groups, clip_ratio=self.clip_ratio).flatten(-2)
+        return PerToken(self.clip_ratio, self.include_zero)(groups, bits).flatten(-2)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = _clip_problems(where, self.clip_ratio)
+        problems = clip_problems(f"{where}.clip_ratio", self.clip_ratio)
         for name in block_formats(context.widths.activation.values()):
             problems.append(
                 f"bits.activation.format={name} has a scale per {FORMATS[name].block} channels by its specification, "
@@ -100,13 +99,13 @@ class Static:
     include_zero: bool = True  # asymmetric ranges hold zero
     needs: ClassVar[frozenset[str]] = frozenset({"minmax"})
 
-    def fit(self, stats: Mapping[str, Any]) -> StaticRange:
+    def fit(self, stats: Stats) -> StaticRange:
         """The quantizer of one site."""
         lo, hi = (self.clip_ratio * bound for bound in stats["minmax"].tolist())
         return StaticRange(lo, hi, self.include_zero)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = _clip_problems(where, self.clip_ratio)
+        problems = clip_problems(f"{where}.clip_ratio", self.clip_ratio)
         for name in block_formats(context.widths.activation.values()):
             if not FORMATS[name].tensor_bits:
                 problems.append(
@@ -130,14 +129,12 @@ class StaticRange:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         if grid.identity:
             return x
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        lo, hi = (torch.full((), bound, dtype=dtype, device=x.device) for bound in (self.lo, self.hi))
+        lo, hi = (torch.full((), bound, dtype=wide(x[:0]).dtype, device=x.device) for bound in (self.lo, self.hi))
         if grid.block is not None:
             return grid.for_tensor(torch.stack((lo, hi))).fake(x)
         return grid.nearest(x, *grid.from_range(lo, hi)).to(x.dtype)
 
 
-def _clip_problems(where: str, clip_ratio: float) -> list[str]:
-    if 0 < clip_ratio <= 1:
-        return []
-    return [f"{where}.clip_ratio={clip_ratio} must lie above 0 and not above 1; 1.0 clips nothing"]
+def clip_problems(key: str, clip_ratio: float) -> list[str]:
+    """What is wrong with a share of a range, the option at config key `key`."""
+    return [] if 0 < clip_ratio <= 1 else [f"{key}={clip_ratio} must lie above 0 and not above 1; 1.0 clips nothing"]

@@ -8,16 +8,15 @@ O = outputs, G groups of W inputs each, I = inputs, N tokens, R <= W rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, extremes, wide
-from dqx.quant.protocols import Clip, Context
+from dqx.quant.protocols import Clip, Context, Stats
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,7 @@ class FixedRatio:
     stream: ClassVar[str] = "fp"
     clamps: ClassVar[bool] = False
 
-    def __call__(
-        self, w_OGW: Tensor, grid: Grid, stats: Mapping[str, Any], columns_GW: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
         lo, hi = extremes(w_OGW)
         return lo * self.ratio, hi * self.ratio
 
@@ -54,9 +51,7 @@ class WeightMSE:
     stream: ClassVar[str] = "fp"
     clamps: ClassVar[bool] = False
 
-    def __call__(
-        self, w_OGW: Tensor, grid: Grid, stats: Mapping[str, Any], columns_GW: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
         return weight_mse_range(w_OGW, grid, n_grid=self.n_grid, max_shrink=self.max_shrink, power=self.power)
 
     def problems(self, where: str, context: Context) -> list[str]:
@@ -80,9 +75,7 @@ class OutputMSE:
     needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
     clamps: ClassVar[bool] = True
 
-    def __call__(
-        self, w_OGW: Tensor, grid: Grid, stats: Mapping[str, Any], columns_GW: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
         return output_mse_range(
             w_OGW, grid, stats["tokens"], columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink
         )
@@ -123,13 +116,7 @@ def weight_mse_range(
 
 
 def output_mse_range(
-    w_OGW: Tensor,
-    grid: Grid,
-    tokens_NI: Tensor,
-    columns_GW: Tensor,
-    *,
-    n_grid: int = 20,
-    max_shrink: float = 0.5,
+    w_OGW: Tensor, grid: Grid, tokens_NI: Tensor, columns_GW: Tensor, *, n_grid: int = 20, max_shrink: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """lo, hi [O, G, 1] of weights clamped to +-m, `m = absmax * (1 - i/n_grid)` with the first least output error.
 
@@ -183,7 +170,7 @@ class ClipAtSite:
     """A clip with the statistics of its site."""
 
     clip: Clip
-    stats: Mapping[str, Any]
+    stats: Stats
 
     @property
     def clamps(self) -> bool:

@@ -11,7 +11,6 @@ B batch, T tokens, H heads, E head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
+from dqx.quant.activation import clip_problems
 from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
@@ -61,13 +61,11 @@ class KeysValues:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = []
-        options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
-        for name, share in options.items():
+        for name, share in (("keys", self.keys), ("values", self.values)):
             if share is not None and share not in SHARES:
                 problems.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
-        for name, ratio in (("key_clip_ratio", self.key_clip_ratio), ("value_clip_ratio", self.value_clip_ratio)):
-            if not 0 < ratio <= 1:
-                problems.append(f"{where}.{name}={ratio} must lie above 0 and not above 1; 1.0 clips nothing")
+        problems += clip_problems(f"{where}.key_clip_ratio", self.key_clip_ratio)
+        problems += clip_problems(f"{where}.value_clip_ratio", self.value_clip_ratio)
         if self.queries and self.keys is None:
             problems.append(
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
@@ -82,8 +80,7 @@ class KeysValues:
         bits, arch = context.widths.kv, context.arch
         if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
             return []
-        problems = []
-        known = FORMATS[bits.format]
+        problems, known = [], FORMATS[bits.format]
         if bits.bits not in known.widths:
             widths = ", ".join(map(str, known.widths))
             problems.append(
@@ -91,8 +88,7 @@ class KeysValues:
                 f"bits.activation.format={bits.format}, which has {widths} bits; write bits.kv.bits={known.widths[-1]} "
                 "or bits.kv.bits=16"
             )
-        options: Mapping[str, str | None] = {"keys": self.keys, "values": self.values}
-        for name, share in options.items():
+        for name, share in (("keys", self.keys), ("values", self.values)):
             width = arch.head_size if share == "head" else arch.n_kv_heads * arch.head_size
             if share is not None and known.block and width % known.block:
                 problems.append(

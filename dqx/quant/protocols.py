@@ -86,6 +86,16 @@ class Part(Protocol):
         ...
 
 
+class Fitted(Protocol):
+    """A part that looks at activations: the statistics it `needs` of a site's input, and whose input that is."""
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def needs(self) -> Needs: ...
+
+
 class Transform(Part, Protocol):
     """Changes the network without changing its function. `scope` says which of the three kinds below it is."""
 
@@ -134,22 +144,16 @@ class BlockTransform(Transform, Protocol):
     def apply(self, block: Block, stats: Mapping[str, Stats], context: Context) -> None: ...
 
 
-class SiteTransform(Transform, Protocol):
+class SiteTransform(Transform, Fitted, Protocol):
     """`scope = "site"`: an orthogonal map of one site's input, found right before its weights are rounded.
 
     The loop puts the module in front of the site's linears and replaces each weight by `module(weight)`.
     """
 
-    @property
-    def stream(self) -> str: ...
-
-    @property
-    def needs(self) -> Needs: ...
-
     def fit(self, w_OI: Tensor, stats: Stats, context: Context, site: str) -> nn.Module | None: ...
 
 
-class Clip(Part, Protocol):
+class Clip(Part, Fitted, Protocol):
     """Which range of a group of weights is represented; the rest saturates.
 
     Gives lo, hi [O, G, 1] for weights [O, G, W]; `columns_GW` says which inputs they belong to. With `clamps` the
@@ -159,28 +163,16 @@ class Clip(Part, Protocol):
     clamps: ClassVar[bool]
 
     @property
-    def stream(self) -> str: ...
-
-    @property
     def skip_roles(self) -> list[str]: ...
-
-    @property
-    def needs(self) -> Needs: ...
 
     def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Rounding(Part, Protocol):
+class Rounding(Part, Fitted, Protocol):
     """A weight and the statistics of its input in, codes out. Linears with equal settings share one call.
 
     Rows of the weight must be rounded independently of each other: the loop stacks q, k, v and gate, up.
     """
-
-    @property
-    def stream(self) -> str: ...
-
-    @property
-    def needs(self) -> Needs: ...
 
     def grid(self, bits: WeightBits) -> Grid:
         """The grid that weights of these bits are rounded to."""

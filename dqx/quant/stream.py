@@ -78,12 +78,7 @@ class Stream:
         self.inputs, self.outputs = self.outputs, None
 
     def collect(
-        self,
-        block: Block,
-        needs: Mapping[str, frozenset[str]],
-        seen: Seen = as_is,
-        *,
-        keep_outputs: bool = False,
+        self, block: Block, needs: Mapping[str, frozenset[str]], seen: Seen = as_is, *, keep_outputs: bool = False
     ) -> dict[str, dict[str, Any]]:
         """Statistics of the inputs of `block`'s sites, by site and name, in one pass over the sequences.
 

@@ -50,12 +50,7 @@ for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4):
 
 
 def save_quantized(
-    model: MaskedDiffusionTransformer,
-    report: QuantReport,
-    folder: str | Path,
-    *,
-    method: Method,
-    bits: BitsConfig,
+    model: MaskedDiffusionTransformer, report: QuantReport, folder: str | Path, *, method: Method, bits: BitsConfig
 ) -> None:
     """Write a model that `quantize` has changed, with its report, to a new folder.
 

@@ -15,9 +15,8 @@ O = outputs, I = inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from dqx.formats.bits import FORMATS, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.quant.protocols import Context, Rounding
+from dqx.quant.protocols import Context, Rounding, Stats
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.rtn import rtn_round
 from dqx.quant.transforms.online import HeadRotation, OnlineDown
@@ -51,9 +50,7 @@ class DualScale:
     def grid(self, bits: WeightBits) -> Grid:
         return self.rounding.grid(bits)
 
-    def __call__(
-        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
-    ) -> QuantizedWeight:
+    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
         w = wide(w_OI)
         s_I = column_scale(w, self.grid(bits), bits.group_size, clip, iterations=self.iterations)
         rounded = self.rounding(w / s_I, bits, scaled_statistics(stats, s_I), clip)
@@ -125,7 +122,7 @@ def column_scale(
     return best
 
 
-def scaled_statistics(stats: Mapping[str, Any], s_I: Tensor) -> dict[str, Any]:
+def scaled_statistics(stats: Stats, s_I: Tensor) -> Stats:
     """Statistics of the input x * s from those of x: the Hessian and the cross term [I, I]; others are left out."""
     pairs_II = s_I[:, None] * s_I
     return {name: wide(stats[name]) * pairs_II for name in ("hessian", "cross") if name in stats}

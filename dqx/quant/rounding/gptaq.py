@@ -15,16 +15,15 @@ O = outputs, I = inputs, T = tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, Stats
 from dqx.quant.rounding.gptq import Carry, ColumnSettings, gptq_round
 
 
@@ -37,9 +36,7 @@ class GPTAQ(ColumnSettings):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "cross"})
     stream: ClassVar[str] = "both"
 
-    def __call__(
-        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
-    ) -> QuantizedWeight:
+    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
         return gptaq_round(w_OI, stats["hessian"], stats["cross"], self.grid(bits), bits.group_size, clip, self)
 
     def problems(self, where: str, context: Context) -> list[str]:

@@ -13,9 +13,9 @@ O = outputs, I = inputs, G = groups per row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from dqx.formats.bits import WeightBits, block_formats
 from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, Stats
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 
 STREAMS = ("quantized", "fp")
@@ -73,9 +73,7 @@ class GPTQ(ColumnSettings):
     stream: str = "quantized"  # whose activations make the Hessian: the quantized model's so far, or "fp"
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
-    def __call__(
-        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
-    ) -> QuantizedWeight:
+    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
         return gptq_round(w_OI, stats["hessian"], self.grid(bits), bits.group_size, clip, self)
 
     def problems(self, where: str, context: Context) -> list[str]:

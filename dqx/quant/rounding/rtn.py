@@ -5,9 +5,8 @@ O = outputs, I = inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, Stats
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,7 @@ class RTN:
     def grid(self, bits: WeightBits) -> Grid:
         return make_grid(bits, include_zero=self.include_zero, exact_absmax=self.exact_absmax)
 
-    def __call__(
-        self, w_OI: Tensor, bits: WeightBits, stats: Mapping[str, Any], clip: BoundClip | None = None
-    ) -> QuantizedWeight:
+    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
         return rtn_round(w_OI, self.grid(bits), bits.group_size, clip)
 
     def problems(self, where: str, context: Context) -> list[str]:

@@ -21,7 +21,7 @@ R = candidates, O = outputs, I = inputs, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,7 +36,7 @@ from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, block_rope
 from dqx.quant.transforms.channel_scale import scale_site
-from dqx.quant.transforms.smooth import scaled_sites, site_problems
+from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
 
 SMALLEST = 1e-4  # scales below are raised to it before they are normalised
 JUDGES = ("sublayer", "block")
@@ -80,14 +80,7 @@ class AWQScale:
 
     @torch.no_grad()
     def search(
-        self,
-        block: Block,
-        site: str,
-        stats: Mapping[str, Any],
-        grids: Grids,
-        context: Context,
-        *,
-        give_up: bool = True,
+        self, block: Block, site: str, stats: Mapping[str, Any], grids: Grids, context: Context, *, give_up: bool = True
     ) -> tuple[Tensor, list[float]]:
         """The best scale [I] of a site and the mean squared error of every candidate.
 
@@ -151,7 +144,7 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row) -> Judg
     n_tokens = sum(x.shape[:-1].numel() for x in inputs)
     square = doubled_upper_half(gram(inputs)) if n_tokens > (n_in + TILE) / 2 else None
     rows_NI = None if square is not None else torch.cat([wide(x).reshape(-1, n_in) for x in inputs])
-    top_I = largest_columns([w_OI])
+    top_I = column_absmax([w_OI])  # what grids with a scale per tensor go by
 
     def loss(scale_I: Tensor, bound: float) -> float:
         total, scaled_grid = 0.0, grid.for_tensor(top_I * scale_I)
@@ -166,11 +159,6 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row) -> Judg
         return total
 
     return loss
-
-
-def largest_columns(weights_OI: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in every column [I] of all the weights: what grids with a scale per tensor go by."""
-    return wide(torch.stack([w.abs().amax(0) for w in weights_OI]).amax(0))
 
 
 def gram(inputs: Row) -> Tensor:
@@ -226,7 +214,7 @@ def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row,
             yield from x.split(MLP_TOKENS, dim=1) if site == "mlp_in" else (x,)
 
     weights = {role: getattr(block, role).weight for role in grids}
-    top_I = largest_columns(list(weights.values()))
+    top_I = column_absmax(list(weights.values()))
     with _replaced(block, {}, site if transformed else None):
         targets = kept(forward(x) for x in parts())
 
