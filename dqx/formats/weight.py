@@ -69,20 +69,15 @@ def group_ranges(w_OI: Tensor, grid: Grid, group_size: int, clip: BoundClip | No
     n_out, n_in = w_OI.shape
     width = group_width(n_in, group_size)
     whole = n_in - n_in % width
-    found = []
+    bounds = []
     for first, last in ((0, whole), (whole, n_in)):
-        if last == first:
-            continue
-        n_columns = min(width, last - first)
-        columns_GW = torch.arange(first, last, device=w_OI.device).view(-1, n_columns)
-        w_OGW = w_OI[:, first:last].reshape(n_out, -1, n_columns)
-        found.append([bound.squeeze(-1) for bound in ranges(w_OGW, grid, clip, columns_GW)])
-    lows, highs = zip(*found, strict=True)
-    return torch.cat(lows, 1), torch.cat(highs, 1)
+        if last > first:
+            columns_GW = torch.arange(first, last, device=w_OI.device).view(-1, min(width, last - first))
+            bounds.append(ranges(w_OI[:, first:last].reshape(n_out, *columns_GW.shape), grid, clip, columns_GW))
+    lows, highs = zip(*bounds, strict=True)
+    return torch.cat(lows, 1).squeeze(-1), torch.cat(highs, 1).squeeze(-1)
 
 
 def ranges(w_OGW: Tensor, grid: Grid, clip: BoundClip | None, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
     """The range lo, hi [O, G, 1] of every group: min and max, or what the clip says."""
-    if clip is not None:
-        return clip(w_OGW, grid, columns_GW)
-    return extremes(w_OGW)
+    return extremes(w_OGW) if clip is None else clip(w_OGW, grid, columns_GW)

@@ -6,7 +6,7 @@ O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,15 +31,11 @@ PRODUCER = {"mlp_out": "up", "attn_out": "v"}  # whose output channels are a sit
 class StackedLinears:
     """Linears of one site that are treated alike: their rows are stacked and rounded at once."""
 
-    roles: tuple[str, ...]
+    roles: list[str] = field(compare=False)
     rounding: Rounding | None
     clip: Clip | None
     weight_bits: WeightBits
     activation_bits: ActivationBits
-
-    @property
-    def rounds(self) -> bool:
-        return self.rounding is not None and self.weight_bits.bits != UNQUANTIZED
 
 
 class BlockWork:
@@ -56,11 +52,8 @@ class BlockWork:
         self._check_weights()
         for name, transform in self.method.block_transforms.items():
             keep = transform.stream == "fp"  # the function stays, so these outputs are the next block's inputs
-            stats = (
-                self.streams[transform.stream].collect(self.block, transform.needs, keep_outputs=keep)
-                if any(transform.needs.values())
-                else {}
-            )
+            stream = self.streams.get(transform.stream)  # None: no part needs it
+            stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
             transform.apply(self.block, stats, self.context.at(name=name))
         self.intact = snapshot(self.block) if "fp" in self.streams else self.block
         if self.method.kv is not None and self.widths.kv.bits != UNQUANTIZED:
@@ -72,9 +65,7 @@ class BlockWork:
                     stats = self._paired(site, part.needs, as_is) if part.needs else {}
                     part.apply(self.block, stats, self.context.at(name=name))
             self._transform(site)
-            rows: dict[str, LinearRow] = {}
-            for stack in self._stacks(roles):
-                rows |= {row.role: row for row in self._round(site, stack)}
+            rows = {row.role: row for stack in self._stacks(roles) for row in self._round(site, stack)}
             yield [rows[role] for role in roles]
 
     def _check_weights(self) -> None:
@@ -99,20 +90,17 @@ class BlockWork:
 
     def _stacks(self, roles: Sequence[str]) -> list[StackedLinears]:
         """The linears of a site, those with equal settings together."""
-        alike: list[tuple[tuple[Any, ...], list[str]]] = []
+        method, widths, stacks = self.method, self.widths, list[StackedLinears]()
         for role in roles:
-            activation = self.widths.activation[role]
-            if not self.method.quantizes_input(role):
-                activation = ActivationBits(UNQUANTIZED)
-            rounding = self.method.rounding_of(role)
-            settings = (rounding, self.method.clip_of(role), self.widths.weight[role], activation)
-            for known, members in alike:
-                if known == settings:
-                    members.append(role)
-                    break
+            activation = widths.activation[role] if method.quantizes_input(role) else ActivationBits(UNQUANTIZED)
+            alone = StackedLinears(
+                [role], method.rounding_of(role), method.clip_of(role), widths.weight[role], activation
+            )
+            if alone in stacks:
+                stacks[stacks.index(alone)].roles.append(role)
             else:
-                alike.append((settings, [role]))
-        return [StackedLinears(tuple(members), *settings) for settings, members in alike]
+                stacks.append(alone)
+        return stacks
 
     def _at(self, site: str, stream: str, needs: frozenset[str], seen: Seen) -> dict[str, Any]:
         """Statistics of a site's input as it is now, from one of the streams."""
@@ -144,7 +132,7 @@ class BlockWork:
         rounded: Mapping[str, QuantizedWeight | None] = dict.fromkeys(stack.roles)
         linears: dict[str, nn.Linear] = {role: getattr(self.block, role) for role in stack.roles}
         stats: dict[str, Any] = {}
-        if stack.rounding is not None and stack.rounds:
+        if stack.rounding is not None and stack.weight_bits.bits != UNQUANTIZED:
             stats, clip_stats = self._statistics(site, stack, seen)
             clip = None if stack.clip is None else ClipAtSite(stack.clip, clip_stats)
             stacked = torch.cat([linear.weight for linear in linears.values()])

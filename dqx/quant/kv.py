@@ -49,13 +49,12 @@ class KeysValues:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         if grid.identity:
             return
-        if self.rotate and self.keys is not None:
-            compose(block.heads, "q", OnlineHadamard(self.tile))
-            compose(block.heads, "k", OnlineHadamard(self.tile))
         if self.keys is not None:
-            compose(block.heads, "k", HeadQuantizer(grid, self.keys, self.key_clip_ratio))
-        if self.keys is not None and self.queries:
-            compose(block.heads, "q", HeadQuantizer(grid, self.keys, self.key_clip_ratio))
+            for part in ("q", "k"):
+                if self.rotate:
+                    compose(block.heads, part, OnlineHadamard(self.tile))
+                if part == "k" or self.queries:
+                    compose(block.heads, part, HeadQuantizer(grid, self.keys, self.key_clip_ratio))
         if self.values is not None:
             compose(block.heads, "v", HeadQuantizer(grid, self.values, self.value_clip_ratio))
 

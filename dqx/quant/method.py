@@ -22,7 +22,6 @@ from dqx.quant.protocols import (
     Correction,
     KeysValues,
     ModelChange,
-    ModelTransform,
     Rounding,
     SiteTransform,
     Transform,
@@ -68,7 +67,7 @@ class Method:
 
     def changes(self, context: Context, device: torch.device) -> list[ModelChange]:
         """What the model transforms do, in their order."""
-        return [part.prepare(context.at(name=name), device) for name, part in self.model_transforms.items()]
+        return [part.prepare(context.at(name=name), device) for name, part in self._transforms("model").items()]
 
     def residual_map(self, bits: BitsConfig, arch: Architecture, *, seed: int = 0) -> Callable[[Tensor], Tensor]:
         """How the residual stream x [..., D] of a model looks after `quantize(model, method, bits, seed=seed)`.
@@ -78,10 +77,6 @@ class Method:
         changes = self.changes(Context(arch, bits.resolve(arch).usual, self, seed), torch.device("cpu"))
         maps = [change.residual for change in changes if change.residual is not None]
         return lambda x: reduce(lambda y, change: change(y), maps, x)
-
-    @property
-    def model_transforms(self) -> dict[str, ModelTransform]:
-        return self._transforms("model")
 
     @property
     def block_transforms(self) -> dict[str, BlockTransform]:
@@ -96,13 +91,8 @@ class Method:
 
     def streams(self, widths: Widths | None = None) -> frozenset[str]:
         """Whose activations the parts look at, at these widths (None: at any): "quantized", "fp", "mean"."""
-        named: set[str] = set()
-        for block_part in self.block_transforms.values():
-            if any(block_part.needs.values()):
-                named.add(block_part.stream)
-        for site_part in self.site_transforms.values():
-            if site_part.needs:
-                named.add(site_part.stream)
+        named = {part.stream for part in self.block_transforms.values() if any(part.needs.values())}
+        named |= {part.stream for part in self.site_transforms.values() if part.needs}
         for role in ("", *self.rounding_by_role) if widths is None else widths.usual.weight:  # "": any other role
             rounding, clip = self.rounding_of(role), self.clip_of(role)
             if rounding is not None and (widths is None or widths.rounds_weight(role)):
@@ -121,8 +111,7 @@ class Method:
 
     def problems(self, bits: BitsConfig, arch: Architecture) -> list[str]:
         """Everything about this method at these bits on this architecture that cannot work, with the remedy."""
-        entries = entry_problems(bits, arch)
-        if entries:
+        if entries := entry_problems(bits, arch):
             return [*self._slot_problems(arch), *entries]
         problems = [*self._slot_problems(arch), *self._part_problems(Context(arch, bits.resolve(arch).usual, self))]
         for name in bits.blocks:
@@ -171,10 +160,8 @@ class Method:
         """Widths that this method cannot be asked for."""
         rounds_weights = any(self.rounding_of(role) is not None for role in arch.roles)
         widths, input_widths = bits.settings("weight"), bits.settings("activation")
-        kv = bits.kv.bits
-        asked = {
-            k: v for k, v in {**widths, **input_widths, "bits.kv.bits": kv}.items() if v not in (None, UNQUANTIZED)
-        }
+        asked = {**widths, **input_widths, "bits.kv.bits": bits.kv.bits}
+        asked = {key: width for key, width in asked.items() if width not in (None, UNQUANTIZED)}
         if not rounds_weights and self.activation is None:
             if asked:
                 return [
@@ -184,11 +171,8 @@ class Method:
             return []
         problems = []
         if not rounds_weights:
-            problems += [
-                f"{key}={asked[key]}, but method {self.name} rounds no weights; write {key}=16"
-                for key in widths
-                if key in asked
-            ]
+            rounds_none = f"but method {self.name} rounds no weights"
+            problems += [f"{key}={asked[key]}, {rounds_none}; write {key}=16" for key in widths if key in asked]
         if self.activation is None:
             format = "" if bits.weight.format == "int" else f"{bits.weight.format}_"
             problems += [

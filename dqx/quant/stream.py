@@ -57,12 +57,9 @@ class Stream:
             for x in _mean_embedding(model, self.ids) if mean else map(model.embed, self.ids):
                 inputs.append(x)
         self.ids = self.ids[: len(inputs)]
+        self.n_tokens = sum(row.shape[1] for row in self.ids)
         self.inputs = inputs
         self.outputs: Row | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(row.shape[1] for row in self.ids)
 
     def forward(self, block: nn.Module, i: int) -> Tensor:
         """The output of `block` for sequence i."""
