@@ -61,12 +61,12 @@ Usual = TypeVar("Usual", WeightBits, ActivationBits)
 class KVBits:
     """Width of keys and values, for methods that quantize them (`method.kv`)."""
 
-    bits: int | None = None  # null: as the activations, in methods that quantize keys and values
+    bits: int | None = None  # None: as the activations, in methods that quantize keys and values
 
 
 @dataclass
 class RoleBits:
-    """Other widths for one role; null: as all roles."""
+    """Other widths for one role; None: as all roles."""
 
     weight: int | None = None
     activation: int | None = None

@@ -1,9 +1,7 @@
-"""Quantize a model block by block: fit and fold transforms, then site by site correct, gather statistics, clip, round.
+"""Quantize a model block by block, each as `block.py` does it; the output of a finished block feeds the next one.
 
-Inside a block (`block.py`) the sites are done in data-flow order, (q, k, v) first where it is dense. Before each the
-calibration sequences run through the partly quantized block as far as that site's input, one at a time, and only
-statistics and the inputs of the current block are kept. The output of the finished block feeds the next one. Attention
-is that of the model itself: bidirectional, no mask.
+Calibration sequences run one at a time, and only statistics and the inputs of the current block are kept. Attention is
+that of the model itself: bidirectional, no mask.
 """
 
 from __future__ import annotations
@@ -33,12 +31,10 @@ from dqx.quant.stream import Stream
 
 
 class Batch(Protocol):
-    """What the loop reads of a calibration batch."""
+    """What the loop reads of a calibration batch: its token ids [B, T]."""
 
     @property
-    def ids(self) -> Tensor:
-        """Token ids [B, T]."""
-        ...
+    def ids(self) -> Tensor: ...
 
 
 #: Calibration batches, or their token ids alone: tensors [B, T] or [T], or lists of ids.
@@ -71,8 +67,7 @@ def quantize(
         model: a loaded model that is not quantized yet.
         method: what is done; at 16 bits transforms are applied all the same, which leaves the function as it was.
         bits: widths, groups and formats.
-        batches: the calibration text, as `CalibBatch`es or token ids; empty for methods that need no data (rtn): then
-            no forward pass is run.
+        batches: the calibration text, as `CalibBatch`es or token ids; none where the method needs no data (rtn).
         seed: for parts that draw random numbers.
         progress: show a bar.
 
@@ -197,12 +192,6 @@ def _one_block(
 
 
 def _progress_bar(enabled: bool) -> bars.Progress:
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("left"),
-        bars.TimeRemainingColumn(),
-    )
-    return bars.Progress(*columns, console=Console(stderr=True), disable=not enabled)
+    done = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()
+    time_left = bars.TextColumn("left"), bars.TimeRemainingColumn()
+    return bars.Progress(*done, bars.TimeElapsedColumn(), *time_left, console=Console(stderr=True), disable=not enabled)

@@ -25,13 +25,9 @@ INDEX_BITS = 16
 
 
 def stored_bits(shape: tuple[int, int], bits: WeightBits, n_groups: int, *, scattered: bool = False) -> int:
-    """Bits that a weight takes, by the convention above.
+    """Bits that a weight of `shape` (outputs, inputs) with `n_groups` per row takes, by the convention above.
 
-    Args:
-        shape: outputs and inputs.
-        bits: width, format and symmetry of its grid.
-        n_groups: groups per row.
-        scattered: whether a group's inputs are not neighbours, so that each input has the index of its group.
+    `scattered` says that a group's inputs are not neighbours, so that each input has the index of its group.
     """
     n_out, n_in = shape
     if bits.bits == UNQUANTIZED:
@@ -65,10 +61,6 @@ class LinearRow:
     def from_dict(cls, row: Mapping[str, Any]) -> LinearRow:
         """The row that JSON has with lists for tuples."""
         return cls(**{**row, "shape": tuple(row["shape"]), "notes": tuple(row["notes"])})
-
-    @property
-    def bits_per_weight(self) -> float:
-        return self.stored_bits / (self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True)

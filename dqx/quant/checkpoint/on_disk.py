@@ -105,7 +105,8 @@ class OnDisk(Home):
 
     def __init__(self, source: Checkpoint, folder: Path, asked: Assignment, loading: Loading):
         limit = None if loading.activations_gb is None else int(loading.activations_gb * GB)
-        store = ActivationStore(folder / "activations", limit)
+        self.rows = folder / "activations"
+        store = ActivationStore(self.rows, limit)
         super().__init__(skeleton(source.arch), torch.device(loading.device), store)
         self.source, self.folder, self.asked, self.loading = source, folder, asked, loading
         self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(self._settings())))
@@ -186,23 +187,20 @@ class OnDisk(Home):
         for index in range(state["blocks"]):
             self.model.blocks[index] = saved.read_block(self.folder, index, self.source.arch, "cpu").to("meta")
         self._remove_rows({entry["row"] for entry in state["inputs"].values()})
-        inputs = {name: self._row(entry) for name, entry in state["inputs"].items()}
+        inputs = {
+            name: Shelf(self.store, self.rows / entry["row"], keep=True, device=self.device, length=entry["length"])
+            for name, entry in state["inputs"].items()
+        }
         rows = [LinearRow.from_dict(row) for row in state["rows"]]
         return Progress(state["blocks"], rows, inputs, state["seconds"], state["peak_ram"], state["peak_gpu"])
 
-    def _row(self, entry: dict[str, Any]) -> Shelf:
-        assert self.store.folder is not None
-        folder = self.store.folder / entry["row"]
-        return Shelf(self.store, folder, keep=True, device=self.device, length=entry["length"])
-
     def _remove_rows(self, wanted: set[str]) -> None:
         """Delete all activations on disk but these rows."""
-        assert self.store.folder is not None
-        for path in self.store.folder.iterdir() if self.store.folder.is_dir() else ():
+        for path in self.rows.iterdir() if self.rows.is_dir() else ():
             if path.name not in wanted:
                 shutil.rmtree(path)
         if not wanted:
-            shutil.rmtree(self.store.folder, ignore_errors=True)
+            shutil.rmtree(self.rows, ignore_errors=True)
 
     def _free_outer(self) -> None:
         tied = self.model.head.weight is self.model.embed.weight

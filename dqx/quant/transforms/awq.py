@@ -7,11 +7,8 @@ mlp_in the gated MLP, all on their recorded inputs. All searches are made on the
 folded in.
 
 The code of the study judges LLaDA's attn_in and mlp_in by the whole block, fed with the site's input, which is
-normalised already, as if it were the residual stream (`judge: block`). On the block of our reference data that leaves
-an error 17 % (4 bits) and 14 % (3 bits) larger; on the bundled models neither is better throughout (divergence from
-full precision at 4, 3, 2 bits on nano_llada 0.197, 0.57, 2.4 nats per token with the sublayer, 0.192, 0.52, 2.6 with
-the block). The default follows the paper. Where heads are grouped, v cannot take over a factor per query head and
-attn_out is left alone, as in the authors' code.
+normalised already, as if it were the residual stream (`judge: block`); the default follows the paper. Where heads are
+grouped, v cannot take over a factor per query head and attn_out is left alone, as in the authors' code.
 
 Work is saved where that is exact: a linear's own error needs only X^T X once there are more tokens than inputs, and a
 candidate is given up when the part of its error found so far exceeds the best whole one.
@@ -55,7 +52,7 @@ class AWQScale:
 
     n_grid: int = 20  # exponents r = 0, 1/n, ... (n-1)/n
     judge: str = "sublayer"  # at attn_in and mlp_in: sublayer, or block as in the study's code for LLaDA
-    sites: list[str] | None = None  # of SCALED; null: all
+    sites: list[str] | None = None  # of SCALED; None: all
     stream: str = "fp"
     scope: ClassVar[str] = "block"
 

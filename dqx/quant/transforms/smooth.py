@@ -7,9 +7,7 @@ larger alpha moves more of the difficulty from activations to weights. All scale
 takes q alone and up alone (`one_linear`), raises scales below 0.01 to it (`floor`), and where heads are grouped divides
 the input of o at run time, because a factor per query head does not fit into the shared v (`grouped_heads: run_time`).
 With `grouped_heads: shared` the heads that read one value head get one factor, from the largest of their inputs and
-weights, which costs nothing at run time. On the bundled models neither choice matters at W8A8 (divergence from full
-precision 0.007 and 0.003 nats per token on nano_llada and nano_dream, 0.037 and 0.021 unsmoothed); at W4A4, where all
-of them fail, one linear does a little better (1.7 against 1.9; 1.31 against 1.39), run-time division a little worse.
+weights, which costs nothing at run time.
 
 O = outputs, I = inputs.
 """
@@ -39,7 +37,7 @@ class Smooth:
 
     alpha: float = 0.5  # 1: inputs become level; 0: weights do
     floor: float = 0.01  # smaller scales are raised to it
-    sites: list[str] | None = None  # of SCALED; null: all
+    sites: list[str] | None = None  # of SCALED; None: all
     one_linear: bool = False  # max|W| of q alone and up alone
     grouped_heads: str = "shared"  # attn_out where heads share a value head: one scale for them, or run_time division
     stream: str = "fp"
