@@ -8,7 +8,6 @@ dqx report runs --out -                         the tables in Markdown, on stand
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -18,21 +17,18 @@ from dqx.common.files import write_text
 from dqx.record import words
 from dqx.report import content, latex, markdown
 from dqx.report.published import presets
-from dqx.report.terminal import print_lines
+from dqx.report.terminal import errors_end, print_lines
 
 
 def write(report: content.Report, folder: Path) -> list[Path]:
     """Write the report's documents, with the figures that it has by now. Returns their paths."""
     from dqx.report import page  # with Jinja, which printed tables need not
 
-    documents = {
-        "report.html": page.page(report),
-        "report.md": markdown.markdown(report, folder),
-        "report.tex": latex.latex(report),
-    }
-    for name, text in documents.items():
-        write_text(folder / name, text)
-    return [folder / name for name in documents]
+    texts = page.page(report), markdown.markdown(report, folder), latex.latex(report)
+    paths = [folder / f"report.{suffix}" for suffix in ("html", "md", "tex")]
+    for path, text in zip(paths, texts, strict=True):
+        write_text(path, text)
+    return paths
 
 
 def main() -> None:
@@ -43,24 +39,21 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="*", metavar="RUNS", help="folders of runs or sweeps (runs)")
     parser.add_argument("--out", default="report", metavar="FOLDER", help="where to write it (report); - prints tables")
-    parser.add_argument(
-        "--preset",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"published tables to compare with, whatever there is of them: {', '.join(presets()[::2])}, "
-        "each also with _as_published; by default those that the runs have cells of",
+    told = (
+        f"published tables to compare with, whatever there is of them: {', '.join(presets()[::2])}, "
+        "each also with _as_published; by default those that the runs have cells of"
     )
+    parser.add_argument("--preset", nargs="+", default=[], metavar="NAME", help=told)
     arguments = parser.parse_args()
-    console, errors = Console(highlight=False, emoji=False), Console(stderr=True)
-    try:
+    console = Console(highlight=False, emoji=False)
+    with errors_end():
         nothing = not arguments.runs and arguments.preset and not Path("runs").is_dir()
         report = content.build([] if nothing else arguments.runs or ["runs"], arguments.preset)
         if arguments.out == "-":
             print("\n\n".join([markdown.tables(report), *markdown.comparisons(report)]).strip())
             return
         folder = Path(arguments.out)
-        print_lines(errors, (f"in no table: {each.path}: {each.reason}" for each in report.skipped))
+        print_lines(Console(stderr=True), (f"in no table: {each.path}: {each.reason}" for each in report.skipped))
         console.print(Text(words.lede(report.records)))
         print_lines(console, (f"  {path}" for path in write(report, folder)))  # to be read while figures are drawn
         if report.runs:
@@ -69,6 +62,3 @@ def main() -> None:
             figures.draw(report, folder / "figures")
             write(report, folder)
             print_lines(console, [f"  {folder / 'figures'}"])
-    except (OSError, ValueError) as error:
-        print_lines(errors, [str(error)])
-        sys.exit(2)

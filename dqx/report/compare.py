@@ -2,28 +2,24 @@
 
     dqx compare RUN OTHER --show 5
 
-A run's own table compares its quantized model with its full-precision one. This one compares the full-precision
-models of two runs, and their quantized ones: a sampler that approximates with one that does not, fewer denoising steps
-with more, one calibration with another. A delta is OTHER minus RUN, with the interval, test and verdict of
+The full-precision models of two runs are compared, and their quantized ones: a sampler that approximates with one that
+does not, fewer denoising steps with more. A delta is OTHER minus RUN, with the interval, test and verdict of
 `dqx/record/deltas.py`; verdicts are corrected over the tasks of a table. Tasks that only one run has are left out.
-Below each table stand documents whose score changed, with what both models answered.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.text import Text
 
 from dqx.evaluate.results import TaskResult
 from dqx.record.compare import compare, costs, differences, flips
 from dqx.record.folder import Record, RunFolder
 from dqx.record.words import visible
 from dqx.report import tables
-from dqx.report.terminal import print_lines, show
+from dqx.report.terminal import errors_end, print_lines, show
 
 SHOWN = 3  # flipped documents printed of each task
 LONGEST = 600  # characters printed of an output
@@ -75,18 +71,10 @@ def main() -> None:
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("other", help="folder of the run that is compared with it")
-    parser.add_argument(
-        "--show",
-        type=int,
-        default=SHOWN,
-        metavar="N",
-        help=f"flipped documents printed of each task ({SHOWN}); 0: none",
-    )
+    told = f"flipped documents printed of each task ({SHOWN}); 0: none"
+    parser.add_argument("--show", type=int, default=SHOWN, metavar="N", help=told)
     arguments = parser.parse_args()
     console = Console(highlight=False, emoji=False, width=max(120, Console().width))
-    try:
+    with errors_end():
         before, after = (RunFolder(folder).read() for folder in (arguments.run, arguments.other))
         print_comparison(before, after, console, arguments.show)
-    except (OSError, ValueError) as error:
-        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
-        sys.exit(2)

@@ -15,27 +15,13 @@ PREAMBLE = r"""\documentclass{article}
 \usepackage{booktabs,graphicx}
 \begin{document}
 """
-SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "`": r"\textasciigrave{}",
-    "'": r"\textquotesingle{}",
-    "[": "{[}",  # after a line break LaTeX takes [ for its option
-    "]": "{]}",
-    "-": "{-}",  # neither a ligature with the next one
-}
+NAMED = {
+    "\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar",
+    '"': "quotedbl", "`": "asciigrave", "'": "quotesingle",
+}  # fmt: skip
+#: After a line break LaTeX takes [ for its option, and - makes a ligature with the next one.
+SPECIAL = {c: rf"\text{name}{{}}" for c, name in NAMED.items()} | {c: rf"\{c}" for c in "{}$&#%_"}
+SPECIAL |= {c: f"{{{c}}}" for c in "[]-"}
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?\*?")
 
 

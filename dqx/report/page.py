@@ -10,7 +10,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from importlib import resources
 from io import BytesIO
 from typing import Any
@@ -46,7 +45,10 @@ def page(report: Report) -> str:
     )
     filters = (slug, embedded, shortened, flipped, listing, tables.anchor, tables.deltas, content.lacks)
     environment.filters |= {each.__name__: each for each in (*filters, words.title, words.conditions)}
-    style, script = _asset("style.css"), _asset("script.js")
+    style, script = (
+        "\n" + (resources.files("dqx.report") / "templates" / name).read_text(encoding="utf-8")
+        for name in ("style.css", "script.js")
+    )
     return environment.get_template("page.html").render(
         report=report,
         title=_title(report),
@@ -66,17 +68,16 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     records = report.records
     if not records:
         return
-    documents = sorted({result.n for record in records for result in record.quantized.values()})
     commits = sorted({str(record.environment.get("commit") or "not recorded")[:7] for record in records})
-    created = sorted(record.created for record in records)
     yield "Runs", str(len(records))
-    yield "Documents per task", str(documents[0]) if len(documents) == 1 else f"{documents[0]} to {documents[-1]}"
+    yield "Documents per task", _range({result.n for record in records for result in record.quantized.values()})
     yield "Computed in", duration(sum(sum(record.timings.values()) for record in records))
-    yield (
-        "Finished",
-        created[-1][:10] if created[0][:10] == created[-1][:10] else f"{created[0][:10]} to {created[-1][:10]}",
-    )
+    yield "Finished", _range({record.created[:10] for record in records})
     yield "Code", ", ".join(commits[:3]) + (f" and {len(commits) - 3} more" if len(commits) > 3 else "")
+
+
+def _range(values: set[Any]) -> str:
+    return " to ".join(map(str, dict.fromkeys((min(values), max(values)))))
 
 
 def duration(seconds: float) -> str:
@@ -149,11 +150,6 @@ def embedded(picture: Picture) -> str:
 
 def _visible(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-@cache
-def _asset(name: str) -> str:
-    return "\n" + (resources.files("dqx.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

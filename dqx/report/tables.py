@@ -7,7 +7,7 @@ outliers; of a sweep: a row per run; of groups of runs: methods by widths, and t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -45,7 +45,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: list[list[Entry]]
-    head: list[list[Entry]]
+    head: list[list[Entry]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     left: int = 1  # columns with text, from the left
     stacked: bool = False  # the smaller print may stand below its text
@@ -84,7 +84,6 @@ def deltas(
             ]
             for row in rows
         ],
-        [],
         notes=tuple(_delta_notes(rows)),
         rules=changes([row.kind for row in rows]),
         strong=tuple(i for i, row in enumerate(rows) if row.kind == "overall"),
@@ -135,7 +134,6 @@ def sweep(records: Sequence[Record]) -> Table:
         "Sweep",
         ("run", "bits per weight", *tasks, "average", "delta [95 % interval]", "level", "verdict"),
         rows,
-        [],
         notes=(
             "In percent, deltas in points; texts in nats per token; - where a task was not run.",
             f"{CHANCE}; corrected for all runs.",
@@ -158,7 +156,6 @@ def outliers(record: Record) -> Table:
             for side in SIDES
             if side in by_side
         ],
-        [],
         notes=_outlier_notes(next(iter(record.outliers.values())).thresholds),
         left=2,
     )
@@ -195,23 +192,15 @@ def runs(members: Sequence[Run]) -> Table:
     for number, record in enumerate((run.record for run in members), 1):
         run, total, average = record.settings, headline(record.deltas), record.average_bits
         seconds = sum(record.timings.values())
-        rows.append(
-            [
-                Entry(f"run\xa0{number}", number=number, anchor=anchor(number)),
-                Entry(words.evaluation(run)),
-                Entry(words.quantization(run), code=True),
-                Entry(run.bits, code=True),
-                Entry(str(run.seed), number=run.seed),
-                Entry("16" if average is None else f"{average:.2f}", number=average or 16.0),
-                score(total.quantized, total.metric),
-                _delta(total, STAR[0]),
-                _level(total),
-                Entry(f"{seconds:.0f}", number=seconds),
-                Entry(record.created[:16].replace("T", " ")),
-            ]
-        )
+        row = [Entry(f"run\xa0{number}", number=number, anchor=anchor(number)), Entry(words.evaluation(run))]
+        row += [Entry(words.quantization(run), code=True), Entry(run.bits, code=True)]
+        row += [Entry(str(run.seed), number=run.seed)]
+        row += [Entry("16" if average is None else f"{average:.2f}", number=average or 16.0)]
+        row += [score(total.quantized, total.metric), _delta(total, STAR[0]), _level(total)]
+        row += [Entry(f"{seconds:.0f}", number=seconds), Entry(record.created[:16].replace("T", " "))]
+        rows.append(row)
     columns = ("run", "model", "method", "setting", "seed", "bits per weight", "average", "delta [95 % interval]")
-    return Table("Runs", (*columns, "level", "seconds", "finished, UTC"), rows, [], left=4)
+    return Table("Runs", (*columns, "level", "seconds", "finished, UTC"), rows, left=4)
 
 
 def anchor(number: int) -> str:
@@ -294,10 +283,8 @@ def _full_precision(group: RunGroup) -> Entry:
 
 def _delta(row: Delta, star: str = "") -> Entry:
     """A delta with its interval; followed by the star where chance alone does not explain it."""
-    mark = "" if row.verdict == significance.UNDECIDED else star
-    return Entry(
-        difference(row.delta, row.metric) + mark, words.interval(row.low, row.high, row.metric), number=row.delta
-    )
+    text = difference(row.delta, row.metric) + ("" if row.verdict == significance.UNDECIDED else star)
+    return Entry(text, words.interval(row.low, row.high, row.metric), row.delta)
 
 
 def _drop(row: Delta) -> Entry:
@@ -316,11 +303,8 @@ def _verdict(row: Delta) -> Entry:
 def _average(row: Row, group: RunGroup) -> Entry:
     """The average; of fewer tasks than the table has, it says of how many."""
     has, wanted = (sum(task in names for task in accuracies(group)) for names in (row.deltas, group.tasks))
-    return Entry(
-        value(row.overall.quantized, row.overall.metric),
-        f"{has} of {wanted} tasks" if has < wanted else "",
-        number=row.overall.quantized,
-    )
+    small = f"{has} of {wanted} tasks" if has < wanted else ""
+    return Entry(value(row.overall.quantized, row.overall.metric), small, row.overall.quantized)
 
 
 def _average_and_delta(row: Row | None, group: RunGroup) -> Entry:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TextIO
@@ -82,7 +83,7 @@ def print_outcomes(outcomes: Mapping[Path, RunState], file: TextIO | None = None
     console = _console(file)
     console.print()
     rows = [[Entry(path.name), Entry(run.state, kind=run.state), Entry(run.reason)] for path, run in outcomes.items()]
-    console.print(rendered(Table("Runs", ("run", "state", "reason"), rows, [], left=3)))
+    console.print(rendered(Table("Runs", ("run", "state", "reason"), rows, left=3)))
 
 
 def _console(file: TextIO | None) -> Console:
@@ -93,6 +94,16 @@ def print_lines(console: Console, lines: Iterable[str], style: str = "") -> None
     """Print lines that the terminal itself wraps where they are longer than it is wide."""
     for line in lines:
         console.print(Text(line, style=style), soft_wrap=True)
+
+
+@contextmanager
+def errors_end() -> Iterator[None]:
+    """A command that cannot read or write something says so on standard error and ends with exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print_lines(Console(stderr=True), [str(error)])
+        sys.exit(2)
 
 
 def show(table: Table, console: Console) -> list[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from dqx.common.environment import package_version
 from dqx.evaluate.results import DocumentRow, TaskResult
@@ -30,6 +28,7 @@ from dqx.record.collection import Run
 from dqx.record.folder import SIDES, Record, RunFolder
 from dqx.report import markdown, tables
 from dqx.report.gather import evaluations, groups
+from dqx.report.terminal import errors_end, print_lines
 from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner, local_paths, placeholder, without_places
@@ -182,13 +181,9 @@ def main() -> None:
     parser.add_argument("--to", metavar="FILE", help=f"where to write it; by default RUN{bundle.SUFFIX} here")
     parser.add_argument("--documents", action="store_true", help="with the texts of predictions and targets")
     arguments = parser.parse_args()
-    try:
+    with errors_end():
         path, told = share(arguments.run, arguments.to, documents=arguments.documents)
-    except (OSError, ValueError) as error:
-        Console(stderr=True).print(Text(str(error)), soft_wrap=True)
-        sys.exit(2)
     console = Console(highlight=False, emoji=False)
     give_anew = bundle.read(path).manifest["give_anew"]
     again = " ".join(["dqx run --from", str(path), *(f"{key}=..." for key in give_anew)])
-    for line in (f"{path}", *(f"  {text}" for text in told), f"Run it again: {again}"):
-        console.print(Text(line), soft_wrap=True)
+    print_lines(console, (f"{path}", *(f"  {text}" for text in told), f"Run it again: {again}"))

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from dqx.common.files import write_json
 from dqx.record.folder import Record, RunFolder
-from dqx.report.terminal import print_copy
+from dqx.report.terminal import errors_end, print_copy, print_lines
 from dqx.report.wandb import DEFAULTS, copy_run, panels
 from dqx.report.wandb.identity import identity
 from dqx.report.wandb.login import MODES
@@ -64,13 +63,12 @@ def main() -> None:
     parser.add_argument("--project", help="of W&B; by default that of each run's configuration")
     parser.add_argument("--entity", help="the user or team; by default that of each run's configuration")
     parser.add_argument("--mode", choices=MODES, default="auto", help="auto: online where there is a login")
-    parser.add_argument(
-        "--workspace", action="store_true", help="save the view of dqx/report/wandb/panels.py to the projects"
-    )
+    view = "save the view of dqx/report/wandb/panels.py to the projects"
+    parser.add_argument("--workspace", action="store_true", help=view)
     arguments = parser.parse_args()
     errors, failed = Console(stderr=True, highlight=False), False
     places: set[tuple[str | None, str]] = set()  # entity, project
-    try:
+    with errors_end():
         for path in finished(arguments.folders):
             record = again(path, project=arguments.project, entity=arguments.entity, mode=arguments.mode)
             print(path)
@@ -78,9 +76,6 @@ def main() -> None:
             failed |= record.mirror["state"] == "failed"
             settings = {**DEFAULTS, **record.settings.wandb}
             places.add((arguments.entity or settings["entity"], arguments.project or settings["project"]))
-    except (OSError, ValueError) as error:
-        errors.print(Text(str(error)), soft_wrap=True)
-        sys.exit(2)
     if arguments.workspace:
         for entity, project in sorted(places, key=str):
             failed |= not _saved(entity, project, errors)
@@ -93,7 +88,7 @@ def _saved(entity: str | None, project: str, errors: Console) -> bool:
         print(f"view: {panels.save(entity, project)}")
         return True
     except ImportError:
-        errors.print("no view: the package wandb-workspaces is missing; pip install 'dqx[workspace]'")
+        print_lines(errors, ["no view: the package wandb-workspaces is missing; pip install 'dqx[workspace]'"])
     except Exception as error:  # whatever a server may say
-        errors.print(Text(f"no view: {error}"), soft_wrap=True)
+        print_lines(errors, [f"no view: {error}"])
     return False
