@@ -1,4 +1,4 @@
-"""The published tables (`dqx/report`) cell by cell beside ours, with a verdict, and commands for what is missing.
+"""The five tables of arXiv 2508.14896 cell by cell beside ours, with a verdict, and commands for what is missing.
 
 A verdict is about one number: the published accuracy lies *within* the 95 % interval of ours over documents (Wilson
 1927; averages by MOVER), or it *differs*. The interval is for a fresh sample of documents; both sides answered the same
@@ -15,8 +15,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import yaml
 
 from dqx.common.files import jsonable
 from dqx.common.names import method_label
@@ -27,9 +30,9 @@ from dqx.record.folder import Record
 from dqx.record.settings import RunSettings
 from dqx.record.words import points, value
 from dqx.report.gather import FULL_PRECISION, Cell, Evaluation, flat, told_by
-from dqx.report.reference import published_cells
 from dqx.report.tables import MISSING, Entry, Table, changes
 
+TABLES = Path(__file__).with_name("qdlm_tables.yaml")
 NAME = re.compile(r"qdlm_table(\d)(?:_(\w+))?")
 WITHIN, DIFFERS = "within", "differs"
 NOTES = (
@@ -38,6 +41,31 @@ NOTES = (
 )
 #: Settings of a run that may differ from the preset's without a word: where things are, and on which device.
 ELSEWHERE = ("model.device", "data_root")
+
+
+@dataclass(frozen=True)
+class PublishedCell:
+    """One number of a published table; model, method, bits and task as in `conf/`."""
+
+    table: int
+    model: str
+    method: str
+    bits: str
+    task: str
+    accuracy: float  # percent
+
+
+@cache
+def published_cells() -> tuple[PublishedCell, ...]:
+    """Every number printed in the tables, averages left out."""
+    data = yaml.safe_load(TABLES.read_text(encoding="utf-8"))
+    return tuple(
+        PublishedCell(row["table"], row["model"], row["method"], row["bits"], task, value)
+        for row in data["rows"]
+        for group, tasks in data["columns"].items()
+        for task, value in zip(tasks, row.get(group) or [None] * len(tasks), strict=True)
+        if value is not None
+    )
 
 
 def presets() -> list[str]:
@@ -71,9 +99,8 @@ class Line:
     @property
     def results(self) -> dict[str, TaskResult]:
         """Our results for the tasks of the table."""
-        side = {} if self.ours is None else self.ours.quantized
-        if self.ours is not None and self.method == FULL_PRECISION:
-            side = self.ours.full_precision
+        full, quantized = ({}, {}) if self.ours is None else self.ours.sides
+        side = full if self.method == FULL_PRECISION else quantized
         return {task: side[task] for task in self.published if task in side}
 
     @property
@@ -186,26 +213,17 @@ def compared(preset: str, evaluated: Sequence[Evaluation]) -> Comparison:
         members = [line for line in rows if line.model == model]
         tasks = list(members[0].published)
         entries = [_entries(line, counts) for line in members]
-        tables.append(
-            Table(
-                title=f"{preset}: {model}",
-                columns=("setting", "method", *tasks, "average", "relative drop, %", "level"),
-                head=entries[:1],
-                rows=entries[1:],
-                notes=(*NOTES, *_unlike(members)),
-                left=2,
-                stacked=True,
-                rules=changes([row[0].text for row in entries[1:]]),
-            )
-        )
+        columns = ("setting", "method", *tasks, "average", "relative drop, %", "level")
+        notes, rules = (*NOTES, *_unlike(members)), changes([row[0].text for row in entries[1:]])
+        title = f"{preset}: {model}"
+        tables.append(Table(title, columns, entries[1:], entries[:1], notes, left=2, stacked=True, rules=rules))
     return Comparison(preset, tables, counts, commands(preset, rows))
 
 
 def _entries(line: Line, counts: dict[str, int]) -> list[Entry]:
     results, whole = line.results, not line.missing
-    setting = "full precision" if line.method == FULL_PRECISION else line.bits
-    entries = [Entry(setting, code=line.method != FULL_PRECISION)]
-    entries.append(Entry("" if line.method == FULL_PRECISION else line.method, code=True))
+    names = ("full precision", "") if line.method == FULL_PRECISION else (line.bits, line.method)
+    entries = [Entry(names[0], code=line.method != FULL_PRECISION), Entry(names[1], code=True)]
     for task, published in line.published.items():
         entry = _beside(published, [results[task]] if task in results else [])
         counts[entry.kind] += 1
@@ -215,15 +233,11 @@ def _entries(line: Line, counts: dict[str, int]) -> list[Entry]:
         return [*entries, Entry(), Entry()]
     printed = f"({points(line.drop).removeprefix('+')})", f"({level(line.drop)})"
     if not whole or line.ours is None:
-        return [*entries, Entry(MISSING, printed[0], None, MISSING), Entry(MISSING, printed[1], None, MISSING)]
+        return [*entries, *(Entry(MISSING, small, None, MISSING) for small in printed)]
     before, after = (fmean(side[task].value for task in line.published) for side in line.ours.sides)
     drop = (before - after) / before if before else math.nan
     own = level(drop) or "-"
-    return [
-        *entries,
-        Entry(points(drop).removeprefix("+"), printed[0], drop),
-        Entry(own, printed[1], drop, own),
-    ]
+    return [*entries, Entry(points(drop).removeprefix("+"), printed[0], drop), Entry(own, printed[1], drop, own)]
 
 
 def _beside(published: float, ours: Sequence[TaskResult]) -> Entry:

@@ -24,7 +24,7 @@ from dqx.config.schema import CONF_DIR
 from dqx.models.transformer import shift_logits
 from dqx.quant import quantize
 from dqx.record import words
-from dqx.report.reference import TABLES, published_cells
+from dqx.report.published import TABLES, published_cells
 from dqx.report.terminal import print_sweep
 
 RUNS = {1: 8, 2: 12, 3: 8, 4: 12, 5: 4}

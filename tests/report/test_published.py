@@ -21,8 +21,7 @@ from dqx.record.collection import Run
 from dqx.record.folder import Record
 from dqx.report import content, latex, markdown
 from dqx.report.gather import evaluations
-from dqx.report.published import DIFFERS, WITHIN, compared, lines, presets, verdict, wilson
-from dqx.report.reference import published_cells
+from dqx.report.published import DIFFERS, WITHIN, compared, lines, presets, published_cells, verdict, wilson
 from dqx.report.tables import MISSING
 
 BASE = records.record(outliers={}, fidelity={})

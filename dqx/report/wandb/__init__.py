@@ -7,10 +7,9 @@
     panels.py     the panels that a team looks at
     command.py    `dqx mirror`: copies made again from run folders
 
-One W&B run per dqx run, made from the finished `Record`: config under `cfg` and `choices` (a sweep parameter named
-like a key of ours would overwrite it at the top level), summary, tables, series, histograms, figures and, where
-`wandb.checkpoint=true`, the quantized model as an artifact. Whatever goes wrong (no package, no network, a full disk)
-becomes a warning and a line in results.json.
+One W&B run per dqx run, made from the finished `Record`; its config lies under `cfg` and `choices`, since a sweep
+parameter named like a key of ours would overwrite it at the top level. Whatever goes wrong (no package, no network, a
+full disk) becomes a warning and a line in results.json.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ __all__ = ["copy_run", "note_skipped"]
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = asdict(WandbConfig())
-Fill = Callable[[Any], None]
 
 
 def copy_run(
@@ -66,9 +64,8 @@ def copy_run(
     Returns:
         What became of it: the `mirror` entry of results.json.
     """
-    config = {"cfg": jsonable(record.config), "choices": record.choices}
+    config = {"cfg": jsonable(record.config), "choices": record.choices, "environment": jsonable(record.environment)}
     config |= {"checkpoint": {"fingerprint": record.model.get("fingerprint")}}
-    config |= {"environment": jsonable(record.environment)}
     wanted = _settings(record.settings.wandb if settings is None else settings, group)
     wanted["tags"] = list(dict.fromkeys([*wanted["tags"], *tags(record)]))
 
@@ -103,7 +100,7 @@ def _settings(given: Any, group: str | None) -> dict[str, Any]:
 
 
 def _copied(
-    folder: Path, settings: dict[str, Any], config: dict[str, Any], fill: Fill, run_id: Callable[[], str]
+    folder: Path, settings: dict[str, Any], config: dict[str, Any], fill: writing.Fill, run_id: Callable[[], str]
 ) -> dict[str, Any]:
     """Write a W&B run that `fill` fills, and say what became of it."""
     try:
@@ -137,9 +134,8 @@ def _fill(run: Any, record: Record, folder: Path, settings: Mapping[str, Any]) -
     }
     for side, stats in record.outliers.items():
         for site in stats.sites:
-            counts, edges = histogram(stats, site)
-            bars = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-            whole[f"log2_abs/{side}/{site}"] = bars
+            counts, edges = map(np.array, histogram(stats, site))
+            whole[f"log2_abs/{side}/{site}"] = wandb.Histogram(np_histogram=(counts, edges))
     with TemporaryDirectory() as place:
         wanted = not run.offline if settings["figures"] is None else settings["figures"]
         run.log(whole | (_figures(record, Path(place), bool(settings["group"])) if wanted else {}))

@@ -6,10 +6,10 @@ there is per block or step are tables and series.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def tags(record: Record) -> list[str]:
 
 def tables(record: Record, documents: int) -> dict[str, Table]:
     """Columns and rows of every table of which the record has something, `documents` of each task."""
-    found: dict[str, Table] = {
+    tables: dict[str, Table] = {
         "deltas": (DELTA_COLUMNS, [[getattr(row, column) for column in DELTA_COLUMNS] for row in record.deltas]),
         "documents": (DOCUMENT_COLUMNS, document_rows(record, documents)),
         "outliers": (OUTLIER_COLUMNS, outlier_rows(record)),
@@ -61,12 +61,8 @@ def tables(record: Record, documents: int) -> dict[str, Table]:
     for name in ("by_mask_ratio", "by_step"):
         rows = record.fidelity.get(name) or []
         columns = tuple(rows[0]) if rows else ()
-        found[f"fidelity_{name}"] = columns, [[_number(row[column]) for column in columns] for row in rows]
-    return {
-        name: (columns, [[_cell(value) for value in row] for row in rows])
-        for name, (columns, rows) in found.items()
-        if rows
-    }
+        tables[f"fidelity_{name}"] = columns, [[_number(row[column]) for column in columns] for row in rows]
+    return {name: (columns, [[*map(_cell, row)] for row in rows]) for name, (columns, rows) in tables.items() if rows}
 
 
 def series(record: Record) -> dict[str, list[dict[str, Any]]]:
@@ -86,7 +82,7 @@ def document_rows(record: Record, limit: int) -> list[list[Any]]:
     rows = []
     for task, before in record.full_precision.items():
         pairs = paired(before, record.quantized[task])
-        pairs.sort(key=lambda pair: (pair[0].score == pair[1].score, _hash(pair[0].doc_id)))
+        pairs.sort(key=lambda pair: (pair[0].score == pair[1].score, sha256(pair[0].doc_id.encode()).hexdigest()))
         sign = -1.0 if next(d for d in record.deltas if d.name == task).lower_is_better else 1.0
         rows += [_document_row(task, first, second, sign) for first, second in pairs[:limit]]
     return rows
@@ -142,7 +138,7 @@ def _part_rows(record: Record, *, by_step: bool) -> Iterator[list[Any]]:
 
 
 def _sqnr_rows(record: Record) -> Iterator[list[Any]]:
-    """Decibels of every block and step, null where the quantized model is exact."""
+    """Decibels of every block and step, None where the quantized model is exact."""
     layers = record.fidelity.get("layers") or {}
     for block, values in enumerate(layers.get("sqnr_db", ())):
         for step, mask_ratio, value in zip(layers["steps"], layers["mask_ratios"], values, strict=True):
@@ -185,8 +181,8 @@ def _along_blocks(record: Record) -> Iterator[Point]:
     for block, _, _, value in _sqnr_rows(record):
         if value is not None:
             values.setdefault(block, []).append(value)
-    for block, found in values.items():
-        yield block, "sqnr_db", sum(found) / len(found)
+    for block, decibels in values.items():
+        yield block, "sqnr_db", sum(decibels) / len(decibels)
 
 
 def _series(points: Iterable[Point], axis: str, prefix: str) -> list[dict[str, Any]]:
@@ -206,7 +202,3 @@ def _number(value: float | str | None) -> float | None:
 def _cell(value: Any) -> Any:
     """Table cells of one column need one type: what is no finite number is left empty."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,12 +1,9 @@
 """Which W&B run a record is: the same for a run that is started again, another for another run.
 
-The id is a digest of what the numbers depend on: the configuration without the settings that say where things are,
-the checkpoint's fingerprint, the device and dqx's commit. So a run that was killed and is started again, in whatever
-folder, is written to the run of W&B that its first attempt began, and a finished run that comes from the cache a second
-time is no second row of the project. `wandb.group=NAME` is part of the identity: whoever wants a run in two groups gets
-two. The group that a sweep gives itself is not: a sweep that is started again takes its runs along.
-
-W&B runs that a sweep's agent started have the agent's id (WANDB_RUN_ID).
+The id is a digest of what the numbers depend on, so that a finished run that comes from the cache a second time is no
+second row of the project. `wandb.group=NAME` is part of it: whoever wants a run in two groups gets two. The group that
+a sweep gives itself is not: a sweep that is started again takes its runs along. W&B runs that a sweep's agent started
+have the agent's id (WANDB_RUN_ID).
 """
 
 from __future__ import annotations

@@ -6,11 +6,9 @@
 
 W&B cannot resume a run offline, and a process that dies leaves a torn file. So an attempt is written apart and gets its
 name when it is complete; then those before it, finished or not, are removed. Each attempt writes everything, so what
-the server may have of an earlier one is replaced: the id is given without `resume`, which would append.
-
-W&B itself stages the files of artifacts (every table has one) below the home folder, where `wandb sync` from another
-machine would not find them. Here they lie in the run folder. A run folder that was moved is mirrored again before its
-upload: `dqx mirror RUN`.
+the server may have of an earlier one is replaced: the id is given without `resume`, which would append. W&B itself
+stages the files of artifacts (every table has one) below the home folder, where `wandb sync` from another machine would
+not find them.
 """
 
 from __future__ import annotations
@@ -30,15 +28,11 @@ INIT_TIMEOUT = 20.0  # seconds for the server to answer
 FINISH_TIMEOUT = 60.0  # seconds for the upload; what is missing then stays on disk for `wandb sync`
 FILE_HEADER = 7  # bytes of a W&B file that holds nothing yet
 STAGING = "WANDB_DATA_DIR"
+Fill = Callable[[Any], None]  # of a W&B run
 
 
 def write(
-    folder: Path,
-    mode: Mode,
-    run_id: str,
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
-    fill: Callable[[Any], None],
+    folder: Path, mode: Mode, run_id: str, settings: Mapping[str, Any], config: Mapping[str, Any], fill: Fill
 ) -> dict[str, Any]:
     """Write the W&B run `run_id` of the run in `folder`, filled by `fill`, and say where it is.
 
@@ -51,33 +45,15 @@ def write(
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "wandb").mkdir(parents=True)  # else wandb silently writes to a temporary folder
     quiet = wandb.Settings(
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT,
-        silent=True,
-        console="off",
-        disable_git=True,
-        disable_code=True,
-        host="",
-        x_disable_meta=True,
-        x_disable_machine_info=True,
-        x_disable_stats=True,
+        init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, silent=True, console="off", host="",
+        disable_git=True, disable_code=True, x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True,
         x_save_requirements=False,  # the config has the versions that matter
-    )
+    )  # fmt: skip
+    where = {key: settings[key] for key in ("project", "entity", "group", "tags")}
+    names: dict[str, Any] = {"id": run_id, "name": folder.name, "mode": mode, "dir": str(unfinished), **where}
     with (
         _staging(staged),
-        wandb.init(
-            mode=mode,
-            dir=str(unfinished),
-            id=run_id,
-            project=settings["project"],
-            entity=settings["entity"],
-            group=settings["group"],
-            tags=list(settings["tags"]),
-            name=folder.name,
-            config=dict(config),
-            reinit="create_new",
-            settings=quiet,
-        ) as run,
+        wandb.init(**names, config=dict(config), reinit="create_new", settings=quiet) as run,
     ):
         fill(run)
         url = run.url if mode == "online" else None
