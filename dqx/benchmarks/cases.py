@@ -41,11 +41,7 @@ def scaled(arch: Architecture, scale: int) -> Architecture:
             f"{', '.join(map(str, fits))} do"
         )
     return replace(
-        arch,
-        hidden_size=widths[0] // scale,
-        mlp_size=widths[1] // scale,
-        n_heads=arch.n_heads // scale,
-        n_kv_heads=kv,
+        arch, hidden_size=widths[0] // scale, mlp_size=widths[1] // scale, n_heads=arch.n_heads // scale, n_kv_heads=kv
     )
 
 

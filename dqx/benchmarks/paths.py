@@ -161,11 +161,7 @@ def generate(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Seque
             answer = sampler.generate(model, prompt[None].to(model.device), noise=noise, **schedule).ids[0].tolist()
             texts.append(answer[: document.targets[0]])
     engine = Engine(
-        model,
-        sampler,
-        seed=seed,
-        settled=lambda ids: any(ids[: len(text)] == text for text in texts),
-        **schedule,
+        model, sampler, seed=seed, settled=lambda ids: any(ids[: len(text)] == text for text in texts), **schedule
     )
     with counted(model) as comparison.dqx:
         answers = engine.generate([Prompt(prompt.tolist(), i) for i, prompt in enumerate(prompts)])

@@ -56,6 +56,12 @@ class Family:
     architecture_class: type[Architecture] = Architecture
 
 
+def read_keys(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a `config.json` by field of `Architecture`, of the `keys` by field. Raises KeyError."""
+    values = {name: config[key] for name, key in keys.items()}
+    return values | {name: float(values[name]) for name in ("rope_theta", "norm_eps")}
+
+
 _registered: dict[str, Family] = {}
 
 
