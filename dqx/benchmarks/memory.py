@@ -15,13 +15,11 @@ import argparse
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dqx.benchmarks.cases import MODELS
@@ -29,7 +27,7 @@ from dqx.benchmarks.common import Say, check_counts, in_process, options, write_
 from dqx.common.files import write_json
 from dqx.common.memory import GB
 from dqx.config import compose
-from dqx.models.checkpoint import INDEX, inspect, skeleton, tensor_names
+from dqx.models.checkpoint import inspect, save_shards, skeleton, tensor_names
 from dqx.models.family import family_of
 from dqx.models.transformer import Architecture
 from dqx.quant import QuantReport, quantize_checkpoint
@@ -44,19 +42,12 @@ def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
     folder.mkdir(parents=True)
     write_json(folder / "config.json", family_of(arch.family).config(arch))
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(_files(arch)):
-        file = f"model-{number:05d}.safetensors"
-        tensors = {hub: _random(name, shape, pool) for name, (hub, shape) in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return total
+    files = _files(arch)
+    shards = ({hub: _random(name, shape, pool) for name, (hub, shape) in names.items()} for names in files)
+    return save_shards(folder, shards, len(files))
 
 
-def _files(arch: Architecture) -> Iterator[dict[str, tuple[str, torch.Size]]]:
+def _files(arch: Architecture) -> list[dict[str, tuple[str, torch.Size]]]:
     """Hub name and shape by our name: embedding, head with the final norm, then block by block."""
     shapes = {name: parameter.shape for name, parameter in skeleton(arch).named_parameters()}
     by_file: dict[str, dict[str, tuple[str, torch.Size]]] = {}
@@ -65,7 +56,7 @@ def _files(arch: Architecture) -> Iterator[dict[str, tuple[str, torch.Size]]]:
         if file == "blocks":
             file = ".".join(name.split(".")[:2])
         by_file.setdefault(file, {})[name] = (hub, shapes[name])
-    yield from by_file.values()
+    return list(by_file.values())
 
 
 def _random(name: str, shape: torch.Size, pool: Tensor) -> Tensor:

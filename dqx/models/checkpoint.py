@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dqx.common.files import PACKAGE
+from dqx.common.files import PACKAGE, write_json
 from dqx.common.heartbeat import beat
 from dqx.models.architecture import Architecture
 from dqx.models.family import families, family_of
@@ -140,11 +140,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 
 def _check_geometry(path: Path, arch: Architecture) -> None:
-    problems = []
     sizes = ("vocab_size", "hidden_size", "mlp_size", "n_blocks", "n_heads", "n_kv_heads", "max_length")
-    problems += [
-        f"{n}={getattr(arch, n)!r} is not a positive integer" for n in sizes if not _positive(getattr(arch, n))
-    ]
+    values = {name: getattr(arch, name) for name in sizes}
+    problems = [f"{n}={v!r} is not a positive integer" for n, v in values.items() if type(v) is not int or v < 1]
     if not problems:
         if arch.hidden_size % arch.n_heads:
             problems.append(f"{arch.n_heads} heads do not divide the hidden size {arch.hidden_size}")
@@ -158,10 +156,6 @@ def _check_geometry(path: Path, arch: Architecture) -> None:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
     """Read config and tensor headers and check them against each other, without reading a weight.
 
@@ -169,9 +163,9 @@ def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
     """
     folder = locate(path_or_id, revision)
     config, arch = read_config(folder)
-    files = _tensor_files(folder)
-    shapes = _shapes(files)
-    expected = _expected_shapes(arch)
+    files, shapes = _stored_tensors(folder)
+    parameters = dict(skeleton(arch).named_parameters())
+    expected = {hub: tuple(parameters[ours].shape) for ours, hub in tensor_names(arch).items()}
     missing = [n for n in expected if n not in shapes]
     if missing:
         raise CheckpointError(
@@ -193,7 +187,8 @@ def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(folder, config, arch, {n: files[n] for n in expected})
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def _stored_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """File and shape by tensor name; safetensors itself checks that a header fits its file's length."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -204,11 +199,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         for path in sorted(set(files.values())):
             if path.parent != folder or not path.is_file():
                 raise CheckpointError(f"{path} is named in {index.name} but does not exist")
-        present: dict[Path, set[str]] = {p: set(_header(p)) for p in set(files.values())}
+        shapes = {path: _shapes(path) for path in set(files.values())}
         for name, path in files.items():
-            if name not in present[path]:
+            if name not in shapes[path]:
                 raise CheckpointError(f"{path}: tensor {name!r} is named in {index.name} but not in the file")
-        return files
+        return files, {name: shapes[path][name] for name, path in files.items()}
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         unsafe = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
@@ -216,22 +211,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise CheckpointError(f"{folder} holds no *.safetensors file{hint}")
     if len(shards) > 1:
         raise CheckpointError(f"{folder} holds {len(shards)} safetensors files but no {INDEX}")
-    return dict.fromkeys(_header(shards[0]), shards[0])
+    only = _shapes(shards[0])
+    return dict.fromkeys(only, shards[0]), only
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor name; safetensors itself checks that the header fits the file's length."""
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as f:
             names = f.keys()  # the file object itself cannot be iterated
             return {name: tuple(f.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
-
-
-def _shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    headers = {path: _header(path) for path in set(files.values())}
-    return {name: headers[path][name] for name, path in files.items()}
 
 
 def tensor_names(arch: Architecture) -> dict[str, str]:
@@ -247,11 +237,6 @@ def tensor_names(arch: Architecture) -> dict[str, str]:
             if arch.qkv_bias and ours in ("q", "k", "v"):
                 names[f"blocks.{i}.{ours}.bias"] = f"{prefix}{theirs}.bias"
     return names
-
-
-def _expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    parameters = dict(skeleton(arch).named_parameters())
-    return {hub: tuple(parameters[ours].shape) for ours, hub in tensor_names(arch).items()}
 
 
 def load_weights(
@@ -306,7 +291,7 @@ def _read(
     checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype | None, device: torch.device | str
 ) -> dict[str, Tensor]:
     """The tensors of `names` (our parameter name -> hub name), by our names."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted({checkpoint.files[hub] for hub in names.values()}):
         try:
             with safe_open(path, framework="pt", device=str(device)) as f:
@@ -316,10 +301,10 @@ def _read(
                         if not all(bool(torch.isfinite(rows).all()) for rows in tensor.split(CHECKED_ROWS)):
                             raise CheckpointError(f"{path}: tensor {hub!r} holds values that are not finite")
                         mapped = tensor.device.type == "cpu"  # at a place in memory that decides last bits of products
-                        found[ours] = tensor.to(dtype or tensor.dtype, copy=mapped)
+                        tensors[ours] = tensor.to(dtype or tensor.dtype, copy=mapped)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return found
+    return tensors
 
 
 def save(
@@ -333,20 +318,25 @@ def save(
     size = 0
     for ours, hub in tensor_names(model.arch).items():
         tensor = parameters[ours].detach().cpu().contiguous()
-        nbytes = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        size += tensor.nbytes
+        if shards[-1] and size > max_shard_bytes:
             shards.append({})
-            size = 0
+            size = tensor.nbytes
         shards[-1][hub] = tensor
-        size += nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
+    else:
+        save_shards(folder, shards, len(shards))
+
+
+def save_shards(folder: Path, shards: Iterable[dict[str, Tensor]], count: int) -> int:
+    """Write `count` files of tensors by hub name, one after the other, and their index; how many bytes of tensors."""
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for s in shards for t in s.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        total += sum(tensor.nbytes for tensor in shard.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
