@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dqx.models.family import families
 from dqx.models.plant import outlier_channels
 from dqx.models.transformer import Architecture, Block
-from dqx.quant.protocols import block_rope
 from dqx.quant.stream import block_statistics
 
 LENGTH = 512  # tokens per sequence
@@ -51,10 +50,6 @@ class Case:
 
     block: Block
     hidden: Tensor
-
-    @property
-    def rope(self) -> tuple[Tensor, Tensor]:
-        return block_rope(self.block.arch, self.hidden)
 
     def site_inputs(self) -> dict[str, Tensor]:
         """What the linears of every site read [S, T, I], in one pass through the block as it is now."""

@@ -20,7 +20,10 @@ from pathlib import Path
 
 from dqx.benchmarks.count_sizes import by_rule
 from dqx.config import compose
+from dqx.evaluate.catalogue import leaves
+from dqx.evaluate.local_task import build
 from dqx.evaluate.spec import TaskSpec
+from dqx.evaluate.tasks import in_turn
 
 FILE = Path(__file__).with_suffix(".json")
 TASKS = ("gsm8k", "humaneval", "mmlu", "arc_easy", "arc_challenge", "hellaswag")
@@ -49,10 +52,6 @@ def spread(documents: list[Lengths], count: int) -> list[Lengths]:
 
 def measure(spec: TaskSpec, data_root: str) -> list[Lengths]:
     """A seeded sample of the documents of a task."""
-    from dqx.evaluate.catalogue import leaves
-    from dqx.evaluate.local_task import build
-    from dqx.evaluate.tasks import in_turn
-
     members = [build(leaf, spec, data_root=data_root, steps=None) for leaf in leaves(spec.harness)]
     sizes = [len(task.eval_docs) for task in members]
     sampled: list[Lengths] = []

@@ -135,13 +135,8 @@ class Comparison:
     error: float = 0.0
 
     def __add__(self, other: Comparison) -> Comparison:
-        return Comparison(
-            self.plain + other.plain,
-            self.greedy + other.greedy,
-            self.dqx + other.dqx,
-            self.equal + other.equal,
-            max(self.error, other.error),
-        )
+        sums = (getattr(self, name) + getattr(other, name) for name in ("plain", "greedy", "dqx", "equal"))
+        return Comparison(*sums, max(self.error, other.error))
 
 
 def random_tokens(model: MaskedDiffusionTransformer, length: int, generator: torch.Generator) -> Tensor:

@@ -206,20 +206,22 @@ def zigzag(x_NI: Tensor, width: int) -> Tensor:
     return torch.tensor([channel for tile in tiles for channel in tile])
 
 
+def rotate_tiles(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., I] with every tile of W channels multiplied by the matrix [W, W]."""
+    return (x.reshape(-1, len(matrix)) @ matrix).reshape(x.shape)
+
+
 def duquant(
     x_NI: Tensor, bases: tuple[Tensor, Tensor], steps: int, *, by_row: bool = False
 ) -> tuple[Rotation, Tensor, Rotation]:
     """Rotation, permutation, rotation found on the input of one linear."""
-    width = len(bases[0])
     first = duquant_rotation(x_NI, bases[0], steps, by_row=by_row)
-    x = (x_NI.reshape(-1, width) @ first.matrix).reshape(x_NI.shape)
-    order = zigzag(x, width)
+    x = rotate_tiles(x_NI, first.matrix)
+    order = zigzag(x, len(bases[0]))
     return first, order, duquant_rotation(x[:, order], bases[1], steps, by_row=by_row)
 
 
 def duquant_apply(w_OI: Tensor, parts: tuple[Rotation, Tensor, Rotation]) -> Tensor:
     """The columns of a weight (or the channels of an input) under what `duquant` found."""
     first, order, second = parts
-    width = len(first.matrix)
-    turned = (w_OI.reshape(-1, width) @ first.matrix).reshape(w_OI.shape)[:, order]
-    return (turned.reshape(-1, width) @ second.matrix).reshape(w_OI.shape)
+    return rotate_tiles(rotate_tiles(w_OI, first.matrix)[:, order], second.matrix)

@@ -11,11 +11,8 @@ its own, one after the other in the same minutes, and both results are compared.
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from dqx.benchmarks.cases import LENGTH, MODELS, make_case, scaled
 from dqx.benchmarks.common import Say, check_counts, in_process, names, options, progress, table, tell, write_figures
 from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare
+from dqx.common.memory import peak_ram
 from dqx.config import compose
 from dqx.report.tables import Table
 
 NAMES = ("plain", "dqx")
+MIB = 2**20
 
 
 @dataclass
@@ -65,7 +64,7 @@ def measure(figures: Figures, say: Say) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         for side in NAMES:
             try:
-                result = in_process(_work, figures, side, folder, say=partial(_said, say, side))
+                result = in_process(_work, figures, side, folder, say=say)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"{figures.method} on {figures.model}, {side}: {error}: take a larger --scale or fewer --tokens"
@@ -81,29 +80,28 @@ def measure(figures: Figures, say: Say) -> Figures:
 def _work(figures: Figures, side: str, folder: str, say: Say) -> dict[str, Any]:
     """One side in a process of its own; the dqx side reads what the plain side left in `folder` and compares."""
     torch.set_num_threads(figures.threads)
+
+    def told(text: str) -> None:
+        say(f"{side}: {text}")
+
     arch = scaled(MODELS[figures.model], figures.scale)
     choice = compose.select(method=figures.method, bits=figures.bits)
-    run = SideRun(make_case(arch, figures.tokens), compose.build(choice.method), choice.bits, say)
-    start = _peak_mib()
+    run = SideRun(make_case(arch, figures.tokens), compose.build(choice.method), choice.bits, told)
+    start = peak_ram() / MIB
     SIDES[figures.method][NAMES.index(side)](run)
-    result: dict[str, Any] = {"seconds": run.seconds, "aside": run.aside, "peak_mib": _peak_mib(), "start_mib": start}
+    result: dict[str, Any] = {
+        "seconds": run.seconds,
+        "aside": run.aside,
+        "peak_mib": peak_ram() / MIB,
+        "start_mib": start,
+    }
     file = Path(folder) / "plain.safetensors"
     if side == "plain":
         save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
         return result
     if figures.method == "duquant":
-        run = SideRun(make_case(arch, figures.tokens), run.method, run.bits, say)
+        run = SideRun(make_case(arch, figures.tokens), run.method, run.bits, told)
     return result | {"differences": compare(figures.method, run, load_file(file))}
-
-
-def _said(say: Say, side: str, text: str) -> None:
-    say(f"{side}: {text}")
-
-
-def _peak_mib() -> float:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def overview(rows: list[Figures]) -> Table:

@@ -8,6 +8,7 @@ S sequences, T tokens, N tokens of all, I inputs.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, block_rope
 from dqx.quant.stats import collectors
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, zigzag_permutation
 from dqx.quant.transforms.greedy_rotation import base_rotation, greedy_rotation
@@ -149,31 +150,26 @@ def dqx_awq(run: SideRun) -> None:
 
 @torch.no_grad()
 def plain_awq(run: SideRun) -> None:
-    block, rope, bits, size = run.case.block, run.case.rope, run.bits.weight.bits, run.bits.weight.group_size
-    judges: dict[str, Callable[[Tensor], Tensor]] = {
-        "attn_in": lambda x: block.attention(x, rope, None),
-        "attn_out": block.o,
-        "mlp_in": block.mlp,
-        "mlp_out": block.down,
+    block, bits, size = run.case.block, run.bits.weight.bits, run.bits.weight.group_size
+    rope = block_rope(block.arch, run.case.hidden)
+    scaled: dict[str, tuple[RMSNorm | nn.Linear, Callable[[Tensor], Tensor]]] = {  # what takes over, what judges
+        "attn_in": (block.attn_norm, lambda x: block.attention(x, rope, None)),
+        "attn_out": (block.v, block.o),
+        "mlp_in": (block.mlp_norm, block.mlp),
+        "mlp_out": (block.up, block.down),
     }
     if block.arch.n_kv_heads != block.arch.n_heads:
-        del judges["attn_out"]  # v cannot take over a factor per query head
-    before: dict[str, RMSNorm | nn.Linear] = {
-        "attn_in": block.attn_norm,
-        "attn_out": block.v,
-        "mlp_in": block.mlp_norm,
-        "mlp_out": block.up,
-    }
+        del scaled["attn_out"]  # v cannot take over a factor per query head
     inputs = run.inputs()
     scales = {}
-    for site, judge in judges.items():
+    for site, (_, judge) in scaled.items():
         linears = [getattr(block, role) for role in run.sites[site]]
         with run.timed("scale search", ", ".join(run.sites[site])):
             scales[site] = plain.awq_scale(linears, inputs[site], judge, bits, size)[0]
     for site, scale in scales.items():
         for role in run.sites[site]:
             run.weight(role).mul_(scale)
-        producer = before[site]
+        producer, _ = scaled[site]
         producer.weight.div_(scale if producer.weight.dim() == 1 else scale[:, None])
         if producer.bias is not None:
             producer.bias.div_(scale)
@@ -287,21 +283,18 @@ def differences(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dic
     Of codes and zero points the share that differs, of other integers their number, of scales the share that differs by
     more than 1e-4 of itself, of matrices the largest difference of an entry.
     """
-    by_kind: dict[str, list[float]] = {}
+    unequal: dict[str, list[Tensor]] = defaultdict(list)
     for name, tensor in theirs.items():
         kind, other = name.split(".")[0], ours[name]
         if kind in ("channels", "order"):
-            same = tensor.shape == other.shape and torch.equal(tensor, other)
-            by_kind.setdefault(kind, []).append(float(not same))
+            unequal[kind].append(torch.tensor([not torch.equal(tensor, other)]))
         elif kind == "matrix":
-            by_kind.setdefault(kind, []).append(float((tensor.double() - other.double()).abs().max()))
+            unequal[kind].append((tensor.double() - other.double()).abs().flatten())
         else:
-            unequal = tensor != other if kind == "codes" else (tensor - other).abs() > 1e-4 * tensor.abs()
-            total = by_kind.setdefault(kind, [0.0, 0.0])
-            total[0] += float(unequal.sum())
-            total[1] += tensor.numel()
+            apart = tensor != other if kind == "codes" else (tensor - other).abs() > 1e-4 * tensor.abs()
+            unequal[kind].append(apart.flatten())
+    whole = {kind: torch.cat(parts) for kind, parts in unequal.items()}
     return {
-        kind: values[0] / values[1] if kind not in ("channels", "order", "matrix")
-        else (max(values) if kind == "matrix" else sum(values))
-        for kind, values in by_kind.items()
-    }  # fmt: skip
+        kind: float(x.max()) if kind == "matrix" else float(x.sum()) / (1 if kind in ("channels", "order") else len(x))
+        for kind, x in whole.items()
+    }

@@ -13,8 +13,6 @@ one quantized result for each combination of both.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dqx.benchmarks.common import options, table, tell, write_figures
+from dqx.benchmarks.startup import CHECKOUT, DQX, seconds
 from dqx.record.folder import Record, RunFolder
 
 GROUPS = ("method", "bits", "steps", "task")
@@ -66,12 +65,9 @@ def measure(choices: dict[str, list[str]], shared: Sequence[str], folder: Path) 
 
 def launch(*arguments: str) -> float:
     """Seconds of `dqx run ARGUMENTS`. Raises RuntimeError with its last words where it fails."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     started = time.perf_counter()
-    command = [sys.executable, "-m", "dqx", "run", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"dqx run {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+    with TemporaryDirectory() as folder:
+        seconds(CHECKOUT, (*DQX, "run", *arguments), Path(folder))
     return time.perf_counter() - started
 
 
