@@ -11,14 +11,14 @@ denoising states, both also without meters. On a CPU the clock is the processor 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 
 import torch
 
 from dqx.benchmarks.cases import MODELS, scaled
-from dqx.benchmarks.common import clock, options, table, tell, write_figures
+from dqx.benchmarks.common import options, seconds, table, tell, write_figures
 from dqx.benchmarks.sweep import launch
 from dqx.config.schema import FidelityConfig, OutlierConfig
 from dqx.data.calibration import CalibBatch
@@ -91,13 +91,6 @@ def compare(arch: Architecture, *, window: int, prompt: int, gen_length: int, st
         states=forwards(states),
         states_metered=metered(states) - windows,
     )
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Processor time of `work`."""
-    started = clock()
-    work()
-    return clock() - started
 
 
 def default_run() -> dict[str, float]:

@@ -54,6 +54,13 @@ def clock(device: torch.device = CPU) -> float:
     return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
+def seconds(work: Callable[[], object], device: torch.device = CPU) -> float:
+    """What `work` takes, by the `clock`."""
+    started = clock(device)
+    work()
+    return clock(device) - started
+
+
 def in_process(work: Callable[..., Any], *arguments: Any, say: Say = lambda text: None) -> Any:
     """What `work(*arguments, say)` returns in a new process. Raises RuntimeError if that dies."""
     context = multiprocessing.get_context("spawn")

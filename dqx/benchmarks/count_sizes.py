@@ -30,13 +30,9 @@ from dqx.study.estimate.sizes import BenchmarkSize
 #: What counts as one token: up to nine letters, a digit, a mark, a line break with the indentation after it.
 RULE = re.compile(r"[^\W\d_]{1,9}|\d|\n\s*|[^\w\s]|_")
 
-#: Answers of up to so many tokens are kept apart; longer ones are put together up to each of the bounds.
-APART = 16
-BOUNDS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-
-#: Of as many documents, with examples, the length of an example is taken.
-SAMPLE = 300
-
+APART = 16  # answers of up to so many tokens are kept apart
+BOUNDS = (24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # longer ones are put together up to each of these
+SAMPLE = 300  # of as many documents, with examples, the length of an example is taken
 Count = Callable[[str], int]
 
 
@@ -54,13 +50,16 @@ def bundled() -> Count:
 def measured(spec: TaskSpec, count: Count, data_root: str | None) -> BenchmarkSize:
     """The sizes of one task."""
     requests = list(_requests(replace(spec, fewshot=0), None, data_root))
-    question = fmean(count(str(request.args[0])) for _, request in requests)
     shots = spec.fewshot or 1
+
+    def prompt_length(fewshot: int) -> float:
+        sample = _requests(replace(spec, fewshot=fewshot), SAMPLE, data_root)
+        return fmean(count(str(request.args[0])) for _, request in sample)
+
     try:
-        longer = fmean(count(str(r.args[0])) for _, r in _requests(replace(spec, fewshot=shots), SAMPLE, data_root))
-        bare = fmean(count(str(r.args[0])) for _, r in _requests(replace(spec, fewshot=0), SAMPLE, data_root))
+        example = (prompt_length(shots) - prompt_length(0)) / shots
     except ValueError:  # there are no examples
-        longer = bare = 0.0
+        example = 0.0
     answers: Counter[int] = Counter()
     prompts: Counter[int] = Counter()
     seen: set[tuple[str, int | None, str, int]] = set()
@@ -72,8 +71,8 @@ def measured(spec: TaskSpec, count: Count, data_root: str | None) -> BenchmarkSi
         seen.add(prompt)
     return BenchmarkSize(
         documents=len({(task.task_name, request.doc_id) for task, request in requests}),
-        question=round(question),
-        example=round((longer - bare) / shots),
+        question=round(fmean(count(str(request.args[0])) for _, request in requests)),
+        example=round(example),
         answers=binned(answers, prompts),
     )
 

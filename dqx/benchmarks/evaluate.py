@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dqx.benchmarks.common import check_counts, clock, names, options, progress, table, tell, write_figures
+from dqx.benchmarks.common import check_counts, names, options, progress, seconds, table, tell, write_figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Comparison, Work, architecture, random_model
 from dqx.config import compose
@@ -29,12 +29,8 @@ from dqx.report.tables import Table
 
 #: Documents of each task, as many as take about seven minutes together.
 DOCUMENTS = {"gsm8k": 12, "humaneval": 3, "mmlu": 12, "arc_easy": 36, "arc_challenge": 18, "hellaswag": 3}
-
-#: Tokens after which GSM8K's answers stop, on average; the sampled lengths are scaled to it.
-GSM8K_STOP = 110
-
+GSM8K_STOP = 110  # tokens after which its answers stop, on average; the sampled lengths are scaled to it
 ROUNDS = 3  # each with its own weights, prompts and draws; both paths in each
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -130,12 +126,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of five tries."""
     width = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(width, width, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = clock(device)
-        matrix @ matrix
-        best = min(best, clock(device) - start)
-    return 2 * width**3 / best
+    return 2 * width**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(5))
 
 
 def head_share(arch: Architecture) -> float:

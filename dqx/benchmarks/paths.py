@@ -135,8 +135,8 @@ class Comparison:
     error: float = 0.0
 
     def __add__(self, other: Comparison) -> Comparison:
-        sums = (getattr(self, name) + getattr(other, name) for name in ("plain", "greedy", "dqx", "equal"))
-        return Comparison(*sums, max(self.error, other.error))
+        sums: dict[str, Any] = {name: getattr(self, name) + mine for name, mine in vars(other).items()}
+        return Comparison(**sums | {"error": max(self.error, other.error)})
 
 
 def random_tokens(model: MaskedDiffusionTransformer, length: int, generator: torch.Generator) -> Tensor:

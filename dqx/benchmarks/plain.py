@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+SCALES, CLIPS, CLIP_TOKENS = 20, 10, 512  # AWQ's candidates for a scale and a threshold, tokens that judge the latter
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -87,12 +89,7 @@ def gptq(w_OI: Tensor, x_NI: Tensor, bits: int, group_size: int, damping: float 
 
 @torch.no_grad()
 def awq_scale(
-    linears: Sequence[nn.Linear],
-    x: Tensor,
-    judge: Callable[[Tensor], Tensor],
-    bits: int,
-    group_size: int,
-    n_grid: int = 20,
+    linears: Sequence[nn.Linear], x: Tensor, judge: Callable[[Tensor], Tensor], bits: int, group_size: int
 ) -> tuple[Tensor, list[float]]:
     """AWQ's channel scale [I] of linears that read the same input x [B, T, I], and the loss of every exponent.
 
@@ -102,8 +99,8 @@ def awq_scale(
     kept = [linear.weight.clone() for linear in linears]
     wanted = judge(x)
     losses, scales = [], []
-    for step in range(n_grid):
-        s = mean.pow(step / n_grid).clamp(min=1e-4)
+    for step in range(SCALES):
+        s = mean.pow(step / SCALES).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
         for linear, weight in zip(linears, kept, strict=True):
             linear.weight.copy_(rtn(weight * s, bits, group_size).dequantize() / s)
@@ -114,24 +111,14 @@ def awq_scale(
     return scales[losses.index(min(losses))], losses
 
 
-def awq_clip(
-    w_OI: Tensor,
-    x_NI: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    n_grid: int = 10,
-    max_tokens: int = 512,
-    rows: int = 16,
-    matmul: bool = False,
-) -> Tensor:
+def awq_clip(w_OI: Tensor, x_NI: Tensor, bits: int, group_size: int, *, rows: int = 16, matmul: bool = False) -> Tensor:
     """Thresholds [O, G] for |w| that change the group's partial outputs least. `rows` are worked on at a time.
 
     A partial output is the sum of the products of one token, row and group, and is computed as that, like in the
     authors' code; with `matmul` as a matrix product.
     """
     n_out, n_in = w_OI.shape
-    x = x_NI[:: max(1, len(x_NI) // max_tokens)].reshape(-1, n_in // group_size, group_size)  # [N, G, W]
+    x = x_NI[:: max(1, len(x_NI) // CLIP_TOKENS)].reshape(-1, n_in // group_size, group_size)  # [N, G, W]
 
     def outputs(w_OGW: Tensor) -> Tensor:  # [O, N, G]
         return torch.einsum("ngw,ogw->ong", x, w_OGW) if matmul else (x * w_OGW[:, None]).sum(-1)
@@ -142,8 +129,8 @@ def awq_clip(
         wanted = outputs(w)
         best = torch.full_like(absmax, float("inf"))
         threshold = absmax.clone()
-        for step in range(n_grid):
-            limit = absmax * (1 - step / (2 * n_grid))
+        for step in range(CLIPS):
+            limit = absmax * (1 - step / (2 * CLIPS))
             clamped = torch.minimum(torch.maximum(w, -limit), limit)
             scale, zero = asymmetric_range(clamped, bits, include_zero=False)
             rounded = scale * (round_to(clamped, scale, zero, bits) - zero)

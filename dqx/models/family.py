@@ -23,37 +23,22 @@ ENTRY_POINTS = "dqx.families"
 
 @dataclass(frozen=True)
 class Family:
-    """Checkpoints of one kind: what their `config.json` and tensors are called, and how they sample.
+    """Checkpoints of one kind: what their `config.json` and tensors are called, and how they sample."""
 
-    Args:
-        name: what `model.family` says.
-        model_type: the key of that name in `config.json`; case does not matter.
-        block_prefix: of the tensors of a block, `{}` for its number: "model.layers.{}.".
-        block_names: the tensors of a block, linears by role and norms, in our names and theirs.
-        outer_names: the tensors outside the blocks, likewise.
-        required: keys of `config.json` that would change the function computed, and the values that are understood.
-        architecture: reads a `config.json`. Raises KeyError for a missing key.
-        config: writes the `config.json` of an architecture, with the keys of the published checkpoints.
-        sampler: the part that answers with a checkpoint of which nothing but the folder is known.
-        example: a choice of the config group `model`.
-        published: name and shape of the published model, for estimates where no checkpoint lies at hand.
-        traits: what `conf/` asks by (`${by_trait:...}`), for settings that published code had for some families.
-        architecture_class: what `architecture` returns; a subclass where the family has other roles.
-    """
-
-    name: str
-    model_type: str
-    block_prefix: str
-    block_names: Mapping[str, str]
-    outer_names: Mapping[str, str]
-    architecture: Callable[[Mapping[str, Any]], Architecture]
-    config: Callable[[Architecture], dict[str, Any]]
-    sampler: Mapping[str, Any]
+    name: str  # what `model.family` says
+    model_type: str  # the key of that name in `config.json`; case does not matter
+    block_prefix: str  # of the tensors of a block, `{}` for its number: "model.layers.{}."
+    block_names: Mapping[str, str]  # the tensors of a block, linears by role and norms: our name -> theirs
+    outer_names: Mapping[str, str]  # the tensors outside the blocks, likewise
+    architecture: Callable[[Mapping[str, Any]], Architecture]  # reads a `config.json`; KeyError for a missing key
+    config: Callable[[Architecture], dict[str, Any]]  # writes it, with the keys of the published checkpoints
+    sampler: Mapping[str, Any]  # the part that answers with a checkpoint of which nothing but the folder is known
+    #: Keys of `config.json` that would change the function computed, and the values that are understood.
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    example: str | None = None
-    published: tuple[str, Architecture] | None = None
-    traits: frozenset[str] = frozenset()
-    architecture_class: type[Architecture] = Architecture
+    example: str | None = None  # a choice of the config group `model`
+    published: tuple[str, Architecture] | None = None  # name and shape, for estimates without a checkpoint at hand
+    traits: frozenset[str] = frozenset()  # what `conf/` asks by (`${by_trait:...}`), for settings of published code
+    architecture_class: type[Architecture] = Architecture  # what `architecture` returns; of other roles a subclass
 
 
 def read_keys(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:

@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 def tokenizer_problem(folder: Path) -> str | None:
     """What is missing in `folder` to build a tokenizer, or None."""
-    if (folder / "tokenizer.json").is_file():
-        return None
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-    if missing:
-        return (
-            f"{folder} has no tokenizer: put tokenizer.json there, or vocab.json and merges.txt "
-            f"(missing: {', '.join(missing)})"
-        )
-    return None
+    if not missing or (folder / "tokenizer.json").is_file():
+        return None
+    return (
+        f"{folder} has no tokenizer: put tokenizer.json there, or vocab.json and merges.txt "
+        f"(missing: {', '.join(missing)})"
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -33,8 +31,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # a second: not where nothing is computed
 
     folder = checkpoint.folder
-    problem = tokenizer_problem(folder)
-    if problem:
+    if problem := tokenizer_problem(folder):
         raise CheckpointError(problem)
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else Qwen2Tokenizer
     try:

@@ -22,6 +22,8 @@ from dqx.common.parts import locate
 from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache
 
+Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E]
+
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E].
 Reuse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -45,7 +47,7 @@ class RMSNorm(nn.Module):
         return normed if self.bias is None else normed + self.bias
 
 
-def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rope:
     """cos and sin [B, 1, T, E] of the rotary angles at `positions` [B, T], computed in at least float32."""
     inv_freq = theta ** -(torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
     angles = positions[:, None, :, None].to(dtype) * inv_freq
@@ -92,12 +94,7 @@ class Block(nn.Module):
         return {role: getattr(self, role) for role in self.arch.roles}
 
     def attention(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        reuse: Reuse | None = None,
-        read: Tensor | None = None,
+        self, x: Tensor, rope: Rope, mask: Tensor | None, reuse: Reuse | None = None, read: Tensor | None = None
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
@@ -111,8 +108,8 @@ class Block(nn.Module):
             getattr(self, role)(columns).view(batch, columns.shape[1], -1, head).transpose(1, 2)
             for role, columns in (("q", asked), ("k", x), ("v", x))
         )
-        turns = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
-        q, k, v = self.heads["q"](apply_rope(q, *turns)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
+        own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
+        q, k, v = self.heads["q"](apply_rope(q, *own)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
         if reuse is not None:
             k, v = reuse(k, v)
         if read is not None and mask is not None:
@@ -129,12 +126,7 @@ class Block(nn.Module):
         return self.down(self.inputs["mlp_out"](F.silu(self.gate(x)) * self.up(x)))
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        reuse: Reuse | None = None,
-        read: Tensor | None = None,
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, reuse: Reuse | None = None, read: Tensor | None = None
     ) -> Tensor:
         beat()
         mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read)
@@ -189,7 +181,7 @@ class MaskedDiffusionTransformer(nn.Module):
 
     def context(
         self, ids: Tensor, attention_mask: Tensor | None = None, columns: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    ) -> tuple[Rope, Tensor | None]:
         """What every block needs besides its input: rope tables, and a [B, 1, T, T] mask or None.
 
         `attention_mask` [B, T] marks real tokens with 1. A pair attends iff both are real; positions count

@@ -21,6 +21,11 @@ KEYS = {
     "norm_eps": "rms_norm_eps", "mask_token_id": "mask_token_id", "eos_token_id": "eos_token_id",
     "max_length": "max_position_embeddings",
 }  # fmt: skip
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}  # fmt: skip
 PUBLISHED = Architecture(
     family=NAME, vocab_size=152064, hidden_size=3584, mlp_size=18944, n_blocks=28, n_heads=28, n_kv_heads=4,
     rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, mask_token_id=151666, eos_token_id=151643, max_length=131072,
@@ -58,17 +63,7 @@ FAMILY = register(
         name=NAME,
         model_type=MODEL_TYPE,
         block_prefix="model.layers.{}.",
-        block_names={
-            "attn_norm": "input_layernorm",
-            "q": "self_attn.q_proj",
-            "k": "self_attn.k_proj",
-            "v": "self_attn.v_proj",
-            "o": "self_attn.o_proj",
-            "mlp_norm": "post_attention_layernorm",
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-        },
+        block_names=BLOCK_NAMES,
         outer_names={
             "embed.weight": "model.embed_tokens.weight",
             "norm.weight": "model.norm.weight",

@@ -21,6 +21,16 @@ KEYS = {
     "norm_eps": "rms_norm_eps", "mask_token_id": "mask_token_id", "eos_token_id": "eos_token_id",
     "max_length": "max_sequence_length",
 }  # fmt: skip
+BLOCK_NAMES = {
+    "attn_norm": "attn_norm", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out",
+    "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out",
+}  # fmt: skip
+REQUIRED = {
+    "alibi": (False, None), "attention_layer_norm": (False, None), "block_type": ("llama",),
+    "block_group_size": (1, None), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
+    "include_bias": (False, None), "input_emb_norm": (False, None), "scale_logits": (False, None),
+    "bias_for_layer_norm": (False, None),
+}  # fmt: skip
 PUBLISHED = Architecture(
     family=NAME, vocab_size=126464, hidden_size=4096, mlp_size=12288, n_blocks=32, n_heads=32, n_kv_heads=32,
     rope_theta=500000.0, norm_eps=1e-5, qkv_bias=False, mask_token_id=126336, eos_token_id=126081, max_length=4096,
@@ -64,35 +74,13 @@ FAMILY = register(
         name=NAME,
         model_type=MODEL_TYPE,
         block_prefix="model.transformer.blocks.{}.",
-        block_names={
-            "attn_norm": "attn_norm",
-            "q": "q_proj",
-            "k": "k_proj",
-            "v": "v_proj",
-            "o": "attn_out",
-            "mlp_norm": "ff_norm",
-            "gate": "ff_proj",
-            "up": "up_proj",
-            "down": "ff_out",
-        },
+        block_names=BLOCK_NAMES,
         outer_names={
             "embed.weight": "model.transformer.wte.weight",
             "norm.weight": "model.transformer.ln_f.weight",
             "head.weight": "model.transformer.ff_out.weight",
         },
-        required={
-            "alibi": (False, None),
-            "attention_layer_norm": (False, None),
-            "block_type": ("llama",),
-            "block_group_size": (1, None),
-            "layer_norm_type": ("rms",),
-            "activation_type": ("silu",),
-            "rope": (True,),
-            "include_bias": (False, None),
-            "input_emb_norm": (False, None),
-            "scale_logits": (False, None),
-            "bias_for_layer_norm": (False, None),
-        },
+        required=REQUIRED,
         architecture=architecture,
         config=config,
         sampler={"_target_": "dqx.diffusion.samplers.llada.LLaDASampler", "eot_token_id": 126348},
