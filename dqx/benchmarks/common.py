@@ -91,13 +91,12 @@ def progress() -> Iterator[Callable[[str], Say]]:
     """Lines on stderr: `line(name)` begins one, and what it returns says what stands behind the name."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        lines: list[Any] = []
 
         def line(name: str) -> Say:
-            for before in lines:
+            for before in shown.task_ids:
                 shown.stop_task(before)
-            lines.append(shown.add_task(name))
-            return lambda text, task=lines[-1]: shown.update(task, description=f"{name}, {text}")  # type: ignore[misc]
+            task = shown.add_task(name)
+            return lambda text: shown.update(task, description=f"{name}, {text}")
 
         yield line
 

@@ -16,6 +16,7 @@ import shutil
 import time
 import zlib
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ def write_checkpoint(arch: Architecture, folder: Path, seed: int = 0) -> int:
 def _files(arch: Architecture) -> list[dict[str, tuple[str, torch.Size]]]:
     """Hub name and shape by our name: embedding, head with the final norm, then block by block."""
     shapes = {name: parameter.shape for name, parameter in skeleton(arch).named_parameters()}
-    by_file: dict[str, dict[str, tuple[str, torch.Size]]] = {}
-    for name, hub in tensor_names(arch).items():
-        file = "head" if name.startswith("norm") else name.split(".")[0]
-        if file == "blocks":
-            file = ".".join(name.split(".")[:2])
-        by_file.setdefault(file, {})[name] = (hub, shapes[name])
-    return list(by_file.values())
+
+    def file(named: tuple[str, str]) -> str:
+        first, second, *_ = named[0].split(".")
+        return f"{first}.{second}" if first == "blocks" else first.replace("norm", "head")
+
+    grouped = groupby(tensor_names(arch).items(), file)
+    return [{name: (hub, shapes[name]) for name, hub in names} for _, names in grouped]
 
 
 def _random(name: str, shape: torch.Size, pool: Tensor) -> Tensor:

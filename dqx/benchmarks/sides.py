@@ -264,12 +264,8 @@ def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, flo
     return differences(theirs, ours | run.tensors)
 
 
-Side = Callable[[SideRun], None]
-SIDES: dict[str, tuple[Side, Side]] = {
-    "gptq": (plain_gptq, dqx_gptq),
-    "awq": (plain_awq, dqx_awq),
-    "duquant": (plain_duquant, dqx_duquant),
-}
+#: The plain side and dqx's by method.
+SIDES = {"gptq": (plain_gptq, dqx_gptq), "awq": (plain_awq, dqx_awq), "duquant": (plain_duquant, dqx_duquant)}
 
 
 def compare(method: str, run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, float]:

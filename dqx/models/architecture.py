@@ -12,11 +12,8 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything `config.json` says that changes the function computed.
-
-    A linear of a block is known by its role, the place where it reads activations by its site. A family with other
-    roles has a subclass with `sites`, `block` and the widths of its own.
-    """
+    """A linear of a block is known by its role, the place where it reads activations by its site. A family with other
+    roles has a subclass with `sites`, `block` and the widths of its own."""
 
     #: The sites in data-flow order, and the roles that read there: those of a dense transformer.
     sites: ClassVar[Mapping[str, tuple[str, ...]]] = {

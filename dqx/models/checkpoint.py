@@ -53,8 +53,7 @@ class Checkpoint:
         for path in sorted(set(self.files.values())):
             size = path.stat().st_size
             with path.open("rb") as f:
-                header = f.read(8 + int.from_bytes(f.read(8), "little"))
-                digest.update(header)
+                digest.update(f.read(8 + int.from_bytes(f.read(8), "little")))
                 for i in range(16):
                     f.seek(max(0, (size - 1024) * i // 15))
                     digest.update(f.read(1024))

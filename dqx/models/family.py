@@ -57,17 +57,12 @@ def register(family: Family) -> Family:
 
 
 @cache
-def _import_all() -> None:
-    """Import the modules that register the built-in families and those of installed packages."""
+def families() -> Mapping[str, Family]:
+    """All families by name, once the modules that register the built-in and installed packages' ones are imported."""
     for module in pkgutil.iter_modules(built_in.__path__, f"{built_in.__name__}."):
         import_module(module.name)
     for entry in entry_points(group=ENTRY_POINTS):
         entry.load()
-
-
-def families() -> Mapping[str, Family]:
-    """All families by name."""
-    _import_all()
     return _registered
 
 

@@ -22,7 +22,7 @@ class KVCache:
     """Keys and values of every block for B rows of T columns.
 
     store: [N, 2, B, K, T, E], keys after rope and values, both as `Block.heads` leaves them.
-    columns: [B, W], those that the next forward computes; null: all of them, which fills the cache.
+    columns: [B, W], those that the next forward computes; None: all of them, which fills the cache.
     """
 
     store: Tensor

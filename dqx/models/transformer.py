@@ -1,8 +1,7 @@
 """The one transformer behind every model family: bidirectional, RMSNorm, rope, grouped heads, gated MLP.
 
-LLaDA and Dream differ in tensor names, biases, constants and in which row of the logits predicts which
-token. Names and constants are an `Architecture` plus a name map (`dqx/models/families`); everything else is
-shared. A family with other linears brings a subclass of `Block`.
+Families differ in their `Architecture` and in the names of tensors (`dqx/models/families`). One with other linears
+brings a subclass of `Block`.
 
 Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, E head width, F MLP width, V vocabulary.
 """
@@ -152,11 +151,8 @@ def compose(places: nn.ModuleDict, name: str, module: nn.Module) -> None:
 
 
 class MaskedDiffusionTransformer(nn.Module):
-    """A bidirectional mask predictor: token ids in, one row of logits per position out.
-
-    `forward(ids)` gives logits [B, T, V] in which row i always predicts token i: for families with a logit
-    shift (Dream) the shift is applied here, so samplers and likelihood need not know the family.
-    """
+    """A bidirectional mask predictor: token ids in, one row of logits per position out; row i always predicts token i,
+    so that samplers and likelihoods need not know of the logit shift (Dream)."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -194,9 +190,8 @@ class MaskedDiffusionTransformer(nn.Module):
         else:
             real = attention_mask.bool()
             positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
-            mask = (real[:, None, :, None] & real[:, None, None, :]) | torch.eye(
-                ids.shape[1], dtype=torch.bool, device=ids.device
-            )  # a padded row attends to itself: softmax over nothing is NaN
+            itself = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # softmax over nothing is NaN
+            mask = (real[:, None, :, None] & real[:, None, None, :]) | itself
         if columns is not None:
             positions = positions.expand(len(ids), -1).gather(1, columns)
             mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
