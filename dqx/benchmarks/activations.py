@@ -26,7 +26,8 @@ from dqx.diagnostics.activations import default_blocks, measure_activations
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.rollout import State, write
 from dqx.diffusion.samplers.llada import LLaDASampler
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer, initialise
+from dqx.models.checkpoint import skeleton
+from dqx.models.transformer import Architecture, initialise
 from dqx.record.folder import RunFolder
 from dqx.report.tables import Table
 
@@ -57,9 +58,8 @@ class Figures:
 def compare(arch: Architecture, *, window: int, prompt: int, gen_length: int, steps: int) -> Figures:
     """One answer of `gen_length` tokens, and statistics at their default settings, with windows of `window` tokens."""
     settings, fidelity = OutlierConfig(), FidelityConfig()
-    model = MaskedDiffusionTransformer(arch)
+    model = skeleton(arch).to_empty(device="cpu")
     initialise(model, torch.Generator().manual_seed(0))
-    model.eval().requires_grad_(False)
     sampler = LLaDASampler()
 
     def text(rows: int, length: int) -> torch.Tensor:

@@ -20,9 +20,9 @@ HEAD = 128  # head width of both models; also the group size of weights and DuQu
 
 #: The published shapes by name: llada_8b, dream_7b.
 MODELS = {
-    published[0].lower().replace("-", "_"): published[1]
-    for published in (family.published for family in families().values())
-    if published is not None
+    family.published[0].lower().replace("-", "_"): family.published[1]
+    for family in families().values()
+    if family.published is not None
 }
 
 

@@ -18,7 +18,6 @@ import zlib
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,22 +82,6 @@ def quantized(args: argparse.Namespace, say: Say) -> QuantReport:
     return quantize_checkpoint(source, output, method, choice.bits, batches, loading=loading, progress=False)
 
 
-def figures(args: argparse.Namespace, arch: Architecture, report: QuantReport, size: int) -> dict[str, Any]:
-    return {
-        "family": arch.family,
-        "blocks": arch.n_blocks,
-        "method": report.method,
-        "bits": report.bits,
-        "tokens": report.calibration_tokens,
-        "threads": args.threads,
-        "checkpoint_gb": size / GB,
-        "quantized_gb": sum(path.stat().st_size for path in (args.folder / OUTPUT).iterdir()) / GB,
-        "seconds": report.seconds,
-        "peak_ram_gb": report.peak_ram / GB,
-        "notes": len(report.notes),
-    }
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options("memory", __doc__)
     parser.add_argument("folder", type=Path, help="a new folder, with room for the checkpoint twice")
@@ -125,15 +108,28 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
         size = write_checkpoint(arch, args.folder / SOURCE)
         print(f"checkpoint: {size / GB:.2f} GB, written in {time.perf_counter() - started:.0f} s")
-        measured = figures(args, arch, in_process(quantized, args), size)
+        report = in_process(quantized, args)
+        quantized_size = sum(path.stat().st_size for path in (args.folder / OUTPUT).iterdir())
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
     print(
-        f"{args.model}, {arch.n_blocks} blocks, {measured['method']} {measured['bits']}, {measured['tokens']} "
-        f"calibration tokens, {args.threads} threads: {measured['seconds']:.0f} s, at most "
-        f"{measured['peak_ram_gb']:.2f} GB resident"
+        f"{args.model}, {arch.n_blocks} blocks, {report.method} {report.bits}, {report.calibration_tokens} calibration "
+        f"tokens, {args.threads} threads: {report.seconds:.0f} s, at most {report.peak_ram / GB:.2f} GB resident"
     )
-    write_figures(args.json, measured)
+    figures = {
+        "family": arch.family,
+        "blocks": arch.n_blocks,
+        "method": report.method,
+        "bits": report.bits,
+        "tokens": report.calibration_tokens,
+        "threads": args.threads,
+        "checkpoint_gb": size / GB,
+        "quantized_gb": quantized_size / GB,
+        "seconds": report.seconds,
+        "peak_ram_gb": report.peak_ram / GB,
+        "notes": len(report.notes),
+    }
+    write_figures(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ and including one: it is what dqx's engine has to write, and it is told that an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +28,7 @@ from dqx.diffusion.likelihood import mask_states
 from dqx.diffusion.samplers import LLaDASampler
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.spec import TaskSpec
+from dqx.models.checkpoint import skeleton
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, initialise
 
 PUBLISHED_MODEL = MODELS["llada_8b"]
@@ -49,9 +50,7 @@ def architecture(scale: int, blocks: int) -> Architecture:
 
 def random_model(arch: Architecture, seed: int, device: torch.device, dtype: torch.dtype) -> MaskedDiffusionTransformer:
     """A model with weights as before training, but for sharper attention and a mask that says less."""
-    with torch.device("meta"):
-        model = MaskedDiffusionTransformer(arch).to(dtype).requires_grad_(False)
-    model = model.to_empty(device=device).eval()
+    model = skeleton(arch).to(dtype).to_empty(device=device)
     initialise(model, torch.Generator(device).manual_seed(seed))
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -193,5 +192,4 @@ def score(model: MaskedDiffusionTransformer, spec: TaskSpec, documents: Sequence
     return comparison
 
 
-Path = Callable[[MaskedDiffusionTransformer, TaskSpec, Sequence[Lengths], int], Comparison]
-PATHS: dict[str, Path] = {"generation": generate, "likelihood": score}
+PATHS = {"generation": generate, "likelihood": score}

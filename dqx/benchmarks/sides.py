@@ -1,7 +1,8 @@
 """Each method on one block, twice: by dqx's parts, and by the transcriptions of `plain.py` one linear at a time.
 
-Both sides get the same block and the same recorded inputs of its linears. The forward passes that record them are the
-same work for both and are left out of the times. DuQuant starts from a block that is smoothed already.
+Both sides get the same block, whose weights ask for no gradients, and the same recorded inputs of its linears. The
+forward passes that record them are the same work for both and are left out of the times. DuQuant starts from a block
+that is smoothed already.
 
 S sequences, T tokens, N tokens of all, I inputs.
 """
@@ -109,7 +110,6 @@ def round_stacked(run: SideRun, roles: tuple[str, ...], weights: list[Tensor], s
     run.keep(roles, rounded.split([len(w) for w in weights]))
 
 
-@torch.no_grad()
 def dqx_gptq(run: SideRun) -> None:
     part = run.method.rounding
     assert part is not None
@@ -119,7 +119,6 @@ def dqx_gptq(run: SideRun) -> None:
             round_stacked(run, roles, [run.weight(role) for role in roles], statistics(x, part.needs))
 
 
-@torch.no_grad()
 def plain_gptq(run: SideRun) -> None:
     for site, x in run.inputs().items():
         for role in run.sites[site]:
@@ -129,7 +128,6 @@ def plain_gptq(run: SideRun) -> None:
             run.keep((role,), [rounded])
 
 
-@torch.no_grad()
 def dqx_awq(run: SideRun) -> None:
     (name, transform), *_ = run.method.block_transforms.items()
     inputs = run.inputs()
@@ -148,7 +146,6 @@ def dqx_awq(run: SideRun) -> None:
                     round_stacked(run, roles, [run.weight(role) for role in roles], stats_here)
 
 
-@torch.no_grad()
 def plain_awq(run: SideRun) -> None:
     block, bits, size = run.case.block, run.bits.weight.bits, run.bits.weight.group_size
     rope = block_rope(block.arch, run.case.hidden)
@@ -210,7 +207,6 @@ def bases(run: SideRun, site: str) -> list[Tensor]:
     return [base_rotation(part.tile, run.context.at(name=name).generator(site, i)) for i in range(2)]
 
 
-@torch.no_grad()
 def dqx_duquant(run: SideRun) -> None:
     name, part = rotation_part(run)
     for site, x in smoothed(run).items():
@@ -222,7 +218,6 @@ def dqx_duquant(run: SideRun) -> None:
             round_stacked(run, run.sites[site], [rotation(weight) for weight in weights], {})
 
 
-@torch.no_grad()
 def plain_duquant(run: SideRun) -> None:
     _, part = rotation_part(run)
     assert isinstance(run.method.clip, FixedRatio)
@@ -241,7 +236,6 @@ def plain_duquant(run: SideRun) -> None:
         run.tensors[f"order.{site}"] = rotation[1]
 
 
-@torch.no_grad()
 def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, float]:
     """Every step of dqx from what the plain side had before that step; see `differences`.
 

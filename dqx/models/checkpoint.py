@@ -68,8 +68,7 @@ class Checkpoint:
 
     def parameters(self) -> int:
         """How many numbers the model has."""
-        shapes = dict(skeleton(self.arch).named_parameters())
-        return sum(shapes[name].numel() for name in tensor_names(self.arch))
+        return sum(p.numel() for p in skeleton(self.arch).parameters())
 
 
 def locate(path_or_id: str, revision: str | None = None, files: Sequence[str] = HUB_FILES) -> Path:
