@@ -23,12 +23,13 @@ CPU = torch.device("cpu")
 Say = Callable[[str], None]
 
 
-def options(name: str, about: str | None) -> argparse.ArgumentParser:
-    """The command line of `python -m dqx.benchmarks.NAME`, with `--json`; `about` is the module's docstring."""
+def options(name: str, about: str | None, *, figures: bool = True) -> argparse.ArgumentParser:
+    """The command line of `python -m dqx.benchmarks.NAME`, by the module's docstring; with `--json` for figures."""
     parser = argparse.ArgumentParser(
         prog=f"python -m dqx.benchmarks.{name}", description=about, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    if figures:
+        parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser
 
 

@@ -78,10 +78,8 @@ class Figures:
 
 def together(name: str, rows: list[Figures]) -> Figures:
     """The sum of several tasks of one kind."""
-    whole = Figures(name, rows[0].kind, sum(f.documents for f in rows), 0.0)
-    for f in rows:
-        whole.outcome += f.outcome
-    return whole
+    outcome = sum((f.outcome for f in rows), Comparison())
+    return Figures(name, rows[0].kind, sum(f.documents for f in rows), 0.0, outcome)
 
 
 def chosen(task: str, spec: TaskSpec, count: int) -> list[Lengths]:
@@ -131,9 +129,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def head_share(arch: Architecture) -> float:
     """The head's share of the parameters that multiply every token."""
-    blocks = arch.n_blocks * arch.hidden_size * (
-        2 * arch.hidden_size + 2 * arch.n_kv_heads * arch.head_size + 3 * arch.mlp_size
-    )  # fmt: skip
+    blocks = arch.n_blocks * sum(arch.in_features(role) * arch.out_features(role) for role in arch.roles)
     head = arch.vocab_size * arch.hidden_size
     return head / (head + blocks)
 
@@ -181,13 +177,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, help="documents of every task (as many as take some minutes)")
     parser.add_argument("--scale", type=int, default=16, help="divide LLaDA-8B's widths by this (16)")
     parser.add_argument("--blocks", type=int, default=4, help="transformer blocks (4)")
-    parser.add_argument(
-        "--tokens-per-step", type=int, default=4, help="tokens written per denoising step (4; study: 1)"
-    )
+    parser.add_argument("--tokens-per-step", type=int, default=4, help="tokens per denoising step (4; study: 1)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where both sides run (cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="type of the weights (float32)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
-    parser.add_argument("--peak", type=float, help="TFLOP/s of the device; null measures a large matrix product")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device (those of a large matrix product)")
     parser.add_argument("--quick", action="store_true", help="tiny model, two documents, short prompts and answers")
     args = parser.parse_args(argv)
     args.tasks = names(parser, "--tasks", args.tasks, TASKS)

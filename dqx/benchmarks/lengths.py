@@ -12,12 +12,12 @@ more in its answers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from dqx.benchmarks.common import options
 from dqx.benchmarks.count_sizes import by_rule
 from dqx.config import compose
 from dqx.evaluate.catalogue import leaves
@@ -69,9 +69,7 @@ def measure(spec: TaskSpec, data_root: str) -> list[Lengths]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dqx.benchmarks.lengths", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = options("lengths", __doc__, figures=False)
     parser.add_argument("--data-root", required=True, help="folder with copies of the datasets in the hub's layout")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write (lengths.json beside this module)")
     args = parser.parse_args(argv)

@@ -89,12 +89,7 @@ def _work(figures: Figures, side: str, folder: str, say: Say) -> dict[str, Any]:
     run = SideRun(make_case(arch, figures.tokens), compose.build(choice.method), choice.bits, told)
     start = peak_ram() / MIB
     SIDES[figures.method][NAMES.index(side)](run)
-    result: dict[str, Any] = {
-        "seconds": run.seconds,
-        "aside": run.aside,
-        "peak_mib": peak_ram() / MIB,
-        "start_mib": start,
-    }
+    result = {"seconds": run.seconds, "aside": run.aside, "peak_mib": peak_ram() / MIB, "start_mib": start}
     file = Path(folder) / "plain.safetensors"
     if side == "plain":
         save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)

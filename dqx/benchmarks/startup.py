@@ -70,7 +70,6 @@ def cached(checkout: Path, folder: Path, runs: int = 4) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
     parser = options("startup", __doc__)
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, measured beside this one")
     parser.add_argument("--repeat", type=int, default=3, help="how often each command is measured (3)")
