@@ -74,15 +74,14 @@ class RoleBits:
     format: str | None = None  # of weight and input; its width and group size must be given too where they differ
 
     def of_weight(self, usual: WeightBits) -> WeightBits:
-        """A weight's grid with what is said here in place of the usual."""
         group_size = usual.group_size if self.group_size is None else self.group_size
         return replace(self._grid(usual, self.weight), group_size=group_size)
 
     def of_activation(self, usual: ActivationBits) -> ActivationBits:
-        """An input's grid with what is said here in place of the usual."""
         return self._grid(usual, self.activation)
 
     def _grid(self, usual: Usual, bits: int | None) -> Usual:
+        """A weight's or an input's grid with what is said here in place of the usual."""
         symmetric = usual.symmetric or self.format in FLOATS
         bits = usual.bits if bits is None else bits
         return replace(usual, bits=bits, format=self.format or usual.format, symmetric=symmetric)
@@ -123,11 +122,9 @@ class Widths:
     blocks: tuple[BlockWidths, ...]
 
     def rounds_weight(self, role: str) -> bool:
-        """Whether the role's weight has less than 16 bits in some block."""
         return any(block.weight[role].bits != UNQUANTIZED for block in self.blocks)
 
     def rounds_input(self, role: str) -> bool:
-        """Whether the role's input has less than 16 bits in some block."""
         return any(block.activation[role].bits != UNQUANTIZED for block in self.blocks)
 
 

@@ -67,9 +67,8 @@ def consecutive_groups(n_inputs: int, group_size: int, device: torch.device | No
 def group_ranges(w_OI: Tensor, grid: Grid, group_size: int, clip: BoundClip | None = None) -> tuple[Tensor, Tensor]:
     """The range lo, hi [O, G] of every group of consecutive inputs."""
     n_out, n_in = w_OI.shape
-    width = group_width(n_in, group_size)
+    width, bounds = group_width(n_in, group_size), []
     whole = n_in - n_in % width
-    bounds = []
     for first, last in ((0, whole), (whole, n_in)):
         if last > first:
             columns_GW = torch.arange(first, last, device=w_OI.device).view(-1, min(width, last - first))

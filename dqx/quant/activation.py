@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,21 +27,24 @@ from dqx.quant.protocols import Context, Stats
 from dqx.quant.registry import storable
 
 
+class Dynamic:
+    """A quantizer that finds its grids at run time, so that calibration has nothing to tell it."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def fit(self, stats: Stats) -> Self:
+        return self
+
+
 @storable
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(Dynamic):
     """One dynamic grid per token, over all channels."""
 
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def fit(self, stats: Stats) -> PerToken:
-        """Nothing to find out: the grid comes from each token."""
-        return self
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
-        """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         return grid.fake(x, clip_ratio=self.clip_ratio)
 
@@ -51,20 +54,14 @@ class PerToken:
 
 @storable
 @dataclass(frozen=True)
-class PerGroup:
+class PerGroup(Dynamic):
     """One dynamic grid per token and group of neighbouring channels."""
 
     group_size: int = 128  # channels
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def fit(self, stats: Stats) -> PerGroup:
-        """Nothing to find out: the grid comes from each group."""
-        return self
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
-        """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
         if bits.bits == UNQUANTIZED:
             return x
         groups = x.unflatten(-1, (-1, self.group_size))
@@ -100,7 +97,6 @@ class Static:
     needs: ClassVar[frozenset[str]] = frozenset({"minmax"})
 
     def fit(self, stats: Stats) -> StaticRange:
-        """The quantizer of one site."""
         lo, hi = (self.clip_ratio * bound for bound in stats["minmax"].tolist())
         return StaticRange(lo, hi, self.include_zero)
 
@@ -125,7 +121,6 @@ class StaticRange:
     include_zero: bool = True
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
-        """x [..., I] fake-quantized, in the dtype of x. 16 bits returns x itself."""
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         if grid.identity:
             return x

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dqx.models.transformer import Block
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, Part
 
 
 @dataclass(frozen=True)
-class MeanShift:
+class MeanShift(Part):
     """Deviation-aware correction of D2Quant, arXiv:2602.02546: a bias at the post-attention norm.
 
     Once attention is quantized, the mean over calibration tokens of (full-precision - quantized) output of the norm
@@ -38,9 +38,6 @@ class MeanShift:
         norm = block.mlp_norm
         shift_I = mean_shift(stats["shift"], shrink=self.shrink).to(norm.weight)
         norm.bias = nn.Parameter(shift_I if norm.bias is None else norm.bias + shift_I, requires_grad=False)
-
-    def problems(self, where: str, context: Context) -> list[str]:
-        return []
 
 
 def mean_shift(shift_2I: Tensor, *, shrink: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ B batch, T tokens, O outputs, I inputs, G groups of W inputs, H heads, E head wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -78,12 +78,18 @@ def block_rope(arch: Architecture, x: Tensor) -> tuple[Tensor, Tensor]:
     return rope_tables(positions, arch.head_size, arch.rope_theta, wide(x[:0]).dtype)
 
 
+def choice_problems(key: str, value: str, choices: Sequence[str]) -> list[str]:
+    """What is wrong with the option at config key `key`, which must be one of `choices`."""
+    known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return [] if value in choices else [f"{key}={value} is unknown; write {known}"]
+
+
 class Part(Protocol):
     """What all parts have."""
 
     def problems(self, where: str, context: Context) -> list[str]:
-        """What cannot work, with the remedy; `where` is the part's config key."""
-        ...
+        """What cannot work, with the remedy; `where` is the part's config key. Here nothing."""
+        return []
 
 
 class Fitted(Protocol):

@@ -32,6 +32,7 @@ class Collector:
     """
 
     factors: ClassVar[int] = 0  # matrices [I, I] of float32 held at a time by it and by who uses it, for estimates
+    averaged: ClassVar[bool] = True  # over tokens
 
     def __init_subclass__(cls, *, statistic: str = "") -> None:
         if statistic:
@@ -46,10 +47,10 @@ class Collector:
         raise NotImplementedError
 
     def value(self) -> Any:
-        """The statistic; here a mean over tokens. Raises ValueError if no token was seen."""
-        if self.total is None or self.n_tokens == 0:
+        """The statistic. Raises ValueError if no token was seen."""
+        if self.total is None or (self.averaged and self.n_tokens == 0):
             raise ValueError("no calibration token reached this linear; give at least one calibration batch")
-        return self.total / self.n_tokens
+        return self.total / self.n_tokens if self.averaged else self.total
 
 
 class Hessian(Collector, statistic="hessian"):
@@ -61,7 +62,6 @@ class Hessian(Collector, statistic="hessian"):
     factors: ClassVar[int] = 3  # the sum, its factor, and room to factor
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
-        """Add the tokens of x [..., I]."""
         rows = x.reshape(-1, x.shape[-1])
         if self.total is None:
             self.total = wide(x.new_zeros(x.shape[-1], x.shape[-1]))
@@ -100,37 +100,31 @@ class Cross(Collector, statistic="cross"):
 class Shift(Collector, statistic="shift"):
     """Mean and variance over tokens [2, I] of `x_fp - x_q`, in float64."""
 
-    mean: Tensor | None = None
-    squares: Tensor | None = None  # sum of squared deviations from the mean so far
-
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         change = (_paired(intact).double() - x.double()).reshape(-1, x.shape[-1])
         n, mean = len(change), change.mean(0)
         squares = (change - mean).square().sum(0)
-        if self.mean is None or self.squares is None:
-            self.n_tokens, self.mean, self.squares = n, mean, squares
+        if self.total is None:  # the mean so far, and the sum of squared deviations from it
+            self.n_tokens, self.total = n, torch.stack((mean, squares))
             return
-        delta, total = mean - self.mean, self.n_tokens + n
-        self.squares += squares + delta.square() * (self.n_tokens * n / total)
-        self.mean += delta * (n / total)
+        delta, total = mean - self.total[0], self.n_tokens + n
+        self.total[1] += squares + delta.square() * (self.n_tokens * n / total)
+        self.total[0] += delta * (n / total)
         self.n_tokens = total
 
     def value(self) -> Tensor:
-        assert self.mean is not None
-        assert self.squares is not None
-        return torch.stack((self.mean, self.squares / self.n_tokens))
+        assert self.total is not None
+        return torch.stack((self.total[0], self.total[1] / self.n_tokens))
 
 
 class AbsMax(Collector, statistic="absmax"):
     """The largest |x| of every channel [I]."""
 
+    averaged: ClassVar[bool] = False
+
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         largest = wide(x.abs().reshape(-1, x.shape[-1]).amax(0))
         self.total = largest if self.total is None else torch.maximum(self.total, largest)
-
-    def value(self) -> Tensor:
-        assert self.total is not None
-        return self.total
 
 
 class AbsMean(Collector, statistic="absmean"):
@@ -146,15 +140,13 @@ class AbsMean(Collector, statistic="absmean"):
 class MinMax(Collector, statistic="minmax"):
     """The smallest and largest value of all channels and tokens [2]."""
 
+    averaged: ClassVar[bool] = False
+
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         lo, hi = torch.aminmax(wide(x))
         if self.total is not None:
             lo, hi = torch.minimum(lo, self.total[0]), torch.maximum(hi, self.total[1])
         self.total = torch.stack((lo, hi))
-
-    def value(self) -> Tensor:
-        assert self.total is not None
-        return self.total
 
 
 class Tokens(Collector, statistic="tokens"):

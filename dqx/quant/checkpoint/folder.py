@@ -44,6 +44,7 @@ from dqx.quant.report import QuantReport
 
 VERSION = 1
 EMBED, HEAD = "embed.safetensors", "head.safetensors"
+BLOCK = "block-{:05d}.safetensors"
 
 for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4):
     storable(cls)
@@ -101,12 +102,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 def verify_shards(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Compare every file with its checksum. Raises CheckpointError naming those that differ."""
-    damaged = [
-        name
-        for name, shard in recipe["shards"].items()
-        if not (folder / name).is_file() or checksum(folder / name) != shard["sha256"]
-    ]
-    if damaged:
+    expected = {folder / name: shard["sha256"] for name, shard in recipe["shards"].items()}
+    if damaged := [path.name for path, sha in expected.items() if not path.is_file() or checksum(path) != sha]:
         raise CheckpointError(f"{folder}: {', '.join(damaged)} missing or changed since written; quantize again")
 
 
@@ -120,15 +117,8 @@ def write_recipe(
     bits: BitsConfig,
 ) -> None:
     """Write `quantized.json`, last: it stands for a finished checkpoint."""
-    recipe = {
-        "version": VERSION,
-        "architecture": asdict(arch),
-        "method": described(method),
-        "bits": asdict(bits),
-        "report": report.to_dict(),
-        "shards": dict(shards),
-    }
-    write_json(folder / QUANTIZED, recipe)
+    asked = {"version": VERSION, "architecture": asdict(arch), "method": described(method), "bits": asdict(bits)}
+    write_json(folder / QUANTIZED, asked | {"report": report.to_dict(), "shards": dict(shards)})
 
 
 def described(part: Any) -> Any:
@@ -139,9 +129,6 @@ def described(part: Any) -> Any:
     if isinstance(part, Mapping):
         return {name: described(value) for name, value in part.items()}
     return [described(value) for value in part] if isinstance(part, (list, tuple)) else part
-
-
-# ---- embedding and head --------------------------------------------------------------------------------------
 
 
 def write_outer(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, Any]:
@@ -160,27 +147,22 @@ def read_outer(folder: Path, model: MaskedDiffusionTransformer, device: torch.de
         model.head.weight = model.embed.weight
 
 
-# ---- blocks --------------------------------------------------------------------------------------------------
-
-
-def block_file(index: int) -> str:
-    return f"block-{index:05d}.safetensors"
-
-
 def write_block(folder: Path, index: int, block: Block) -> dict[str, Any]:
     """Write one block; its entry of `shards`."""
     tensors: dict[str, Tensor] = {}
-    added = {path: module for path, module in _places(block).items() if not isinstance(module, nn.Identity | nn.Linear)}
+    sites = {f"inputs.{site}": module for site, module in block.inputs.items()}
+    places = {**block.linears(), **sites, **{f"heads.{part}": module for part, module in block.heads.items()}}
+    added = {path: module for path, module in places.items() if not isinstance(module, nn.Identity | nn.Linear)}
     structure = {path: encode(module, tensors, path) for path, module in added.items()}
     for name, parameter in block.named_parameters():
         if not any(name.startswith(f"{path}.") for path in added):
             tensors[name] = parameter
-    return write_shard(folder / block_file(index), tensors, structure)
+    return write_shard(folder / BLOCK.format(index), tensors, structure)
 
 
 def read_block(folder: Path, index: int, arch: Architecture, device: torch.device | str) -> Block:
     """The block that `write_block` wrote. Raises CheckpointError for a file that does not hold it."""
-    path = folder / block_file(index)
+    path = folder / BLOCK.format(index)
     tensors, structure = read_shard(path, device)
     with torch.device("meta"):
         block = block_of(arch)
@@ -193,12 +175,6 @@ def read_block(folder: Path, index: int, arch: Architecture, device: torch.devic
     if missing and torch.device(device).type != "meta":
         raise CheckpointError(f"{path}: {', '.join(missing)} missing")
     return block.eval().requires_grad_(False)
-
-
-def _places(block: Block) -> dict[str, nn.Module]:
-    """Where quantization puts modules of its own, by path."""
-    sites = {f"inputs.{site}": module for site, module in block.inputs.items()}
-    return {**block.linears(), **sites, **{f"heads.{part}": module for part, module in block.heads.items()}}
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -218,15 +194,9 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         raise ValueError(
             f"{path} is a {kind}, which no quantized checkpoint can hold yet; put @dqx.quant.storable before its class"
         )
-    options = {name: encode(option, tensors, f"{path}.{name}") for name, option in _options(value).items()}
-    return {"kind": kind} | options
-
-
-def _options(value: Any) -> dict[str, Any]:
-    """The arguments that build a module or a dataclass again."""
-    if hasattr(value, "options"):
-        return dict(value.options)
-    return {name: getattr(value, name) for name in inspect.signature(type(value)).parameters}
+    names = inspect.signature(type(value)).parameters
+    options = value.options if hasattr(value, "options") else {name: getattr(value, name) for name in names}
+    return {"kind": kind} | {name: encode(option, tensors, f"{path}.{name}") for name, option in options.items()}
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -242,9 +212,6 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         raise CheckpointError(f"no class {value['kind']} is known; import the module whose @storable class it is")
     options = {name: decode(option, tensors) for name, option in value.items() if name != "kind"}
     return getattr(cls, "restored", cls)(**options)
-
-
-# ---- files ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -267,12 +234,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_shard(path: Path, tensors: Mapping[str, Tensor], structure: Any = None) -> dict[str, Any]:
     """Write a safetensors file, whole or not at all; its entry of `shards`: {name: {bytes, sha256}}."""
     temporary = path.with_name(f".{path.name}")
-    seen: set[int] = set()
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        stored[name] = own.clone() if own.data_ptr() in seen else own  # a file has no tensors that share memory
-        seen.add(own.data_ptr())
+        shared = own.data_ptr() in {other.data_ptr() for other in stored.values()}
+        stored[name] = own.clone() if shared else own  # a file has no tensors that share memory
     save_file(stored, temporary, metadata={"format": "pt", "structure": json.dumps(structure)})
     with temporary.open("rb") as f:
         os.fsync(f.fileno())
@@ -295,6 +261,5 @@ def read_shard(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

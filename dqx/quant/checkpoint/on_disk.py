@@ -1,8 +1,7 @@
 """Quantize a checkpoint on disk into a quantized checkpoint, with one block in memory at a time.
 
 Embedding, final norm and head are loaded first, changed by the method's model transforms, used to embed the calibration
-text, written and freed. Then each block is loaded, quantized, written and freed. Activations lie in memory as far as
-the limit allows, and in files beyond it. Every number is the one that `quantize` gives in memory.
+text, written and freed; then each block in turn. Every number is the one that `quantize` gives in memory.
 
 After each block the folder `OUTPUT.partial` holds all that the next one depends on: the files of the finished blocks
 and, for methods that read activations, the inputs of the next block. The same call continues from there. The folder
@@ -73,11 +72,8 @@ def quantize_checkpoint(
     Args:
         source: what `inspect` gives.
         output: the folder, which `load_quantized` reads.
-        method, bits, batches, seed, progress: as `quantize` takes them.
         loading: precision, device and memory; None: as stored, on the CPU, all activations in RAM.
-
-    Returns:
-        What was done, linear by linear.
+        method, bits, batches, seed, progress: as `quantize` takes them, which returns the same report.
 
     Raises:
         ValueError: as `quantize` does, and where `output` exists.
@@ -106,8 +102,7 @@ class OnDisk(Home):
     def __init__(self, source: Checkpoint, folder: Path, asked: Assignment, loading: Loading):
         limit = None if loading.activations_gb is None else int(loading.activations_gb * GB)
         self.rows = folder / "activations"
-        store = ActivationStore(self.rows, limit)
-        super().__init__(skeleton(source.arch), torch.device(loading.device), store)
+        super().__init__(skeleton(source.arch), torch.device(loading.device), ActivationStore(self.rows, limit))
         self.source, self.folder, self.asked, self.loading = source, folder, asked, loading
         self.settings: dict[str, Any] = json.loads(json.dumps(jsonable(self._settings())))
         self.shards: dict[str, Any] = {}
@@ -146,16 +141,8 @@ class OnDisk(Home):
 
     def note(self, progress: Progress) -> None:
         rows = {name: row for name, row in progress.inputs.items() if isinstance(row, Shelf)}
-        state = {
-            "job": self.settings,
-            "blocks": progress.blocks,
-            "rows": [asdict(row) for row in progress.rows],
-            "inputs": {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()},
-            "seconds": progress.seconds,
-            "peak_ram": progress.peak_ram,
-            "peak_gpu": progress.peak_gpu,
-            "shards": self.shards,
-        }
+        inputs = {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()}
+        state = {"job": self.settings, **vars(progress), "inputs": inputs, "shards": self.shards}
         write_json(self.folder / PROGRESS, state)
         self._remove_rows({row.folder.name for row in rows.values()})
         trim()

@@ -24,7 +24,7 @@ from dqx.formats.bits import WeightBits, block_formats
 from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
-from dqx.quant.protocols import Context, Stats
+from dqx.quant.protocols import Context, Stats, choice_problems
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 
 STREAMS = ("quantized", "fp")
@@ -77,10 +77,7 @@ class GPTQ(ColumnSettings):
         return gptq_round(w_OI, stats["hessian"], self.grid(bits), bits.group_size, clip, self)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = super().problems(where, context)
-        if self.stream not in STREAMS:
-            problems.append(f"{where}.stream={self.stream} is unknown; write quantized or fp")
-        return problems
+        return super().problems(where, context) + choice_problems(f"{where}.stream", self.stream, STREAMS)
 
 
 @dataclass(frozen=True)

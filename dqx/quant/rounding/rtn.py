@@ -15,11 +15,11 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges
-from dqx.quant.protocols import Context, Stats
+from dqx.quant.protocols import Part, Stats
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Part):
     """Round to nearest."""
 
     include_zero: bool = True  # ranges hold zero, as in GPTQ; false: plain min ... max
@@ -32,9 +32,6 @@ class RTN:
 
     def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
         return rtn_round(w_OI, self.grid(bits), bits.group_size, clip)
-
-    def problems(self, where: str, context: Context) -> list[str]:
-        return []
 
 
 def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | None = None) -> QuantizedWeight:

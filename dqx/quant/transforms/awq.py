@@ -31,7 +31,7 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
-from dqx.quant.protocols import Context, block_rope
+from dqx.quant.protocols import Context, block_rope, choice_problems
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
 
@@ -96,15 +96,13 @@ class AWQScale:
         return candidates[best], [loss / n_outputs for loss in losses]
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = site_problems(self.sites, where)
+        problems = site_problems(self.sites, where) + choice_problems(f"{where}.judge", self.judge, JUDGES)
         if all(context.method.rounding_of(role) is None for role in context.arch.roles):
             problems.append(
                 f"{where} searches scales for rounded weights, but method.rounding is null; set it, or leave it out"
             )
         if self.n_grid < 1:
             problems.append(f"{where}.n_grid={self.n_grid} must be at least 1; 20 is usual")
-        if self.judge not in JUDGES:
-            problems.append(f"{where}.judge={self.judge} is unknown; write {' or '.join(JUDGES)}")
         return problems
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.formats.integers import wide
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, choice_problems
 from dqx.quant.registry import storable
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
 
@@ -54,7 +54,8 @@ class BlockRotate:
         return rotation.to(device=w_OI.device, dtype=wide(w_OI[:0]).dtype)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = []
+        problems = choice_problems(f"{where}.index", self.index, INDICES)
+        problems += choice_problems(f"{where}.stream", self.stream, STREAMS)
         if self.tile < 2:
             problems.append(f"{where}.tile={self.tile} leaves nothing to rotate; 128 is usual")
         else:
@@ -62,12 +63,6 @@ class BlockRotate:
         for name, value, usual in (("steps", self.steps, 256), ("permutations", self.permutations, 1)):
             if value < 0:
                 problems.append(f"{where}.{name}={value} must not be negative; {usual} is usual")
-        if self.index not in INDICES:
-            problems.append(f"{where}.index={self.index} is unknown; write {' or '.join(INDICES)}")
-        if self.stream not in STREAMS:
-            problems.append(
-                f"{where}.stream={self.stream} is unknown; write {', '.join(STREAMS[:-1])} or {STREAMS[-1]}"
-            )
         return problems
 
 

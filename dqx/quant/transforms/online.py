@@ -5,7 +5,7 @@ all channels is the product of one inside every head, folded into v, and one ove
 mix with channels and which therefore runs before o. Before down nothing can be folded: the gated product comes
 between. Biases of v are rotated like its rows, which the study's code for Dream leaves out.
 
-D hidden, H heads, K key/value heads, E head width, F MLP width.
+D hidden, H heads, F MLP width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dqx.quant.transforms.hadamard import (
     transform,
     transform_heads,
 )
-from dqx.quant.transforms.rotate import map_columns, map_rows
+from dqx.quant.transforms.rotate import map_outputs, map_rows
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,8 @@ def rotate_heads(block: Block, *, online: bool = True, heads_HH: Tensor | None =
     ValueError for widths without a Hadamard matrix.
     """
     n_heads, size = block.arch.n_heads, block.arch.head_size
-
-    def inside(rows: Tensor) -> Tensor:
-        return transform(rows.unflatten(-1, (-1, size))).flatten(-2)
-
-    map_columns(block.v.weight, inside)
-    if block.v.bias is not None:
-        map_rows(block.v.bias[None], inside)
-    map_rows(block.o.weight, inside)
+    map_outputs(block.v, lambda rows: transform(rows, size))
+    map_rows(block.o.weight, lambda rows: transform(rows, size))
     if online:
         map_rows(block.o.weight, lambda rows: transform_heads(rows, n_heads, heads_HH))
         compose(block.inputs, "attn_out", OnlineHeads(n_heads, heads_HH))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
-from dqx.quant.protocols import Context, ModelChange
+from dqx.quant.protocols import Context, ModelChange, Part, choice_problems
 from dqx.quant.transforms.hadamard import tile_problems, transform
 
 #: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
@@ -32,7 +32,7 @@ CHUNK_VALUES = 2**18  # values of a weight in float64 at a time: 2 MiB, which st
 
 
 @dataclass(frozen=True)
-class FoldNorms:
+class FoldNorms(Part):
     """Move the gain of every norm into the linears that read it: q, k, v; gate, up; the output head."""
 
     subtract_embedding_mean: bool = False  # as published; NOT function-preserving, see above
@@ -45,9 +45,6 @@ class FoldNorms:
                 subtract_embedding_mean(model)
 
         return ModelChange(outer, fold_block)
-
-    def problems(self, where: str, context: Context) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,11 @@ class ResidualRotation:
         return residual_rotation(make_rotation(self.kind, width, self.tile, context.generator(), device))
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = []
+        problems = choice_problems(f"{where}.kind", self.kind, KINDS)
         width = context.arch.hidden_size
-        if self.kind not in KINDS:
-            problems.append(f"{where}.kind={self.kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-        elif self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
+        if self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
             problems.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
-        elif self.kind != "orthogonal":
+        elif self.kind in ("hadamard", "random_hadamard"):
             problems += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
         earlier = list(context.method.transforms.values())
         earlier = earlier[: earlier.index(self)] if self in earlier else earlier
@@ -128,9 +123,7 @@ def residual_rotation(rotate: Rotation) -> ModelChange:
         for norm, readers in readers_of_norms(block):
             _rotate_readers(norm, readers, rotate)
         for writer in (block.o, block.down):
-            map_columns(writer.weight, rotate)
-            if writer.bias is not None:
-                map_rows(writer.bias[None], rotate)
+            map_outputs(writer, rotate)
 
     return ModelChange(outer, within, rotate)
 
@@ -176,6 +169,7 @@ def map_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
         rows.copy_(change(rows.double()))
 
 
-def map_columns(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace the columns of `weight` [O, I] in place: `change` sees them as rows."""
-    map_rows(weight.T, change)
+def map_outputs(linear: nn.Linear, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace the columns of a weight [O, I], which `change` sees as rows, and the bias in place."""
+    for rows in (linear.weight.T,) if linear.bias is None else (linear.weight.T, linear.bias[None]):
+        map_rows(rows, change)

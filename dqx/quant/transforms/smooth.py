@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dqx.formats.integers import wide
 from dqx.models.transformer import Architecture, Block
-from dqx.quant.protocols import Context
+from dqx.quant.protocols import Context, choice_problems
 from dqx.quant.transforms.channel_scale import SCALED, by_value_head, scale_site
 
 SMALLEST = 1e-5  # maxima below are raised to it, so that dead channels give no infinity
@@ -66,15 +66,12 @@ class Smooth:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = site_problems(self.sites, where)
+        problems += choice_problems(f"{where}.grouped_heads", self.grouped_heads, GROUPED_HEADS)
         if not 0 <= self.alpha <= 1:
             problems.append(f"{where}.alpha={self.alpha} must lie in 0 ... 1; 0.5 is usual")
         if self.floor <= 0:
             problems.append(
                 f"{where}.floor={self.floor} must be positive, since inputs are divided by it; 0.01 is usual"
-            )
-        if self.grouped_heads not in GROUPED_HEADS:
-            problems.append(
-                f"{where}.grouped_heads={self.grouped_heads} is unknown; write {' or '.join(GROUPED_HEADS)}"
             )
         return problems
 
