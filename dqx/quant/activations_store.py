@@ -1,8 +1,7 @@
 """Where calibration activations lie: in memory up to a limit, in files beyond it.
 
 Tensors come and go in rows: the inputs of a block, one per calibration sequence, or what the linears of a site read. A
-row is a plain list where nothing bounds memory. Otherwise a tensor for which there is no room goes to a file, and comes
-back from it bit by bit the same. Rows that an interrupted quantization continues from are in files all the same.
+row is a plain list where nothing bounds memory. Rows that an interrupted quantization continues from are in files.
 """
 
 from __future__ import annotations

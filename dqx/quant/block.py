@@ -93,9 +93,8 @@ class BlockWork:
         method, widths, stacks = self.method, self.widths, list[StackedLinears]()
         for role in roles:
             activation = widths.activation[role] if method.quantizes_input(role) else ActivationBits(UNQUANTIZED)
-            alone = StackedLinears(
-                [role], method.rounding_of(role), method.clip_of(role), widths.weight[role], activation
-            )
+            parts = method.rounding_of(role), method.clip_of(role)
+            alone = StackedLinears([role], *parts, widths.weight[role], activation)
             if alone in stacks:
                 stacks[stacks.index(alone)].roles.append(role)
             else:

@@ -120,9 +120,8 @@ def output_mse_range(
 ) -> tuple[Tensor, Tensor]:
     """lo, hi [O, G, 1] of weights clamped to +-m, `m = absmax * (1 - i/n_grid)` with the first least output error.
 
-    The error is that of the group's part of an output, `sum over tokens of ((Q(clamp(w)) - w) X^T)^2`. It is a
-    quadratic form of the weight's change in `X^T X`, so per group a triangular R with `R^T R = X^T X` replaces the
-    tokens.
+    The error of the group's part of an output, `sum over tokens of ((Q(clamp(w)) - w) X^T)^2`, is a quadratic form in
+    `X^T X`, so per group a triangular R with `R^T R = X^T X` replaces the tokens.
     """
     all_lo, all_hi = extremes(w_OGW)
     bound = torch.maximum(-all_lo, all_hi)
@@ -143,7 +142,6 @@ def output_mse_range(
 
 
 def steps(n_grid: int, max_shrink: float) -> int:
-    """How many shrink factors are tried."""
     return int(max_shrink * n_grid)
 
 

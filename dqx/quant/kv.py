@@ -31,8 +31,7 @@ SHARES = ("token", "head")
 class KeysValues:
     """Which of keys, values and queries are rounded, and which numbers share a scale.
 
-    Width, symmetry and format come from `bits.kv` and `bits.activation`; 16 bits is a no-op. Symmetric:
-    `scale = absmax / (2^(b-1) - 1)`.
+    Width, symmetry and format come from `bits.kv` and `bits.activation`. Symmetric: `scale = absmax / (2^(b-1) - 1)`.
     """
 
     keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; None: 16 bit

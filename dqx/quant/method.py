@@ -25,6 +25,7 @@ from dqx.quant.protocols import (
     Rounding,
     SiteTransform,
     Transform,
+    choice_problems,
 )
 
 QUANTIZES = ("weights", "weights_and_activations")
@@ -106,7 +107,6 @@ class Method:
 
     @property
     def needs_data(self) -> bool:
-        """True if some part fits to calibration activations."""
         return bool(self.streams())
 
     def problems(self, bits: BitsConfig, arch: Architecture) -> list[str]:
@@ -120,8 +120,7 @@ class Method:
         return [*problems, *self._pair_problems(bits, arch), *bits_problems(bits, arch)]
 
     def _slot_problems(self, arch: Architecture) -> Iterator[str]:
-        if self.quantizes not in QUANTIZES:
-            yield f"method.quantizes={self.quantizes} is unknown; write {' or '.join(QUANTIZES)}"
+        yield from choice_problems("method.quantizes", self.quantizes, QUANTIZES)
         if self.quantizes == "weights_and_activations" and self.activation is None:
             yield (
                 "method.quantizes=weights_and_activations needs an activation part; set method.activation, "

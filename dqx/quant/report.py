@@ -127,7 +127,6 @@ class QuantReport:
 
     @property
     def notes(self) -> list[str]:
-        """Every departure from what was asked, by linear."""
         return [f"{row.name}: {note}" for row in self.linears for note in row.notes]
 
     @classmethod

@@ -146,11 +146,8 @@ def block_statistics(
         inputs: of the block [B, T, D], or several such tensors; sequences run one at a time.
         needs: names of `dqx.quant.stats.COLLECTORS`, such as "hessian", for all sites or by site.
 
-    Returns:
-        The statistics by site and name: `block_statistics(block, x, ["absmax"])["mlp_in"]["absmax"]` [D].
-
-    Raises:
-        ValueError: for an unknown statistic, or one that compares two models.
+    Returns the statistics by site and name: `block_statistics(block, x, ["absmax"])["mlp_in"]["absmax"]` [D]. Raises
+    ValueError for an unknown statistic, or one that compares two models.
     """
     sequences = [x for batch in ([inputs] if isinstance(inputs, Tensor) else inputs) for x in batch.split(1)]
     by_site = needs if isinstance(needs, Mapping) else dict.fromkeys(block.arch.sites, tuple(needs))

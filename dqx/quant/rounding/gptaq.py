@@ -61,11 +61,7 @@ def gptaq_round(
         w_OI: the weight.
         hessian_II: H = X_q X_q^T. It and D may be multiplied by one common positive factor.
         cross_II: D = (X_fp - X_q) X_q^T: row i belongs to the deviation of input i, column k to the quantized input k.
-        grid, group_size, clip: as `gptq_round` takes them, which does the rounding.
-        settings: how columns are gone through; None: the defaults.
-
-    Returns:
-        What `gptq_round` returns.
+        grid, group_size, clip, settings: as `gptq_round` takes them, which does the rounding and whose result this is.
 
     Raises:
         ValueError: as that does, and for a D that does not fit or is not finite.
