@@ -39,7 +39,7 @@ class StackedLinears:
 
 
 class BlockWork:
-    """One block on its way from full precision to quantized."""
+    """The work on one block, with the streams that reach it."""
 
     def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context

@@ -165,7 +165,7 @@ def _search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:
 
 @dataclass(frozen=True)
 class ClipAtSite:
-    """A clip with the statistics of its site."""
+    """A clip with the statistics of its site: a `BoundClip`."""
 
     clip: Clip
     stats: Stats

@@ -44,7 +44,6 @@ class Home:
         yield
 
     def take(self, index: int) -> Block:
-        """A block as it was stored."""
         block = self.model.blocks[index]
         assert isinstance(block, Block)
         return block

@@ -160,11 +160,7 @@ class SiteTransform(Transform, Fitted, Protocol):
 
 
 class Clip(Part, Fitted, Protocol):
-    """Which range of a group of weights is represented; the rest saturates.
-
-    Gives lo, hi [O, G, 1] for weights [O, G, W]; `columns_GW` says which inputs they belong to. With `clamps` the
-    weights are clamped into the range before they are rounded.
-    """
+    """Which range of a group of weights is represented; the rest saturates. A `BoundClip` is one with its `stats`."""
 
     clamps: ClassVar[bool]
 
@@ -180,9 +176,7 @@ class Rounding(Part, Fitted, Protocol):
     Rows of the weight must be rounded independently of each other: the loop stacks q, k, v and gate, up.
     """
 
-    def grid(self, bits: WeightBits) -> Grid:
-        """The grid that weights of these bits are rounded to."""
-        ...
+    def grid(self, bits: WeightBits) -> Grid: ...
 
     def __call__(
         self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None

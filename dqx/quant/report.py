@@ -25,10 +25,7 @@ INDEX_BITS = 16
 
 
 def stored_bits(shape: tuple[int, int], bits: WeightBits, n_groups: int, *, scattered: bool = False) -> int:
-    """Bits that a weight of `shape` (outputs, inputs) with `n_groups` per row takes, by the convention above.
-
-    `scattered` says that a group's inputs are not neighbours, so that each input has the index of its group.
-    """
+    """Bits that a weight of `shape` (outputs, inputs) with `n_groups` per row takes; `scattered`: not of neighbours."""
     n_out, n_in = shape
     if bits.bits == UNQUANTIZED:
         return UNQUANTIZED * n_out * n_in
@@ -131,13 +128,12 @@ class QuantReport:
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> QuantReport:
-        """The report that `to_dict` turned into JSON."""
         own = {f.name: report[f.name] for f in fields(cls) if f.name in report}
         rows = [LinearRow.from_dict(row) for row in own["linears"]]
         return cls(**own | {"linears": rows, "kept": [KeptRow(**row) for row in own["kept"]]})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts and numbers, for JSON."""
+        """Plain lists, dicts and numbers, for JSON and `from_dict`."""
         rows = [asdict(row) | {"shape": list(row.shape), "notes": list(row.notes)} for row in self.linears]
         return asdict(self) | {"linears": rows, "average_bits": self.average_bits, "notes": self.notes}
 

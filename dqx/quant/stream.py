@@ -63,8 +63,7 @@ class Stream:
 
     def forward(self, block: nn.Module, i: int) -> Tensor:
         """The output of `block` for sequence i."""
-        output: Tensor = block(self.inputs[i], *self.model.context(self.ids[i]))
-        return output
+        return block(self.inputs[i], *self.model.context(self.ids[i]))
 
     def advance(self, block: nn.Module) -> None:
         """Move on to the input of the next block."""
@@ -94,8 +93,7 @@ class Stream:
         outputs = self.store.row(keep=True) if keep_outputs else []
         with listening(block, wanted, add, stop_at):
             for i in range(len(self.inputs)):
-                output = self._forward_to(block, i)
-                if output is not None:
+                if (output := self._forward_to(block, i)) is not None:
                     outputs.append(output)
         if keep_outputs:
             self.outputs = outputs

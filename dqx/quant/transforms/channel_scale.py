@@ -68,7 +68,6 @@ def by_value_head(channels: Tensor, arch: Architecture) -> Tensor:
 
 
 def _divide_outputs(module: nn.Linear | RMSNorm, channel_scale: Tensor) -> None:
-    """Divide what a linear or a norm puts out by a factor per channel."""
     weight, bias = module.weight, module.bias
     factor = channel_scale[:, None] if weight.dim() == 2 else channel_scale
     module.weight = _parameter(wide(weight) / factor, weight)

@@ -103,10 +103,7 @@ class Extreme(NamedTuple):
     position: int = -1
 
     def or_larger(self, entries: Tensor, starts: Tensor, columns: Tensor) -> Extreme:
-        """The larger of this and the largest of `entries`, some rows and columns of the matrix.
-
-        Row i starts at position `starts[i]` of the matrix, column j is its column `columns[j]`.
-        """
+        """The larger of this and the largest of `entries`, the `columns` of the rows that begin at `starts`."""
         of_rows = entries.amax(1)
         largest = of_rows.max()
         if (value := float(largest)) < self.value:
