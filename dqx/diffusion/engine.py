@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class Row:
         return self.window is not None and self.begun is not None and self.begun.window == self.window
 
 
+@dataclass(eq=False, repr=False)
 class Engine:
     """Writes the answers to many prompts with one sampler and one schedule.
 
@@ -112,26 +113,22 @@ class Engine:
     Raises ValueError with the `problems` of the settings.
     """
 
-    def __init__(
-        self,
-        model: MaskedDiffusionTransformer,
-        sampler: Sampler,
-        *,
-        gen_length: int,
-        block_length: int | None = None,
-        steps: int,
-        seed: int = 0,
-        settled: Callable[[list[int]], bool] | None = None,
-        batch_size: int | None = None,
-    ):
-        wrong = [] if batch_size is None else count_problems(batch_size=batch_size)
-        wrong += sampler.token_problems(model.arch.vocab_size)
-        raise_if(sampler.problems(gen_length, block_length, steps) + wrong)
-        self.model, self.sampler = model, sampler
-        self.gen_length, self.block_length, self.steps, self.seed = gen_length, block_length, steps, seed
-        self.settled, self.batch_size = settled, batch_size
-        self.passes = 2 if sampler.cfg_scale > 0 else 1
-        self.notes: list[str] = []
+    model: MaskedDiffusionTransformer
+    sampler: Sampler
+    _: KW_ONLY
+    gen_length: int
+    steps: int
+    block_length: int | None = None
+    seed: int = 0
+    settled: Callable[[list[int]], bool] | None = None
+    batch_size: int | None = None
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        wrong = self.sampler.problems(self.gen_length, self.block_length, self.steps)
+        wrong += [] if self.batch_size is None else count_problems(batch_size=self.batch_size)
+        raise_if(wrong + self.sampler.token_problems(self.model.arch.vocab_size))
+        self.passes = 2 if self.sampler.cfg_scale > 0 else 1
         self._kept: tuple[list[Row], KVCache] | None = None
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -206,7 +203,8 @@ class Engine:
         whole = [row for row in batch if not row.reuses]
         inside = [row for row in batch if row.reuses]
         try:
-            old, new = self._reused(inside), self._to_fill(whole)
+            old, fill = self._reused(inside), bool(whole) and whole[0].window is not None
+            new = self.model.empty_cache(len(whole), self._width(whole) + self.gen_length) if fill else None
             answers = [*self._forward(whole, new), *self._forward(inside, old)]
             caches = [cache for cache in (new, old) if cache is not None]
             joined = KVCache.join(caches) if caches else None
@@ -223,11 +221,6 @@ class Engine:
             row.n_forwards += self.passes
             row.n_tokens += self.passes * computed
         return True
-
-    def _to_fill(self, rows: list[Row]) -> KVCache | None:
-        if not rows or rows[0].window is None:
-            return None
-        return self.model.empty_cache(len(rows), self._width(rows) + self.gen_length)
 
     def _reused(self, rows: list[Row]) -> KVCache | None:
         """What is kept of these rows, and of no others from now on, for a forward of their windows."""

@@ -80,12 +80,21 @@ def masked_log_probs(
         batch = states[start : start + batch_size].to(model.device)
         where = masked[start : start + batch_size]
         logits = logits_at(model, batch, where.to(model.device), prompt_length=prefix_length, cfg_scale=cfg_scale)
-        true = tokens.expand(len(batch), -1)[where].to(model.device)
-        log_probs = logits.gather(-1, true[:, None])[:, 0].double() - logits.logsumexp(-1).double()
-        out[start : start + batch_size][where] = log_probs.cpu()
-    if out.isnan().any():
-        raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
+        true = tokens.expand(len(batch), -1)[where]
+        out[start : start + batch_size][where] = true_log_probs(logits, true, torch.arange(len(true)))
     return out
+
+
+def true_log_probs(logits: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Log-probabilities, float64 [n] on the CPU, of `tokens` [n] by the `rows` [n] of `logits` [m, V].
+
+    Raises FloatingPointError on NaN.
+    """
+    rows, tokens = rows.to(logits.device), tokens.to(logits.device)
+    log_probs = (logits[rows, tokens].double() - logits.logsumexp(-1)[rows].double()).cpu()
+    if log_probs.isnan().any():
+        raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
+    return log_probs
 
 
 def log_likelihood(

@@ -22,12 +22,14 @@ Shapes as in `batches.py`; B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
-from torch import Tensor
 
 from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves
+from dqx.diffusion.likelihood import true_log_probs
 from dqx.diffusion.samplers.base import logits_at
 from dqx.diffusion.settings import count_problems, number_problems, raise_if
 from dqx.diffusion.states import Estimate, make_estimate, n_states
@@ -38,6 +40,7 @@ Progress = Callable[[int], object]
 Finished = Callable[[dict[int, float]], object]
 
 
+@dataclass(eq=False, repr=False)
 class Scorer:
     """Scores requests with one model and one set of settings.
 
@@ -49,27 +52,26 @@ class Scorer:
     questions by the draws that their choices took, and `notes` says what a reader of the results should know.
     """
 
-    def __init__(
-        self,
-        model: MaskedDiffusionTransformer,
-        *,
-        samples: int,
-        seed: int,
-        cfg_scale: float = 0.0,
-        exact: bool = False,
-        error_level: float | None = None,
-        batch_tokens: int | None = None,
-    ):
-        problems = count_problems(samples=samples) + number_problems("cfg_scale", cfg_scale, 0)
-        problems += [] if batch_tokens is None else count_problems(batch_tokens=batch_tokens)
-        problems += [] if error_level is None else number_problems("error_level", error_level, 0, 1, above=True)
+    model: MaskedDiffusionTransformer
+    _: KW_ONLY
+    samples: int
+    seed: int
+    cfg_scale: float = 0.0
+    exact: bool = False
+    error_level: float | None = None
+    batch_tokens: int | None = None
+    n_forwards: int = field(default=0, init=False)
+    n_tokens: int = field(default=0, init=False)
+    draws: Counter[int] = field(default_factory=Counter, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        problems = count_problems(samples=self.samples) + number_problems("cfg_scale", self.cfg_scale, 0)
+        if self.batch_tokens is not None:
+            problems += count_problems(batch_tokens=self.batch_tokens)
+        if self.error_level is not None:
+            problems += number_problems("error_level", self.error_level, 0, 1, above=True)
         raise_if(problems)
-        self.model, self.samples, self.seed, self.cfg_scale = model, samples, seed, cfg_scale
-        self.exact, self.error_level, self.batch_tokens = exact, error_level, batch_tokens
-        self.n_forwards = 0
-        self.n_tokens = 0
-        self.draws: dict[int, int] = {}
-        self.notes: list[str] = []
 
     def work(self, request: Request) -> int:
         """Tokens through the model that a request takes at most: the unit of `progress`."""
@@ -103,8 +105,7 @@ class Scorer:
                 if stride > 1 and not self._decided(question, run.estimates, stride, len(strides) - 1):
                     still.append(question)
                     continue
-                n = len(range(0, self.samples, stride))
-                self.draws[n] = self.draws.get(n, 0) + 1
+                self.draws[len(range(0, self.samples, stride))] += 1
                 for i in question.requests:
                     run.close(i)
             run.hand_over()
@@ -119,27 +120,26 @@ class Scorer:
         return decided(torch.stack(scaled), looks=looks, error_level=self.error_level)
 
 
+@dataclass
 class _Run:
     """The state of one call of `Scorer.score`."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        requests: Sequence[Request],
-        known: Mapping[int, float],
-        progress: Progress | None,
-        finished: Finished | None,
-    ):
-        self.scorer, self.model, self.requests, self.known = scorer, scorer.model, requests, known
-        self.progress, self.finished = progress, finished
+    scorer: Scorer
+    requests: Sequence[Request]
+    known: Mapping[int, float]
+    progress: Progress | None
+    finished: Finished | None
+
+    def __post_init__(self) -> None:
+        self.model = self.scorer.model
         self.estimates: dict[int, Estimate] = {}  # of requests that are not finished
-        self.values = [known.get(i, 0.0) for i in range(len(requests))]
-        self.final = set(known)
+        self.values = [self.known.get(i, 0.0) for i in range(len(self.requests))]
+        self.final = set(self.known)
         self.fresh: dict[int, float] = {}  # values that became final and are not handed over
-        self.told = [0] * len(requests)
-        self.batch_tokens = scorer.batch_tokens or default_batch_tokens(self.model, requests)
-        for i in known:
-            self._tell(i, scorer.work(requests[i]))
+        self.told = [0] * len(self.requests)
+        self.batch_tokens = self.scorer.batch_tokens or default_batch_tokens(self.model, self.requests)
+        for i in self.known:
+            self._tell(i, self.scorer.work(self.requests[i]))
 
     def stage(self, members: Iterable[int], stride: int) -> None:
         """Bring requests to every `stride`-th draw: their values are those of these draws. 1 finishes them."""
@@ -254,17 +254,6 @@ class _Run:
 
         column = torch.arange(width)
         real = None if bool((length == width).all()) else column < length
-        log_probs = self._true_log_probs(ids, where, prefix, real, torch.cat(picked), torch.cat(tokens))
-        passes = 2 if self.scorer.cfg_scale > 0 else 1
-        self.scorer.n_forwards += n * passes
-        self.scorer.n_tokens += int(length.sum()) * passes
-        for part, pair, values in zip(batch, pairs, log_probs.split([len(p) for p in pairs]), strict=True):
-            part.group.log_probs.index_add_(0, pair, values)
-
-    def _true_log_probs(
-        self, ids: Tensor, where: Tensor, prefix: Tensor, real: Tensor | None, picked: Tensor, tokens: Tensor
-    ) -> Tensor:
-        """Log-probabilities, float64 on the CPU, of `tokens` at the `picked` of the positions marked in `where`."""
         device = self.model.device
         logits = logits_at(
             self.model,
@@ -275,8 +264,9 @@ class _Run:
             attention_mask=None if real is None else real.to(device),
             whole=False,
         )
-        picked, tokens = picked.to(device), tokens.to(device)
-        log_probs = (logits[picked, tokens].double() - logits.logsumexp(-1)[picked].double()).cpu()
-        if log_probs.isnan().any():
-            raise FloatingPointError("the model's logits hold NaN: no likelihood can be computed from them")
-        return log_probs
+        log_probs = true_log_probs(logits, torch.cat(tokens), torch.cat(picked))
+        passes = 2 if self.scorer.cfg_scale > 0 else 1
+        self.scorer.n_forwards += n * passes
+        self.scorer.n_tokens += int(length.sum()) * passes
+        for part, pair, values in zip(batch, pairs, log_probs.split([len(p) for p in pairs]), strict=True):
+            part.group.log_probs.index_add_(0, pair, values)

@@ -69,14 +69,6 @@ class Estimate:
         return float(often[often > 0] @ self.values[often > 0])
 
 
-def drawn(length: int, *, samples: int, seed: int, key: tuple[Key, ...]) -> Estimate:
-    """The estimate from the draws that `likelihood.log_likelihood` makes for the same arguments."""
-    if length == 1:
-        return Estimate(torch.ones(1, 1, dtype=torch.bool), torch.zeros(samples, dtype=torch.long))
-    masks, of_draw = mask_states(length, samples=samples, seed=seed, key=key).unique(dim=0, return_inverse=True)
-    return Estimate(masks, of_draw)
-
-
 def enumerated(length: int) -> Estimate:
     """The expectation over all masks of a target."""
     codes = torch.arange(1, n_states(length) + 1)
@@ -87,7 +79,9 @@ def enumerated(length: int) -> Estimate:
 
 
 def make_estimate(length: int, *, samples: int, seed: int, key: tuple[Key, ...], exact: bool) -> Estimate:
-    """Enumerated with `exact` where a target has no more states than there are draws, else drawn."""
+    """Enumerated with `exact` where a target has no more states than draws, else drawn as `log_likelihood` does."""
     if exact and n_states(length) <= samples:
         return enumerated(length)
-    return drawn(length, samples=samples, seed=seed, key=key)
+    if length == 1:
+        return Estimate(torch.ones(1, 1, dtype=torch.bool), torch.zeros(samples, dtype=torch.long))
+    return Estimate(*mask_states(length, samples=samples, seed=seed, key=key).unique(dim=0, return_inverse=True))
