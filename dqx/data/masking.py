@@ -1,24 +1,23 @@
 """Calibration states: which tokens of the calibration windows are masked, by `calib.masking`.
 
 A mask predictor never sees at work what mainstream calibration shows it: text without a single mask. The kinds, all
-on the same windows of text, so that runs which differ in `calib` alone differ in nothing else:
+on the same windows of text:
 
 - `clean`: no masks.
 - `mcs`, masked calibration simulation (Zhang et al. 2025, arXiv:2510.03274): the first `visible` of a window stays (a
   quarter), every later token of window i of N is masked with probability t = (i + 1) / N.
-- `random_t`, the states of training: every token is masked with probability t, t uniform in (0, 1). One draw per
-  window, stratified: t = (i + u) / N. So seeds differ in where masks are and hardly in how many: the share of masks in
-  32 windows of 256 tokens has a standard deviation of 0.5 points (with independent draws of t: 5 points).
+- `random_t`, the states of training: every token is masked with probability t, t uniform in (0, 1), stratified over
+  windows: t = (i + u) / N. The share of masks in 32 windows of 256 tokens has a standard deviation of 0.5 points over
+  seeds (with independent draws of t: 5 points).
 - `trajectory`, the states that the model's sampler visits. A window is a prompt, always visible, and an answer of
   `gen_length` tokens. Window i shows one call of the model out of `Sampler.calls`: finished blocks are visible, the
   current block has exactly as many masks as the sampler leaves there, later blocks are masked. The N windows are
   spread evenly over the calls, so every call has the same weight. (Dream's sampler has one block; truncation is in its
-  counts. With guidance, every second call has masks in place of the prompt. A threshold writes more than is scheduled:
-  the calls stay those of the schedule, and a rollout then shows fewer masks.)
-  *Which* positions are still masked depends on the model's confidence. Without the model they are drawn uniformly,
-  and written ones hold the text's own tokens. With `rollout`, the model as it is before quantization continues the
-  prompt with its sampler, and the state at that call is taken: the states really visited, at the cost of half a
-  generation per window.
+  counts. With guidance, every second call has masks in place of the prompt. With a threshold, a rollout shows fewer
+  masks than the scheduled calls say.)
+  Which positions are still masked is drawn uniformly, and written ones hold the text's own tokens. With `rollout`, the
+  model as it is before quantization continues the prompt with its sampler, and the state at that call is taken: the
+  states really visited, at the cost of half a generation per window.
 
 `gen_length`, `block_length` and `steps` belong to `calib`, not to a task: a quantized model depends on model (with
 its sampler), method, bits, calibration and seed, and is the same whatever is evaluated afterwards.
@@ -77,8 +76,9 @@ def masking_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[st
             readers = " and ".join(f"calib={other}" for other, read in MASKINGS.items() if setting in read)
             problems.append(f"calib.{setting}={value} does nothing with calib.masking={kind}; it belongs to {readers}")
     if "visible" in MASKINGS[kind] and not (calib.visible is not None and 0 <= calib.visible < 1):
+        visible = "null" if calib.visible is None else calib.visible
         problems.append(
-            f"calib.visible={_text(calib.visible)} must be the share of each window that stays visible, at least 0 "
+            f"calib.visible={visible} must be the share of each window that stays visible, at least 0 "
             f"and below 1; calib={kind} sets it"
         )
     return problems + (_schedule_problems(calib, sampler) if kind == "trajectory" else [])
@@ -217,7 +217,3 @@ def _state_before(
     with suppress(_Reached):
         sampler.generate(model, prompt, on_step=on_step, **settings)
     return seen[-1]
-
-
-def _text(value: object) -> str:
-    return "null" if value is None else str(value)

@@ -6,11 +6,10 @@ text, for full precision and after quantization:
 - at several mask ratios, masks drawn at random: the Kullback-Leibler divergence KL(full precision || quantized) of the
   predictions at masked positions, in nats, and how often the most probable token is the same;
 - the same against the denoising step, on the states that full precision visits (`dqx/diffusion/rollout.py`); there also
-which tokens a step commits: how many of those that full precision commits would be other tokens (`commit_flips`), or
-would stay masked because other positions come first (`commit_delays`); and the signal-to-quantization-noise ratio of
-the hidden state after every block, 10 log10(|x|^2 / |x - y|^2) dB, summed over the positions compared;
-- of answers that each model writes by itself: how many of their tokens are the same in the end, and the first step
-  after which the two differ.
+  how many of the tokens that full precision commits would be other tokens (`commit_flips`), or would stay masked
+  because other positions come first (`commit_delays`); and the signal-to-quantization-noise ratio of the hidden state after
+  every block, 10 log10(|x|^2 / |x - y|^2) dB, summed over the positions compared;
+- of answers that each model writes by itself: how many tokens are the same in the end, and the first step that differs.
 
 The text, the masks, the noise and the positions compared are the same in every run with the same seed. With guidance,
 predictions on states are the guided ones, hidden states those of the first pass. With a sampler that reuses keys and
@@ -19,9 +18,8 @@ stream is undone before hidden states are compared; whatever else a method does 
 
 The two models are never in memory together, so full precision is asked first and its answers are kept: at most 8
 positions of each window and state. With the default 4 windows, 16 states and answers of 16 tokens that is, for LLaDA-8B
-in bfloat16, 560 rows of 126,464 log-probabilities in float32 (283 MB) and 400 of 32 hidden states (105 MB); they grow
-with windows and states, not with the length of answers. What the quantized model says is compared state by state. On
-the bundled model all of this takes 0.8 s of one CPU core per model, 0.3 s of it for the states.
+in bfloat16, 560 rows of 126,464 log-probabilities in float32 (283 MB) and 400 of 32 hidden states (105 MB), whatever
+the length of answers. What the quantized model says is compared state by state.
 
 Shapes: N windows of T tokens, n compared positions, m positions asked for, V vocabulary, L blocks, D hidden, G new
 tokens, S steps.
@@ -142,10 +140,7 @@ def predict(
     seed: int = 0,
     together: int = TOGETHER,
 ) -> Iterator[Prediction]:
-    """What one model says to each question. `steps` is the number of steps that the states were written in.
-
-    `together` windows go through the model at a time, which is only about speed and memory.
-    """
+    """What one model says to each question. The states were written in `steps`; `together` windows run at a time."""
     for question in asked:
         parts = []
         for start in range(0, len(question.ids), together):

@@ -11,21 +11,17 @@
     rollout.py     denoising states of fixed windows, as one model writes them
     settings.py    checks of settings
 
-Data flow of generation, for B prompts of P tokens and G new tokens: append G masks; then at each step
-`model(ids)` gives logits [B, T, V] (row i predicts token i in every family), a candidate token and a
-confidence come out for each masked position of the answer, and the schedule says how many of the most
-confident ones are written. Nothing written is ever changed again, and prompts are only read. Plainly, by the samplers'
-`generate`; in evaluations by `Engine`, which is proven to write the same tokens. What the approximations cost and save
-is in README.md.
+Generation, for B prompts of P tokens and G new tokens: append G masks; then at each step `model(ids)` gives logits
+[B, T, V] (row i predicts token i in every family), a candidate token and a confidence come out for each masked position
+of the answer, and the schedule says how many of the most confident ones are written. Nothing written is ever changed
+again. What the approximations cost and save is in README.md.
 
-Data flow of likelihood: draw which target tokens to mask (`mask_states`), run the masked sequences,
-read the log-probabilities of the true tokens (`masked_log_probs`), weight and average. Plainly, one target at
-a time, by `log_likelihood`; in evaluations by `Scorer`, which is proven equal to it.
+Likelihood: draw which target tokens to mask (`mask_states`), run the masked sequences, read the log-probabilities of
+the true tokens (`masked_log_probs`), weight and average.
 
-`n_forwards` counts sequences through the model: a batch of 8 counts 8, guidance doubles it. `n_tokens` counts their
-tokens, with a cache those that are computed.
-The samplers' `generate` on one prompt and `log_likelihood` are the plain implementation against which anything faster
-has to be proven equal.
+The samplers' `generate` on one prompt and `log_likelihood` are the plain implementation. Evaluations use `Engine` and
+`Scorer`, which are proven equal to it, as anything faster has to be. `n_forwards` counts sequences through the model (a
+batch of 8 counts 8, guidance doubles it), `n_tokens` their tokens, with a cache those that are computed.
 """
 
 from dqx.diffusion.likelihood import LogLikelihood, greedy_matches, log_likelihood, log_likelihood_given

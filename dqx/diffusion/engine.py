@@ -3,22 +3,20 @@
 The plain path is `sampler.generate` on one prompt; `due` and `candidates` of the sampler decide here as they do there.
 What saves time, and why it changes no token:
 
-- Prompts of any length share a forward. They are padded on the left; padding is in no attention, positions count real
-  tokens only, and neither noise nor ranking ever sees a padded column.
+- Prompts of any length share a forward, padded on the left; padding is in no attention, positions count real tokens
+  only, and neither noise nor ranking ever sees a padded column.
 - A finished row frees its place for the next prompt, so rows are at different steps. Nothing in a step depends on
   other rows; noise is a function of (seed, document, step, position).
 - The final norm, the head and the softmax run where a step looks (`look`) and nowhere else.
-- A row stops as soon as its text is settled. Tokens before the first mask of an answer are never changed again, so
-  whatever they decide (an end token, a complete stop string) is decided, and the rest of the answer cannot matter.
+- A row stops as soon as the tokens before its first mask, which never change again, settle its text by an end token or
+  a complete stop string.
 - Batches are as large as memory allows, and are halved when it was not enough; a step that failed left no trace.
 
 A sampler with a cache (an approximation, see `samplers/llada.py`) makes two forwards of a step: rows that begin a
-block are computed whole and leave their keys and values behind, the others attend to theirs and compute a window. What
-a row reuses is its own, so here too it writes what it writes alone. A row that has to leave the batch for lack of
-memory begins its block again.
+block are computed whole and keep their keys and values, the others attend to their own and compute a window. A row that
+has to leave the batch for lack of memory begins its block again.
 
-Equal up to rounding: a matrix product may round differently in another batch, so two confidences closer than that
-could change places.
+Equal up to rounding: two confidences closer than what a matrix product rounds could change places.
 
 Shapes as in `samplers/base.py`: B rows, P prompt tokens with padding, G new tokens, T = P + G.
 """

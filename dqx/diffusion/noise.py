@@ -1,8 +1,7 @@
 """Random numbers as a pure function of what they are for.
 
-A number depends on (seed, document, what, step, position) and on nothing else: not on the batch a document
-sits in, the number of processes, the device, or how many numbers were drawn before. Full-precision and
-quantized runs therefore see the same noise, which makes their differences far less noisy.
+A number depends on (seed, document, what, step, position) and not on batch, processes, device, or numbers drawn before.
+Full-precision and quantized runs therefore see the same noise, which makes their differences far less noisy.
 """
 
 from __future__ import annotations

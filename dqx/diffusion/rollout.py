@@ -79,10 +79,7 @@ class Rollout:
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` indices spread evenly over range(total), in ascending order.
-
-    Each index comes equally often, or once more than others where `total` does not divide `count`.
-    """
+    """`count` indices spread evenly over range(total), in ascending order: each equally often, up to one."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
@@ -106,10 +103,7 @@ def write(
     seed: int = 0,
     together: int = TOGETHER,
 ) -> Rollout:
-    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P].
-
-    `together` windows go through the model at a time, which is only about speed and memory.
-    """
+    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P], `together` rows at a time."""
     parts = []
     for start in range(0, len(prompts), together):
         given = prompts[start : start + together]

@@ -2,20 +2,18 @@
 
 What is saved, and why nothing changes but rounding (tests/diffusion/test_scorer.py):
 - every masked sequence goes through the model once: repeated draws of a request are weighted (`states.py`), and
-  requests with one prefix share the sequences they have in common. Choices of one token are a single sequence with
-  several true tokens;
+  requests with one prefix share sequences (choices of one token a single one);
 - norm and head run at the masked positions of targets only (`MaskedDiffusionTransformer.logits_where`);
 - batches hold sequences of many requests, longest first, up to a number of tokens; shorter ones are padded on the
   right, where no real token looks.
 As options, the expectation itself by enumeration (`states.enumerated`), and draws only until a question is decided
 (`stopping.py`).
 
-Sequences are put in an order that depends on nothing but their tokens, cut into batches in that order and never
-regrouped: neither the order of the requests nor timing changes anything at all. For the same reason a run that is
-continued plans its batches from all requests, leaves out those in which everything is known and takes the others whole:
-with equal batch sizes, to the last bit the values of a run without interruption. (With adaptive draws, where batches
-depend on what is decided, only what is missing is scored.) Running out of GPU memory halves the batches, which may
-change rounding and is noted.
+Sequences are ordered and cut into batches by nothing but their tokens: neither the order of the requests nor timing
+changes anything at all. A run that is continued plans its batches from all requests, leaves out those in which
+everything is known and takes the others whole: with equal batch sizes, to the last bit the values of a run without
+interruption. (With adaptive draws only what is missing is scored.) Running out of GPU memory halves the batches, which
+may change rounding and is noted.
 
 Shapes as in `batches.py`; B rows, V vocabulary.
 """

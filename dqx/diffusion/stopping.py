@@ -7,14 +7,13 @@ draws; the question is decided when all comparisons are significant at
     error_level / (looks * (choices - 1)),
 
 `looks` being the stages before the last. Then the probability that a question is decided early for a choice whose
-expectation is not the best is at most `error_level` (Bonferroni): that choice must have beaten the truly best one,
-which is one of `choices - 1` comparisons at one of `looks` looks.
+expectation is not the best is at most `error_level` (Bonferroni).
 
-The t test is an approximation, on the safe side in one way and not in another: a stage spreads its mask counts evenly,
-which makes means more precise than the test assumes; and log-likelihoods have a long lower tail, which a few draws
-may miss. With most tokens likely and a few far from it the level holds (test_scorer.py). With half of a target's
-likelihood in one or two of its tokens, and no token depending on how many are masked, a comparison with another such
-choice was wrong once to twice as often as its share, and with an exact likelihood two to four times.
+The t test is an approximation: a stage spreads its mask counts evenly, which makes means more precise than it assumes;
+and log-likelihoods have a long lower tail, which a few draws may miss. With most tokens likely and a few far from it
+the level holds (test_scorer.py). With half of a target's likelihood in one or two of its tokens, and no token depending
+on how many are masked, a comparison with another such choice was wrong once to twice as often as its share, and with
+an exact likelihood two to four times.
 
 A question that no look decides gets all draws and with them the plain estimate. C choices, N draws of a stage.
 """

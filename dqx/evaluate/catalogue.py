@@ -25,15 +25,8 @@ OWN_FOLDER = Path(__file__).parent / "lm_eval_tasks"
 LM_EVAL_FOLDER = Path(str(find_spec("lm_eval").origin)).parent / "tasks"  # type: ignore[union-attr]
 
 #: Folders of lm-eval's that hold the study's tasks; any other task is searched for.
-FOLDERS = {
-    "winogrande": "winogrande",
-    "piqa": "piqa",
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "hellaswag": "hellaswag",
-    "mmlu": "mmlu/default",
-    "gsm8k": "gsm8k",
-}
+FOLDERS = {name: name for name in ("winogrande", "piqa", "hellaswag", "gsm8k")}
+FOLDERS |= {"arc_easy": "arc", "arc_challenge": "arc", "mmlu": "mmlu/default"}
 
 #: Harness tasks whose prompt is another one for chat models.
 CHAT_VERSIONS = {"dqx_humaneval": "dqx_humaneval_chat", "dqx_mbpp": "dqx_mbpp_chat"}

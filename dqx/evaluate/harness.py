@@ -1,8 +1,7 @@
 """lm-eval's view of a masked diffusion model: text requests in, log-likelihoods and generated text out.
 
-Likelihoods are computed in batches over all requests (`dqx/diffusion/scorer.py`), and so are answers written
-(`dqx/diffusion/engine.py`), over several processes and sessions (`session.py`). A request's noise is a function of
-(seed, task, document, choice), so neither the order nor the number of documents matters.
+Requests are answered in batches (`dqx/diffusion/scorer.py`, `engine.py`), over several processes and sessions
+(`session.py`). Their noise is a function of (seed, task, document, choice): order and number do not matter.
 
 We differ from the LLaDA authors' lm-eval class: the greedy flag costs extra forwards and is computed only where a
 metric reads it, and an answer ends at its first end token as well as at the first stop string (theirs drops end
@@ -155,17 +154,16 @@ class DiffusionHarness(LM):
             flags = self.greedy_flags({i: asked[i] for i in values}, session) if self.task.greedy else {}
             return {i: (nats, flags.get(i, False)) for i, nats in values.items()}
 
-        work = sum(scorer.work(asked[i]) for i in session.mine)
-        with progress_bar(work, self.task.label, "tokens", shown=self.settings.progress) as bar:
-            score(
-                scorer,
-                asked,
-                session,
-                self._questions(requests),
-                answers=answers,
-                known=lambda answer: float(answer[0]),
-                progress=bar.update,
-            )
+        score(
+            scorer,
+            asked,
+            session,
+            self._questions(requests),
+            answers=answers,
+            known=lambda answer: float(answer[0]),
+            label=self.task.label,
+            shown=self.settings.progress,
+        )
         return [(float(nats), bool(flag)) for nats, flag in self._gather(session)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -15,7 +15,7 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,16 +124,10 @@ class Journal:
         if about is not None and about.get("of") != self.facts:
             return None
         written = [line for line in rest if line]
-        lines = list(self._documents(written))
+        lines = [Line(**fields) for line in written if (fields := _decoded(line, self.seed)) is not None]
         if len(lines) < len(written):
             self.warn(f"{len(written) - len(lines)} of {len(written)} lines of {path} are damaged and were not used")
         return lines
-
-    def _documents(self, written: Sequence[bytes]) -> Iterator[Line]:
-        for line in written:
-            fields = _decoded(line, self.seed)
-            if fields is not None:
-                yield Line(**fields)
 
 
 def _encoded(value: Any, seed: int = 0) -> bytes:

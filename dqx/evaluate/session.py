@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dqx.common.processes import processes, shares
 from dqx.diffusion.batches import Request
-from dqx.diffusion.scorer import Progress, Scorer
+from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
 from dqx.evaluate.journal import Journal, Line, Past
 
@@ -109,9 +109,10 @@ def score(
     *,
     answers: Callable[[dict[int, float]], Mapping[int, Any]] = dict,
     known: Callable[[Any], float] = float,
-    progress: Progress | None = None,
+    label: str = "",
+    shown: bool = False,
 ) -> None:
-    """Answer a session's requests by their likelihoods.
+    """Answer a session's requests by their likelihoods; the progress bar says `label` and is drawn where `shown`.
 
     `answers` makes answers of likelihoods, by request, `known` a likelihood of an answer in the journal.
     """
@@ -130,13 +131,15 @@ def score(
         count()
         session.enter(entered)
 
-    scorer.score(
-        [requests[i] for i in session.mine],
-        [Question([place[i] for i in q.requests], q.scales) for q in questions if q.requests[0] in place],
-        known={place[i]: known(answer) for i, answer in session.known.items() if i in place},
-        progress=progress,
-        finished=finished,
-    )
+    mine = [requests[i] for i in session.mine]
+    with progress_bar(sum(map(scorer.work, mine)), label, "tokens", shown=shown) as bar:
+        scorer.score(
+            mine,
+            [Question([place[i] for i in q.requests], q.scales) for q in questions if q.requests[0] in place],
+            known={place[i]: known(answer) for i, answer in session.known.items() if i in place},
+            progress=bar.update,
+            finished=finished,
+        )
     count()
 
 

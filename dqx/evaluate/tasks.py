@@ -48,9 +48,7 @@ def evaluate(
     are kept in it. A document's result depends on neither the other documents nor the other tasks, but for the rounding
     of likelihoods.
 
-    Several processes (`dqx.common.processes`) share the documents; programs run and scores are computed in the
-    main one, and all get the same results.
-
+    Several processes (`dqx.common.processes`) share the documents, the main one scores, and all get the same results.
     Raises ValueError with `task_problems` of the suite.
     """
     settings = settings or EvaluationSettings()

@@ -24,7 +24,7 @@ from dqx.diffusion.batches import Request
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.evaluate.session import Document, EvaluationSession, progress_bar, score
+from dqx.evaluate.session import Document, EvaluationSession, score
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import NLL, TaskSpec
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -80,9 +80,7 @@ def evaluate_text(
     scorer = Scorer(model, samples=spec.mc_samples, seed=settings.seed, batch_tokens=batch_tokens)
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
     session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)
-    work = sum(scorer.work(requests[i]) for i in session.mine)
-    with progress_bar(work, name, "tokens", shown=settings.progress) as bar:
-        score(scorer, requests, session, progress=bar.update)
+    score(scorer, requests, session, label=name, shown=settings.progress)
     values = [float(nats) for nats in session.gather()]
     rows = [
         DocumentRow(f"{name}/{i}", -value / windows.shape[1], log_likelihoods=[value]) for i, value in enumerate(values)

@@ -1,10 +1,9 @@
 """Where activation outliers sit: statistics of every linear's input, streamed in one pass, nothing stored.
 
-    measure.py    runs a model over text and over its denoising states, or a single block over hidden states, and shows
-                  what the linears read to the meters
+    measure.py    runs a model over text and its denoising states, or a block over hidden states, and shows the meters
+                  what the linears read; surfaces, |x| over tokens and channels of one window
     meter.py      the running statistics of a site: fixed in size, however many tokens pass
     sketch.py     quantiles from a logarithmic histogram; moments.py: mean and central moments, merged
-    surface.py    |x| over tokens and channels of one window, small enough to keep
     stats.py      what is recorded
     findings.py   what it says, in plain sentences
 
@@ -18,9 +17,8 @@ For LLaDA-8B that is 170 MB while text is read, then 90 MB:
 - extremes and moments are exact (float64);
 - percentiles of a site are within 0.4 % of the order statistic they stand for, of its parts within 1.6 %
   (`relative_error`, `parts_relative_error`);
-- counts above a threshold come from the same histogram, and tokens from one of each token's maximum. A threshold
-  relative to the median is known only at the end, so it is moved down to the nearest bin edge (by less than
-  1/128 of it). Counts are exact for the edge, and the edge is what the record states.
+- counts above a threshold come from the same histogram, and tokens from one of each token's maximum. A threshold is
+  moved down to the nearest bin edge (by less than 1/128 of it); counts are exact for the edge, which the record states.
 
 A *normal* outlier is a channel that is large for most tokens: |x| > `channel_ratio` times the token's own median
 over channels, for at least `channel_share` of the tokens. A *massive* outlier is a single value with
@@ -28,8 +26,7 @@ over channels, for at least `channel_share` of the tokens. A *massive* outlier i
 condition alone is reported beside it, since small models are small in absolute terms.
 
 *Parts* look at denoising states (`dqx/diffusion/rollout.py`): each class of tokens (given, committed by now, still
-masked) over all steps, and all tokens step by step. They count with the thresholds of the site's row, which is over the
-calibration windows, so that the counts of classes and those of steps add up to the same.
+masked) over all steps, and all tokens step by step, with the thresholds of the site's row over calibration windows.
 """
 
 from __future__ import annotations
@@ -41,8 +38,7 @@ from dqx.diagnostics.activations.findings import findings, summary
 from dqx.diagnostics.activations.stats import ChannelRow, OutlierStats, PartStats, SiteStats, Thresholds, TokenRow
 
 if TYPE_CHECKING:
-    from dqx.diagnostics.activations.measure import measure_activations, measure_block
-    from dqx.diagnostics.activations.surface import default_blocks
+    from dqx.diagnostics.activations.measure import default_blocks, measure_activations, measure_block
 
 __all__ = [
     "ChannelRow",
@@ -58,11 +54,9 @@ __all__ = [
     "summary",
 ]
 
-_LAZY = {"measure_activations": "measure", "measure_block": "measure", "default_blocks": "surface"}
-
 
 def __getattr__(name: str) -> Any:
     """Load what measures on first use: a record of activations is read without torch."""
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.measure"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,29 +13,14 @@ LISTED = 6  # channels or tokens named in a sentence
 SENTENCES = 6  # of a kind
 
 
+#: What a summary says of a site, by attributes of `SiteStats`.
+SUMMARY = ("site", "block", "abs_max", "median", "max_over_median", "kurtosis", "outlier_channels", "channels")
+SUMMARY += ("massive_values", "massive_token_share", "relative_values", "relative_token_share", "not_finite")
+
+
 def summary(stats: OutlierStats) -> list[dict[str, Any]]:
     """Per site the block with the largest value, in short."""
-    rows = []
-    for site in stats.sites:
-        worst = stats.worst(site)
-        rows.append(
-            {
-                "site": site,
-                "block": worst.block,
-                "abs_max": worst.abs_max,
-                "median": worst.median,
-                "max_over_median": worst.max_over_median,
-                "kurtosis": worst.kurtosis,
-                "outlier_channels": worst.outlier_channels,
-                "channels": worst.channels,
-                "massive_values": worst.massive_values,
-                "massive_token_share": worst.massive_token_share,
-                "relative_values": worst.relative_values,
-                "relative_token_share": worst.relative_token_share,
-                "not_finite": worst.not_finite,
-            }
-        )
-    return rows
+    return [{name: getattr(worst, name) for name in SUMMARY} for worst in map(stats.worst, stats.sites)]
 
 
 def findings(stats: OutlierStats) -> list[str]:

@@ -17,16 +17,18 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqx.diagnostics.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, SiteMeter, Tokens
 from dqx.diagnostics.activations.sketch import relative_error
 from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
-from dqx.diagnostics.activations.surface import surface
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
 from dqx.quant.protocols import block_rope
+
+MOST_TOKENS, MOST_CHANNELS = 256, 512  # of a surface
 
 Place = tuple[int, str]  # block and site
 Pass = tuple[Tensor, Callable[[], object]]  # token ids [B, T], and the forward that reads them
@@ -180,3 +182,19 @@ def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, P
             ids, group = (t[first : first + TOGETHER].to(model.device) for t in (state.ids, classes))
             shown = Tokens.of(ids, first, group)
             _forward(model, ids)
+
+
+def surface(x: Tensor) -> Tensor:
+    """|x| [T', C'] of x [T, C] in float32 on the CPU, the maximum of each patch where one axis is too long.
+
+    T' = ceil(T / t) with the smallest whole t that gives at most 256, C' likewise at most 512; the last patch of an
+    axis may be smaller. Values that are not finite count as 0.
+    """
+    size = x.detach().float().nan_to_num(0.0, 0.0, 0.0).abs()
+    patch = (-(-x.shape[0] // MOST_TOKENS), -(-x.shape[1] // MOST_CHANNELS))
+    return F.max_pool2d(size[None], patch, ceil_mode=True)[0].cpu()
+
+
+def default_blocks(count: int) -> list[int]:
+    """First, middle and last of `count` blocks."""
+    return sorted({0, count // 2, count - 1})

@@ -207,23 +207,19 @@ class PartMeter:
         return torch.stack([column.double() for column in columns], dim=1)
 
     def merge(self, other: PartMeter) -> None:
-        """Take in what another one has, group by group."""
+        """Take in what another one has, group by group; where this one has a single group, all groups as one."""
+        sets = (-1, len(self.counts))  # the other's groups, as sets of as many as there are here
         self.moments.merge(other.moments)
-        self.values.counts += other.values.counts
-        self.counts += other.counts
-        self.abs_max = torch.maximum(self.abs_max, other.abs_max)
-        self.channel_hits += other.channel_hits
+        self.values.counts += other.values.counts.unflatten(0, sets).sum(0)
+        self.counts += other.counts.unflatten(0, sets).sum(0)
+        self.abs_max = torch.maximum(self.abs_max, other.abs_max.unflatten(0, sets).amax(0))
+        self.channel_hits += other.channel_hits.unflatten(0, sets).sum(0)
         self.top.merge(other.top)
 
     def total(self) -> PartMeter:
         """All groups as one."""
         whole = PartMeter(self.channel_hits.shape[1], 1, self.counts.device, self.settings, self.row)
-        whole.moments = self.moments.total()
-        whole.values.counts += self.values.counts.sum(0)
-        whole.counts += self.counts.sum(0)
-        whole.abs_max = self.abs_max.amax(0, keepdim=True)
-        whole.channel_hits += self.channel_hits.sum(0)
-        whole.top = self.top.total()
+        whole.merge(self)
         return whole
 
     def result(
@@ -275,14 +271,9 @@ class Top:
         self._keep(size, values.expand(groups, -1), places.expand(groups, -1, -1))
 
     def merge(self, other: Top) -> None:
-        """Take in what another one has, group by group."""
-        self._keep(other.size, other.values, other.places)
-
-    def total(self) -> Top:
-        """All groups as one."""
-        whole = Top(self.size.shape[1], 1, self.size.device)
-        whole._keep(self.size.view(1, -1), self.values.view(1, -1), self.places.view(1, -1, 4))
-        return whole
+        """Take in what another one has, as `PartMeter.merge` does."""
+        groups = len(self.size)
+        self._keep(other.size.view(groups, -1), other.values.view(groups, -1), other.places.view(groups, -1, 4))
 
     def rows(self, group: int = 0) -> list[TokenRow]:
         listed = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)

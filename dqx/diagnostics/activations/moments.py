@@ -32,14 +32,8 @@ class Moments:
         self.sums = united(torch.stack((self.sums, _central(s, pivot))))
 
     def merge(self, other: Moments) -> None:
-        """Take in what another one has."""
-        self.sums = united(torch.stack((self.sums, other.sums)))
-
-    def total(self) -> Moments:
-        """All groups as one."""
-        whole = Moments(1, self.sums.device)
-        whole.sums = united(self.sums[:, None])
-        return whole
+        """Take in what another one has, group by group; where this one has a single group, all groups as one."""
+        self.sums = united(torch.cat((self.sums[None], other.sums.unflatten(0, (-1, len(self.sums))))))
 
     def of(self, group: int = 0) -> tuple[float, float, float | None]:
         """Mean, standard deviation and kurtosis of a group: NaN without values, kurtosis None without spread."""

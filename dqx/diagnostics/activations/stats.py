@@ -73,9 +73,7 @@ class SiteStats:
     relative_token_share: float
     top_tokens: list[TokenRow]  # the tokens with the largest |x|, massive or not
     histogram: dict[str, list[float]]  # |x| by powers of two: `edges`, one more than `counts`
-    massive_channels: list[TokenRow] = field(
-        default_factory=list
-    )  # largest value of each channel that has massive ones
+    massive_channels: list[TokenRow] = field(default_factory=list)  # largest value of each channel that has any
     massive_token_ids: list[int] = field(default_factory=list)  # that have massive values; both lists largest first
     n_massive_channels: int = 0
     n_massive_token_ids: int = 0

@@ -10,13 +10,11 @@ at the last step. Truncation makes the first steps of a fine grid write nothing 
 tokens several at the end): the result is as published, and a step that writes nothing costs no forward.
 
 **Temperature 0 can collapse.** Dream's entropy order at temperature 0 is reported to lose most of GSM8K
-(81.8 to 35.0), and at 0.1 many confidences tie at 1.0, so that ties decide the order. The study nevertheless
-ran temperature 0 with top_p 0.95. Choose knowingly.
+(81.8 to 35.0), and at 0.1 many confidences tie at 1.0. The study nevertheless ran temperature 0 with top_p 0.95.
 
-The approximations of `llada.py` go block by block; Dream's models run with that sampler too (`model.sampler=llada`).
-
-There is no cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the
-likelihood of Dream's harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
+For the approximations of `llada.py`, run Dream's models with that sampler (`model.sampler=llada`). There is no
+cfg_scale: `diffusion_generate` has no guidance. The study's `cfg_scale: 1.0` belongs to the likelihood of Dream's
+harness, where `u + cfg * (l - u)` applies only above 1: it means no guidance.
 
 In `generate`, M is the mean over the batch (`due_together`), which is each row's own count unless a model predicts the
 mask token; only then do rows of a batch influence each other, and `suppress_mask` rules it out. In `due`, and so in the
@@ -104,10 +102,7 @@ class DreamSampler(Sampler):
         return problems
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
-        """The calls of the model for one answer, in order. Only the schedule of `origin` draws from `random`.
-
-        Raises ValueError with the `problems` of the settings.
-        """
+        """The calls of the model for one answer. Only the schedule of `origin` draws from `random`."""
         raise_if(self.problems(gen_length, block_length, steps))
         masked, calls = gen_length, []
         for step, fraction in enumerate(fractions(steps, self.eps)):
@@ -123,11 +118,7 @@ class DreamSampler(Sampler):
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
     ) -> tuple[Tensor, Tensor]:
-        """The positions [B, G] of `masked` [B, G] that each row looks at in its step `at` [B], and how many it writes.
-
-        They are all masks; with `origin` those that are revealed in this step, which is drawn from `noise`. The
-        numbers [B] are on the CPU.
-        """
+        """A step looks at all masks; with `origin` at those that it reveals, which are drawn from `noise`."""
         shares = fractions(steps, self.eps)[list(at)]
         if self.alg != "origin":
             pairs = zip(masked.sum(1).cpu(), shares, strict=True)

@@ -103,10 +103,7 @@ class LLaDASampler(Sampler):
         return problems
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
-        """The calls of the model for one answer, in order. They follow from the schedule alone; nothing is drawn.
-
-        With a threshold these are the most there can be. Raises ValueError with the `problems` of the settings.
-        """
+        """The calls of the model for one answer follow from the schedule alone; nothing is drawn."""
         raise_if(self.problems(gen_length, block_length, steps))
         length = block_length or gen_length
         per_block = steps // (gen_length // length)
@@ -157,10 +154,9 @@ class LLaDASampler(Sampler):
     def due(
         self, masked: Tensor, at: Sequence[int], *, block_length: int | None, steps: int, noise: Noise
     ) -> tuple[Tensor, Tensor]:
-        """The positions [B, G] of `masked` [B, G] that each row looks at in its step `at` [B], and how many it writes.
+        """A step looks at the masks up to the end of its block, with a cache at those of the block alone.
 
-        They are the masks up to the end of the current block, with a cache those of the block alone. Nothing is drawn
-        from `noise`. The numbers [B] are on the CPU; where a threshold has written more before, they are smaller.
+        Nothing is drawn from `noise`. Where a threshold has written more before, a row writes fewer.
         """
         gen_length = masked.shape[1]
         length = block_length or gen_length
