@@ -7,8 +7,8 @@ text, for full precision and after quantization:
   predictions at masked positions, in nats, and how often the most probable token is the same;
 - the same against the denoising step, on the states that full precision visits (`dqx/diffusion/rollout.py`); there also
   how many of the tokens that full precision commits would be other tokens (`commit_flips`), or would stay masked
-  because other positions come first (`commit_delays`); and the signal-to-quantization-noise ratio of the hidden state after
-  every block, 10 log10(|x|^2 / |x - y|^2) dB, summed over the positions compared;
+  because other positions come first (`commit_delays`); and the signal-to-quantization-noise ratio of the hidden state
+  after every block, 10 log10(|x|^2 / |x - y|^2) dB, summed over the positions compared;
 - of answers that each model writes by itself: how many tokens are the same in the end, and the first step that differs.
 
 The text, the masks, the noise and the positions compared are the same in every run with the same seed. With guidance,

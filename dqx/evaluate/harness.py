@@ -329,11 +329,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase,
-    context: str,
-    continuation: str,
-    start: int,
-    prefix: list[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, start: int, prefix: list[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """Context and continuation as ids, split as lm-eval does.
 
