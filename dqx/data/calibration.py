@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dqx.data.texts import TextSource, find_text, load_texts, text_problems
+from dqx.data.texts import TextSource, find_text, load_texts, text_problems, token_stream
 from dqx.diffusion.noise import generator
 
 
@@ -48,19 +48,17 @@ def calib_problems(calib: CalibSettings, data_root: str | None = None) -> list[s
 
 
 def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: int) -> Tensor:
-    """[samples, length] token ids drawn from the text with `seed`.
-
-    Of the text's path only the last part enters the noise: another clone or data folder gives the same windows.
+    """[samples, length] token ids drawn from the text with `seed`, wherever it lies.
 
     Raises ValueError where the text is too short for a single window.
     """
     noise = generator(seed, "calib", Path(text.path).name)
-    rows = load_texts(text)
     if not text.documents:
-        ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+        ids = torch.tensor(token_stream(text, tokenizer))
         _long_enough(text, len(ids), length)
         starts = torch.randint(0, len(ids) - length + 1, (samples,), generator=noise)
         return torch.stack([ids[s : s + length] for s in starts.tolist()])
+    rows = load_texts(text)
     gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
     stream: list[int] = []
     while len(stream) < samples * length:

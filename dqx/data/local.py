@@ -1,8 +1,7 @@
 """Datasets from local folders in the hub's layout.
 
-`datasets.load_dataset` keeps an Arrow copy under the folder's name and configuration and does not look at the files
-again: a second copy elsewhere, or a changed file, would silently give the first one's documents. Here the copy's
-place depends on the files, so that it is what they say.
+`datasets.load_dataset` keeps an Arrow copy by the folder's name and configuration: another folder, or a changed file,
+would silently give the first one's documents. Here the copy's place depends on the files.
 """
 
 from __future__ import annotations

@@ -165,10 +165,7 @@ def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[R
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a batch may take on a GPU, as far as the process may use it (`memory.gpu_gb`); elsewhere infinite.
-
-    There tokens that keep it busy are reached long before.
-    """
+    """Bytes that a batch may take on a GPU, as far as the process may use it (`memory.gpu_gb`); elsewhere infinite."""
     if device.type != "cuda":
         return float("inf")
     free, there = torch.cuda.mem_get_info(device)

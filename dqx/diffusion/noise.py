@@ -21,10 +21,8 @@ Key = str | int
 def generator(seed: int, *key: Key) -> torch.Generator:
     """A CPU generator whose stream is a pure function of `seed` and `key` (strings and integers).
 
-    The pair is hashed, so neighbouring seeds or documents share nothing; 1 and "1" are different keys.
-    torch's CPU generator keeps 32 bits of its seed, so among millions of keys a few share a stream.
-
-    Raises TypeError for key parts of other types, whose text might differ between processes.
+    1 and "1" are different keys. torch's CPU generator keeps 32 bits of its seed, so among millions of keys a few share
+    a stream. Raises TypeError for key parts of other types, whose text might differ between processes.
     """
     parts: list[Key] = []
     for part in (seed, *key):
@@ -49,10 +47,7 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class SeededNoise:
-    """Noise from a seed and one document key per row of the batch.
-
-    A row's noise does not depend on the other rows, and a position's not on which others are asked for.
-    """
+    """Noise from a seed and one document key per row; it depends on no other row, nor on which positions are asked."""
 
     seed: int
     documents: Sequence[Key | tuple[Key, ...]]

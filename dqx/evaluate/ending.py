@@ -29,8 +29,7 @@ class Ending:
     def settled(self, ids: Sequence[int]) -> bool:
         """Whether tokens after `ids` cannot change the answer's text.
 
-        They cannot after an end token, nor after a complete stop string, unless another one that began before it may
-        still become complete.
+        So it is after an end token, and after a stop string unless another, begun before it, may still be completed.
         """
         if not self.tokens.isdisjoint(ids):
             return True

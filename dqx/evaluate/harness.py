@@ -86,10 +86,7 @@ class DiffusionHarness(LM):
         super().__init__()
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.settings, self.task, self.journal = settings or EvaluationSettings(), task or HarnessTask(), journal
-        self.n_forwards = 0
-        self.n_tokens = 0
-        self.n_saved = 0
-        self.generated = 0
+        self.n_forwards = self.n_tokens = self.n_saved = self.generated = 0
         self.earlier = 0.0
         self.truncated: dict[tuple[str, int], int] = {}
         self.notes: list[str] = []
@@ -167,10 +164,7 @@ class DiffusionHarness(LM):
         return [(float(nats), bool(flag)) for nats, flag in self._gather(session)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The generated text of each request, cut before its first stop string or end token.
-
-        No more of an answer is written than this text needs.
-        """
+        """The generated text of each request, cut before its first stop string or end token; no more is written."""
         prompts = [self._prompt(request) for request in requests]
         work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
         session = EvaluationSession(documents(requests), work, self.journal)
@@ -333,9 +327,8 @@ def encode_pair(
 ) -> tuple[list[int], list[int]]:
     """Context and continuation as ids, split as lm-eval does.
 
-    Spaces at the end of the context belong to the continuation; the whole text is encoded once and cut at the
-    length of the encoded context, so that the continuation's first token is the one the model sees in running
-    text. An empty context becomes the token `start`. `prefix`: the encoded context, where it is known already.
+    Spaces at the end of the context belong to the continuation; the whole text is encoded once and cut at the length of
+    the encoded context (`prefix`, where it is known already). An empty context becomes the token `start`.
     """
     if not context:
         target = encode(tokenizer, continuation)

@@ -4,8 +4,8 @@
     51ab0c77 {"document": "nano_facts/3", "text": "9f...", "responses": [...]}    one line per finished document
 
 Each line begins with a checksum over it and over the name of the evaluation, so a line that is cut, damaged or from
-elsewhere costs its document and nothing more. Lines reach the disk before anything else is done (one `fsync` per call
-of `append`). Each process of a run has a file of its own, and all of them are read, however many processes go on.
+elsewhere costs its document alone. Each call of `append` ends with an `fsync`. Each process of a run has a file of its
+own, and all of them are read, however many processes go on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One session of a task's evaluation: the documents that are left, those of this process, and what they cost.
 
-A run that is killed and started again takes several sessions, each with any number of processes. Which process gets
-which documents follows from their requests alone, finished or not, so that with the same number of processes a
-continued run has the batches of an undisturbed one.
+A run that is killed and started again takes several sessions, each with any number of processes. Documents are shared
+by their requests alone, finished or not: with as many processes, a continued run has the batches of an undisturbed one.
 """
 
 from __future__ import annotations

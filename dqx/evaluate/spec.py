@@ -1,7 +1,7 @@
 """What one entry of a task suite says: which lm-eval task or text, and the study's settings for it.
 
-Nothing heavy is imported here, so that configs can be checked and listed without torch or lm-eval. The class is
-not frozen because OmegaConf makes a frozen schema read-only, and then no override could reach it.
+Nothing heavy is imported here: configs are checked and listed without torch or lm-eval. The class is not frozen because
+OmegaConf makes a frozen schema read-only, and then no override could reach it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Negative log-likelihood per token of a text: the diffusion counterpart of the perplexity that papers report.
 
-The text is cut from its start into windows of as many tokens, without overlap; what is left over is dropped, as are
-blank rows. Each window follows the model's end token, as a prompt without context does, and its likelihood is the
-Monte-Carlo bound of `dqx/diffusion/likelihood.py`, all of its tokens being the target. Masks are a function of (seed,
-text, window, draw), so that full precision and every quantized model are asked the same questions, and the windows
-pair. A bound, and by another factorisation: the numbers compare with each other and not with those of autoregressive
-models. The exponential of a difference is the ratio of two perplexities.
+The text, without blank rows, is cut from its start into windows of as many tokens, without overlap or remainder. Each
+follows the model's end token, as a prompt without context does; its likelihood is the Monte-Carlo bound of
+`dqx/diffusion/likelihood.py` for all of its tokens. Masks are a function of (seed, text, window, draw): windows of full
+precision and of every quantized model pair. A bound, and by another factorisation: the numbers compare with each other
+and not with those of autoregressive models. The exponential of a difference is the ratio of two perplexities.
 """
 
 from __future__ import annotations

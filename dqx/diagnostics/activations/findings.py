@@ -14,6 +14,7 @@ SENTENCES = 6  # of a kind
 
 
 #: What a summary says of a site, by attributes of `SiteStats`.
+SUMMARY: tuple[str, ...]
 SUMMARY = ("site", "block", "abs_max", "median", "max_over_median", "kurtosis", "outlier_channels", "channels")
 SUMMARY += ("massive_values", "massive_token_share", "relative_values", "relative_token_share", "not_finite")
 

@@ -6,7 +6,7 @@ G groups of tokens, N tokens, C channels of the site.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,7 +168,7 @@ class SiteMeter:
 
     def _massive_channels(self, threshold: float) -> list[TokenRow]:
         places, values = self.channel_place.tolist(), self.channel_peak.tolist()
-        return [_token([*places[c], c], values[c]) for c in _largest(self.channel_max, threshold)]
+        return [TokenRow(*places[c], channel=c, value=values[c]) for c in _largest(self.channel_max, threshold)]
 
 
 class PartMeter:
@@ -277,7 +277,7 @@ class Top:
 
     def rows(self, group: int = 0) -> list[TokenRow]:
         listed = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)
-        return [_token(place, value) for size, place, value in listed if size >= 0]
+        return [TokenRow(*place, value=value) for size, place, value in listed if size >= 0]
 
     def _keep(self, size: Tensor, values: Tensor, places: Tensor) -> None:
         count, size = self.size.shape[1], torch.cat((self.size, size), dim=1)
@@ -285,11 +285,6 @@ class Top:
         self.size = size.gather(1, best)
         self.values = torch.cat((self.values, values), dim=1).gather(1, best)
         self.places = torch.cat((self.places, places), dim=1).gather(1, best[..., None].expand(-1, -1, 4))
-
-
-def _token(place: Sequence[int], value: float) -> TokenRow:
-    sequence, position, token_id, channel = place
-    return TokenRow(sequence, position, token_id, channel, value)
 
 
 def _median(size: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 A sampler is two pure functions: `due` says which masked positions a step looks at and how many of them it writes,
 `candidates` turns their logits into tokens and confidences. `generate` is the plain loop around them, `engine.py` the
-one in batches, where rows may be at different steps. Two choices make a sampler approximate, and part of its `name`:
-a `threshold` writes more than is due, a `window` leaves the keys and values of other tokens as they were.
+one in batches. Two choices make a sampler approximate, and part of its `name`: a `threshold` writes more than is due, a
+`window` leaves the keys and values of other tokens as they were.
 
 A new sampler is a dataclass of its settings with the five abstract methods below, and a file in `conf/model/sampler`.
-
 Shapes as in `base.py`.
 """
 

@@ -83,7 +83,20 @@ class LLaDASampler(Sampler):
         problems = choice_problems("sampler.remasking", self.remasking, REMASKING)
         problems += number_problems("sampler.temperature", self.temperature, 0)
         problems += number_problems("sampler.cfg_scale", self.cfg_scale, 0)
-        problems += self._approximation_problems()
+        if self.threshold is not None:
+            problems += number_problems("sampler.threshold", self.threshold, 0, 1, above=True)
+            if self.remasking == "random":
+                problems.append(
+                    f"sampler.threshold={self.threshold!r} has no meaning with sampler.remasking=random, whose order "
+                    "does not look at confidences; write sampler.remasking=low_confidence, or sampler.threshold=null"
+                )
+        if self.cache is not None:
+            problems += choice_problems("sampler.cache", self.cache, CACHES)
+            if isinstance(self.cfg_scale, int | float) and self.cfg_scale > 0:
+                problems.append(
+                    f"sampler.cache={self.cache!r} cannot be used with sampler.cfg_scale={self.cfg_scale!r}: the "
+                    "second pass of guidance sees another prompt; write sampler.cache=null, or sampler.cfg_scale=0"
+                )
         block_length = gen_length if block_length is None else block_length
         wrong = count_problems(gen_length=gen_length, block_length=block_length, steps=steps)
         if wrong:
@@ -119,24 +132,6 @@ class LLaDASampler(Sampler):
                     calls += [Call(step, start, start + length, masked, blind, window) for blind in passes]
                 masked -= count
         return calls
-
-    def _approximation_problems(self) -> list[str]:
-        problems = []
-        if self.threshold is not None:
-            problems += number_problems("sampler.threshold", self.threshold, 0, 1, above=True)
-            if self.remasking == "random":
-                problems.append(
-                    f"sampler.threshold={self.threshold!r} has no meaning with sampler.remasking=random, whose order "
-                    "does not look at confidences; write sampler.remasking=low_confidence, or sampler.threshold=null"
-                )
-        if self.cache is not None:
-            problems += choice_problems("sampler.cache", self.cache, CACHES)
-            if isinstance(self.cfg_scale, int | float) and self.cfg_scale > 0:
-                problems.append(
-                    f"sampler.cache={self.cache!r} cannot be used with sampler.cfg_scale={self.cfg_scale!r}: the "
-                    "second pass of guidance sees another prompt; write sampler.cache=null, or sampler.cfg_scale=0"
-                )
-        return problems
 
     def token_problems(self, vocab_size: int) -> list[str]:
         """What is wrong with the end tokens for a model with `vocab_size` tokens."""
