@@ -57,19 +57,14 @@ class Prompt:
 class Answer:
     """What was written after one prompt.
 
-    ids: the new tokens; where the row stopped early, those before the first mask.
-    n_written: tokens written, also behind the place where the row stopped.
-    n_forwards: sequences that went through the model (guidance doubles them).
-    n_tokens: the tokens of those that were computed, padding not counted.
-    n_saved: sequences that stopping made unnecessary (of Dream's `origin`, whose schedule is drawn, an estimate; with a
-        threshold at most so many).
+    `n_saved` is an estimate for Dream's `origin`, whose schedule is drawn, and the most there can be with a threshold.
     """
 
-    ids: list[int]
-    n_written: int
-    n_forwards: int
-    n_tokens: int
-    n_saved: int
+    ids: list[int]  # the new tokens; where the row stopped early, those before the first mask
+    n_written: int  # tokens written, also behind the place where the row stopped
+    n_forwards: int  # sequences that went through the model (guidance doubles them)
+    n_tokens: int  # the tokens of those that were computed, padding not counted
+    n_saved: int  # sequences that stopping made unnecessary
 
 
 @dataclass(eq=False)

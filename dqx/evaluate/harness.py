@@ -44,20 +44,13 @@ class Answered(Exception):
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """What one task asks of the harness.
+    """What one task asks of the harness."""
 
-    label: its name beside the progress bar.
-    mc_samples: draws per choice for likelihoods.
-    batch_size: answers written at a time; None: as many as keep the device busy and fit into its memory.
-    greedy: whether the second value of a likelihood says that greedy decoding writes the target; else it is False.
-    scale: what a choice's likelihood is divided by where adaptive draws compare the choices of a document.
-    """
-
-    label: str = ""
-    mc_samples: int = 128
-    batch_size: int | None = None
-    greedy: bool = False
-    scale: Callable[[Instance], float] = lambda request: 1.0
+    label: str = ""  # beside the progress bar
+    mc_samples: int = 128  # draws per choice for likelihoods
+    batch_size: int | None = None  # answers written at a time; None: as many as busy the device and fit its memory
+    greedy: bool = False  # whether likelihoods say if greedy decoding writes the target; else they say False
+    scale: Callable[[Instance], float] = lambda request: 1.0  # divides a likelihood before adaptive draws compare it
 
 
 class DiffusionHarness(LM):

@@ -29,20 +29,12 @@ class LikelihoodSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What all tasks of an evaluation have in common.
+    """What all tasks of an evaluation have in common."""
 
-    limit: documents of a task, or windows of a text; of a group (MMLU, MATH) they are taken from its members in turn.
-        None: all.
-    steps: denoising steps of the generation tasks, in place of their own.
-    data_root: a folder with copies of the datasets in the hub's layout; None: the hub.
-    chat: prompts go through the tokenizer's chat template.
-    progress: whether bars are drawn.
-    """
-
-    limit: int | None = None
-    steps: int | None = None
+    limit: int | None = None  # documents of a task (of a group from its members in turn), windows of a text; None: all
+    steps: int | None = None  # denoising steps of the generation tasks, in place of their own
     seed: int = 0
-    data_root: str | None = None
-    chat: bool = False
-    progress: bool = True
+    data_root: str | None = None  # a folder with copies of the datasets in the hub's layout; None: the hub
+    chat: bool = False  # prompts go through the tokenizer's chat template
+    progress: bool = True  # whether bars are drawn
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)

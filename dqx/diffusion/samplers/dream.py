@@ -46,24 +46,18 @@ ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 class DreamSampler(Sampler):
     """Settings of the sampler.
 
-    alg: the order: `origin` random, `maskgit_plus` probability of the candidate, `topk_margin` difference of
-        the two highest probabilities, `entropy` negative entropy.
-    alg_temp: above 0, positions are drawn with weights exp(confidence / alg_temp) instead of ranked.
-    temperature: 0 takes the argmax, above 0 tokens are drawn from softmax(logits / temperature).
-    top_p, top_k: keep the smallest set of tokens whose probability exceeds top_p, and the top_k likeliest;
-        they act on the candidate and on the confidence. None is off.
-    eps: the last time of the grid.
-    suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
-        predicts it (trained ones do not) leaves a mask in the answer.
+    The order `alg` is random for `origin`, else by the probability of the candidate (`maskgit_plus`), the difference of
+    the two highest probabilities (`topk_margin`), or the negative entropy (`entropy`). `suppress_mask` is off as in the
+    authors' code, where a model that predicts the mask token (trained ones do not) leaves a mask in the answer.
     """
 
     alg: str = "entropy"
-    alg_temp: float | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    eps: float = 1e-3
-    suppress_mask: bool = False
+    alg_temp: float | None = None  # above 0, positions are drawn with weights exp(confidence / alg_temp), not ranked
+    temperature: float = 0.0  # 0 takes the argmax, above 0 tokens are drawn from softmax(logits / temperature)
+    top_p: float | None = None  # the smallest set of tokens whose probability exceeds it is kept; None is off
+    top_k: int | None = None  # so many likeliest tokens are kept; both act on candidate and confidence. None is off
+    eps: float = 1e-3  # the last time of the grid
+    suppress_mask: bool = False  # the mask token is never predicted
 
     @property
     def name(self) -> str:

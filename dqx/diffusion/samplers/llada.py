@@ -43,28 +43,20 @@ CACHES = ("prefix", "dual")
 class LLaDASampler(Sampler):
     """Settings of the sampler.
 
-    remasking: which masked tokens of the block to write first: the most probable ones, or random ones.
-    temperature: 0 takes the argmax; above 0, Gumbel noise of that strength is added in float64.
-    cfg_scale: classifier-free guidance w, 0 is off; above 0 doubles the forwards.
-    suppress_eos_logits: the end token is never predicted.
-    suppress_eos_confidence: positions that predict the end token (or end of turn) are written last.
-    eos_token_id: the end token; None takes the model's own. eot_token_id: end of turn (LLaDA-8B: 126348).
-    suppress_mask: the mask token is never predicted. Off as in the authors' code, where a model that
-        predicts it (trained ones do not) writes a mask, which later steps may fill, or which stays.
-    threshold: approximate; tokens of this confidence are written at once. None is off.
-    cache: approximate; `prefix` or `dual`, which keys and values are reused within a block. None is off.
+    `suppress_mask` is off as in the authors' code, where a model that predicts the mask token (trained ones do not)
+    writes a mask, which later steps may fill, or which stays.
     """
 
-    remasking: str = "low_confidence"
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    suppress_eos_logits: bool = False
-    suppress_eos_confidence: bool = False
-    eos_token_id: int | None = None
-    eot_token_id: int | None = None
-    suppress_mask: bool = False
-    threshold: float | None = None
-    cache: str | None = None
+    remasking: str = "low_confidence"  # masked tokens of the block to write first: the most probable, or `random` ones
+    temperature: float = 0.0  # 0 takes the argmax; above 0, Gumbel noise of that strength is added in float64
+    cfg_scale: float = 0.0  # classifier-free guidance w, 0 is off; above 0 doubles the forwards
+    suppress_eos_logits: bool = False  # the end token is never predicted
+    suppress_eos_confidence: bool = False  # positions that predict the end token (or end of turn) are written last
+    eos_token_id: int | None = None  # the end token; None takes the model's own
+    eot_token_id: int | None = None  # end of turn (LLaDA-8B: 126348)
+    suppress_mask: bool = False  # the mask token is never predicted
+    threshold: float | None = None  # approximate; tokens of this confidence are written at once. None is off
+    cache: str | None = None  # approximate; `prefix` or `dual`: keys and values reused within a block. None is off
 
     @property
     def name(self) -> str:
