@@ -168,7 +168,7 @@ class SiteMeter:
 
     def _massive_channels(self, threshold: float) -> list[TokenRow]:
         places, values = self.channel_place.tolist(), self.channel_peak.tolist()
-        return [TokenRow(*places[c], channel=c, value=values[c]) for c in _largest(self.channel_max, threshold)]
+        return [TokenRow(*[*places[c], c, values[c]]) for c in _largest(self.channel_max, threshold)]
 
 
 class PartMeter:
@@ -277,7 +277,7 @@ class Top:
 
     def rows(self, group: int = 0) -> list[TokenRow]:
         listed = zip(*(t[group].tolist() for t in (self.size, self.places, self.values)), strict=True)
-        return [TokenRow(*place, value=value) for size, place, value in listed if size >= 0]
+        return [TokenRow(*[*place, value]) for size, place, value in listed if size >= 0]
 
     def _keep(self, size: Tensor, values: Tensor, places: Tensor) -> None:
         count, size = self.size.shape[1], torch.cat((self.size, size), dim=1)
