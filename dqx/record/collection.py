@@ -34,18 +34,25 @@ class Run:
             "calibration": run.calibration and run.calibration.text, "threshold": run.threshold, "cache": run.cache,
             "steps": run.steps, "limit": run.limit, "seed": run.seed,
         }  # fmt: skip
-        measured = ("metric", "n", *SIDES, "delta", "low", "high", "relative_drop", "level", "p_adjusted", "verdict")
+        total = sum(record.timings.values())
+        measured = (
+            "category",
+            "metric",
+            "n",
+            *SIDES,
+            "delta",
+            "low",
+            "high",
+            "relative_drop",
+            "level",
+            "p_adjusted",
+            "verdict",
+        )
         for row in record.deltas:
             if row.kind == "task":
+                values = {"task": row.name} | {name: getattr(row, name) for name in measured}
                 seconds = {f"seconds_{side}": getattr(record, side)[row.name].seconds for side in SIDES}
-                yield {
-                    **settings,
-                    "task": row.name,
-                    "category": row.category,
-                    **{name: getattr(row, name) for name in measured},
-                    **seconds,
-                    "seconds": sum(record.timings.values()),
-                }
+                yield settings | values | seconds | {"seconds": total}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ A delta is quantized minus full precision: a fraction, or nats per token for a t
 less is better. The methods are those of `dqx/record/significance.py`, chosen there by measured coverage.
 
 Interval of a task. Scores between 0 and 1 get the adjusted Wald interval of Bonett and Price 2012 (J. Educ. Behav.
-Stat. 37:479): two documents are added, one won and one lost. It covers at least 93 % from 4 documents up
-(test_deltas.py counts it) and keeps a width when no document flips, where the plain interval claims certainty. The
-bootstrap over the same documents covers as well, without being better, so the closed form is `low`, `high` and the
-bootstrap stands beside it. For scores that are not only 0 or 1 both are wider than need be. Other scores get the
-studentised bootstrap, and below 8 documents, where it runs wild, the paired t interval.
+Stat. 37:479), which covers at least 93 % from 4 documents up (test_deltas.py counts it). The bootstrap over the same
+documents covers no better, so the closed form is `low`, `high` and the bootstrap stands beside it; for scores that are
+not only 0 or 1 both are wider than need be. Other scores get the studentised bootstrap, below 8 documents paired t.
 
 Averages over tasks combine the tasks' intervals by MOVER (Zou and Donner 2008, Stat. Med. 27:1693): the average of
 the deltas, with the distances to the limits added in quadrature. Adding the variances around the adjusted
@@ -162,11 +160,8 @@ def compare(full_precision: Mapping[str, TaskResult], quantized: Mapping[str, Ta
     categories: dict[str | None, list[Delta]] = {}
     for row in averaged:
         categories.setdefault(row.category, []).append(row)
-    by_category = [
-        macro_average(members, differences, str(category), "category", category)
-        for category, members in categories.items()
-        if 1 < len(members) < len(averaged)
-    ]
+    several = {category: members for category, members in categories.items() if 1 < len(members) < len(averaged)}
+    by_category = [macro_average(m, differences, str(name), "category", name) for name, m in several.items()]
     overall = [macro_average(averaged, differences, "average", "overall", None)] if len(averaged) > 1 else []
     return [row for family in (rows, by_category, overall) for row in judged(family)]
 
@@ -243,11 +238,8 @@ def _paired_scores(full_precision: TaskResult, quantized: TaskResult) -> tuple[l
     name = full_precision.name
     before, after = _scores(full_precision, "full precision"), _scores(quantized, "quantized")
     if before.keys() != after.keys():
-        alone = [
-            ("full precision", sorted(before.keys() - after.keys())),
-            ("quantized", sorted(after.keys() - before.keys())),
-        ]
-        told = "; ".join(f"{_some(ids)} only in the {side} run" for side, ids in alone if ids)
+        alone = {"full precision": before.keys() - after.keys(), "quantized": after.keys() - before.keys()}
+        told = "; ".join(f"{_some(sorted(ids))} only in the {side} run" for side, ids in alone.items() if ids)
         raise ValueError(f"task {name}: documents cannot be paired: {told}; evaluate both with the same limit and data")
     if not before:
         raise ValueError(f"task {name}: no document to compare")
@@ -258,12 +250,11 @@ def _scores(result: TaskResult, side: str) -> dict[str, float]:
     scores = {row.doc_id: row.score for row in result.documents}
     twice = [doc for doc, count in Counter(row.doc_id for row in result.documents).items() if count > 1]
     unscored = [doc for doc, score in scores.items() if not math.isfinite(score)]
+    where = f"task {result.name}, {side} run"
     if twice:
-        raise ValueError(
-            f"task {result.name}, {side} run: {_some(twice)} listed twice; every document needs its own id"
-        )
+        raise ValueError(f"{where}: {_some(twice)} listed twice; every document needs its own id")
     if unscored:
-        raise ValueError(f"task {result.name}, {side} run: {_some(unscored)} without a finite score")
+        raise ValueError(f"{where}: {_some(unscored)} without a finite score")
     return scores
 
 

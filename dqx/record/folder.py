@@ -180,13 +180,14 @@ class RunFolder:
                 f"this version of dqx reads {' and '.join(map(str, READABLE))}"
             )
         sides: dict[str, dict[str, TaskResult]] = {side: {} for side in SIDES}
+        sources: dict[str, dict[str, str]] = {side: {} for side in SIDES}
         for name, task in results["tasks"].items():
             rows = self._rows(name) if documents or version == 1 else []
             for side, tasks in sides.items():
-                told = {k: v for k, v in task[side].items() if k != "source"} | {"value": float(task[side]["value"])}
-                told |= {key: task[key] for key in ("category", "metric", "n")}
-                told["documents"] = [DocumentRow.from_dict({**row, **row[side]}) for row in rows]
-                tasks[name] = TaskResult(name=name, **told)
+                told = {key: task[key] for key in ("category", "metric", "n")} | task[side]
+                told |= {"name": name, "value": float(told["value"])}
+                sources[side][name] = told.pop("source", "computed")
+                tasks[name] = TaskResult(**told, documents=[DocumentRow.from_dict(row | row[side]) for row in rows])
         calibration = results["calibration"] or {}
         return Record(
             config=yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")),
@@ -196,10 +197,7 @@ class RunFolder:
             activations=TensorFile(self.path / ACTIVATIONS) if (self.path / ACTIVATIONS).is_file() else {},
             calibration_text=calibration.get("fingerprint"),
             mask_ratio=calibration.get("mask_ratio"),
-            sources={
-                side: {name: task[side].get("source", "computed") for name, task in results["tasks"].items()}
-                for side in SIDES
-            },
+            sources=sources,
             deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
             full_precision=sides["full_precision"],
             quantized=sides["quantized"],

@@ -161,15 +161,9 @@ def evaluations(runs: Sequence[Run]) -> list[Evaluation]:
 def groups(evaluated: Sequence[Evaluation]) -> list[RunGroup]:
     """One group per evaluation and kind of tasks. Full precision is a row of its own, so runs of fp16 are none."""
     return [
-        RunGroup(
-            evaluation.name,
-            kind,
-            tasks,
-            {task: evaluation.full_precision[task] for task in tasks},
-            _rows(evaluation.cells, tasks),
-        )
-        for evaluation in evaluated
-        for kind, tasks in task_kinds(evaluation.full_precision).items()
+        RunGroup(way.name, kind, tasks, {task: way.full_precision[task] for task in tasks}, _rows(way.cells, tasks))
+        for way in evaluated
+        for kind, tasks in task_kinds(way.full_precision).items()
     ]
 
 
@@ -225,9 +219,7 @@ def told_apart(named: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
     names = []
     for name, own in named:
         alike = [settings for other, settings in named if other == name]
-        keys = sorted(
-            {key for settings in alike for key in settings if any(settings[key] != s.get(key) for s in alike)}
-        )
+        keys = sorted({key for one in alike for key in one if any(one[key] != s.get(key) for s in alike)})
         names.append(", ".join([name, *(f"{key}={own[key]}" for key in keys if key in own)]))
     return names
 
@@ -252,15 +244,9 @@ def _cell(label: str, bits: str, runs: Sequence[Run]) -> Cell:
     for task, by_seed in latest.items():
         for seed, record in by_seed.items():
             scores.setdefault(seed, {})[task] = record.quantized[task].value
-    return Cell(
-        method=label,
-        bits=bits,
-        average_bits=fmean(float(run.record.average_bits or 16) for run in runs),
-        runs=tuple(run for run in runs if id(run.record) in used),
-        full_precision=full_precision,
-        quantized=quantized,
-        by_seed=scores,
-    )
+    average_bits = fmean(float(run.record.average_bits or 16) for run in runs)
+    counted = tuple(run for run in runs if id(run.record) in used)
+    return Cell(label, bits, average_bits, counted, full_precision, quantized, by_seed=scores)
 
 
 def _latest(runs: Sequence[Run]) -> dict[str, dict[int, Record]]:

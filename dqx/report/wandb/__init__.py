@@ -82,11 +82,10 @@ def copy_run(
 
 def note_skipped(config: Mapping[str, Any], folder: str | Path, settings: Any, reason: str) -> dict[str, Any]:
     """Say in W&B that a run of one of its sweeps cannot be: `reason` as `skipped` in the summary. Never raises."""
-
-    def fill(run: Any) -> None:
-        run.summary.update({"skipped": reason})
-
-    return _copied(Path(folder), _settings(settings, None), {"cfg": config}, fill, lambda: _given_id() or uuid4().hex)
+    return _copied(
+        Path(folder), _settings(settings, None), {"cfg": config},
+        lambda run: run.summary.update({"skipped": reason}), lambda: _given_id() or uuid4().hex,
+    )  # fmt: skip
 
 
 def _given_id() -> str | None:

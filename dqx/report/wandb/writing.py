@@ -51,10 +51,7 @@ def write(
     )  # fmt: skip
     where = {key: settings[key] for key in ("project", "entity", "group", "tags")}
     names: dict[str, Any] = {"id": run_id, "name": folder.name, "mode": mode, "dir": str(unfinished), **where}
-    with (
-        _staging(staged),
-        wandb.init(**names, config=dict(config), reinit="create_new", settings=quiet) as run,
-    ):
+    with _staging(staged), wandb.init(**names, config=dict(config), reinit="create_new", settings=quiet) as run:
         fill(run)
         url = run.url if mode == "online" else None
         file = Path(run.settings.sync_file)
