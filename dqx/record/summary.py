@@ -34,7 +34,6 @@ def summary(record: Record) -> dict[str, Any]:
     for side, stats in record.outliers.items():
         for site in stats.sites:
             values[f"outliers/{side}/{site}/abs_max"] = stats.worst(site).abs_max
-            values[f"outliers/{side}/{site}/massive_values"] = sum(
-                r.massive_values for r in stats.rows if r.site == site
-            )
+            massive = sum(row.massive_values for row in stats.rows if row.site == site)
+            values[f"outliers/{side}/{site}/massive_values"] = massive
     return jsonable({key: value for key, value in values.items() if value is not None})

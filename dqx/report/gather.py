@@ -6,8 +6,7 @@ their seeds and tasks. The document is the unit of chance: each document's score
 documents are paired with full precision (`dqx/record/deltas.py`), so more seeds make the calibration's luck smaller but
 never claim more documents than there are. Of two runs alike in everything the later one counts.
 
-Nothing hides anything: what has one name and differs in a setting carries the setting in its name, and folders without
-a finished run, or with one that cannot be read, are listed with the reason.
+What has one name and differs in a setting carries the setting in its name.
 """
 
 from __future__ import annotations
@@ -112,10 +111,8 @@ def mean_over_seeds(results: Sequence[TaskResult]) -> TaskResult:
     for other in results[1:]:
         if [row.doc_id for row in other.documents] != [row.doc_id for row in first.documents]:
             raise ValueError(f"task {first.name}: the seeds hold different documents; evaluate them with one limit")
-    rows = [
-        replace(first.documents[i], score=fmean(result.documents[i].score for result in results))
-        for i in range(first.n)
-    ]
+    scores = [fmean(result.documents[i].score for result in results) for i in range(first.n)]
+    rows = [replace(row, score=score) for row, score in zip(first.documents, scores, strict=True)]
     return replace(first, documents=rows, value=fmean(row.score for row in rows))
 
 

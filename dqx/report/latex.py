@@ -38,22 +38,15 @@ def table(content: Table) -> str:
     for i, row in enumerate(content.rows):
         rows += [r"\midrule"] if i in content.rules else []
         rows.append(_row(row))
-    return "\n".join(
-        [
-            r"\begin{table}[htbp]",
-            r"\centering",
-            rf"\caption{{{escape(content.title)}. {escape(' '.join(content.notes))}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(map(escape, content.columns)) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table}",
-        ]
-    )
+    lines = [
+        *(r"\begin{table}[htbp]", r"\centering"),
+        rf"\caption{{{escape(content.title)}. {escape(' '.join(content.notes))}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        *(rf"\begin{{tabular}}{{{columns}}}", r"\toprule"),
+        *(" & ".join(map(escape, content.columns)) + r" \\", r"\midrule"),
+        *(*rows, r"\bottomrule", r"\end{tabular}}", r"\end{table}"),
+    ]
+    return "\n".join(lines)
 
 
 def _row(row: list[Entry]) -> str:

@@ -36,13 +36,9 @@ QUALITY = 72  # of an embedded figure, which is a copy for the screen
 def page(report: Report) -> str:
     """The HTML of a report."""
     environment = Environment(
-        loader=PackageLoader("dqx.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_visible,
-    )
+        loader=PackageLoader("dqx.report"), autoescape=True, undefined=StrictUndefined, finalize=_visible,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     filters = (slug, embedded, shortened, flipped, listing, tables.anchor, tables.deltas, content.lacks)
     environment.filters |= {each.__name__: each for each in (*filters, words.title, words.conditions)}
     style, script = (
@@ -118,8 +114,7 @@ def findings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             known[model] = before
             sentences.append((model, before))
         if "quantized" in said:
-            same = said["quantized"] == before
-            told = ["As at full precision."] if same else said["quantized"]
+            told = ["As at full precision."] if said["quantized"] == before else said["quantized"]
             sentences.append((f"Run {number}, {words.title(run.record)}", told))
     return sentences
 

@@ -248,10 +248,8 @@ def _row(row: Row, group: RunGroup, *, averaged: bool, seeds: bool) -> list[Entr
     cell, total = row.cell, row.overall
     entries = [Entry(cell.bits, code=True), Entry(cell.method, code=True)]
     entries.append(Entry(f"{cell.average_bits:.2f}", number=cell.average_bits))
-    entries += [
-        score(delta.quantized, delta.metric) if delta else Entry(MISSING, kind=MISSING)
-        for delta in map(row.deltas.get, group.tasks)
-    ]
+    of_tasks = map(row.deltas.get, group.tasks)
+    entries += [score(d.quantized, d.metric) if d else Entry(MISSING, kind=MISSING) for d in of_tasks]
     if averaged:
         entries.append(_average(row, group))
     entries += [_delta(total, STAR[0]), _drop(total), _level(total)]

@@ -30,15 +30,9 @@ from dqx.report.tables import Entry, Table
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 WIDTH = 84
 COLOURS = {
-    "negligible": "green",
-    "moderate": "yellow",
-    "significant": "red",
-    "finished": "green",
-    "reused": "green",
-    "interrupted": "yellow",
-    "not started": "yellow",
-    "failed": "red",
-    "refused": "red",
+    **dict.fromkeys(("negligible", "finished", "reused"), "green"),
+    **dict.fromkeys(("moderate", "interrupted", "not started"), "yellow"),
+    **dict.fromkeys(("significant", "failed", "refused"), "red"),
 }
 #: Columns whose names are broken in another place than at their last space.
 NAMES = {

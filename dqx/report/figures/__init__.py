@@ -60,12 +60,10 @@ def of_runs(records: Iterable[Record]) -> dict[str, Figure]:
     scored = [group for group in groups(evaluations(runs)) if complete(group)]
     varied = steps.by_steps(scored)
     with style.applied():
-        drawn = {
-            _named("accuracy_by_bits", group.title, len(scored)): pareto.accuracy_by_bits(group) for group in scored
-        } | {
-            _named("steps_by_bits", next(iter(members.values())).title, len(varied)): steps.steps_by_bits(members)
-            for members in varied
-        }
+        drawn = {_named("accuracy_by_bits", g.title, len(scored)): pareto.accuracy_by_bits(g) for g in scored}
+        for members in varied:
+            title = next(iter(members.values())).title
+            drawn[_named("steps_by_bits", title, len(varied))] = steps.steps_by_bits(members)
         return {name: settled(figure) for name, figure in drawn.items()}
 
 

@@ -75,16 +75,13 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
         run = row.cell.runs[0].record.settings
         panels.setdefault((run.activation_bits, run.activation_format), []).append(row)
     order = sorted(panels, key=lambda key: (-key[0], key[1]))
-    return {
-        f"{bits} bits{'' if format == 'int' or bits == 16 else f' ({format})'}": panels[bits, format]
-        for bits, format in order
-    }
+    named = [f"{bits} bits{'' if format == 'int' or bits == 16 else f' ({format})'}" for bits, format in order]
+    return {name: panels[key] for name, key in zip(named, order, strict=True)}
 
 
 def _panel(axes: Axes, group: RunGroup, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
-    axes.axhline(
-        groups.full_precision(group), color=style.BLACK, linestyle=(0, (4, 2)), linewidth=0.7, label="full precision"
-    )
+    line: dict[str, Any] = {"color": style.BLACK, "linestyle": (0, (4, 2)), "linewidth": 0.7}
+    axes.axhline(groups.full_precision(group), label="full precision", **line)
     points = [(row.cell.average_bits, groups.quantized(group, row.overall)[0]) for row in rows]
     best = front(points, groups.nats(group))
     axes.step(*zip(*best, strict=True), where="post", color="#BBBBBB", linewidth=2.5, zorder=1, label="Pareto front")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
@@ -33,11 +34,9 @@ def has_login() -> bool:
     hosts = {urlsplit(url).netloc for url in servers()}
     chosen = os.environ.get("NETRC")
     for path in [Path(chosen)] if chosen else [Path.home() / ".netrc", Path.home() / "_netrc"]:
-        try:
+        with suppress(OSError, netrc.NetrcParseError):
             if hosts & set(netrc.netrc(path).hosts):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 

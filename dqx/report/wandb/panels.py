@@ -58,10 +58,8 @@ def workspace(entity: str, project: str) -> Any:
     """The view as wandb-workspaces has it; `save()` writes it to W&B. Raises ImportError without the package."""
     from wandb_workspaces import workspaces
 
-    sections = [
-        workspaces.Section(name=name, panels=[_drawn(panel) for panel in panels], is_open=True)
-        for name, panels in SECTIONS.items()
-    ]
+    drawn = {name: [_drawn(panel) for panel in panels] for name, panels in SECTIONS.items()}
+    sections = [workspaces.Section(name=name, panels=panels, is_open=True) for name, panels in drawn.items()]
     runs = workspaces.RunsetSettings(pinned_columns=[f"summary:{key}" for key in COLUMNS])
     return workspaces.Workspace(entity=entity, project=project, name=VIEW, sections=sections, runset_settings=runs)
 
@@ -70,8 +68,7 @@ def save(entity: str | None, project: str) -> str:
     """Save the view to a project of W&B, as a new one. Returns its address; raises what W&B raises."""
     import wandb
 
-    view = workspace(entity or str(wandb.Api().default_entity), project)
-    return str(view.save().url)
+    return str(workspace(entity or str(wandb.Api().default_entity), project).save().url)
 
 
 def _drawn(panel: Panel) -> Any:
