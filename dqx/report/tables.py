@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from dqx.common.names import enumerated, natural
-from dqx.diagnostics.activations import Thresholds, summary
+from dqx.diagnostics.activations import summary
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.record import significance, words
@@ -146,6 +146,14 @@ def sweep(records: Sequence[Record]) -> Table:
 def outliers(record: Record) -> Table:
     """Per site the block with the largest activation, before and after quantization."""
     by_side = {side: {row["site"]: row for row in summary(stats)} for side, stats in record.outliers.items()}
+    limits = next(iter(record.outliers.values())).thresholds
+    share = f"{100 * limits.channel_share:g} %"
+    notes = (
+        "Each row shows the block with the largest |x| at that place.",
+        f"Outlier channel: |x| > {limits.channel_ratio:g} x the token's median, on at least {share} of tokens.",
+        f"Massive: |x| >= {limits.massive_absolute:g} and >= {limits.massive_relative:g} x median; "
+        "relative only: the second alone.",
+    )
     columns = ("linear inputs", "quantization", "block", "abs max", "median", "max / median", "outlier channels")
     return Table(
         "Outliers",
@@ -156,7 +164,7 @@ def outliers(record: Record) -> Table:
             for side in SIDES
             if side in by_side
         ],
-        notes=_outlier_notes(next(iter(record.outliers.values())).thresholds),
+        notes=notes,
         left=2,
     )
 
@@ -173,17 +181,6 @@ def _outlier_cells(row: dict[str, Any]) -> list[str]:
         f"{100 * row['massive_token_share']:.1f} %",
         f"{row['relative_values']}, {100 * row['relative_token_share']:.1f} %",
     ]
-
-
-def _outlier_notes(settings: Thresholds) -> tuple[str, ...]:
-    """What the outlier table counts."""
-    share = f"{100 * settings.channel_share:g} %"
-    return (
-        "Each row shows the block with the largest |x| at that place.",
-        f"Outlier channel: |x| > {settings.channel_ratio:g} x the token's median, on at least {share} of tokens.",
-        f"Massive: |x| >= {settings.massive_absolute:g} and >= {settings.massive_relative:g} x median; "
-        "relative only: the second alone.",
-    )
 
 
 def runs(members: Sequence[Run]) -> Table:

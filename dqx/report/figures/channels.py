@@ -10,7 +10,6 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from dqx.record.folder import Record
 from dqx.record.words import whole_run
@@ -63,14 +62,10 @@ def _panel(axes: Axes, record: Record, block: int, site: str) -> None:
         if maxima is None:
             continue
         heights, order = maxima.double().sort(descending=True, stable=True)
-        axes.plot(range(1, len(heights) + 1), _drawable(heights), label=side.label, **side.line)
+        drawn = [x if 0 < x < math.inf else math.nan for x in heights.tolist()]  # what a logarithmic axis has
+        axes.plot(range(1, len(drawn) + 1), drawn, label=side.label, **side.line)
         names = ", ".join(str(c) for c in order[:NAMED].tolist())
         axes.text(
             0.98, 0.97 - 0.13 * i, names, size=5.5, color=side.line["color"], ha="right", va="top",
             transform=axes.transAxes,
         )  # fmt: skip
-
-
-def _drawable(heights: Tensor) -> list[float]:
-    """Zeros and what is not finite have no place on a logarithmic axis."""
-    return [x if 0 < x < math.inf else math.nan for x in heights.tolist()]

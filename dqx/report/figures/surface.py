@@ -110,7 +110,8 @@ class View:
 
 def surfaces(record: Record) -> dict[str, Figure]:
     """One figure per block and site whose surface was kept: `surface_BLOCK_SITE`."""
-    kept = {(block, site) for _, block, site, what in map(_split, record.activations) if what == "surface"}
+    names = [name.split("/") for name in record.activations]
+    kept = {(int(block), site) for _, block, site, what in names if what == "surface"}
     sites = sites_of(record)
     order = sorted(kept, key=lambda place: (place[0], sites.index(place[1])))
     return {f"surface_{block}_{site}": _figure(record, block, site) for block, site in order}
@@ -125,11 +126,6 @@ def with_one_surface(record: Record) -> Record:
     largest = max(places.values(), key=lambda place: sizes.get(place, 0.0), default=None)
     kept = {name: record.activations[name] for name in record.activations if places.get(name, largest) == largest}
     return replace(record, activations=kept)
-
-
-def _split(name: str) -> tuple[str, int, str, str]:
-    side, block, site, what = name.split("/")
-    return side, int(block), site, what
 
 
 def _figure(record: Record, block: int, site: str) -> Figure:

@@ -40,6 +40,7 @@ __all__ = ["copy_run", "note_skipped"]
 logger = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = asdict(WandbConfig())
+AGENT_ID = "WANDB_RUN_ID"  # the variable with the id that a sweep's agent has chosen
 
 
 def copy_run(
@@ -74,7 +75,7 @@ def copy_run(
         if checkpoint is not None:
             _add_checkpoint(run, record, checkpoint)
 
-    status = _copied(Path(folder), wanted, config, fill, lambda: run_id or _given_id() or identity(record))
+    status = _copied(Path(folder), wanted, config, fill, lambda: run_id or os.environ.get(AGENT_ID) or identity(record))
     if wanted["figures"] is None and (status["state"], status.get("mode")) == ("written", "offline"):
         status["message"] = "; ".join([*filter(None, [status.get("message")]), "no figures, which `dqx mirror` draws"])
     return status
@@ -84,13 +85,8 @@ def note_skipped(config: Mapping[str, Any], folder: str | Path, settings: Any, r
     """Say in W&B that a run of one of its sweeps cannot be: `reason` as `skipped` in the summary. Never raises."""
     return _copied(
         Path(folder), _settings(settings, None), {"cfg": config},
-        lambda run: run.summary.update({"skipped": reason}), lambda: _given_id() or uuid4().hex,
+        lambda run: run.summary.update({"skipped": reason}), lambda: os.environ.get(AGENT_ID) or uuid4().hex,
     )  # fmt: skip
-
-
-def _given_id() -> str | None:
-    """The id that a sweep's agent has chosen."""
-    return os.environ.get("WANDB_RUN_ID")
 
 
 def _settings(given: Any, group: str | None) -> dict[str, Any]:
