@@ -35,13 +35,9 @@ def pick_device(name: str) -> torch.device:
 
 
 WAYS = ("auto", "shared", "separate")
-
-
 ALONE = (
     "dispatch=separate gives each run of a sweep a GPU of its own, and this is a single run; add -m, or leave it out"
 )
-
-
 STARTED = "launch.py starts the processes that share a run itself: leave out accelerate launch, and write dispatch={}"
 
 
@@ -60,8 +56,8 @@ def dispatch_problems(dispatch: str, device: str, *, here: bool = True) -> Itera
         if gpus() > gpus(device):
             yield f"dispatch={dispatch}, but model.device={device} is a single GPU; write model.device=auto"
         else:
-            found = "1 GPU is" if gpus() == 1 else f"{gpus()} GPUs are"
-            yield f"dispatch={dispatch}, but {found} visible here; give {gpus()} or less, or model.device=cpu"
+            there = "1 GPU is" if gpus() == 1 else f"{gpus()} GPUs are"
+            yield f"dispatch={dispatch}, but {there} visible here; give {gpus()} or less, or model.device=cpu"
 
 
 def process_count(dispatch: str, device: str) -> int:

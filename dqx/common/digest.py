@@ -18,7 +18,7 @@ def code_version(parts: Sequence[str], package: Path | None = None) -> str:
     """Hash of the files of dqx, by name or below folders, that decide what a result is."""
     root = package or PACKAGE
     files = (p for name in parts for p in ((root / name).rglob("*") if (root / name).is_dir() else [root / name]))
-    return _content((p for p in files if "__pycache__" not in p.parts and p.suffix not in UNREAD), root)
+    return files_digest((p for p in files if "__pycache__" not in p.parts and p.suffix not in UNREAD), root)
 
 
 def digest(value: Any) -> str:
@@ -26,22 +26,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _content(paths: Iterable[Path], root: Path | None = None) -> str:
-    """Hash over names and bytes of files."""
-    content = hashlib.sha256()
+def files_digest(paths: Iterable[Path], root: Path | None = None, *, contents: bool = True) -> str:
+    """Hash over the names of files, below `root` where it is given, and their bytes; else sizes and times of change."""
+    hashed = hashlib.sha256()
     for path in sorted(set(paths)):
         if path.is_file():
-            name = str(path.relative_to(root)) if root else path.name
-            content.update(f"{name}\0{path.stat().st_size}\0".encode())
-            content.update(path.read_bytes())
-    return content.hexdigest()[:20]
-
-
-def _listing(root: Path) -> str:
-    """Hash over relative names, sizes and times of change of all files in a folder."""
-    content = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            stat = path.stat()
-            content.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return content.hexdigest()[:20]
+            stat, name = path.stat(), path.relative_to(root) if root else path.name
+            hashed.update(f"{name}\0{stat.st_size}\0".encode())
+            hashed.update(path.read_bytes() if contents else f"{stat.st_mtime_ns}\n".encode())
+    return hashed.hexdigest()[:20]

@@ -53,23 +53,23 @@ def part_problems(part: Any, where: str) -> list[str]:
         accepted = inspect.signature(cls).parameters
     except Exception as error:  # whatever the import of somebody's module raises
         return [f"{where}._target_={target} cannot be imported: {str(error).splitlines()[0]}"]
-    found = []
+    problems = []
     options = {key: value for key, value in part.items() if key not in RESERVED}
     hints = get_type_hints(cls)
     for key, value in options.items():
         if key not in accepted:
-            found.append(f"{where}.{key} is no option of {cls.__name__}; {did_you_mean(key, accepted)}")
+            problems.append(f"{where}.{key} is no option of {cls.__name__}; {did_you_mean(key, accepted)}")
         elif not fits(value, hints.get(key, Any)):
-            found.append(f"{where}.{key}={value!r} is not of type {type_name(hints[key])}")
+            problems.append(f"{where}.{key}={value!r} is not of type {type_name(hints[key])}")
         elif isinstance(value, Mapping):
             inner = {"": value} if "_target_" in value else {f".{name}": node for name, node in value.items()}
             for name, node in inner.items():
-                found += part_problems(node, f"{where}.{key}{name}")
+                problems += part_problems(node, f"{where}.{key}{name}")
     for name, parameter in accepted.items():
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         if required and name not in options:
-            found.append(f"{where}.{name} must be set; {cls.__name__} has no default for it")
-    return found
+            problems.append(f"{where}.{name} must be set; {cls.__name__} has no default for it")
+    return problems
 
 
 def locate(target: str) -> Any:
@@ -80,7 +80,7 @@ def locate(target: str) -> Any:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value can be an option annotated `hint`. Of parts inside parts: that they are no number or text."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options = _options(hint)
     if Any in options:
         return True
     if value is None:
@@ -92,5 +92,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """`int or null` for `int | None`."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    return " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in _options(hint))
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

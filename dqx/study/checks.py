@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 from dqx.common.devices import DTYPES
@@ -26,6 +27,7 @@ from dqx.models.tokenizer import tokenizer_problem
 from dqx.quant.method import Method
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+ABOVE_ZERO = ("model.outliers.gain", "outliers.channel_ratio", "outliers.massive_absolute", "outliers.massive_relative")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -63,58 +65,49 @@ def is_local(path: str) -> bool:
 
 
 def _number_problems(config: Config) -> Iterator[str]:
-    at_least = {
-        "seed": (config.seed, 0),
-        "calib.samples": (config.calib.samples, 1),
-        "calib.length": (config.calib.length, 1),
-        "steps.count": (config.steps.count, 1),
-        "model.mask_token_id": (config.model.mask_token_id, 0),
-        "model.outliers.channels": (config.model.outliers.channels, 0),
-        "outliers.samples": (config.outliers.samples, 0),
-        "outliers.steps": (config.outliers.steps, 0),
-        "fidelity.samples": (config.fidelity.samples, 0),
-        "fidelity.length": (config.fidelity.length, 16),
-        "fidelity.gen_length": (config.fidelity.gen_length, 1),
-        "fidelity.steps": (config.fidelity.steps, 0),
-        "wandb.documents": (config.wandb.documents, 0),
-    }
+    at_least = (
+        ("seed", 0),
+        ("calib.samples", 1),
+        ("calib.length", 1),
+        ("steps.count", 1),
+        ("model.mask_token_id", 0),
+        ("model.outliers.channels", 0),
+        ("outliers.samples", 0),
+        ("outliers.steps", 0),
+        ("fidelity.samples", 0),
+        ("fidelity.length", 16),
+        ("fidelity.gen_length", 1),
+        ("fidelity.steps", 0),
+        ("wandb.documents", 0),
+    )
     if config.seed >= 2**63:
         yield f"seed={config.seed} must be below 2^63"
-    for key, (value, low) in at_least.items():
+    for key, low in at_least:
+        value = attrgetter(key)(config)
         if value is not None and value < low:
             yield f"{key}={value} must be {low} or more"
-    above_zero = {
-        "model.outliers.gain": config.model.outliers.gain,
-        "outliers.channel_ratio": config.outliers.channel_ratio,
-        "outliers.massive_absolute": config.outliers.massive_absolute,
-        "outliers.massive_relative": config.outliers.massive_relative,
-    }
     if config.cache_max_gb is not None and not config.cache_max_gb >= 0:
         yield f"cache_max_gb={config.cache_max_gb} must be 0 or more, or null for no limit"
     if config.hang_minutes is not None and not config.hang_minutes > 0:
         yield f"hang_minutes={config.hang_minutes:g} must be above 0, or null for no limit"
-    for key, number in above_zero.items():
+    for key in ABOVE_ZERO:
+        number = attrgetter(key)(config)
         if not (number > 0 and math.isfinite(number)):
             yield f"{key}={number} must be a number above 0"
-    for key, limit in (("memory.ram_gb", config.memory.ram_gb), ("memory.gpu_gb", config.memory.gpu_gb)):
+    for key in ("memory.ram_gb", "memory.gpu_gb"):
+        limit = attrgetter(key)(config)
         if limit is not None and not (limit > 0 and math.isfinite(limit)):
             yield f"{key}={limit} must be a number above 0, or null for what the machine has"
 
 
 def _name_problems(config: Config) -> Iterator[str]:
-    for key, text in {
-        "model.path": config.model.path,
-        "data_root": config.data_root,
-        "calib.text": config.calib.text,
-    }.items():
+    for key in ("model.path", "data_root", "calib.text"):
+        text = attrgetter(key)(config)
         if text is not None and not text.strip():
             yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
-    one_of = {
-        "model.family": (config.model.family, tuple(families())),
-        "model.dtype": (config.model.dtype, DTYPES),
-        "wandb.mode": (config.wandb.mode, WANDB_MODES),
-    }
-    for key, (value, known) in one_of.items():
+    one_of = {"model.family": tuple(families()), "model.dtype": DTYPES, "wandb.mode": WANDB_MODES}
+    for key, known in one_of.items():
+        value = attrgetter(key)(config)
         if value not in known:
             yield f"{key}={value} is unknown; {did_you_mean(value, known)}"
     if Path(config.cache_dir).exists() and not Path(config.cache_dir).is_dir():

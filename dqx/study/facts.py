@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqx.common.digest import _content, _listing, code_version, digest
+from dqx.common.digest import code_version, digest, files_digest
 from dqx.common.environment import package_version
 from dqx.common.files import jsonable
 from dqx.common.tensors import tensor_digest
@@ -54,13 +54,11 @@ CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
 def model_facts(experiment: Experiment) -> dict[str, Any]:
     """What a model at full precision is."""
     device, model = experiment.device, experiment.config.model
-    cuda = device.type == "cuda"
+    cpu = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "fingerprint": experiment.fingerprint,
         "dtype": str(experiment.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{device.type} {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "outliers": jsonable(model.outliers),
         "mask_token_id": model.mask_token_id,
     }
@@ -69,14 +67,15 @@ def model_facts(experiment: Experiment) -> dict[str, Any]:
 def evaluation_facts(experiment: Experiment) -> dict[str, Any]:
     """What every task's result at full precision depends on, besides the task."""
     config, folder = experiment.config, experiment.checkpoint.folder
+    root = None if config.data_root is None else Path(config.data_root)
     return {
         **model_facts(experiment),
-        "texts": _content(path for pattern in CHECKPOINT_TEXTS for path in folder.glob(pattern)),
+        "texts": files_digest(path for pattern in CHECKPOINT_TEXTS for path in folder.glob(pattern)),
         "chat": config.model.chat,
         "sampler": jsonable(config.model.sampler),
         "seed": config.seed,
         "limit": config.task.limit,
-        "data": None if config.data_root is None else _listing(Path(config.data_root)),
+        "data": root and files_digest(root.rglob("*"), root, contents=False),
         "code": EVALUATION_CODE,
         "versions": {name: package_version(name) for name in VERSIONS},
     }
@@ -90,15 +89,9 @@ def quantization_facts(
     `method`, `bits` and `calib` are sections of the config, `calib` None for methods that read no text, `calibration`
     its batches.
     """
-    return {
-        "original": dict(original),
-        "method": jsonable(method),
-        "bits": jsonable(bits),
-        "calib": jsonable(calib),
-        "calibration": tokens_digest(calibration),
-        "seed": seed,
-        **_made_by(QUANTIZATION_CODE),
-    }
+    settings = jsonable({"method": method, "bits": bits, "calib": calib, "seed": seed})
+    read = rows_digest(calibration, "ids", "mask_ratio")
+    return {"original": dict(original), **settings, "calibration": read, **_made_by(QUANTIZATION_CODE)}
 
 
 def outlier_facts(
@@ -111,8 +104,8 @@ def outlier_facts(
 ) -> dict[str, Any]:
     """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
     at = [(tensor_digest([("ids", s.ids)]), s.step, s.prompt, s.mask_ratio) for s in states]
-    shown = {"tokens": tokens_digest(batches), "states": at}
-    return _measured(model, **shown, thresholds=thresholds, surfaces=surfaces)
+    tokens = rows_digest(batches, "ids", "mask_ratio")
+    return measurement_facts(model, tokens=tokens, states=at, thresholds=thresholds, surfaces=surfaces)
 
 
 def prediction_facts(
@@ -122,31 +115,15 @@ def prediction_facts(
 
     `model` as for `outlier_facts`; `rollout` has the answers of full precision.
     """
-    asked = tensor_digest(
-        (f"{i}.{name}", tensor)
-        for i, question in enumerate(questions)
-        for name, tensor in (("ids", question.ids), ("compared", question.compared))
-    )
+    asked = rows_digest(questions, "ids", "compared")
     at = [None if question.state is None else question.state.step for question in questions]
-    answers = tensor_digest([("ids", rollout.ids)])
-    return _measured(model, sampler=sampler, questions=asked, at=at, answers=answers, seed=seed)
+    return measurement_facts(model, sampler=sampler, questions=asked, at=at, answers=rollout.ids, seed=seed)
 
 
-def answer_facts(
-    model: Mapping[str, Any], *, sampler: Any, prompts: Tensor, gen_length: int, steps: int, seed: int
-) -> dict[str, Any]:
-    """What the answers that a model writes after `prompts` depend on, in all their states."""
-    asked = tensor_digest([("ids", prompts)])
-    return _measured(model, sampler=sampler, prompts=asked, gen_length=gen_length, steps=steps, seed=seed)
-
-
-def rollout_facts(model: Mapping[str, Any], *, sampler: Any, calib: Any, windows: Tensor, seed: int) -> dict[str, Any]:
-    """What the states that a model's sampler visits depend on, from the `windows` of text on."""
-    return _measured(model, sampler=sampler, calib=calib, tokens=tensor_digest([("ids", windows)]), seed=seed)
-
-
-def _measured(model: Mapping[str, Any], **shown: Any) -> dict[str, Any]:
-    return {"model": dict(model), **jsonable(shown), **_made_by(MEASUREMENT_CODE)}
+def measurement_facts(model: Mapping[str, Any], **shown: Any) -> dict[str, Any]:
+    """What a measurement on a model depends on: the model, what it is shown (of tensors their digest), and settings."""
+    plain = {k: tensor_digest([("ids", v)]) if isinstance(v, Tensor) else jsonable(v) for k, v in shown.items()}
+    return {"model": dict(model), **plain, **_made_by(MEASUREMENT_CODE)}
 
 
 def _made_by(code: str) -> dict[str, Any]:
@@ -159,7 +136,7 @@ def task_facts(name: str, spec: TaskSpec, steps: int | None, likelihood: Likelih
     if spec.kind == "likelihood":
         facts["likelihood"] = likelihood.deciding()
     if spec.text is not None and Path(spec.text).expanduser().is_file():
-        facts["content"] = _content([Path(spec.text).expanduser()])
+        facts["content"] = files_digest([Path(spec.text).expanduser()])
     return facts
 
 
@@ -169,13 +146,9 @@ def model_digest(model: nn.Module) -> str:
     return digest([settings, tensor_digest([*model.named_parameters(), *model.named_buffers()])])
 
 
-def tokens_digest(batches: Sequence[Any]) -> str:
-    """Hash of calibration batches: every token, and the share of masks."""
-    return tensor_digest(
-        (f"{i}.{name}", tensor)
-        for i, batch in enumerate(batches)
-        for name, tensor in (("ids", batch.ids), ("mask_ratio", batch.mask_ratio))
-    )
+def rows_digest(rows: Sequence[Any], *names: str) -> str:
+    """Hash of the tensors that calibration batches, or questions, have under these names."""
+    return tensor_digest((f"{i}.{name}", getattr(row, name)) for i, row in enumerate(rows) for name in names)
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

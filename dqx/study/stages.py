@@ -118,17 +118,13 @@ class Stages:
         def compute() -> dict[str, Tensor]:
             self.subjects.full_precision()
             batches = states()
-            return {
-                "ids": torch.cat([batch.ids for batch in batches]),
-                "mask_ratio": torch.cat([batch.mask_ratio for batch in batches]),
-            }
+            return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "mask_ratio")}
 
         with self.costs.stage("make the calibration states"):
             if not config.calib.rollout:
                 return states()
-            written = facts.rollout_facts(
-                self.subjects.facts, sampler=config.model.sampler, calib=config.calib, windows=windows, seed=config.seed
-            )
+            how = {"sampler": config.model.sampler, "calib": config.calib, "seed": config.seed}
+            written = facts.measurement_facts(self.subjects.facts, tokens=windows, **how)
             tensors, _ = self.cache.tensors(self._key("calibration", written), compute)
         rows = zip(tensors["ids"], tensors["mask_ratio"], strict=True)
         return [CalibBatch(ids[None], share[None]) for ids, share in rows]
@@ -147,11 +143,10 @@ class Stages:
             prompts = tokens[:, : settings.length // 2]
             steps = schedule(settings.gen_length, self.config.steps.count)
             how = {"gen_length": settings.gen_length, "steps": steps, "seed": seed}
+            sampler = self.config.model.sampler
+            answers = facts.measurement_facts(original.facts, sampler=sampler, prompts=prompts, **how)
             written, _ = self.cache.tensors(
-                self._key(
-                    "denoising",
-                    facts.answer_facts(original.facts, sampler=self.config.model.sampler, prompts=prompts, **how),
-                ),
+                self._key("denoising", answers),
                 lambda: {"ids": write(original.load().model, lm.sampler, prompts, **how).ids},
             )
             rollout = Rollout(written["ids"], prompts.shape[1], self.experiment.arch.mask_token_id)
@@ -214,9 +209,8 @@ class Stages:
 
         def compute() -> activations.OutlierStats:
             model = subject.load().model
-            return activations.measure_activations(
-                model, watched.windows, thresholds, states=watched.states, surfaces=surfaces
-            )
+            states = watched.states
+            return activations.measure_activations(model, watched.windows, thresholds, states=states, surfaces=surfaces)
 
         def keep(statistics: activations.OutlierStats) -> None:
             store.write_tensors(maps, statistics.maps)

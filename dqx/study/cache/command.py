@@ -108,13 +108,6 @@ def pruned(there: Sequence[Entry], max_gb: float | None, older_than: float | Non
     """Remove entries, least recently used first, and print how much came free."""
     old = [e for e in there if older_than is None or e.used < time.time() - older_than * DAY]
     excess = space.total(there) - max_gb * 1e9 if max_gb is not None else float("inf")
-    freed, removed, kept = 0, 0, 0
-    for entry in sorted(old, key=lambda entry: (not entry.heavy, entry.used)):
-        if freed >= excess:
-            break
-        if space.remove(entry):
-            freed += entry.bytes
-            removed += 1
-        else:
-            kept += 1
-    print(f"{removed} removed, {freed / 1e6:.3f} MB" + (f"; {kept} are in use and were left" if kept else ""))
+    removed, kept = space.remove_oldest(old, excess)
+    text = f"{len(removed)} removed, {space.total(removed) / 1e6:.3f} MB"
+    print(text + (f"; {kept} are in use and were left" if kept else ""))

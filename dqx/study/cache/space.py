@@ -56,13 +56,23 @@ def make_room(store: Store, needed: int, limit: int) -> bool:
     if needed > limit:
         return False
     there = entries(store.folder)
-    excess = sum(entry.bytes for entry in there) + needed - limit
-    for entry in sorted(there, key=lambda entry: (not entry.heavy, entry.used)):
-        if excess <= 0:
-            break
-        if ".journal." not in entry.path.name and remove(entry):
-            excess -= entry.bytes
+    remove_oldest((e for e in there if ".journal." not in e.path.name), total(there) + needed - limit)
     return True
+
+
+def remove_oldest(candidates: Iterable[Entry], excess: float) -> tuple[list[Entry], int]:
+    """Remove entries until `excess` bytes are free, in the order above. Returns those removed; how many are in use."""
+    removed: list[Entry] = []
+    freed = in_use = 0
+    for entry in sorted(candidates, key=lambda entry: (not entry.heavy, entry.used)):
+        if freed >= excess:
+            break
+        if remove(entry):
+            removed.append(entry)
+            freed += entry.bytes
+        else:
+            in_use += 1
+    return removed, in_use
 
 
 def remove(entry: Entry) -> bool:
