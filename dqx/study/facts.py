@@ -45,7 +45,7 @@ EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
 QUANTIZING = ("models", "formats", "quant", "data/calibration.py", "data/masking.py", "diffusion/noise.py")
 MEASURING = (
     *("models", "diffusion", "data/masking.py", "diagnostics/fidelity.py"),
-    *(f"diagnostics/activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats", "surface")),
+    *(f"diagnostics/activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats")),
 )
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
 CHECKPOINT_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
