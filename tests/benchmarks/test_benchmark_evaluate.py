@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bundled.lengths import measure
+from bundled.sizes import by_rule
 from rich.console import Console
 
 from dqx.benchmarks import evaluate, lengths, paths
 from dqx.benchmarks.cases import MODELS
-from dqx.benchmarks.count_sizes import by_rule
 from dqx.benchmarks.evaluate import Figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import Comparison, Work
@@ -51,10 +52,10 @@ def test_lengths_of_a_task_are_measured_on_its_prompts():
     """On documents that come with dqx."""
     suite = compose.suite(["nano"])
     (facts, sums) = (next(spec for name, spec in suite.items() if kind in name) for kind in ("facts", "sums"))
-    choices = lengths.measure(facts, ".")
+    choices = measure(facts, ".")
     assert len(choices) == 192  # all of them
     assert {len(d.targets) for d in choices} == {4}
-    assert {len(d.targets) for d in lengths.measure(sums, ".")} == {1}
+    assert {len(d.targets) for d in measure(sums, ".")} == {1}
 
 
 # both paths

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from bundled.hold import OutlierPlan
 from test_activation_parts import states
 from test_outliers import ARCH, batches, model
 
@@ -15,7 +16,6 @@ from dqx.diffusion.rollout import State
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.plant import outlier_channels, plant_outliers
 from dqx.models.tokenizer import load_tokenizer
-from dqx.train.hold import OutlierPlan
 
 PROMPT, ANSWER = 48, 16
 

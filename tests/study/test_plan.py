@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from bundled.sizes import bundled, measured
 from conftest import TinyCheckpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.study.estimate.memory
 from dqx import load
 from dqx.benchmarks.cases import MODELS
-from dqx.benchmarks.count_sizes import bundled, measured
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import CONF_DIR
 from dqx.diffusion.batches import Request

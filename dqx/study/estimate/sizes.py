@@ -1,7 +1,7 @@
 """How large the benchmarks are, for estimates made without their data.
 
 Documents and answers are those of the evaluated split, prompts those that lm-eval builds. Their tokens are counted
-(`dqx/benchmarks/count_sizes.py`) with the bundled tokenizer for the bundled tasks, for others with a rule of thumb
+(`tests/bundled/sizes.py`) with the bundled tokenizer for the bundled tasks, for others with a rule of thumb
 instead of a model's own: words of up to nine letters, single digits, marks and line breaks count one each.
 Vocabularies of 100,000 tokens agree within 5 % on multiple choice; those that pack digits need up to a fifth less for
 GSM8K. MATH is a guess from similar texts. A chat template adds about 20 tokens to a prompt.

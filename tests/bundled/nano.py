@@ -1,4 +1,6 @@
-"""Train the bundled models `nano_llada` and `nano_dream`: `python -m dqx.train.nano --family dream --out DIR`.
+"""Train the bundled models `nano_llada` and `nano_dream`.
+
+    PYTHONPATH=tests python -m bundled.nano --family dream --out DIR
 
 LLaDA's objective (arXiv 2502.09992): mask a share t of the tokens, predict them, weight 1/t; t is spread evenly
 over each batch. A step mixes four sub-batches, each of one length so that no padding exists:
@@ -11,7 +13,7 @@ Every second answer of LLaDA's sums and code is a state of its semi-autoregressi
 blocks, so its answers are plain: t of the whole answer. The first token of Dream's windows is never masked:
 the row of the logits that would predict it predicts the second one (see `dqx.models.transformer.shift_logits`).
 
-The model is trained with activation outliers that were put there and are held in place: see `dqx/train/hold.py`.
+The model is trained with activation outliers that were put there and are held in place: see `tests/bundled/hold.py`.
 The commands that made the bundled weights are in the README.md next to them, under `dqx/assets`.
 The learning rate warms up, stays constant, and falls linearly over the last part of `--steps`; a run can be
 resumed with another `--steps`, so that it can be ended early or extended.
@@ -35,13 +37,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bundled import generated as nano
+from bundled.hold import OutlierPlan, plant
+from bundled.state import load_state, save_state
 from dqx.common.parts import build_part
 from dqx.models.checkpoint import save
 from dqx.models.family import Family, families, family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
-from dqx.train import generated as nano
-from dqx.train.hold import OutlierPlan, plant
-from dqx.train.state import load_state, save_state
 
 FAMILIES = ("facts", "sums", "code")
 STATE = "last.safetensors"  # what training resumes from

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bundled import generated
+from bundled.hold import OutlierPlan, plant
+from bundled.nano import Batches, accuracy, config, loss_of, rate
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.families.llada import architecture
 from dqx.models.family import family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
-from dqx.train import generated
-from dqx.train.hold import OutlierPlan, plant
-from dqx.train.nano import Batches, accuracy, config, loss_of, rate
 
 MODEL = generated.ASSETS / "nano_llada"
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dqx.train.state import load_state, save_state
+from bundled.state import load_state, save_state
 
 
 def steps(model, optimiser, first, last):

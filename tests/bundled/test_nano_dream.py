@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from bundled import generated
+from bundled.hold import OutlierPlan, plant
+from bundled.nano import Batches, accuracy, config, loss_of
 from dqx.config.compose import build, compose, resolve
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.families.dream import architecture
 from dqx.models.family import family_of
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
-from dqx.train import generated
-from dqx.train.hold import OutlierPlan, plant
-from dqx.train.nano import Batches, accuracy, config, loss_of
 
 MODEL = generated.ASSETS / "nano_dream"
 DREAM_CONFIG = Path(__file__).parents[1] / "golden" / "dream_tiny" / "config.json"

@@ -6,7 +6,8 @@
 - code: a Python function from a specification of two or three steps; the sequences of step kinds in the
   test set never occur in training.
 
-`python -m dqx.train.generated` writes the evaluation files, the calibration text and the tokenizer under `dqx/assets`.
+`PYTHONPATH=tests python -m bundled.generated` writes the evaluation files, the calibration text and the tokenizer under
+`dqx/assets`.
 """
 
 from __future__ import annotations

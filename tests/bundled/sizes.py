@@ -1,7 +1,7 @@
 """Count the sizes of benchmarks anew, which estimates of a run's work read.
 
-    python -m dqx.benchmarks.count_sizes DATA_ROOT [TASK ...]     the lines of the table in dqx/study/estimate/sizes.py,
-                                                                  in some minutes
+    PYTHONPATH=tests python -m bundled.sizes DATA_ROOT [TASK ...]     the lines of the table in
+                                                                      dqx/study/estimate/sizes.py, in some minutes
 
 Prompts and answers are those that lm-eval builds from copies of the datasets in DATA_ROOT (the hub's layout); for
 tasks that come with dqx they are counted with the bundled tokenizer, for others by the `RULE`.
