@@ -5,6 +5,7 @@ PYTHONPATH=tests python -m bundled.lengths --data-root PATH      writes lengths.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
