@@ -104,11 +104,11 @@ def dispatch(config: Config, folder: Path) -> None:
         with watched(config.hang_minutes, folder / LOG):
             run(experiment, folder, origin)
         return
-    from dqx.launch.workers.messages import Job
+    from dqx.launch.workers.messages import SharedRun
     from dqx.launch.workers.team import share
 
     logging_settings: Any = OmegaConf.to_container(settings.job_logging, resolve=True)
-    share(Job(config, folder.absolute(), origin, count, logging_settings))
+    share(SharedRun(config, folder.absolute(), origin, count, logging_settings))
 
 
 def in_wandb_sweep() -> bool:

@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 
 from dqx.config.schema import ConfigProblems
-from dqx.launch.search import Interval, Outcome, Search, Space, measure, unknown_objectives
-from dqx.launch.sweeper import Job, Sweeper, grouped, resolved
+from dqx.launch.search import Interval, Measurement, Search, Space, measure, unknown_objectives
+from dqx.launch.sweeper import Combination, Sweeper, grouped, resolved
 from dqx.record.outcomes import launched
 
 
@@ -64,7 +64,7 @@ class ParetoSweeper(Sweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         launched.extend(folder / outcome.folder for outcome in search.outcomes())
 
-        def launch(points: list[list[str]]) -> list[Outcome]:
+        def launch(points: list[list[str]]) -> list[Measurement]:
             runs = self.start(self.judge([[*fixed, *point] for point in points]))
             return [measure(run, list(search.objectives)) for run in runs]
 
@@ -72,7 +72,7 @@ class ParetoSweeper(Sweeper):
         search.write()
         sys.stdout.write(f"\n{search.table()}\nSearch:  {folder / 'pareto.json'}\n")
 
-    def unknown_objectives(self, judged: Sequence[Job]) -> list[str]:
+    def unknown_objectives(self, judged: Sequence[Combination]) -> list[str]:
         """Those that the runs of the search, here the first that can work, will not have."""
         config = next(resolved(job.config) for job in judged if job.config and not job.problems)
         named = {"minimize": self.minimize, "maximize": self.maximize}

@@ -41,7 +41,7 @@ Space = Mapping[str, list[str] | Interval]  # a key of the command line -> its v
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Measurement:
     """What one run came to: values by objective, or why it has none."""
 
     folder: str
@@ -57,7 +57,7 @@ class Trial:
     """One point of the search, and whether no other is at least as good everywhere and better somewhere."""
 
     overrides: list[str]
-    outcome: Outcome
+    outcome: Measurement
     on_front: bool
 
 
@@ -131,12 +131,12 @@ class Search:
             self.study.enqueue_trial(self._untried({*known, *asked}))
         return list(asked.values())
 
-    def tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
+    def tell(self, trial: optuna.Trial, outcome: Measurement) -> None:
         """Keep what a run came to."""
         trial.set_user_attr("outcome", asdict(outcome))
         self._tell(trial, outcome)
 
-    def run(self, trials: int, batch: int, launch: Callable[[list[list[str]]], Sequence[Outcome]]) -> None:
+    def run(self, trials: int, batch: int, launch: Callable[[list[list[str]]], Sequence[Measurement]]) -> None:
         """Until `trials` points are measured, the front written after every batch of runs."""
         while (left := trials - len(self._measured())) > 0 and (asked := self.ask(min(batch, left))):
             outcomes = launch([list(trial.user_attrs["overrides"]) for trial in asked])
@@ -156,7 +156,7 @@ class Search:
         ]
         return sorted(found, key=lambda t: (t.outcome.values is None, t.outcome.average_bits or 0))
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Measurement]:
         """What was measured, in the order of the runs."""
         return [outcome for _, outcome in self._measured()]
 
@@ -209,11 +209,11 @@ class Search:
             if tuple(f"{key}={value}" for key, value in point.items()) not in tried:
                 return point
 
-    def _measured(self) -> list[tuple[list[str], Outcome]]:
+    def _measured(self) -> list[tuple[list[str], Measurement]]:
         kept = [t.user_attrs for t in self.study.get_trials(deepcopy=False) if "outcome" in t.user_attrs]
-        return [(list(attrs["overrides"]), Outcome(**attrs["outcome"])) for attrs in kept]
+        return [(list(attrs["overrides"]), Measurement(**attrs["outcome"])) for attrs in kept]
 
-    def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
+    def _tell(self, trial: optuna.Trial, outcome: Measurement) -> None:
         if outcome.values is None:
             self.study.tell(trial, state=_failed())
         else:
@@ -225,7 +225,7 @@ class Search:
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
             if "outcome" in trial.user_attrs:
-                outcome = Outcome(**trial.user_attrs["outcome"])
+                outcome = Measurement(**trial.user_attrs["outcome"])
                 values = None if outcome.values is None else [outcome.values[n] for n in self.objectives]
                 self.study.tell(trial.number, values, state=None if values else _failed())
                 continue
@@ -243,11 +243,11 @@ class Search:
         self.study.set_user_attr("search", mine)
 
 
-def measure(folder: Path, objectives: Sequence[str]) -> Outcome:
+def measure(folder: Path, objectives: Sequence[str]) -> Measurement:
     """What the run in a folder came to. Raises ConfigProblems for an objective that its record does not have."""
     failed = failures([folder]).get(folder)
     if failed:
-        return Outcome(folder.name, reason=failed.reason, refused=failed.refused)
+        return Measurement(folder.name, reason=failed.reason, refused=failed.refused)
     from dqx.record.deltas import headline
     from dqx.record.folder import RunFolder
     from dqx.record.summary import summary
@@ -262,7 +262,9 @@ def measure(folder: Path, objectives: Sequence[str]) -> Outcome:
     values = {name: float(summary(record)[name]) if name in found else math.nan for name in objectives}
     lost = [name for name, value in values.items() if not math.isfinite(value)]
     if lost:
-        return Outcome(folder.name, average_bits=record.average_bits, reason=f"{', '.join(lost)} is no finite number")
+        return Measurement(
+            folder.name, average_bits=record.average_bits, reason=f"{', '.join(lost)} is no finite number"
+        )
     rows = {f"delta/{row.name}": row for row in record.deltas}
     rows.setdefault("delta/average", headline(record.deltas))
     intervals = {
@@ -270,7 +272,7 @@ def measure(folder: Path, objectives: Sequence[str]) -> Outcome:
         for name in objectives
         if (row := rows.get(name)) and row.low is not None and row.high is not None
     }
-    return Outcome(folder.name, values, intervals, record.average_bits)
+    return Measurement(folder.name, values, intervals, record.average_bits)
 
 
 def unknown_objectives(config: Config, names: Sequence[str]) -> list[str]:
@@ -318,7 +320,7 @@ def _problems(space: Space, minimize: Sequence[str], maximize: Sequence[str], sa
     return found
 
 
-def _cell(name: str, outcome: Outcome) -> str:
+def _cell(name: str, outcome: Measurement) -> str:
     assert outcome.values is not None
     limits = (outcome.intervals or {}).get(name)
     return f"{outcome.values[name]:.4g}" + (f" [{limits[0]:.3g}, {limits[1]:.3g}]" if limits else "")

@@ -30,7 +30,7 @@ NAMED = 4  # so many runs are named where several have the same problem
 
 
 @dataclass
-class Job:
+class Combination:
     """A run as its overrides, and what it came to when it was judged."""
 
     overrides: Sequence[str]
@@ -71,14 +71,14 @@ class Sweeper(BasicSweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         self.start(judged)
 
-    def judge(self, jobs: Sequence[Sequence[str]]) -> list[Job]:
+    def judge(self, jobs: Sequence[Sequence[str]]) -> list[Combination]:
         """Compose every run and look for what keeps it from working, as far as that can be told here.
 
         Raises ConfigProblems where one cannot be composed.
         """
         assert self.hydra_context is not None
         assert self.config is not None
-        judged = [Job(overrides) for overrides in jobs]
+        judged = [Combination(overrides) for overrides in jobs]
         for job in judged:
             try:
                 job.config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.overrides))
@@ -99,7 +99,7 @@ class Sweeper(BasicSweeper):
         except ConfigProblems as error:
             return error.problems
 
-    def start(self, judged: Sequence[Job]) -> list[Path]:
+    def start(self, judged: Sequence[Combination]) -> list[Path]:
         """Launch the runs that can work and say what is wrong with the others. The folders of all, in order.
 
         What became of the runs is in their folders.
@@ -120,7 +120,7 @@ class Sweeper(BasicSweeper):
             self.launcher.launch([list(job.overrides) for job in able[at : at + size]], initial_job_idx=first + at)
         return [folders[id(job)] for job in judged]
 
-    def folder(self, job: Job, number: int) -> Path:
+    def folder(self, job: Combination, number: int) -> Path:
         """Where a run leaves its record."""
         assert self.config is not None
         assert job.config is not None
@@ -137,7 +137,7 @@ def resolved(composed: DictConfig) -> Config:
     return resolve(config)
 
 
-def grouped(jobs: Iterable[Job]) -> list[str]:
+def grouped(jobs: Iterable[Combination]) -> list[str]:
     """Every problem once, with the runs that have it by what tells them apart."""
     jobs = list(jobs)
     shared = set.intersection(*(set(job.overrides) for job in jobs))

@@ -15,7 +15,7 @@ import pytest
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR, ConfigProblems
 from dqx.launch.pareto import ParetoSweeper
-from dqx.launch.search import Interval, Outcome, Search, dominates, unknown_objectives
+from dqx.launch.search import Interval, Measurement, Search, dominates, unknown_objectives
 
 pytest.importorskip("optuna", reason="pip install -e '.[search]'")
 
@@ -35,7 +35,7 @@ class Fake:
         self.seen: list[tuple[str, ...]] = []
         self.killed_at = killed_at
 
-    def __call__(self, points: list[list[str]]) -> Sequence[Outcome]:
+    def __call__(self, points: list[list[str]]) -> Sequence[Measurement]:
         found = []
         for point in points:
             if len(self.seen) == self.killed_at:
@@ -45,12 +45,12 @@ class Fake:
         return found
 
 
-def outcome(point: Sequence[str]) -> Outcome:
+def outcome(point: Sequence[str]) -> Measurement:
     o, down = (int(setting.partition("=")[2]) for setting in point)
     if (o, down) == (3, 8):
-        return Outcome("run", reason="such widths cannot be", refused=True)
+        return Measurement("run", reason="such widths cannot be", refused=True)
     bits = (o + 2 * down) / 3
-    return Outcome("run", {"average_bits": bits, "delta/average": -((o - 4) ** 2) - abs(down - 4) / 7}, {}, bits)
+    return Measurement("run", {"average_bits": bits, "delta/average": -((o - 4) ** 2) - abs(down - 4) / 7}, {}, bits)
 
 
 def grid() -> list[tuple[str, ...]]:
@@ -98,9 +98,9 @@ def test_numbers_from_an_interval(tmp_path: Path) -> None:
     found = search(tmp_path, space={"x": Interval(1e-3, 1.0, log=True)}, minimize=["x"], maximize=[])
     runs: list[float] = []
 
-    def launch(points: list[list[str]]) -> list[Outcome]:
+    def launch(points: list[list[str]]) -> list[Measurement]:
         runs.extend(float(point[0].removeprefix("x=")) for point in points)
-        return [Outcome("run", {"x": runs[-1]})]
+        return [Measurement("run", {"x": runs[-1]})]
 
     found.run(5, 1, launch)
     assert len(set(runs)) == 5

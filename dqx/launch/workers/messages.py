@@ -25,7 +25,7 @@ JOB, DEATHS = "job.yaml", "deaths.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class SharedRun:
     """A run, and how many processes share it."""
 
     config: Config
@@ -39,14 +39,14 @@ class Job:
         (folder / JOB).write_text(text, encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
-        found = yaml.safe_load((folder / JOB).read_text(encoding="utf-8"))
+    def read(cls, folder: Path) -> SharedRun:
+        values = yaml.safe_load((folder / JOB).read_text(encoding="utf-8"))
         return cls(
-            restored(found["config"]),
-            Path(found["folder"]),
-            Origin(**found["origin"]),
-            found["processes"],
-            found["logging"],
+            restored(values["config"]),
+            Path(values["folder"]),
+            Origin(**values["origin"]),
+            values["processes"],
+            values["logging"],
         )
 
 

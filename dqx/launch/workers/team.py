@@ -22,7 +22,7 @@ from dqx.common.devices import gpus
 from dqx.common.heartbeat import Sign
 from dqx.config.schema import ConfigProblems
 from dqx.launch.workers import messages
-from dqx.launch.workers.messages import Job, Report
+from dqx.launch.workers.messages import Report, SharedRun
 from dqx.record.outcomes import RunEnded
 
 POLL = 0.2  # seconds between two looks at the processes
@@ -31,7 +31,7 @@ GRACE = 10.0  # seconds to leave, before they are killed
 DUMP = 1.0  # seconds to write down where they hang
 
 
-def share(job: Job) -> None:
+def share(job: SharedRun) -> None:
     """Have the job done by its processes; its record is written when this returns.
 
     Raises ConfigProblems for what they found wrong with the configuration or its files, RunEnded for anything else.
@@ -48,7 +48,7 @@ def share(job: Job) -> None:
 
 
 @contextmanager
-def started(job: Job, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(job: SharedRun, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The launcher of the processes; at the end of the block neither it nor they are left."""
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // job.processes)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -77,13 +77,13 @@ def started(job: Job, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
                 launcher.wait()
 
 
-def signs(job: Job, folder: Path) -> dict[int, Sign]:
+def signs(job: SharedRun, folder: Path) -> dict[int, Sign]:
     """What the processes that have begun tell of themselves, by rank."""
     found = {rank: heartbeat.read(folder / f"{rank}.sign") for rank in range(job.processes)}
     return {rank: sign for rank, sign in found.items() if sign is not None}
 
 
-def watch(job: Job, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
+def watch(job: SharedRun, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
     """Wait for the processes. Returns why they must be ended: none has moved for `hang_minutes`; else nothing."""
     known: dict[int, Sign] = {}
     moved = {-1: time.monotonic()}  # by rank, on a clock that nobody sets and that sleeps with the machine
@@ -101,7 +101,7 @@ def watch(job: Job, folder: Path, launcher: subprocess.Popen[bytes]) -> str:
     return ""
 
 
-def patience(job: Job, known: dict[int, Sign]) -> float:
+def patience(job: SharedRun, known: dict[int, Sign]) -> float:
     """Seconds without a move after which the run hangs: the longer while processes begin, on a busy machine slowly."""
     minutes = job.config.hang_minutes
     seconds = float("inf") if minutes is None else 60 * minutes
@@ -109,7 +109,7 @@ def patience(job: Job, known: dict[int, Sign]) -> float:
     return seconds if len(begun) == job.processes else max(seconds, STARTUP)
 
 
-def hang(job: Job, known: dict[int, Sign], moved: dict[int, float]) -> str:
+def hang(job: SharedRun, known: dict[int, Sign], moved: dict[int, float]) -> str:
     """Why a run that hangs was ended: what each process was doing, and since when."""
     now, clock = datetime.now(), time.monotonic()
     seen = [
@@ -122,7 +122,7 @@ def hang(job: Job, known: dict[int, Sign], moved: dict[int, float]) -> str:
     return f"it hung: nothing moved for {minutes:g} minutes ({', '.join(seen)}); where they hung is in run.log"
 
 
-def failure(job: Job, folder: Path, code: int) -> Exception:
+def failure(job: SharedRun, folder: Path, code: int) -> Exception:
     """What the processes failed of. That of the first counts, unless all it says is that another one was gone."""
     told, ended = messages.reports(folder, job.processes), messages.deaths(folder)
     own = [report for report in told if not report.lost]
@@ -136,7 +136,7 @@ def failure(job: Job, folder: Path, code: int) -> Exception:
     return RunEnded(f"its {job.processes} processes could not be started (exit code {code})")
 
 
-def _reported(job: Job, report: Report) -> Exception:
+def _reported(job: SharedRun, report: Report) -> Exception:
     if report.problems:
         return ConfigProblems(report.problems)
     return RunEnded(f"process {report.rank + 1} of {job.processes} failed: {report.reason}", report.traceback)

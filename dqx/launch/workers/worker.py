@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dqx.common import heartbeat
-from dqx.launch.workers.messages import Job, Report
+from dqx.launch.workers.messages import Report, SharedRun
 from dqx.record.outcomes import LOG, why
 
 
@@ -25,7 +25,7 @@ def main(folder: Path) -> int:
     threading.Thread(target=leave_with_launch, daemon=True).start()
     rank = int(os.environ["RANK"])
     heartbeat.start(folder / f"{rank}.sign")
-    job = Job.read(folder)
+    job = SharedRun.read(folder)
     with (job.folder / LOG).open("a") as log:
         faulthandler.register(signal.SIGUSR1, log)  # `team.py` asks for it before it ends a run that hangs
         if rank:
@@ -36,7 +36,7 @@ def main(folder: Path) -> int:
         return work(job, folder, rank)
 
 
-def work(job: Job, folder: Path, rank: int) -> int:
+def work(job: SharedRun, folder: Path, rank: int) -> int:
     """Run the job. Returns the exit code."""
     from dqx.common.processes import Lost, processes, state
     from dqx.config.schema import ConfigProblems
