@@ -1,23 +1,31 @@
 """Parts: mappings with a `_target_` (a class) and its options, as `method.rounding` or `model.sampler` are.
 
-A part is usually a dataclass, whose fields are the options. `part_problems` checks names and types of all options
-before anything is built, because a typo in one should not hide a typo in another.
+A configuration may come from somebody else, so only two kinds of classes are ever imported and built: dqx's own parts,
+which are the dataclasses of `PACKAGES`, and classes of modules that were named as trusted: in the setting `parts`, or
+by an installed package in its entry points `dqx.parts`. `part_problems` checks names and types of all options before
+anything is built, because a typo in one should not hide a typo in another.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, Union, get_args, get_origin, get_type_hints
-
-from hydra.utils import instantiate
 
 from dqx.common.names import did_you_mean
 
 RESERVED = ("_target_", "_convert_")
 SIMPLE = (bool, int, float, str)
+#: Where dqx's parts are defined.
+PACKAGES = ("dqx.quant", "dqx.diffusion.samplers")
+#: Entry points by which an installed package names a module with parts: `my_team = "my_team.methods"`.
+ENTRY_POINTS = "dqx.parts"
+#: Modules and packages that the setting `parts` named in this process.
+TRUSTED: set[str] = set()
 #: Where classes are that older configurations, bundles and quantized folders name: former `_target_` -> present one.
 MOVED = {
     "dqx.diffusion.llada.LLaDASampler": "dqx.diffusion.samplers.llada.LLaDASampler",
@@ -25,18 +33,26 @@ MOVED = {
 }
 
 
+def trust(modules: Iterable[str]) -> None:
+    """Let the classes of modules, or of whole packages, be parts: in this process, from now on."""
+    TRUSTED.update(modules)
+
+
 def build_part(part: Mapping[str, Any]) -> Any:
-    """The object a part describes, its own parts included. Call `part_problems` first to hear of mistakes."""
-    return instantiate(_present(part), _convert_="all")
+    """The object a part describes, its own parts included. Call `part_problems` first to hear of mistakes.
+
+    Raises Untrusted for a class that may not be built.
+    """
+    cls = locate(part["_target_"])
+    return cls(**{key: _built(value) for key, value in part.items() if key not in RESERVED})
 
 
-def _present(part: Any) -> Any:
-    """A part, and the parts inside it, with the classes where they are now."""
-    if not isinstance(part, Mapping):
-        return part
-    target = part.get("_target_")
-    renamed = {} if target is None else {"_target_": MOVED.get(target, target)}
-    return {key: _present(value) for key, value in part.items()} | renamed
+def _built(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build_part(value)
+        return {key: _built(inner) for key, inner in value.items()}
+    return [_built(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def part_problems(part: Any, where: str) -> list[str]:
@@ -49,9 +65,11 @@ def part_problems(part: Any, where: str) -> list[str]:
         return [f"{where} has no _target_, the class to build; see conf/ for examples"]
     target = part["_target_"]
     try:
-        cls = locate(str(target))
+        cls = locate(target)
         accepted = inspect.signature(cls).parameters
-    except Exception as error:  # whatever the import of somebody's module raises
+    except Untrusted as error:
+        return [f"{where}._target_={target} {error}"]
+    except Exception as error:  # whatever the import of a trusted module raises
         return [f"{where}._target_={target} cannot be imported: {str(error).splitlines()[0]}"]
     problems = []
     options = {key: value for key, value in part.items() if key not in RESERVED}
@@ -61,10 +79,8 @@ def part_problems(part: Any, where: str) -> list[str]:
             problems.append(f"{where}.{key} is no option of {cls.__name__}; {did_you_mean(key, accepted)}")
         elif not fits(value, hints.get(key, Any)):
             problems.append(f"{where}.{key}={value!r} is not of type {type_name(hints[key])}")
-        elif isinstance(value, Mapping):
-            inner = {"": value} if "_target_" in value else {f".{name}": node for name, node in value.items()}
-            for name, node in inner.items():
-                problems += part_problems(node, f"{where}.{key}{name}")
+        else:
+            problems += _inner_problems(value, f"{where}.{key}")
     for name, parameter in accepted.items():
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         if required and name not in options:
@@ -72,10 +88,39 @@ def part_problems(part: Any, where: str) -> list[str]:
     return problems
 
 
-def locate(target: str) -> Any:
-    """The class at a dotted path. Raises whatever its import raises."""
-    module, _, name = MOVED.get(target, target).rpartition(".")
-    return getattr(import_module(module), name)
+def _inner_problems(value: Any, where: str) -> list[str]:
+    """Problems of the parts in an option: the part itself, parts by name, or a list that may hold some."""
+    if isinstance(value, Mapping):
+        inner = {where: value} if "_target_" in value else {f"{where}.{name}": node for name, node in value.items()}
+        return [problem for place, node in inner.items() for problem in part_problems(node, place)]
+    if isinstance(value, list | tuple):
+        items = [(node, f"{where}[{i}]") for i, node in enumerate(value)]
+        return [problem for node, place in items for problem in _inner_problems(node, place)]
+    return []
+
+
+class Untrusted(ValueError):
+    """A `_target_` that is neither a part of dqx nor in a trusted module."""
+
+
+def locate(target: str) -> type:
+    """The class at a dotted path. Raises Untrusted before anything is imported, else what the import raises."""
+    module, _, name = MOVED.get(target, str(target)).rpartition(".")
+    own = {*TRUSTED, *(entry.value for entry in entry_points(group=ENTRY_POINTS))}
+    if not _within(module, (*PACKAGES, *own)):
+        raise Untrusted(f"is no part of dqx; of your own parts, name the module: parts=[{module or 'MODULE'}]")
+    cls = getattr(import_module(module), name)
+    if not isinstance(cls, type) or not (_within(cls.__module__, own) or (_within(module, PACKAGES) and _is_ours(cls))):
+        raise Untrusted("is no class that describes a part; see conf/ for examples")
+    return cls
+
+
+def _is_ours(cls: type) -> bool:
+    return _within(cls.__module__, PACKAGES) and is_dataclass(cls)
+
+
+def _within(module: str, packages: Iterable[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def fits(value: Any, hint: Any) -> bool:

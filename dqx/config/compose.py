@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqx.common.names import approximations, did_you_mean, method_label
-from dqx.common.parts import build_part, part_problems
+from dqx.common.parts import build_part, part_problems, trust
 from dqx.config.schema import (
     CONF_DIR,
     GROUPS,
@@ -125,7 +125,7 @@ def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR, *, wit
 
 
 def resolve(cfg: DictConfig) -> Config:
-    """The typed configuration with every interpolation resolved.
+    """The typed configuration with every interpolation resolved; the modules it names as `parts` are trusted.
 
     Raises ConfigProblems for keys without a place in the schema (`+model.nam=x` gets past Hydra), for values that
     are missing and for interpolations that fail.
@@ -141,6 +141,7 @@ def resolve(cfg: DictConfig) -> Config:
 
         raise ConfigProblems([*problems, *explain(error)]) from error
     assert isinstance(config, Config)
+    trust(config.parts)
     return config
 
 

@@ -180,6 +180,7 @@ class Config:
         "auto"  # auto, shared, separate or a number: how runs use the GPUs of a machine (dqx/launch/dispatch.py)
     )
     hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
+    parts: list[str] = field(default_factory=list)  # your own modules whose classes a `_target_` may name
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/study/plan)
