@@ -6,6 +6,7 @@ config = resolve(compose(["method=gptq", "bits=4"]))
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -153,12 +154,12 @@ def restored(values: Mapping[str, Any]) -> Config:
 
 
 def literal(value: Any) -> Any:
-    """`value` with what OmegaConf would take for an interpolation escaped."""
+    """`value` with what OmegaConf would take for an interpolation escaped, and every backslash before it doubled."""
     if isinstance(value, Mapping):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [literal(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def select(*, method: str, bits: str | int, model: ModelConfig | None = None, overrides: Sequence[str] = ()) -> Config:

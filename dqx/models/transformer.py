@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pkgutil import resolve_name
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqx.common.heartbeat import beat
-from dqx.common.parts import locate
 from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache
 
@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 def block_of(arch: Architecture) -> Block:
     """A new block of the class that the architecture names."""
-    block: Block = locate(arch.block)(arch)
+    block: Block = resolve_name(arch.block)(arch)
     return block
 
 

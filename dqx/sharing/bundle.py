@@ -23,13 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 FORMAT, SCHEMA_VERSION = "dqx bundle", 1
 SUFFIX = ".dqx.zip"
 MANIFEST, REPORT = "bundle.json", "REPORT.md"
 RECORD = ("config.yaml", "environment.json", "results.json", "quantization.json", "outliers.json")
+KEY = re.compile(r"[\w.+-]{1,200}")  # a setting
 ALLOWED = re.compile(r"documents/[\w+-][\w.+-]*\.jsonl")
-LARGEST = 512 * 2**20  # bytes of a member, and of all of them, unpacked
+LARGEST = 128 * 2**20  # bytes of all members, unpacked
+LARGEST_PARSED = 8 * 2**20  # bytes of a member that is read as a whole; documents are read line by line
+LONGEST_NUMBER = 400  # digits
+DEEPEST = 40  # lists and mappings inside each other
 MOST = 1000  # members
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's first moment: bundles do not depend on when they were written
 
 
@@ -46,10 +53,7 @@ class Bundle:
 
     def json(self, name: str) -> Any:
         """A member's content. Raises BundleError where it is no JSON."""
-        try:
-            return json.loads(self.members[name])
-        except ValueError as error:
-            raise BundleError(f"{name} is no JSON: {error}") from error
+        return parsed(name, self.members[name])
 
     def unpack(self, folder: Path) -> Path:
         """Write the members into `folder`, which then reads like a run's. Returns it."""
@@ -105,21 +109,53 @@ def _contents(archive: zipfile.ZipFile) -> dict[str, bytes]:
         raise BundleError(f"it is larger than any bundle ({MOST} members, {LARGEST >> 20} MiB unpacked)")
     contents, left = {}, LARGEST
     for entry in entries:
+        name, most = entry.filename, left if ALLOWED.fullmatch(entry.filename) else min(left, LARGEST_PARSED)
         with archive.open(entry) as file:
-            contents[entry.filename] = file.read(left + 1)  # whatever size the entry claims
-        left -= len(contents[entry.filename])
-        if left < 0:
-            raise BundleError(f"it is larger than any bundle ({LARGEST >> 20} MiB unpacked)")
+            contents[name] = file.read(most + 1)  # whatever size the entry claims
+        if len(contents[name]) > most:
+            raise BundleError(f"{name} is larger than in any bundle ({most >> 20} MiB unpacked)")
+        left -= len(contents[name])
     return contents
+
+
+def parsed(name: str, content: bytes) -> Any:
+    """The JSON of a member. Raises BundleError where it is none, or nested deeper than anything that dqx writes."""
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise BundleError(f"{name} is no JSON: {error}") from error
+    except RecursionError as error:
+        raise BundleError(f"{name} has lists inside lists without end") from error
+
+
+def plain_yaml(name: str, content: bytes) -> Any:
+    """The YAML of a member: scalars, lists and mappings, as dqx writes them.
+
+    Raises BundleError for anchors (a few of them can stand for 10^9 values), tags and deep nesting, before any value is
+    made, and for what is no YAML.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(content, Loader=LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise BundleError(f"{name} has anchors or tags, which dqx never writes")
+            number = isinstance(event, yaml.ScalarEvent) and not event.style and event.value[:1] in "+-.0123456789"
+            if number and len(event.value) > LONGEST_NUMBER:  # 1:1:1:... takes time that grows with its square
+                raise BundleError(f"{name} has a number of {len(event.value)} digits")
+            if depth > DEEPEST:
+                raise BundleError(f"{name} is nested deeper than {DEEPEST} levels")
+        return yaml.load(content, Loader=LOADER)
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"{name} is no YAML: {str(error).splitlines()[0]}") from error
 
 
 def _manifest(content: bytes | None) -> dict[str, Any]:
     if content is None:
         raise BundleError(f"it is a zip file without {MANIFEST}: no bundle of dqx")
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:
-        raise BundleError(f"{MANIFEST} is no JSON: {error}") from error
+    manifest = parsed(MANIFEST, content)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{MANIFEST} does not say that this is a {FORMAT}")
     version = manifest.get("schema_version")
@@ -127,7 +163,13 @@ def _manifest(content: bytes | None) -> dict[str, Any]:
         raise BundleError(
             f"it has schema version {version}, written by dqx {manifest.get('dqx')}; this dqx reads {SCHEMA_VERSION}"
         )
-    return manifest
+    give_anew = manifest.get("give_anew", [])
+    if not isinstance(give_anew, list) or not all(isinstance(key, str) and KEY.fullmatch(key) for key in give_anew):
+        raise BundleError(f"{MANIFEST}: give_anew is no list of settings")
+    data = manifest.get("data", {})
+    if not isinstance(data, dict) or not all(isinstance(digest, str) for digest in data.values()):
+        raise BundleError(f"{MANIFEST}: data has no fingerprints")
+    return manifest | {"give_anew": give_anew, "data": data}
 
 
 def _check(manifest: Mapping[str, Any], members: Mapping[str, bytes]) -> None:

@@ -25,11 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from dqx.config.compose import literal
 from dqx.config.schema import CONF_DIR, GROUPS, ConfigProblems
 from dqx.formats.bits import BitsConfig, label
+from dqx.record.compare import PLACES
 from dqx.sharing import bundle
 
 FLAG = "--from"
 NAME = "shared_run"  # of the configuration in Hydra's store
 GROUP = re.compile(rf"[+~]*({'|'.join(GROUPS)})(/[\w/]+)?(@[\w.]+)?(=.*)?")
+PARTS = "parts"  # the setting that names trusted modules; a bundle cannot set it
 MEANINGS = {"data_root": "FOLDER_WITH_THE_DATASET_COPIES", "model.path": "FOLDER_OR_HUB_ID"}
 
 
@@ -61,6 +63,12 @@ def replayed(argv: Sequence[str]) -> list[str]:
             f"this run has read local files that are not in the bundle: {', '.join(missing)}; "
             f"add them to the command: {anew}"
         )
+    modules = _trusted_there(shared)
+    if modules and not any(_sets(a, PARTS) for a in rest):
+        problems.append(
+            f"this run has used parts of {', '.join(modules)}, which are not in the bundle; "
+            f"if you have that code and trust it, add {shlex.quote(f'{PARTS}=[{chr(44).join(modules)}]')}"
+        )
     if problems:
         raise ConfigProblems(problems)
     ConfigStore.instance().store(name=NAME, node=node | {"bundle": str(path)})
@@ -68,21 +76,32 @@ def replayed(argv: Sequence[str]) -> list[str]:
 
 
 def settings(shared: bundle.Bundle) -> dict[str, Any]:
-    """The bundle's configuration as a primary config of Hydra's. Raises BundleError where it is none."""
-    try:
-        config = yaml.safe_load(shared.members["config.yaml"])
-    except yaml.YAMLError as error:
-        raise bundle.BundleError(f"config.yaml is no YAML: {error}") from error
+    """The bundle's configuration as a primary config of Hydra's. Raises BundleError where it is none.
+
+    Only settings of a run are taken: neither Hydra's own, nor where things are and what they may take
+    (`dqx.record.compare.PLACES`), nor which modules are trusted.
+    """
+    config = bundle.plain_yaml("config.yaml", shared.members["config.yaml"])
     if not isinstance(config, dict) or not isinstance(config.get("bits"), dict):
         raise bundle.BundleError("config.yaml is no configuration of a run")
+    foreign = [key for key in config if key in ("defaults", "hydra") or not isinstance(key, str)]
+    if foreign:
+        raise bundle.BundleError(f"config.yaml sets {foreign[0]}, which is no setting of a run")
     main = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     ours = [entry for entry in main["defaults"] if isinstance(entry, dict) and str(*entry).startswith("override ")]
-    config = literal(config)
+    config = literal({key: value for key, value in config.items() if key not in (*PLACES, PARTS)})
     with suppress(OmegaConfBaseException):  # of another version of dqx: Hydra will name the key
         widths = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), config["bits"]))
         if isinstance(widths, BitsConfig) and label(widths) == widths.name:
             config["bits"]["name"] = "${bits_name:}"
     return {"defaults": ["schema", *ours, "_self_"], **config, "hydra": main["hydra"]}
+
+
+def _trusted_there(shared: bundle.Bundle) -> list[str]:
+    """The modules of parts that whoever shared the run had named."""
+    config = bundle.plain_yaml("config.yaml", shared.members["config.yaml"])
+    modules = config.get(PARTS) or [] if isinstance(config, dict) else []
+    return [str(module) for module in modules] if isinstance(modules, list) else []
 
 
 def shared_command(shared: bundle.Bundle) -> str:

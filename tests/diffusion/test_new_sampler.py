@@ -54,7 +54,12 @@ def lm(tmp_path, monkeypatch):
         "_target_: left_to_right.LeftToRight\nper_step: 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    overrides = [f"hydra.searchpath=[file://{tmp_path}]", "model=nano_llada", "model.sampler=left_to_right", "parts=[left_to_right]"]
+    overrides = [
+        f"hydra.searchpath=[file://{tmp_path}]",
+        "model=nano_llada",
+        "model.sampler=left_to_right",
+        "parts=[left_to_right]",
+    ]
     yield load_configured(resolve(compose(overrides)).model)
     sys.modules.pop("left_to_right", None)
 

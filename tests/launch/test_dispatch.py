@@ -33,7 +33,13 @@ from dqx.study.run import run
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parents[1]
 RUN = [
-    *("method=rtn", "bits=w3a16", "method.rounding._target_=mishaps.Mishap", "task=[nano_facts,nano_sums]"),
+    *(
+        "method=rtn",
+        "bits=w3a16",
+        "parts=[mishaps]",
+        "method.rounding._target_=mishaps.Mishap",
+        "task=[nano_facts,nano_sums]",
+    ),
     *("task.limit=3", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled"),
 ]
 

@@ -27,7 +27,11 @@ from dqx.study.experiment import problems
 
 ROOT, TESTS = CONF_DIR.parent, Path(__file__).parents[1]
 QUICK = ["task=nano_facts", "task.limit=2", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled"]
-FATAL = ["method=rtn", "method.rounding._target_=fatal.Fatal"]  # at 3 bits it is killed, at 5 it raises
+FATAL = [
+    "method=rtn",
+    "parts=[fatal]",
+    "method.rounding._target_=fatal.Fatal",
+]  # at 3 bits it is killed, at 5 it raises
 
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
@@ -196,6 +200,7 @@ def test_a_run_that_takes_too_long(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     hangs = [
         "method=rtn",
+        "parts=[fatal]",
         "method.rounding._target_=fatal.Fatal",
         "bits=w2a16",
         "bits.weight.bits=6,7,2",

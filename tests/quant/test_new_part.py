@@ -113,7 +113,15 @@ def overrides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What chooses the method on the bundled model."""
     monkeypatch.syspath_prepend(folder)
     searched = f"hydra.searchpath=[file://{folder}]"
-    return [searched, "parts=[toy_parts]", "method=toy", "model=nano_llada", "bits=w4a16", "bits.weight.group_size=32", "task=nano_facts"]
+    return [
+        searched,
+        "parts=[toy_parts]",
+        "method=toy",
+        "model=nano_llada",
+        "bits=w4a16",
+        "bits.weight.group_size=32",
+        "task=nano_facts",
+    ]
 
 
 def configured(overrides: list[str]) -> Config:

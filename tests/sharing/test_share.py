@@ -248,6 +248,78 @@ def test_damaged_and_foreign_bundles(tmp_path: Path, changes: dict[str, bytes | 
         replayed(["--from", str(path)])
 
 
+def disguised(path: Path, **changes: bytes) -> Path:
+    """The bundle with members replaced and their checksums made to fit, as whoever means harm would."""
+    shared = bundle.read(path)
+    bundle.write(path, shared.manifest, shared.members | changes)
+    return path
+
+
+def configuration(changed: str) -> bytes:
+    """A bundle's config.yaml, ours but for some lines."""
+    return yaml.safe_dump(jsonable(asdict(resolve(compose([]))))).encode() + changed.encode()
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "reason"),
+    [
+        (b"a: &x [1, 1]\nb: [*x, *x]\nbits: {}", "anchors or tags"),
+        (b"bits: !!python/object/apply:os.system ['true']", "anchors or tags"),
+        (b"bits: " + b"[" * 100 + b"]" * 100, "nested deeper than"),
+        (b"bits: " + b"1:" * 100_000 + b"1", "a number of 200001 digits"),
+        (b"bits: {} \x00", "is no YAML"),
+        (b"- bits", "no configuration of a run"),
+        (configuration("defaults: [{model: llada_8b_base}]\n"), "sets defaults, which is no setting"),
+        (configuration("hydra: {searchpath: ['/tmp']}\n"), "sets hydra, which is no setting"),
+        (b"bits: {}\n" + b"x: y\n" * 2_000_000, "config.yaml is larger than in any bundle"),
+    ],
+)
+def test_yaml_that_means_harm(tmp_path: Path, yaml_text: bytes, reason: str) -> None:
+    path = disguised(bundled(tmp_path, resolve(compose([]))), **{"config.yaml": yaml_text})
+    with pytest.raises(ConfigProblems, match=reason):
+        replayed(["--from", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        ({"give_anew": 7}, "give_anew is no list of settings"),
+        ({"give_anew": ["a b; rm"]}, "give_anew is no list of settings"),
+        ({"data": {"gsm8k": [1]}}, "data has no fingerprints"),
+    ],
+)
+def test_manifests_of_other_types(tmp_path: Path, manifest: dict[str, Any], reason: str) -> None:
+    path = bundled(tmp_path, resolve(compose([])))
+    shared = bundle.read(path)
+    bundle.write(path, shared.manifest | manifest, shared.members)
+    with pytest.raises(ConfigProblems, match=reason):
+        replayed(["--from", str(path)])
+
+
+def test_a_bundle_sets_neither_places_nor_the_environment_nor_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "1234")
+    config = resolve(compose([]))
+    config.cache_dir, config.cache_max_gb = "/home/someone", 0.0
+    config.wandb.entity, config.wandb.project = "them", "theirs"
+    secret = config.task.suite["nano_sums"]
+    secret.filter = "\\${oc.env:SECRET_KEY}"
+    members, facts, _ = contents(record_of(config))
+    members["config.yaml"] = yaml.safe_dump(jsonable(asdict(config))).encode()
+    bundle.write(tmp_path / "a.dqx.zip", facts, members)
+    read, ours = again(tmp_path / "a.dqx.zip"), resolve(compose([]))
+    assert (read.cache_dir, read.cache_max_gb, read.wandb) == (ours.cache_dir, ours.cache_max_gb, ours.wandb)
+    assert read.task.suite["nano_sums"].filter == secret.filter
+
+
+def test_parts_of_others_are_asked_for(tmp_path: Path) -> None:
+    path = disguised(bundled(tmp_path, resolve(compose([]))), **{"config.yaml": configuration("parts: [their.code]\n")})
+    with pytest.raises(ConfigProblems, match=r"parts of their.code, .* trust it, add 'parts=\[their.code\]'"):
+        replayed(["--from", str(path)])
+    assert again(path, "parts=[ours]").parts == ["ours"]
+
+
 def test_bombs_and_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundled(tmp_path, resolve(compose([])))
     content = path.read_bytes()
