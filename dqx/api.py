@@ -18,7 +18,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -46,8 +46,9 @@ from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.formats.bits import BitsConfig
-from dqx.models.checkpoint import QUANTIZED, Checkpoint, CheckpointError, inspect, load_weights, save
+from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, load_weights, save
 from dqx.models.family import family_of
+from dqx.models.hub_config import QUANTIZED
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
@@ -345,9 +346,7 @@ class DiffusionLM:
 
 def load_configured(config: ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
-    checkpoint = inspect(config.path, config.revision)
-    if config.mask_token_id is not None:
-        checkpoint = replace(checkpoint, arch=replace(checkpoint.arch, mask_token_id=config.mask_token_id))
+    checkpoint = inspect(config.path, config.revision, config.mask_token_id)
     tokenizer, sampler = load_tokenizer(checkpoint), build(config.sampler)
     model = load_weights(checkpoint, dtype_of(config.dtype), pick_device(config.device))
     plant_outliers(model, config.outliers.gain, config.outliers.channels)
@@ -397,7 +396,7 @@ def _model_config(name: str, overrides: dict[str, Any]) -> ModelConfig:
         near = did_you_mean(name, choices("model"))
         raise ConfigProblems([f"{name} is no name in conf/model and no folder; {near} (a hub id has a /)"])
     else:
-        family = family_of(inspect(name).arch.family)
+        family = family_of(inspect(name, mask_token_id=overrides.get("mask_token_id")).arch.family)
         known = ModelConfig(folder.name, family.name, name, dtype="auto", sampler=dict(family.sampler))
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), known, overrides))
@@ -418,7 +417,7 @@ def _load_saved(folder: Path, config: ModelConfig) -> DiffusionLM:
     recipe = read_recipe(folder)
     bits = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), recipe["bits"]))
     assert isinstance(bits, BitsConfig)
-    checkpoint = Checkpoint(folder, {}, model.arch, {})
+    checkpoint = Checkpoint(folder, {}, model.arch, {}, model.embed.weight.dtype)
     done = Quantization(build_part(recipe["method"]), bits, report)
     return DiffusionLM(model, load_tokenizer(checkpoint), checkpoint, build(config.sampler), config, done)
 

@@ -307,7 +307,7 @@ def end_tokens(model: MaskedDiffusionTransformer, tokenizer: PreTrainedTokenizer
     """Ids after which nothing belongs to an answer any more."""
     special = tokenizer.get_added_vocab()
     ends = {special[token] for token in END_TOKENS if token in special}
-    return ends | {model.arch.eos_token_id} | ({tokenizer.eos_token_id} - {None})
+    return ends | {model.arch.eos_token_id, *model.arch.end_token_ids} | ({tokenizer.eos_token_id} - {None})
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -39,6 +39,7 @@ class Architecture:
     max_length: int
     logit_shift: bool  # True: row i-1 of the head's output predicts token i (Dream)
     tied_head: bool = False
+    end_token_ids: tuple[int, ...] = ()  # others that end an answer, as eos_token_id does
 
     @property
     def roles(self) -> tuple[str, ...]:

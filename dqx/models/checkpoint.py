@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -18,21 +20,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dqx.common.content import file_digests
 from dqx.common.files import PACKAGE, write_json
 from dqx.common.heartbeat import beat
 from dqx.models.architecture import Architecture
-from dqx.models.family import families, family_of
+from dqx.models.family import family_of
+from dqx.models.hub_config import CheckpointError, read_config, read_json
 from dqx.models.transformer import Block, MaskedDiffusionTransformer, block_of
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 PACKAGED = "pkg://"  # pkg://dqx/assets/nano_llada: a folder inside the installed package
 CHECKED_ROWS = 4096  # of a tensor, looked through for infinities at a time
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-QUANTIZED = "quantized.json"  # in the folder of a quantized checkpoint, see dqx/quant/checkpoint/folder.py
+LARGEST_INDEX = 64 * 2**20  # bytes
+#: What weights are stored as, by safetensors' names.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the tensor or key."""
+Header = tuple[str, tuple[int, ...]]  # of a tensor: dtype, by safetensors' name, and shape
 
 
 @dataclass(frozen=True)
@@ -43,28 +49,13 @@ class Checkpoint:
     config: dict[str, Any]
     arch: Architecture
     files: dict[str, Path]  # hub tensor name -> the file that holds it
+    stored_dtype: torch.dtype  # of most numbers; norms may be stored in another
 
     def fingerprint(self) -> str:
-        """16 hex digits over config, tensor headers and 1 KiB from 16 places of each file.
-
-        Sampled, so that 16 GB take milliseconds: it tells checkpoints apart, it is no proof against tampering.
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted(set(self.files.values())):
-            size = path.stat().st_size
-            with path.open("rb") as f:
-                digest.update(f.read(8 + int.from_bytes(f.read(8), "little")))
-                for i in range(16):
-                    f.seek(max(0, (size - 1024) * i // 15))
-                    digest.update(f.read(1024))
-        return digest.hexdigest()[:16]
-
-    def stored_dtype(self) -> torch.dtype:
-        """The precision that the embedding is stored in."""
-        name = tensor_names(self.arch)["embed.weight"]
-        with safe_open(self.files[name], framework="pt") as f:
-            dtype: torch.dtype = f.get_slice(name)[:1].dtype
-        return dtype
+        """16 hex digits over the config and every byte of the files that hold tensors."""
+        config = json.dumps(self.config, sort_keys=True)
+        files = sorted(set(self.files.values()))
+        return hashlib.sha256("\n".join([config, *file_digests(files)]).encode()).hexdigest()[:16]
 
     def parameters(self) -> int:
         """How many numbers the model has."""
@@ -105,119 +96,101 @@ def locate(path_or_id: str, revision: str | None = None, files: Sequence[str] = 
         ) from error
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
-    """Parse and check `config.json`. Raises CheckpointError naming the key."""
-    path = folder / "config.json"
-    if (folder / QUANTIZED).is_file():
-        raise CheckpointError(f"{folder} holds a quantized model; read it with dqx.quant.load_quantized")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; a checkpoint folder holds config.json and *.safetensors")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    by_type = {family.model_type.lower(): family for family in families().values()}
-    family = by_type.get(str(model_type).lower())
-    if family is None:
-        known = ", ".join(repr(f.model_type) for f in families().values())
-        raise CheckpointError(f"{path}: model_type is {model_type!r}; dqx has {known}")
-    for key, allowed in family.required.items():
-        if key in config and config[key] not in allowed:
-            raise CheckpointError(
-                f"{path}: {key}={config[key]!r} is not supported (only {allowed[0]!r}); the logits would be wrong"
-            )
-    try:
-        arch = family.architecture(config)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: key {error} is missing") from error
-    except TypeError as error:
-        raise CheckpointError(f"{path}: a key has the wrong type ({error})") from error
-    _check_geometry(path, arch)
-    return config, arch
-
-
-def _check_geometry(path: Path, arch: Architecture) -> None:
-    sizes = ("vocab_size", "hidden_size", "mlp_size", "n_blocks", "n_heads", "n_kv_heads", "max_length")
-    values = {name: getattr(arch, name) for name in sizes}
-    problems = [f"{n}={v!r} is not a positive integer" for n, v in values.items() if type(v) is not int or v < 1]
-    if not problems:
-        if arch.hidden_size % arch.n_heads:
-            problems.append(f"{arch.n_heads} heads do not divide the hidden size {arch.hidden_size}")
-        if arch.n_heads % arch.n_kv_heads:
-            problems.append(f"{arch.n_kv_heads} key/value heads do not divide {arch.n_heads} heads")
-        for name in ("mask_token_id", "eos_token_id"):
-            value = getattr(arch, name)
-            if not isinstance(value, int) or not 0 <= value < arch.vocab_size:
-                problems.append(f"{name}={value!r} lies outside the vocabulary of {arch.vocab_size}")
-    if problems:
-        raise CheckpointError(f"{path}: " + "; ".join(problems))
-
-
-def inspect(path_or_id: str, revision: str | None = None) -> Checkpoint:
+def inspect(path_or_id: str, revision: str | None = None, mask_token_id: int | None = None) -> Checkpoint:
     """Read config and tensor headers and check them against each other, without reading a weight.
+
+    Args:
+        path_or_id: a folder, a packaged one, or a hub id.
+        revision: of the hub repository.
+        mask_token_id: what stands in place of config.json's; None: its own.
 
     Raises CheckpointError for a missing, truncated, foreign or mismatched file, naming file and tensor.
     """
     folder = locate(path_or_id, revision)
-    config, arch = read_config(folder)
-    files, shapes = _stored_tensors(folder)
+    config, arch = read_config(folder, mask_token_id)
+    files, headers = _stored_tensors(folder)
+    head = family_of(arch.family).outer_names["head.weight"]
+    if arch.tied_head and head in headers:  # the flag says how it was trained; the file holds what it answers with
+        arch = replace(arch, tied_head=False)
     parameters = dict(skeleton(arch).named_parameters())
     expected = {hub: tuple(parameters[ours].shape) for ours, hub in tensor_names(arch).items()}
-    missing = [n for n in expected if n not in shapes]
+    missing = [n for n in expected if n not in headers]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors of {len(expected)} are missing, first {missing[0]!r}; "
             f"config.json says {arch.n_blocks} blocks of family {arch.family}"
         )
+    sizes: Counter[torch.dtype] = Counter()
     for name, shape in expected.items():
-        if shapes[name] != shape:
+        dtype, stored = headers[name]
+        if dtype not in DTYPES:
             raise CheckpointError(
-                f"{files[name]}: tensor {name!r} is {list(shapes[name])}, config.json needs {list(shape)}"
+                f"{files[name]}: tensor {name!r} is stored as {dtype}: codes of a quantized model, whose scales dqx "
+                f"does not read; use the checkpoint in {', '.join(DTYPES)}"
             )
-    extra = [n for n in shapes if n not in expected and not n.endswith("inv_freq")]
-    if arch.tied_head:
-        extra = [n for n in extra if n != family_of(arch.family).outer_names["head.weight"]]
+        if stored != shape:
+            raise CheckpointError(f"{files[name]}: tensor {name!r} is {list(stored)}, config.json needs {list(shape)}")
+        sizes[DTYPES[dtype]] += math.prod(shape)
+    extra = [n for n in headers if n not in expected and not n.endswith("inv_freq")]
     if extra:
         raise CheckpointError(
             f"{files[extra[0]]}: {len(extra)} tensors that the model has no place for, first {extra[0]!r}"
         )
-    return Checkpoint(folder, config, arch, {n: files[n] for n in expected})
+    return Checkpoint(folder, config, arch, {n: files[n] for n in expected}, sizes.most_common(1)[0][0])
 
 
-def _stored_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """File and shape by tensor name; safetensors itself checks that a header fits its file's length."""
+def _stored_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, Header]]:
+    """File, and dtype with shape, by tensor name; safetensors itself checks that a header fits its file's length."""
     index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is no safetensors index: {type(error).__name__}: {error}") from error
-        files = {name: folder / file for name, file in weight_map.items()}
-        for path in sorted(set(files.values())):
-            if path.parent != folder or not path.is_file():
-                raise CheckpointError(f"{path} is named in {index.name} but does not exist")
-        shapes = {path: _shapes(path) for path in set(files.values())}
-        for name, path in files.items():
-            if name not in shapes[path]:
-                raise CheckpointError(f"{path}: tensor {name!r} is named in {index.name} but not in the file")
-        return files, {name: shapes[path][name] for name, path in files.items()}
-    shards = sorted(folder.glob("*.safetensors"))
+    if not index.exists():
+        only = _single_file(folder)
+        headers = _headers(only)
+        return dict.fromkeys(headers, only), headers
+    content = read_json(index, LARGEST_INDEX)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} is no safetensors index: it has no weight_map of file names")
+    places = {file: folder / file for file in set(weight_map.values())}
+    for file, path in sorted(places.items()):
+        if not file or PurePath(file).is_absolute() or ".." in PurePath(file).parts or not _is_file(path):
+            raise CheckpointError(f"{file[:200]!r} is named in {index}, but there is no such file in the folder")
+    by_file = {path: _headers(path) for path in places.values()}
+    files = {name: places[file] for name, file in weight_map.items()}
+    for name, path in files.items():
+        if name not in by_file[path]:
+            raise CheckpointError(f"{path}: tensor {name!r} is named in {index.name} but not in the file")
+    return files, {name: by_file[path][name] for name, path in files.items()}
+
+
+def _single_file(folder: Path) -> Path:
+    """The file of a checkpoint without an index: `model.safetensors`, or the only one that is no adapter."""
+    if _is_file(folder / SINGLE):
+        return folder / SINGLE
+    shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
     if not shards:
         unsafe = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         hint = f"; {unsafe[0]} is pickled and is never read, convert it to safetensors" if unsafe else ""
-        raise CheckpointError(f"{folder} holds no *.safetensors file{hint}")
+        raise CheckpointError(f"{folder} holds no *.safetensors file with the weights of a model{hint}")
     if len(shards) > 1:
         raise CheckpointError(f"{folder} holds {len(shards)} safetensors files but no {INDEX}")
-    only = _shapes(shards[0])
-    return dict.fromkeys(only, shards[0]), only
+    if not _is_file(shards[0]):
+        raise CheckpointError(f"{shards[0]} is no regular file")
+    return shards[0]
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
+def _headers(path: Path) -> dict[str, Header]:
     try:
         with safe_open(path, framework="pt") as f:
             names = f.keys()  # the file object itself cannot be iterated
-            return {name: tuple(f.get_slice(name).get_shape()) for name in names}
+            slices = {name: f.get_slice(name) for name in names}
+            return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is corrupt or truncated: {error}") from error
 
@@ -296,13 +269,22 @@ def _read(
                 for ours, hub in names.items():
                     if checkpoint.files[hub] == path:
                         tensor = f.get_tensor(hub)
-                        if not all(bool(torch.isfinite(rows).all()) for rows in tensor.split(CHECKED_ROWS)):
+                        if not _finite(tensor):
                             raise CheckpointError(f"{path}: tensor {hub!r} holds values that are not finite")
                         mapped = tensor.device.type == "cpu"  # at a place in memory that decides last bits of products
-                        tensors[ours] = tensor.to(dtype or tensor.dtype, copy=mapped)
+                        tensors[ours] = tensor.to(dtype or checkpoint.stored_dtype, copy=mapped)
+                        if not _finite(tensors[ours]):
+                            largest = tensor.abs().max().item()
+                            raise CheckpointError(
+                                f"{path}: tensor {hub!r} holds {largest:g}, beyond {dtype}; use dtype=bfloat16"
+                            )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
     return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(rows).all()) for rows in tensor.split(CHECKED_ROWS))
 
 
 def save(

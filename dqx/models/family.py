@@ -19,6 +19,9 @@ from dqx.models import families as built_in
 from dqx.models.architecture import Architecture
 
 ENTRY_POINTS = "dqx.families"
+#: Keys of `config.json` that hold settings of rotary embeddings, and those inside that say nothing.
+ROPE = ("rope_parameters", "rope_scaling")
+PLAIN_ROPE = (("partial_rotary_factor", 1.0), ("factor", None), ("original_max_position_embeddings", None))
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Family:
     sampler: Mapping[str, Any]  # the part that answers with a checkpoint of which nothing but the folder is known
     #: Keys of `config.json` that would change the function computed, and the values that are understood.
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()  # its keys that say nothing about the function: of training, of files
     example: str | None = None  # a choice of the config group `model`
     published: tuple[str, Architecture] | None = None  # name and shape, for estimates without a checkpoint at hand
     traits: frozenset[str] = frozenset()  # what `conf/` asks by (`${by_trait:...}`), for settings of published code
@@ -42,9 +46,48 @@ class Family:
 
 
 def read_keys(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a `config.json` by field of `Architecture`, of the `keys` by field. Raises KeyError."""
-    values = {name: config[key] for name, key in keys.items()}
-    return values | {name: float(values[name]) for name in ("rope_theta", "norm_eps")}
+    """The values of a `config.json` by field of `Architecture`, of the `keys` by field.
+
+    Raises KeyError for a missing key, ValueError for a value that has another meaning than those computed here.
+    """
+    values = {name: config[key] for name, key in keys.items() if name != "rope_theta"}
+    ends = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
+    if not ends:
+        raise ValueError(f"{keys['eos_token_id']} is empty")
+    return values | {
+        "rope_theta": _rope_theta(config, keys["rope_theta"]),
+        "norm_eps": _number(values["norm_eps"], keys["norm_eps"]),
+        "eos_token_id": ends[0],
+        "end_token_ids": tuple(ends[1:]),
+    }
+
+
+def _rope_theta(config: Mapping[str, Any], key: str) -> float:
+    """The base of plain rotary embeddings: a key of its own, or one in `rope_parameters` (transformers 5)."""
+    thetas = [_number(config[key], key)] if key in config else []
+    for name in ROPE:
+        inside = config.get(name)
+        if inside is None:
+            continue
+        if not isinstance(inside, Mapping):
+            raise ValueError(f"{name} is no mapping")
+        kind = inside.get("rope_type", inside.get("type", "default"))
+        others = [k for k, v in inside.items() if k not in ("rope_type", "type", key) and (k, v) not in PLAIN_ROPE]
+        if kind != "default" or others:
+            told = f"rope_type={kind!r}" if kind != "default" else f"{others[0]}={inside[others[0]]!r}"
+            raise ValueError(f"{name} has {told}; only plain rotary embeddings (rope_type 'default') are computed")
+        thetas += [_number(inside[key], key)] if key in inside else []
+    if not thetas:
+        raise KeyError(key)
+    if thetas[1:] and thetas[0] != thetas[-1]:
+        raise ValueError(f"{key} has several values: {', '.join(map(str, thetas))}")
+    return thetas[0]
+
+
+def _number(value: Any, key: str) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{key}={value!r} is no number")
+    return float(value)
 
 
 _registered: dict[str, Family] = {}

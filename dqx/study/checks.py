@@ -7,7 +7,6 @@ Each part of the project judges its own settings (`Method.problems`, `Sampler.pr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from operator import attrgetter
@@ -23,12 +22,11 @@ from dqx.evaluate.problems import task_problems
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import PACKAGED, Checkpoint
 from dqx.models.family import families, family_of
-from dqx.models.tokenizer import tokenizer_problem
+from dqx.models.tokenizer import chat_template_problem, tokenizer_problem
 from dqx.quant.method import Method
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 ABOVE_ZERO = ("model.outliers.gain", "outliers.channel_ratio", "outliers.massive_absolute", "outliers.massive_relative")
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def setting_problems(config: Config) -> list[str]:
@@ -126,21 +124,13 @@ def checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]
     missing = tokenizer_problem(checkpoint.folder)
     if missing:
         yield missing
-    elif model.chat and not _has_chat_template(checkpoint.folder):
-        yield (
-            f"model.chat=true, but {checkpoint.folder} has no chat template (chat_template in tokenizer_config.json, "
-            f"or {TEMPLATE_FILES[0]}); set model.chat=false for a base model"
-        )
+    elif model.chat and (problem := chat_template_problem(checkpoint.folder)):
+        yield f"model.chat=true, but {problem}; set model.chat=false for a base model"
 
 
 def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
     """Numbers that the model is too small for."""
     model = config.model
-    if model.mask_token_id is not None and model.mask_token_id >= arch.vocab_size:
-        yield (
-            f"model.mask_token_id={model.mask_token_id} lies outside the vocabulary of {arch.vocab_size}; "
-            f"null takes the checkpoint's own, {arch.mask_token_id}"
-        )
     if config.calib.length > arch.max_length:
         yield (
             f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "
@@ -168,12 +158,3 @@ def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
             f"outliers.surfaces={config.outliers.surfaces} names blocks that the model has not: "
             f"{', '.join(map(str, absent))}; it has 0 to {arch.n_blocks - 1}"
         )
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in TEMPLATE_FILES):
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False

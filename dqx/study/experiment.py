@@ -8,7 +8,7 @@ problems(config, elsewhere=True)        # before a launcher hands a run to anoth
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -47,15 +47,13 @@ class Experiment(Design):
             reason = "to download nothing for a run that cannot start"
             _refuse([*wrong, f"(model.path={model.path} was not looked at, {reason})"])
         try:
-            checkpoint = inspect(model.path, model.revision)
+            checkpoint = inspect(model.path, model.revision, model.mask_token_id)
         except CheckpointError as error:
             raise ConfigProblems([*wrong, str(error)]) from error
         wrong += checks.checkpoint_problems(config, checkpoint)
         wrong += checks.model_problems(config, checkpoint.arch, method)
         _refuse(wrong)
-        dtype = dtype_of(model.dtype) or checkpoint.stored_dtype()
-        if model.mask_token_id is not None:
-            checkpoint = replace(checkpoint, arch=replace(checkpoint.arch, mask_token_id=model.mask_token_id))
+        dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
         experiment = cls(config, method, sampler, checkpoint.arch, dtype, pick_device(model.device), checkpoint)
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
@@ -93,7 +91,7 @@ def problems(config: Config | DictConfig, *, elsewhere: bool = False) -> list[st
             Experiment.of(config)
             return []
         folder = locate(config.model.path, config.model.revision, files=("config.json",))
-        designed(config, read_config(folder)[1], torch.float32, torch.device("cpu"))
+        designed(config, read_config(folder, config.model.mask_token_id)[1], torch.float32, torch.device("cpu"))
     except ConfigProblems as error:
         return error.problems
     except CheckpointError:

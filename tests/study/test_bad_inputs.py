@@ -134,7 +134,11 @@ CONFIGURATIONS = [
         r"calib.steps=33 cannot be shared equally by 2 blocks \(gen_length=32, block_length=16\); 32 or 34 can",
     ),
     ("a setting of another masking", ["calib=mcs", "calib.steps=8"], "calib.steps=8 does nothing with calib.masking"),
-    ("mask outside the vocabulary", ["model.mask_token_id=320"], "320 lies outside the vocabulary of 320; null takes"),
+    (
+        "mask outside the vocabulary",
+        ["model.mask_token_id=320"],
+        "mask_token_id=320 lies outside the vocabulary of 320",
+    ),
     (
         "unknown remasking",
         ["model.sampler.remasking=best"],

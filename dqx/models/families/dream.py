@@ -71,10 +71,11 @@ FAMILY = register(
         },
         required={
             "hidden_act": ("silu",),
-            "rope_scaling": (None,),
             "use_sliding_window": (False, None),
             "use_mrope": (False, None),
+            "full_attn_mask": (True, None),
         },
+        ignored=frozenset({"max_window_layers", "sliding_window"}),
         architecture=architecture,
         config=config,
         sampler={"_target_": "dqx.diffusion.samplers.dream.DreamSampler", "top_p": 0.95},

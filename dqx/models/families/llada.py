@@ -29,8 +29,14 @@ REQUIRED = {
     "alibi": (False, None), "attention_layer_norm": (False, None), "block_type": ("llama",),
     "block_group_size": (1, None), "layer_norm_type": ("rms",), "activation_type": ("silu",), "rope": (True,),
     "include_bias": (False, None), "input_emb_norm": (False, None), "scale_logits": (False, None),
-    "bias_for_layer_norm": (False, None),
+    "bias_for_layer_norm": (False, None), "layer_norm_with_affine": (True, None), "rope_full_precision": (True, None),
 }  # fmt: skip
+#: Of training and speed, what only settings read that are refused, and what stands behind another key.
+IGNORED = frozenset({
+    "alibi_bias_max", "attention_layer_norm_with_affine", "embedding_dropout", "flash_attention", "init_cutoff_factor",
+    "init_device", "init_fn", "init_std", "mlp_ratio", "multi_query_attention", "precision", "residual_dropout",
+    "vocab_size",
+})  # fmt: skip
 PUBLISHED = Architecture(
     family=NAME, vocab_size=126464, hidden_size=4096, mlp_size=12288, n_blocks=32, n_heads=32, n_kv_heads=32,
     rope_theta=500000.0, norm_eps=1e-5, qkv_bias=False, mask_token_id=126336, eos_token_id=126081, max_length=4096,
@@ -43,7 +49,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return Architecture(
         family=NAME,
         vocab_size=config.get("embedding_size") or config["vocab_size"],
-        mlp_size=config.get("mlp_hidden_size") or config["mlp_ratio"] * config["d_model"],
+        mlp_size=config.get("mlp_hidden_size") or int(config["mlp_ratio"]) * int(config["d_model"]),
         n_kv_heads=config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else config["n_heads"]),
         qkv_bias=bool(config.get("include_qkv_bias")),
         logit_shift=False,
@@ -81,6 +87,7 @@ FAMILY = register(
             "head.weight": "model.transformer.ff_out.weight",
         },
         required=REQUIRED,
+        ignored=IGNORED,
         architecture=architecture,
         config=config,
         sampler={"_target_": "dqx.diffusion.samplers.llada.LLaDASampler", "eot_token_id": 126348},

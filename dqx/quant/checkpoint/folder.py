@@ -35,8 +35,9 @@ from dqx.common.files import write_json
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.floats import FP8, MXFP4, NVFP4
 from dqx.formats.integers import Grid
-from dqx.models.checkpoint import QUANTIZED, CheckpointError, assign, skeleton
+from dqx.models.checkpoint import CheckpointError, assign, skeleton
 from dqx.models.family import family_of
+from dqx.models.hub_config import QUANTIZED
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, block_of
 from dqx.quant.method import Method
 from dqx.quant.registry import STORABLE, storable, storable_class
@@ -78,6 +79,7 @@ def load_quantized(
     if verify:
         verify_shards(folder, recipe)
     shape = recipe["architecture"]
+    shape["end_token_ids"] = tuple(shape.get("end_token_ids", ()))
     arch = family_of(shape["family"]).architecture_class(**shape)
     model = skeleton(arch)
     read_outer(folder, model, device)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
 
 from dqx.common.devices import device_problems, dtype_of, pick_device
 from dqx.common.names import method_label
@@ -163,7 +162,7 @@ def _architecture(config: Config, run: PlannedRun) -> Architecture | None:
     path = config.model.path
     if _is_here(path):
         try:
-            return read_config(locate(path))[1]
+            return read_config(locate(path), config.model.mask_token_id)[1]
         except CheckpointError as error:
             run.problems.append(str(error))
             return None
@@ -184,12 +183,12 @@ def _dtype(config: Config) -> torch.dtype:
     """The dtype of the run's weights; of dtype=auto that of a file, bfloat16 where there is none."""
     if (given := dtype_of(config.model.dtype)) is not None:
         return given
-    files = sorted(locate(config.model.path).glob("*.safetensors")) if _is_here(config.model.path) else []
-    for file in files:
-        with safe_open(file, framework="pt") as f:
-            stored: torch.dtype = f.get_slice(next(iter(f.keys())))[:1].dtype
-            return stored
-    return torch.bfloat16
+    if not _is_here(config.model.path):
+        return torch.bfloat16
+    try:
+        return inspect(config.model.path, config.model.revision, config.model.mask_token_id).stored_dtype
+    except CheckpointError:  # a folder with config.json alone can be planned for
+        return torch.bfloat16
 
 
 # ---- what is done, and how fast ------------------------------------------------------------------------------
@@ -286,7 +285,9 @@ def _cached(design: Design, run: PlannedRun) -> dict[str, int | None]:
         return {}
     try:
         parts = {f.name: getattr(design, f.name) for f in fields(design)}
-        experiment = Experiment(**parts, checkpoint=inspect(config.model.path, config.model.revision))
+        experiment = Experiment(
+            **parts, checkpoint=inspect(config.model.path, config.model.revision, config.model.mask_token_id)
+        )
         return Results.of(experiment, ArtifactCache(Store(config.cache_dir))).finished(config.task.suite)
     except CheckpointError as error:
         run.notes.append(f"the cache was not looked at: {error}")

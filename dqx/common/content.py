@@ -1,0 +1,96 @@
+"""What files hold, as digests of every byte: read once, remembered until the file changes.
+
+A digest is a tree of BLAKE2b: pieces of 32 MiB are hashed side by side, then their digests in order. It is remembered
+below the user's cache folder with the file's path, size, inode and times of change (of its content and of its inode,
+which no program can set back), and only once these are old enough that a further change would show in them. Files of
+the hub's cache need no reading: there a file's name is the hub's own SHA-256 of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dqx.common.files import write_json
+from dqx.common.heartbeat import beat
+
+PIECE = 32 * 2**20  # bytes
+LARGE = 10**9  # bytes to read, from which on a progress bar tells of it
+SETTLED_NS = 2 * 10**9  # age of a file's times, from which on a digest is remembered
+HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def content_digest(paths: Iterable[Path]) -> str:
+    """16 hex digits over the content of files, in the order of their paths; where they lie does not count."""
+    digests = file_digests(sorted(paths))
+    return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+
+
+def file_digests(paths: Sequence[Path]) -> list[str]:
+    """64 hex digits for the content of each file. Raises OSError for one that cannot be read."""
+    digests = {path: _known(path) for path in paths}
+    missing = [path for path, digest in digests.items() if digest is None]
+    pieces = [(path, start) for path in missing for start in range(0, max(1, path.stat().st_size), PIECE)]
+    total = sum(path.stat().st_size for path in missing)
+    before = {path: _status(path) for path in missing}
+    with (
+        ThreadPoolExecutor(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="hashing files", disable=total < LARGE) as bar,
+    ):
+        trees = {path: hashlib.blake2b(digest_size=32) for path in missing}
+        for (path, _), digest in zip(pieces, pool.map(_piece, pieces), strict=True):
+            trees[path].update(digest)
+            bar.update(min(PIECE, total - bar.n))
+            beat()
+    for path in missing:
+        digests[path] = trees[path].hexdigest()
+        _remember(path, before[path], trees[path].hexdigest())
+    return [str(digests[path]) for path in paths]
+
+
+def _piece(piece: tuple[Path, int]) -> bytes:
+    path, start = piece
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.blake2b(file.read(PIECE), digest_size=32).digest()
+
+
+def _status(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_dev, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _known(path: Path) -> str | None:
+    """The digest of a file that need not be read, or None."""
+    real = path.resolve()
+    if path.is_symlink() and real.parent.name == "blobs" and HUB_BLOB.fullmatch(real.name):
+        return real.name
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(_place(real).read_text(encoding="utf-8"))
+        if entry["path"] == str(real) and entry["status"] == _status(real):
+            return str(entry["digest"])
+    return None
+
+
+def _remember(path: Path, status: list[int], digest: str) -> None:
+    real = path.resolve()
+    if status != _status(real) or time.time_ns() - max(status[3:]) < SETTLED_NS:
+        return
+    with suppress(OSError):  # a home that cannot be written costs reading again
+        write_json(_place(real), {"path": str(real), "status": status, "digest": digest})
+
+
+def _place(path: Path) -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "dqx" / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
