@@ -2,8 +2,8 @@
 
 A digest is a tree of BLAKE2b: pieces of 32 MiB are hashed side by side, then their digests in order. It is remembered
 below the user's cache folder with the file's path, size, inode and times of change (of its content and of its inode,
-which no program can set back), and only once these are old enough that a further change would show in them. Files of
-the hub's cache need no reading: there a file's name is the hub's own SHA-256 of it.
+which no program can set back), and only once these are old enough that a further change would show in them; small
+files are read again. Files of the hub's cache need no reading: a file's name there is the hub's own SHA-256 of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dqx.common.files import write_json
 from dqx.common.heartbeat import beat
 
 PIECE = 32 * 2**20  # bytes
+SMALL = 2**18  # bytes, up to which reading a file is as quick as remembering it
 LARGE = 10**9  # bytes to read, from which on a progress bar tells of it
 SETTLED_NS = 2 * 10**9  # age of a file's times, from which on a digest is remembered
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
@@ -43,9 +44,7 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     total = sum(path.stat().st_size for path in missing)
     before = {path: _status(path) for path in missing}
     with (
-        ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ) as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="hashing files", disable=total < LARGE) as bar,
     ):
         trees = {path: hashlib.blake2b(digest_size=32) for path in missing}
@@ -57,6 +56,11 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
         digests[path] = trees[path].hexdigest()
         _remember(path, before[path], trees[path].hexdigest())
     return [str(digests[path]) for path in paths]
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _piece(piece: tuple[Path, int]) -> bytes:
@@ -74,6 +78,8 @@ def _status(path: Path) -> list[int]:
 def _known(path: Path) -> str | None:
     """The digest of a file that need not be read, or None."""
     real = path.resolve()
+    if path.stat().st_size <= SMALL:
+        return None
     if path.is_symlink() and real.parent.name == "blobs" and HUB_BLOB.fullmatch(real.name):
         return real.name
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -85,7 +91,7 @@ def _known(path: Path) -> str | None:
 
 def _remember(path: Path, status: list[int], digest: str) -> None:
     real = path.resolve()
-    if status != _status(real) or time.time_ns() - max(status[3:]) < SETTLED_NS:
+    if status[0] <= SMALL or status != _status(real) or time.time_ns() - max(status[3:]) < SETTLED_NS:
         return
     with suppress(OSError):  # a home that cannot be written costs reading again
         write_json(_place(real), {"path": str(real), "status": status, "digest": digest})

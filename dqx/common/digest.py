@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dqx.common.content import file_digests
 from dqx.common.files import PACKAGE
 
 #: Files beside the sources that decide nothing: weights have a fingerprint, the rest is for people.
@@ -26,12 +27,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def files_digest(paths: Iterable[Path], root: Path | None = None, *, contents: bool = True) -> str:
-    """Hash over the names of files, below `root` where it is given, and their bytes; else sizes and times of change."""
-    hashed = hashlib.sha256()
-    for path in sorted(set(paths)):
-        if path.is_file():
-            stat, name = path.stat(), path.relative_to(root) if root else path.name
-            hashed.update(f"{name}\0{stat.st_size}\0".encode())
-            hashed.update(path.read_bytes() if contents else f"{stat.st_mtime_ns}\n".encode())
-    return hashed.hexdigest()[:20]
+def files_digest(paths: Iterable[Path], root: Path | None = None) -> str:
+    """Hash over the names of files, below `root` where it is given, and every byte of them."""
+    files = sorted({path for path in paths if path.is_file()})
+    names = [str(path.relative_to(root)) if root else path.name for path in files]
+    return digest(list(zip(names, file_digests(files), strict=True)))[:20]

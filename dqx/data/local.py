@@ -10,6 +10,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dqx.common.content import file_digests
+
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
@@ -26,10 +28,9 @@ def load_local(folder: str, name: str | None, **settings: Any) -> DatasetDict:
     """All splits of a configuration of the dataset in `folder`."""
     import datasets  # as above
 
-    digest = hashlib.sha256()
-    for split, files in data_files(folder, name).items():
-        for file in files:
-            status = file.stat()
-            digest.update(f"{split} {file.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest.hexdigest()[:16]
+    files = [(split, file) for split, files in data_files(folder, name).items() for file in files]
+    contents = file_digests([file for _, file in files])
+    named = [f"{split} {file.resolve()} {content}" for (split, file), content in zip(files, contents, strict=True)]
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest
     return datasets.load_dataset(folder, name=name, cache_dir=str(cache), **settings)

@@ -11,8 +11,8 @@ The result of a task depends on
 - the model, and the content of the checkpoint's other data files (tokenizer, chat template);
 - the task's whole spec, how likelihoods are estimated or the number of denoising steps, the sampler, the seed, the
   limit, chat template use;
-- data_root by relative path, size and time of change of its files, not by their content. Without data_root the
-  data come from the hub's cache, of which nothing is checked: set reuse=false after a dataset has changed;
+- data_root by relative path and content of its files. Without data_root the data come from the hub's cache, of which
+  nothing is checked: set reuse=false after a dataset has changed;
 - the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
   transformers, tokenizers, datasets and lm-eval.
 
@@ -75,7 +75,7 @@ def evaluation_facts(experiment: Experiment) -> dict[str, Any]:
         "sampler": jsonable(config.model.sampler),
         "seed": config.seed,
         "limit": config.task.limit,
-        "data": root and files_digest(root.rglob("*"), root, contents=False),
+        "data": root and files_digest(root.rglob("*"), root),
         "code": EVALUATION_CODE,
         "versions": {name: package_version(name) for name in VERSIONS},
     }
