@@ -347,6 +347,10 @@ class DiffusionLM:
 def load_configured(config: ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
     checkpoint = inspect(config.path, config.revision, config.mask_token_id)
+    if checkpoint.arch.mask_token_id >= checkpoint.arch.vocab_size:
+        raise CheckpointError(
+            f"mask_token_id={config.mask_token_id} lies outside the vocabulary of {checkpoint.arch.vocab_size}"
+        )
     tokenizer, sampler = load_tokenizer(checkpoint), build(config.sampler)
     model = load_weights(checkpoint, dtype_of(config.dtype), pick_device(config.device))
     plant_outliers(model, config.outliers.gain, config.outliers.channels)

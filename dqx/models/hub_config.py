@@ -154,7 +154,7 @@ def read_config(folder: Path, mask_token_id: int | None = None) -> tuple[dict[st
         raise CheckpointError(f"{path}: key {error} is missing{hint}") from error
     except (TypeError, ValueError, OverflowError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{path}: a key has the wrong type or value ({error})") from error
-    problems = [*_key_problems(config, family, arch, seen.values_read), *_geometry_problems(arch)]
+    problems = [*_key_problems(config, family, arch, seen.values_read), *_geometry_problems(arch, mask_token_id)]
     if problems:
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
     return config, arch
@@ -199,8 +199,8 @@ def _is_size(value: Any, most: int = WIDEST) -> bool:
     return type(value) is int and 0 < value <= most
 
 
-def _geometry_problems(arch: Architecture) -> list[str]:
-    """Sizes, ids and constants with which nothing can be computed."""
+def _geometry_problems(arch: Architecture, mask_token_id: int | None) -> list[str]:
+    """Sizes, constants and ids with which nothing can be computed; a mask token that was set is judged elsewhere."""
     limits = dict.fromkeys(("vocab_size", "hidden_size", "mlp_size", "n_heads", "n_kv_heads", "max_length"), WIDEST)
     problems = [
         f"{name}={_short(getattr(arch, name))} is not a whole number from 1 to {most}"
@@ -219,8 +219,8 @@ def _geometry_problems(arch: Architecture) -> list[str]:
         problems.append(f"heads of {arch.head_size} channels cannot be rotated in pairs")
     if arch.n_heads % arch.n_kv_heads:
         problems.append(f"{arch.n_kv_heads} key/value heads do not divide {arch.n_heads} heads")
-    ids = {"mask_token_id": arch.mask_token_id, "eos_token_id": arch.eos_token_id}
-    for name, value in [*ids.items(), *(("eos_token_id", value) for value in arch.end_token_ids)]:
+    ids = [("mask_token_id", arch.mask_token_id)] if mask_token_id is None else []
+    for name, value in [*ids, *(("eos_token_id", value) for value in (arch.eos_token_id, *arch.end_token_ids))]:
         if type(value) is not int or not 0 <= value < arch.vocab_size:
             problems.append(f"{name}={_short(value)} lies outside the vocabulary of {arch.vocab_size}")
     return problems

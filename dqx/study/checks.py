@@ -24,6 +24,7 @@ from dqx.models.checkpoint import PACKAGED, Checkpoint
 from dqx.models.family import families, family_of
 from dqx.models.tokenizer import chat_template_problem, tokenizer_problem
 from dqx.quant.method import Method
+from dqx.study.cache.owned import cache_problem
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 ABOVE_ZERO = ("model.outliers.gain", "outliers.channel_ratio", "outliers.massive_absolute", "outliers.massive_relative")
@@ -99,6 +100,8 @@ def _number_problems(config: Config) -> Iterator[str]:
 
 
 def _name_problems(config: Config) -> Iterator[str]:
+    if problem := cache_problem(Path(config.cache_dir)):
+        yield f"cache_dir={config.cache_dir} cannot be a cache: {problem}"
     for key in ("model.path", "data_root", "calib.text"):
         text = attrgetter(key)(config)
         if text is not None and not text.strip():
@@ -131,6 +134,8 @@ def checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]
 def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
     """Numbers that the model is too small for."""
     model = config.model
+    if model.mask_token_id is not None and model.mask_token_id >= arch.vocab_size:
+        yield f"model.mask_token_id={model.mask_token_id} lies outside the vocabulary of {arch.vocab_size}"
     if config.calib.length > arch.max_length:
         yield (
             f"calib.length={config.calib.length} is longer than the model's {arch.max_length} positions; "

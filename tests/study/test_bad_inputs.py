@@ -333,7 +333,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     (
         "a shard is missing",
         lose_a_shard,
-        "model-00002-of-00002.safetensors is named in .*index.json but does not exist",
+        "model-00002-of-00002.safetensors' is named in .*index.json, but there is no such file",
     ),
     ("shards without an index", lose_the_index, "holds 2 safetensors files but no model.safetensors.index.json"),
     ("an index without a map", break_the_index, "is no safetensors index"),

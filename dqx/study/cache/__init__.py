@@ -3,6 +3,7 @@
     key.py       the name of an artefact: a digest of what it depends on (dqx/study/facts.py), in plain words
     store.py     one JSON file per key, tensors or a folder beside it: written whole, with checksums, under a lock
     artifacts.py reused if it is there, computed by one run if not; the log says which
+    owned.py     what is dqx's own, which alone is ever removed; a marker says that a folder is a cache
     space.py     how much room all of it takes, and what makes way when there is none
     command.py   `dqx cache`: list, verify, prune
 

@@ -25,6 +25,7 @@ from dqx.common.digest import digest
 from dqx.common.tensors import tensor_digest
 from dqx.quant.checkpoint import PARTIAL
 from dqx.study.cache import space
+from dqx.study.cache.owned import cache_problem
 from dqx.study.cache.space import Entry
 
 DAY = 24 * 3600.0
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if not options.dir.is_dir():
         parser.error(f"{options.dir} is no folder; give the cache's with --dir")
+    if problem := cache_problem(options.dir):
+        parser.error(f"{options.dir} is no cache of dqx: {problem}")
     conditions = (options.kind, options.max_gb, options.older_than)
     if options.action == "prune" and all(condition is None for condition in conditions):
         parser.error("prune removes nothing without --max-gb, --older-than or --kind")

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dqx.quant.checkpoint import PARTIAL
+from dqx.study.cache.owned import artifacts
 from dqx.study.cache.store import Store
 
 
@@ -41,9 +42,9 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Everything in a cache but locks and what is being written, by kind and name."""
+    """All artefacts of a cache but locks and what is being written, by kind and name."""
     there = []
-    for path in sorted(folder.glob("*/[!.]*")):
+    for path in sorted(path for path in artifacts(folder) if not path.name.startswith(".")):
         with suppress(FileNotFoundError):  # a run that goes on has removed it by now
             if path.suffix != ".lock":
                 size = sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size

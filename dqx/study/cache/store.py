@@ -29,6 +29,7 @@ from dqx.common.heartbeat import beat
 from dqx.common.tensors import tensor_digest
 from dqx.evaluate.journal import Journal
 from dqx.study.cache.key import Key
+from dqx.study.cache.owned import mark
 
 if TYPE_CHECKING:  # torch is imported where tensors are read or written: `dqx cache` does without
     from torch import Tensor
@@ -146,6 +147,7 @@ class Store:
         lock = FileLock(self._place(key, ".lock"), is_singleton=True)
         try:
             self._place(key, ".lock").parent.mkdir(parents=True, exist_ok=True)
+            mark(self.folder)
             try:
                 lock.acquire(blocking=False)
             except Timeout:
