@@ -221,16 +221,20 @@ class DiffusionHarness(LM):
         asked: list[Request] = []
         encoded: tuple[str, list[int]] = ("", [])
         last: tuple[list[int], Tensor] = ([], torch.tensor([], dtype=torch.long))
+        arch = self.model.arch
         for request in requests:
             context, continuation = request.args[:2]
             bare = context.rstrip()
             if bare != encoded[0]:
-                encoded = (bare, encode(self.tokenizer, bare))
+                encoded = (bare, encode(self.tokenizer, bare, arch.mask_token_id))
             prefix, target = encode_pair(
-                self.tokenizer, context, continuation, self.model.arch.eos_token_id, prefix=encoded[1]
+                self.tokenizer, context, continuation, arch.eos_token_id, encoded[1], arch.mask_token_id
             )
             if not target:
                 raise ValueError(f"{request.task_name}: the continuation {continuation!r} has no token of its own")
+            if len(target) >= arch.max_length:  # cut from the left as a prompt is, and as in lm-eval
+                self._cut(request, len(prefix) + len(target) - arch.max_length)
+                prefix, target = prefix[-1:], target[1 - arch.max_length :]
             prefix = self._fit(request, prefix, len(target))
             if prefix != last[0]:
                 last = (prefix, torch.tensor(prefix))
@@ -252,7 +256,9 @@ class DiffusionHarness(LM):
 
     def _prompt(self, request: Instance) -> Prompt:
         context, settings = request.args[:2]
-        ids = self._fit(request, encode(self.tokenizer, context), settings["max_gen_toks"])
+        ids = self._fit(
+            request, encode(self.tokenizer, context, self.model.arch.mask_token_id), settings["max_gen_toks"]
+        )
         return Prompt(ids or [self.model.arch.eos_token_id], document_key(request))
 
     def _fit(self, request: Instance, prompt: list[int], n_new: int) -> list[int]:
@@ -266,9 +272,12 @@ class DiffusionHarness(LM):
         cut = len(prompt) - room
         if cut <= 0:
             return prompt
-        document = document_key(request)
-        self.truncated[document] = max(cut, self.truncated.get(document, 0))
+        self._cut(request, cut)
         return prompt[cut:]
+
+    def _cut(self, request: Instance, count: int) -> None:
+        document = document_key(request)
+        self.truncated[document] = max(count, self.truncated.get(document, 0))
 
 
 def documents(requests: Sequence[Instance]) -> list[Document]:
@@ -310,24 +319,51 @@ def end_tokens(model: MaskedDiffusionTransformer, tokenizer: PreTrainedTokenizer
     return ends | {model.arch.eos_token_id, *model.arch.end_token_ids} | ({tokenizer.eos_token_id} - {None})
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, nothing added (as in lm-eval's class for Hugging Face models)."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int | None = None) -> list[int]:
+    """Token ids of a text, nothing added (as in lm-eval's class for Hugging Face models).
+
+    Where the text spells the mask token, that is text too, in ordinary tokens: a mask would be a place to fill, of
+    which nothing is scored.
+    """
+
+    def ids(part: str, *, plain: bool = False) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False, split_special_tokens=plain).input_ids)
+
+    whole = ids(text)
+    if mask_token_id is None or mask_token_id not in whole:
+        return whole
+    spelled = str(tokenizer.convert_ids_to_tokens(mask_token_id))
+    first, *others = text.split(spelled)
+    encoded = ids(first) if first else []
+    for part in others:
+        encoded += ids(spelled, plain=True) + (ids(part) if part else [])
+    return encoded
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, start: int, prefix: list[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    continuation: str,
+    start: int,
+    prefix: list[int] | None = None,
+    mask_token_id: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Context and continuation as ids, split as lm-eval does.
+    """Context and continuation as ids, split as lm-eval does where the split is a token's boundary.
 
     Spaces at the end of the context belong to the continuation; the whole text is encoded once and cut at the length of
     the encoded context (`prefix`, where it is known already). An empty context becomes the token `start`.
+
+    Where a token of the whole text reaches over the boundary, lm-eval scores the rest of the continuation without it.
+    Here context and continuation are encoded apart, so that all of the continuation is scored.
     """
     if not context:
-        target = encode(tokenizer, continuation)
+        target = encode(tokenizer, continuation, mask_token_id)
         return ([start], target) if target[:1] != [start] else (target[:1], target[1:])
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
     if prefix is None:
-        prefix = encode(tokenizer, bare)
-    return prefix or [start], encode(tokenizer, bare + continuation)[len(prefix) :]
+        prefix = encode(tokenizer, bare, mask_token_id)
+    whole = encode(tokenizer, bare + continuation, mask_token_id)
+    if whole[: len(prefix)] != prefix:
+        return prefix or [start], encode(tokenizer, continuation, mask_token_id)
+    return prefix or [start], whole[len(prefix) :]

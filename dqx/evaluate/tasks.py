@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
     from dqx.evaluate.local_task import LocalTask
 
+EMPTY = 1e-300  # length of a choice without text: it is never chosen, as in lm-eval
+#: What a choice's likelihood is divided by, for the metrics that do so.
+LENGTHS: dict[str, Callable[[str], float]] = {
+    "acc_norm": lambda choice: len(choice) or EMPTY,
+    "acc_bytes": lambda choice: len(choice.encode()) or EMPTY,
+}
+
 __all__ = ["evaluate", "task_problems"]
 
 
@@ -133,11 +140,24 @@ def choice_scale(tasks: Iterable[LocalTask], metric: str) -> Callable[[Instance]
     by_name = {task.task_name: task for task in tasks}
 
     def scale(request: Instance) -> float:
-        if metric != "acc_norm":
-            return 1.0
-        return float(len(by_name[request.task_name].doc_to_choice(request.doc)[request.idx]))
+        choice = by_name[request.task_name].doc_to_choice(request.doc)[request.idx]
+        return LENGTHS[metric](choice) if metric in LENGTHS else 1.0
 
     return scale
+
+
+def chosen(metric: str, likelihoods: Sequence[float], choices: Sequence[str], unconditional: Sequence[float]) -> int:
+    """Which choice the metric judges, as lm-eval chooses: the first of those that score highest.
+
+    By likelihood; for some metrics by likelihood per character or byte, or (acc_mutual_info) by how much more likely
+    the choice is than without its question, of which `unconditional` has the likelihoods.
+    """
+    scores = list(likelihoods)
+    if metric in LENGTHS:
+        scores = [score / LENGTHS[metric](choice) for score, choice in zip(scores, choices, strict=True)]
+    elif metric == "acc_mutual_info" and unconditional:
+        scores = [score - without for score, without in zip(scores, unconditional, strict=True)]
+    return scores.index(max(scores))
 
 
 def in_turn(sizes: Sequence[int], limit: int) -> list[int]:
@@ -178,10 +198,10 @@ def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: Di
     if task.OUTPUT_TYPE == "multiple_choice":
         likelihoods = [float(response[0][0]) for response in responses]
         choices = task.doc_to_choice(doc)
-        likelihoods = likelihoods[: len(choices)]
+        likelihoods, unconditional = likelihoods[: len(choices)], likelihoods[len(choices) :]
         gold = task.doc_to_text(doc) if task.multiple_input else sample["target"]
         target = choices[gold] if isinstance(gold, int) else str(gold)
-        prediction = choices[likelihoods.index(max(likelihoods))]
+        prediction = choices[chosen(spec.metric, likelihoods, choices, unconditional)]
     elif task.OUTPUT_TYPE == "loglikelihood":
         likelihoods, prediction = [float(responses[0][0][0])], None
     else:

@@ -16,7 +16,7 @@ from dqx.diffusion import SeededNoise, greedy_matches, log_likelihood
 from dqx.diffusion.batches import Request
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler
 from dqx.evaluate.ending import Ending
-from dqx.evaluate.harness import DiffusionHarness, HarnessTask, encode_pair, end_tokens
+from dqx.evaluate.harness import DiffusionHarness, HarnessTask, encode, encode_pair, end_tokens
 from dqx.evaluate.session import EvaluationSession
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.models.checkpoint import inspect, load_weights
@@ -69,12 +69,15 @@ def test_pairs_are_split_as_lm_eval_splits_them() -> None:
         ("a", " b"),
         ("a ", "b"),
         ("a  \n", "ab"),
-        ("a", "b"),
         ("ab a", " ab b"),
         ("a\n", "b"),
     ]:
         expected = TemplateLM._encode_pair(theirs, context, continuation)
         assert encode_pair(tokenizer, context, continuation, 99) == expected
+    # where a token reaches over the boundary, lm-eval would leave the beginning out, or all of it
+    assert TemplateLM._encode_pair(theirs, "a", "b") == ([1], [])
+    assert encode_pair(tokenizer, "a", "b", 99) == ([1], [2])
+    assert encode_pair(tokenizer, "a", "b ab", 99) == ([1], [2, 7])
     assert encode_pair(tokenizer, "", "ab", 99) == ([99], [5])
     assert encode_pair(tokenizer, " ", "a", 99) == ([99], [3])
 
@@ -194,6 +197,29 @@ def test_long_prompts_lose_their_beginning_and_this_is_recorded(parts) -> None:
     assert harness.truncated == {("task", 0): 14, ("task", 2): 10}
     with pytest.raises(ValueError, match="64 new tokens leave no room for a prompt in the model's max_length=64"):
         harness.generate_until([generation("Q", n=64)])
+
+
+def test_a_choice_longer_than_the_model_is_cut_and_this_is_recorded(parts) -> None:
+    model, tokenizer = parts  # 64 tokens fit
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET, HarnessTask(mc_samples=2))
+    values = harness.loglikelihood(
+        [request("Q:", " " + "ab" * 40, "loglikelihood"), request("Q:", " c", "loglikelihood", doc=1)]
+    )
+    assert all(value < 0 for value, _ in values)
+    assert harness.truncated == {("task", 0): 2 + 81 - 64}
+
+
+def test_the_mask_tokens_text_is_text(parts) -> None:
+    model, tokenizer = parts
+    mask = model.arch.mask_token_id
+    spelled = tokenizer.convert_ids_to_tokens(mask)
+    ids = encode(tokenizer, f"a {spelled}{spelled} b", mask)
+    assert mask not in ids
+    assert tokenizer.decode(ids) == f"a {spelled}{spelled} b"
+    assert encode(tokenizer, "a b<|eot_id|>", mask) == encode(tokenizer, "a b<|eot_id|>")
+    harness = DiffusionHarness(model, tokenizer, LLaDASampler(), QUIET, HarnessTask(mc_samples=4))
+    ((value, _),) = harness.loglikelihood([request("Q:", f" {spelled}", "loglikelihood")])
+    assert value < -1  # of some ordinary tokens, not 0.0 of none
 
 
 def test_generation_noise_belongs_to_the_document(parts) -> None:

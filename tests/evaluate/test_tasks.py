@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
@@ -31,7 +32,7 @@ from dqx.evaluate.results import TaskResult
 from dqx.evaluate.scorers.math_check import equal_answers
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.evaluate.spec import TaskSpec
-from dqx.evaluate.tasks import in_turn
+from dqx.evaluate.tasks import chosen, in_turn
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokenizer import load_tokenizer
 
@@ -345,6 +346,25 @@ def test_values_are_those_of_lm_eval(parts: dict[str, Any], well_read) -> None:
 
 
 # problems
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_the_recorded_choice_is_the_one_that_was_scored(metric: str, parts: dict[str, Any]) -> None:
+    suite = {"hellaswag": spec("hellaswag", metric=metric, mc_samples=2)}
+    documents = evaluate(**parts, suite=suite)["hellaswag"].documents
+    assert len(documents) > 2
+    assert [row.score == 1 for row in documents] == [row.prediction == row.target for row in documents]
+
+
+def test_what_each_metric_chooses_is_what_lm_eval_chooses() -> None:
+    likelihoods, choices = [-8.0, -5.0, -6.0], ["a long answer", "b", "\u00e9\u00e9\u00e9\u00e9"]
+    lengths = [[1.0] * 3, [len(c) for c in choices], [len(c.encode()) for c in choices]]
+    for metric, length in zip(("acc", "acc_norm", "acc_bytes"), lengths, strict=True):
+        expected = int(np.argmax(np.array(likelihoods) / np.array(length)))
+        assert chosen(metric, likelihoods, choices, []) == expected
+    assert chosen("acc_mutual_info", likelihoods, choices, [-7.0, -1.0, -9.0]) == 2
+    assert chosen("acc_norm", [-5.0, -1.0], ["x", ""], []) == 0  # nothing is never chosen
+    assert chosen("acc", [-1.0, -1.0], ["x", "y"], []) == 0
 
 
 def test_a_good_suite_has_no_problems() -> None:
