@@ -80,15 +80,17 @@ def text_problems(text: str, source: TextSource, data_root: str | None = None) -
 
 
 def load_texts(text: TextSource) -> list[str]:
-    """The rows of a text source that hold more than white space. Raises ValueError naming the file or the field."""
+    """The rows of a text source that hold more than white space.
+
+    Raises ValueError naming the file, and the line or row and the field, where something there is no text.
+    """
     path = Path(text.path)
     if path.suffix == ".txt":
-        content = path.read_text(encoding="utf-8")
-        rows: list[Any] = content.split("\n\n") if text.documents else [content]
+        content = _decoded(path, path.read_bytes())
+        rows = content.split("\n\n") if text.documents else [content]
     elif path.suffix == ".jsonl":
-        rows = [
-            _field(json.loads(line), text) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = _decoded(path, path.read_bytes()).split("\n")  # other line breaks may stand inside of a text
+        rows = [_parsed(line, f"{path}, line {number}", text) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         data = _table(text)
         if text.field not in data.column_names:
@@ -97,8 +99,44 @@ def load_texts(text: TextSource) -> list[str]:
                 f"set {text.where}.field"
             )
         column: Any = data[text.field]
-        rows = column.to_pylist() if path.suffix == ".parquet" else column
+        values = column.to_pylist() if path.suffix == ".parquet" else column
+        rows = [_checked(value, f"{text.path}, row {number}", text) for number, value in enumerate(values, 1)]
     return [row for row in rows if row.strip()]
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    """The text of a file in UTF-8, without a byte order mark."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not in UTF-8; `iconv -f latin1 -t utf-8` converts Latin-1") from error
+
+
+def _parsed(line: str, place: str, text: TextSource) -> str:
+    """The text in a line of JSON."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} has lists inside lists without end") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}; JSON Lines has an object with its fields on each line")
+    if text.field not in row:
+        raise ValueError(f"{place} has no field {text.field!r}; it has {', '.join(row)}: set {text.where}.field")
+    return _checked(row[text.field], place, text)
+
+
+def _checked(value: Any, place: str, text: TextSource) -> str:
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise ValueError(
+            f"{place}: field {text.field!r} is {kind}, not a text; take the row out or set {text.where}.field"
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{place}: field {text.field!r} holds half of a surrogate pair, which is no character")
+    return value
 
 
 def _table(text: TextSource) -> Any:
@@ -115,14 +153,6 @@ def _table(text: TextSource) -> Any:
     if text.split not in splits:
         raise ValueError(f"{text.path} has no split {text.split!r}; it has {', '.join(splits)}: set {text.where}.split")
     return splits[text.split]
-
-
-def _field(row: dict[str, Any], text: TextSource) -> str:
-    if text.field not in row:
-        raise ValueError(
-            f"{text.path}: a line has no field {text.field!r}; it has {', '.join(row)}: set {text.where}.field"
-        )
-    return row[text.field]
 
 
 def token_stream(text: TextSource, tokenizer: Any) -> list[int]:
