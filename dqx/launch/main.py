@@ -36,7 +36,19 @@ from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems
 from dqx.launch import register
-from dqx.record.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
+from dqx.record.outcomes import (
+    FILE,
+    INTERRUPTED,
+    LOG,
+    Failure,
+    RunEnded,
+    RunFailed,
+    expect,
+    failures,
+    launched,
+    outcomes,
+    why,
+)
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
@@ -44,6 +56,7 @@ if TYPE_CHECKING:
 
 RUN = "dqx run"
 HELP = ("-h", "--help")
+DEVELOPER = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as it was set before `main` sets it
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
 planned: list[PlannedRun] = []  # with plan=true
@@ -75,6 +88,9 @@ def do(cfg: DictConfig) -> None:
     except Exception as error:
         log.exception(f"the run failed: {why(error)}")
         failure, cause = Failure(why(error)), error
+    except KeyboardInterrupt:
+        Failure(INTERRUPTED).write(folder)
+        raise
     else:
         return
     failure.write(folder)
@@ -83,6 +99,8 @@ def do(cfg: DictConfig) -> None:
 
         settings: Any = OmegaConf.to_container(cfg)
         note_skipped(settings, folder, settings["wandb"], failure.reason)
+    if HydraConfig.get().mode == RunMode.RUN and not DEVELOPER:
+        return  # told, and in the folder; Hydra would print the command behind it
     raise RunFailed(failure.reason) from cause
 
 
@@ -143,7 +161,6 @@ def main() -> int:
     """Do what the command line says and tell how it ended, to developers with tracebacks. Returns the exit code."""
     gc.disable()  # imports make much and leave no garbage: a sixth of their time; a run enables it again
     register()
-    developer = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
     signal.signal(signal.SIGTERM, interrupt)
@@ -160,15 +177,15 @@ def main() -> int:
         with without_output_folders(sys.argv):
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(do)()
     except RunFailed as error:  # told by the run
-        if developer:
+        if DEVELOPER:
             traceback.print_exception(error)
     except KeyboardInterrupt:
         print_summary(interrupted=True)
-        print("interrupted", file=sys.stderr)
+        print(INTERRUPTED if launched else "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         mistake = not launched or isinstance(error, ConfigProblems)
-        if developer or not mistake:  # a launcher's, say
+        if DEVELOPER or not mistake:  # a launcher's, say
             traceback.print_exception(error)
         if mistake:
             print(plain(explain(error)), file=sys.stderr)

@@ -17,6 +17,7 @@ from dqx.common.files import write_json
 FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
+INTERRUPTED = "interrupted; the same command goes on from here"
 KILLED = "it was killed"  # or is still running, where another launch has started it
 
 #: Settings with which less memory is taken when they are lower.
@@ -106,6 +107,8 @@ def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, R
 def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> RunState:
     if failure is None:
         return RunState("reused" if _is_reused(folder) else "finished")
+    if failure.reason == INTERRUPTED:
+        return RunState("interrupted")
     if _is_new(folder, FILE):
         return RunState("refused" if failure.refused else "failed", failure.reason)
     if not _has_started(folder):

@@ -180,7 +180,7 @@ def test_no_process_is_left(tmp_path: Path, number: int, group: bool, more: list
         (os.killpg if group else os.kill)(launcher.pid, number)
         _, told = launcher.communicate(timeout=60)
     assert launcher.returncode == 130, told
-    assert told.rstrip().endswith("interrupted")
+    assert told.rstrip().endswith("interrupted; the same command goes on from here")
     wait_for(lambda: not with_in_its_environment(f"LAUNCHER={tmp_path}"))
 
 
