@@ -190,11 +190,14 @@ def test_one_of_two_processes_quantizes_from_disk_for_both(tmp_path: Path) -> No
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-5)
 
 
+DIGEST = "0123456789abcdef0123"
+
+
 def test_an_unfinished_model_is_an_entry_under_the_lock_of_its_artefact(tmp_path: Path) -> None:
-    unfinished = tmp_path / "quantized" / f"a-0123{PARTIAL}"
+    unfinished = tmp_path / "quantized" / f"a-{DIGEST}{PARTIAL}"
     unfinished.mkdir(parents=True)
     (entry,) = space.entries(tmp_path)
-    assert entry.lock == tmp_path / "quantized" / "a-0123.lock"
+    assert entry.lock == tmp_path / "quantized" / f"a-{DIGEST}.lock"
     assert entry.heavy
     assert command.damage(entry) is None
     with FileLock(entry.lock):
