@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,12 +30,6 @@ SETTLED_NS = 2 * 10**9  # age of a file's times, from which on a digest is remem
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def content_digest(paths: Iterable[Path]) -> str:
-    """16 hex digits over the content of files, in the order of their paths; where they lie does not count."""
-    digests = file_digests(sorted(paths))
-    return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
-
-
 def file_digests(paths: Sequence[Path]) -> list[str]:
     """64 hex digits for the content of each file. Raises OSError for one that cannot be read."""
     digests = {path: _known(path) for path in paths}
@@ -44,7 +38,7 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     total = sum(path.stat().st_size for path in missing)
     before = {path: _status(path) for path in missing}
     with (
-        ThreadPoolExecutor(cores()) as pool,
+        ThreadPoolExecutor() as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="hashing files", disable=total < LARGE) as bar,
     ):
         trees = {path: hashlib.blake2b(digest_size=32) for path in missing}
@@ -56,11 +50,6 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
         digests[path] = trees[path].hexdigest()
         _remember(path, before[path], trees[path].hexdigest())
     return [str(digests[path]) for path in paths]
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _piece(piece: tuple[Path, int]) -> bytes:

@@ -110,13 +110,10 @@ def locate(target: str) -> type:
     if not _within(module, (*PACKAGES, *own)):
         raise Untrusted(f"is no part of dqx; of your own parts, name the module: parts=[{module or 'MODULE'}]")
     cls = getattr(import_module(module), name)
-    if not isinstance(cls, type) or not (_within(cls.__module__, own) or (_within(module, PACKAGES) and _is_ours(cls))):
+    ours = is_dataclass(cls) and _within(module, PACKAGES) and _within(cls.__module__, PACKAGES)
+    if not isinstance(cls, type) or not (ours or _within(cls.__module__, own)):
         raise Untrusted("is no class that describes a part; see conf/ for examples")
     return cls
-
-
-def _is_ours(cls: type) -> bool:
-    return _within(cls.__module__, PACKAGES) and is_dataclass(cls)
 
 
 def _within(module: str, packages: Iterable[str]) -> bool:

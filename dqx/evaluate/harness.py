@@ -333,10 +333,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int | N
     if mask_token_id is None or mask_token_id not in whole:
         return whole
     spelled = str(tokenizer.convert_ids_to_tokens(mask_token_id))
-    first, *others = text.split(spelled)
-    encoded = ids(first) if first else []
-    for part in others:
-        encoded += ids(spelled, plain=True) + (ids(part) if part else [])
+    encoded = []
+    for number, part in enumerate(text.split(spelled)):
+        encoded += (ids(spelled, plain=True) if number else []) + (ids(part) if part else [])
     return encoded
 
 

@@ -36,19 +36,7 @@ from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems
 from dqx.launch import register
-from dqx.record.outcomes import (
-    FILE,
-    INTERRUPTED,
-    LOG,
-    Failure,
-    RunEnded,
-    RunFailed,
-    expect,
-    failures,
-    launched,
-    outcomes,
-    why,
-)
+from dqx.record.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
@@ -89,7 +77,7 @@ def do(cfg: DictConfig) -> None:
         log.exception(f"the run failed: {why(error)}")
         failure, cause = Failure(why(error)), error
     except KeyboardInterrupt:
-        Failure(INTERRUPTED).write(folder)
+        Failure(Failure.INTERRUPTED).write(folder)
         raise
     else:
         return
@@ -181,7 +169,7 @@ def main() -> int:
             traceback.print_exception(error)
     except KeyboardInterrupt:
         print_summary(interrupted=True)
-        print(INTERRUPTED if launched else "interrupted", file=sys.stderr)
+        print(Failure.INTERRUPTED if launched else "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         mistake = not launched or isinstance(error, ConfigProblems)

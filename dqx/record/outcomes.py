@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from dqx.common.files import write_json
 
 FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
-INTERRUPTED = "interrupted; the same command goes on from here"
 KILLED = "it was killed"  # or is still running, where another launch has started it
 
 #: Settings with which less memory is taken when they are lower.
@@ -32,6 +32,8 @@ _before: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were 
 @dataclass(frozen=True)
 class Failure:
     """Why a run ended without results."""
+
+    INTERRUPTED: ClassVar[str] = "interrupted; the same command goes on from here"
 
     reason: str
     refused: bool = False  # a mistake in the configuration or the files it names, told before anything heavy started
@@ -107,7 +109,7 @@ def outcomes(folders: Sequence[Path], interrupted: bool = False) -> dict[Path, R
 def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> RunState:
     if failure is None:
         return RunState("reused" if _is_reused(folder) else "finished")
-    if failure.reason == INTERRUPTED:
+    if failure.reason == Failure.INTERRUPTED:
         return RunState("interrupted")
     if _is_new(folder, FILE):
         return RunState("refused" if failure.refused else "failed", failure.reason)

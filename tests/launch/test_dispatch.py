@@ -211,7 +211,7 @@ def test_processes_end_with_launch(tmp_path: Path, end: signal.Signals) -> None:
     assert told.rstrip().endswith("interrupted; the same command goes on from here")
     assert "Traceback" not in told
     (failure,) = (tmp_path / "sweep").glob("*/failure.json")  # of the run that was going on
-    assert json.loads(failure.read_text())["reason"] == outcomes.INTERRUPTED
+    assert json.loads(failure.read_text())["reason"] == Failure.INTERRUPTED
 
 
 @pytest.mark.slow

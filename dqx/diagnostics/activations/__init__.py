@@ -10,23 +10,7 @@
 Per block and site (`attn_in attn_out mlp_in mlp_out`), where the activation quantizer of the site's linears reads:
 behind scalings and rotations, so that full precision and a quantized model differ by what a method's transforms do.
 
-Memory is a constant per site, about 0.5 MB plus a few numbers per channel and one per entry of the vocabulary; for
-parts 65 kB and one number per channel, six times (three token classes, of one step and of all), however many steps.
-For LLaDA-8B that is 170 MB while text is read, then 90 MB:
-
-- extremes and moments are exact (float64);
-- percentiles of a site are within 0.4 % of the order statistic they stand for, of its parts within 1.6 %
-  (`relative_error`, `parts_relative_error`);
-- counts above a threshold come from the same histogram, and tokens from one of each token's maximum. A threshold is
-  moved down to the nearest bin edge (by less than 1/128 of it); counts are exact for the edge, which the record states.
-
-A *normal* outlier is a channel that is large for most tokens: |x| > `channel_ratio` times the token's own median
-over channels, for at least `channel_share` of the tokens. A *massive* outlier is a single value with
-|x| >= `massive_absolute` and >= `massive_relative` times the median over all values; the count by the relative
-condition alone is reported beside it, since small models are small in absolute terms.
-
-*Parts* look at denoising states (`dqx/diffusion/rollout.py`): each class of tokens (given, committed by now, still
-masked) over all steps, and all tokens step by step, with the thresholds of the site's row over calibration windows.
+`dqx/diagnostics/README.md` says what an outlier is, and how exact the figures are.
 """
 
 from __future__ import annotations

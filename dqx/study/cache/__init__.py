@@ -23,12 +23,6 @@
 So a sweep over steps or tasks quantizes once for each method and width, and a run of which everything is there loads no
 weights. Windows of text and masks are drawn again each time: that takes less than reading them.
 
-Statistics of the calibration text are no artefacts of their own. GPTQ's and GPTAQ's Hessians (66 % and 74 % of their
-time on the bundled model, 64 windows of 256 tokens) are those of the model as quantized so far, so they differ from
-width to width. What could be shared are statistics at full precision: SmoothQuant's maxima (86 % of its time, but that
-is the least of all methods: half of GPTQ's) and the activations that AWQ's search reads (17 %, and as large as the
-text's activations themselves). A sweep over widths would gain seconds where its evaluations take minutes.
-
 Everything here may be deleted at any time when no run is going on. Runs on several machines can share a folder if its
 file system has locks (`flock`).
 """
