@@ -263,6 +263,7 @@ def _read(
 ) -> dict[str, Tensor]:
     """The tensors of `names` (our parameter name -> hub name), by our names."""
     tensors: dict[str, Tensor] = {}
+    wanted = dtype or checkpoint.stored_dtype
     for path in sorted({checkpoint.files[hub] for hub in names.values()}):
         try:
             with safe_open(path, framework="pt", device=str(device)) as f:
@@ -272,11 +273,11 @@ def _read(
                         if not _finite(tensor):
                             raise CheckpointError(f"{path}: tensor {hub!r} holds values that are not finite")
                         mapped = tensor.device.type == "cpu"  # at a place in memory that decides last bits of products
-                        tensors[ours] = tensor.to(dtype or checkpoint.stored_dtype, copy=mapped)
-                        if not _finite(tensors[ours]):
+                        tensors[ours] = tensor.to(wanted, copy=mapped)
+                        if tensor.dtype != wanted and not _finite(tensors[ours]):
                             largest = tensor.abs().max().item()
                             raise CheckpointError(
-                                f"{path}: tensor {hub!r} holds {largest:g}, beyond {dtype}; use dtype=bfloat16"
+                                f"{path}: tensor {hub!r} holds {largest:g}, beyond {wanted}; use dtype=bfloat16"
                             )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -21,68 +21,18 @@ LARGEST_CONFIG = 2**20  # bytes
 MOST_BLOCKS, WIDEST = 1000, 2**24  # beyond every model, and far below what makes a skeleton slow
 #: Keys of transformers' configurations that say nothing about the function computed.
 WITHOUT_EFFECT = frozenset(
-    [
-        "_name_or_path",
-        "_attn_implementation",
-        "attn_implementation",
-        "_attn_implementation_autoset",
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "initializer_range",
-        "tokenizer_class",
-        "pad_token_id",
-        "bos_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "torchscript",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "task_specific_params",
-        "problem_type",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "prefix",
-        "attention_dropout",
-        "hidden_dropout",
-        "attention_probs_dropout_prob",
-        "hidden_dropout_prob",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "suppress_tokens",
-        "exponential_decay_length_penalty",
-        "begin_suppress_tokens",
-        "pretraining_tp",
-        "ignore_keys_at_rope_validation",
-    ]
+    """
+    _name_or_path _attn_implementation attn_implementation _attn_implementation_autoset architectures auto_map
+    transformers_version model_type torch_dtype dtype use_cache initializer_range tokenizer_class pad_token_id
+    bos_token_id sep_token_id decoder_start_token_id return_dict output_attentions output_hidden_states torchscript
+    use_bfloat16 tf_legacy_loss task_specific_params problem_type finetuning_task id2label label2id prefix
+    attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values suppress_tokens exponential_decay_length_penalty begin_suppress_tokens pretraining_tp
+    ignore_keys_at_rope_validation
+    """.split()  # noqa: SIM905
 )
 #: Keys of transformers' configurations by the values that change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {

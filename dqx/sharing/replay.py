@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def replayed(argv: Sequence[str]) -> list[str]:
     path, rest = _take(argv, at)
     try:
         shared = bundle.read(Path(path).expanduser())
-        node = settings(shared)
+        config = configuration(shared)
     except bundle.BundleError as error:
         raise ConfigProblems([f"{FLAG} {path}: {error}"]) from error
     problems = [
@@ -63,45 +63,44 @@ def replayed(argv: Sequence[str]) -> list[str]:
             f"this run has read local files that are not in the bundle: {', '.join(missing)}; "
             f"add them to the command: {anew}"
         )
-    modules = _trusted_there(shared)
-    if modules and not any(_sets(a, PARTS) for a in rest):
+    if (modules := config[PARTS]) and not any(_sets(a, PARTS) for a in rest):
         problems.append(
             f"this run has used parts of {', '.join(modules)}, which are not in the bundle; "
             f"if you have that code and trust it, add {shlex.quote(f'{PARTS}=[{chr(44).join(modules)}]')}"
         )
     if problems:
         raise ConfigProblems(problems)
-    ConfigStore.instance().store(name=NAME, node=node | {"bundle": str(path)})
+    ConfigStore.instance().store(name=NAME, node=settings(config) | {"bundle": str(path)})
     return [f"--config-name={NAME}", *rest]
 
 
-def settings(shared: bundle.Bundle) -> dict[str, Any]:
-    """The bundle's configuration as a primary config of Hydra's. Raises BundleError where it is none.
-
-    Only settings of a run are taken: neither Hydra's own, nor where things are and what they may take
-    (`dqx.record.compare.PLACES`), nor which modules are trusted.
-    """
+def configuration(shared: bundle.Bundle) -> dict[str, Any]:
+    """The bundle's configuration. Raises BundleError where it is none, or sets what is no setting of a run."""
     config = bundle.plain_yaml("config.yaml", shared.members["config.yaml"])
     if not isinstance(config, dict) or not isinstance(config.get("bits"), dict):
         raise bundle.BundleError("config.yaml is no configuration of a run")
     foreign = [key for key in config if key in ("defaults", "hydra") or not isinstance(key, str)]
     if foreign:
         raise bundle.BundleError(f"config.yaml sets {foreign[0]}, which is no setting of a run")
+    modules = config.setdefault(PARTS, [])
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise bundle.BundleError(f"config.yaml: {PARTS} is no list of modules")
+    return config
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle's configuration as a primary config of Hydra's.
+
+    What it says of places and limits (`dqx.record.compare.PLACES`) and of trusted modules is left out.
+    """
     main = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     ours = [entry for entry in main["defaults"] if isinstance(entry, dict) and str(*entry).startswith("override ")]
-    config = literal({key: value for key, value in config.items() if key not in (*PLACES, PARTS)})
+    taken = literal({key: value for key, value in config.items() if key not in (*PLACES, PARTS)})
     with suppress(OmegaConfBaseException):  # of another version of dqx: Hydra will name the key
-        widths = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), config["bits"]))
+        widths = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BitsConfig), taken["bits"]))
         if isinstance(widths, BitsConfig) and label(widths) == widths.name:
-            config["bits"]["name"] = "${bits_name:}"
-    return {"defaults": ["schema", *ours, "_self_"], **config, "hydra": main["hydra"]}
-
-
-def _trusted_there(shared: bundle.Bundle) -> list[str]:
-    """The modules of parts that whoever shared the run had named."""
-    config = bundle.plain_yaml("config.yaml", shared.members["config.yaml"])
-    modules = config.get(PARTS) or [] if isinstance(config, dict) else []
-    return [str(module) for module in modules] if isinstance(modules, list) else []
+            taken["bits"]["name"] = "${bits_name:}"
+    return {"defaults": ["schema", *ours, "_self_"], **taken, "hydra": main["hydra"]}
 
 
 def shared_command(shared: bundle.Bundle) -> str:

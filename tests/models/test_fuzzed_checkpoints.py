@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dqx.common.files import ASSETS
 from dqx.models.checkpoint import CheckpointError, inspect
 
 FUZZED = settings(
@@ -32,8 +33,6 @@ VALUES = st.recursive(
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Copies of the bundled checkpoints: one per family."""
-    from dqx.common.files import ASSETS
-
     folders = {}
     for name in ("nano_llada", "nano_dream"):
         folders[name] = tmp_path_factory.mktemp("fuzzed") / name
@@ -42,16 +41,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def read_or_refused(folder: Path) -> None:
+    told = ""
     try:
         inspect(str(folder))
     except CheckpointError as error:
         told = str(error)
-        assert len(told) < 3000  # noqa: PT017: a checkpoint that is read is fine as well
+    assert len(told) < 3000
 
 
 def keys_of(name: str) -> list[str]:
-    from dqx.common.files import ASSETS
-
     return [*json.loads((ASSETS / name / "config.json").read_text()), "rope_parameters", "head_dim", "layer_types", "x"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,8 @@ def test_the_mask_token_may_come_from_the_setting(tiny_checkpoint: Make) -> None
 )
 def test_absurd_sizes_are_refused_at_once(changes: dict[str, Any], tiny_checkpoint: Make) -> None:
     folder = changed(tiny_checkpoint("llada"), **changes)
-    started = time.process_time()
     with pytest.raises(CheckpointError) as told:
         inspect(str(folder))
-    assert time.process_time() - started < 60  # seconds of this process: not a limit, but no endless loop either
     assert len(str(told.value)) < 1000
 
 

@@ -78,3 +78,8 @@ def test_every_name_that_the_store_gives_is_known(tmp_path: Path) -> None:
         for suffix in ("", ".json", ".lock", ".safetensors", ".partial", ".journal.3"):
             assert owned.NAME.fullmatch(place.name + suffix)
     assert owned.cache_problem(tmp_path) is None
+
+
+def test_nothing_of_another_kind_can_be_kept() -> None:
+    with pytest.raises(ValueError, match="thoughts is no kind of artefact; there are results"):
+        Key("thoughts", "a", {})

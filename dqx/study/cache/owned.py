@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dqx.common.files import write_text
+from dqx.study.cache.key import KINDS
 
 MARKER = "dqx-cache"
 TEXT = """This folder is a cache of dqx: what runs have computed and others need not compute again.
 It may be deleted while no run is going on. `dqx cache` lists, verifies and prunes it.
 """
-KINDS = ("results", "quantized", "outliers", "activations", "denoising", "predictions", "fidelity", "calibration")
 #: NAME-DIGEST with what the store puts behind it: a lock, JSON, tensors, a journal, an unfinished folder.
 NAME = re.compile(r"\.?[\w.+-]+-[0-9a-f]{20}(\.json|\.safetensors|\.lock|\.partial|\.journal\.\d+)?(\.[0-9a-f]{1,32})?")
 
