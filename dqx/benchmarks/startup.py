@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             for _ in range(args.repeat):
                 for name, checkout in checkouts.items():
                     with TemporaryDirectory() as folder:
+                        Path(folder, "runs", "cache").mkdir(parents=True)  # for `dqx cache`
                         code = REFUSED if "mistake" in command else 0
                         measured[name].append(seconds(checkout, arguments, Path(folder), code=code))
             figures[command] = {name: median(values) for name, values in measured.items()}

@@ -198,6 +198,13 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+#: Settings that say where things are and what they may take, not what is computed.
+PLACES = (
+    *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
+    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes"),
+)
+
+
 def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str]:
     """The choices of a group: the files of that folder. Numbers in names sort as numbers."""
     names = {p.stem for folder in folders for p in Path(folder, group).glob("*.yaml")}

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
+from dqx.config.schema import PLACES
 from dqx.evaluate.results import DocumentRow, TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.record import deltas
 from dqx.record.folder import SIDES, Record
 
-#: Settings that say where things are and what they may take, not what is computed.
-PLACES = (
-    *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
-    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes"),
-)
 ABSENT = "not set"
 
 

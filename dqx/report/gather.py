@@ -19,11 +19,11 @@ from statistics import fmean
 from typing import Any
 
 from dqx.common.names import natural
+from dqx.config.schema import PLACES
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.spec import NLL
 from dqx.record import words
 from dqx.record.collection import Run
-from dqx.record.compare import PLACES
 from dqx.record.deltas import Delta, compare, headline, judged
 from dqx.record.folder import SIDES, Record
 from dqx.record.settings import RunSettings

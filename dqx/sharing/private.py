@@ -1,6 +1,6 @@
 """What in a run's record belongs to one machine or person, and what stands in its place in a bundle.
 
-Settings that say where things are (`dqx.record.compare.PLACES`) are left out: whoever runs it again has their own.
+Settings that say where things are (`dqx.config.schema.PLACES`) are left out: whoever runs it again has their own.
 Local folders and files that the results depend on become `<data_root>`, `<model.path>`, ...: they must be given anew.
 In all other text absolute paths become `<path>`, and the names of this machine and user `<host>` and `<user>`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dqx.record.compare import PLACES
+from dqx.config.schema import PLACES
 from dqx.record.settings import RunSettings
 
 PACKAGED = "pkg://"

@@ -23,9 +23,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dqx.config.compose import literal
-from dqx.config.schema import CONF_DIR, GROUPS, ConfigProblems
+from dqx.config.schema import CONF_DIR, GROUPS, PLACES, ConfigProblems
 from dqx.formats.bits import BitsConfig, label
-from dqx.record.compare import PLACES
 from dqx.sharing import bundle
 
 FLAG = "--from"
@@ -91,7 +90,7 @@ def configuration(shared: bundle.Bundle) -> dict[str, Any]:
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """A bundle's configuration as a primary config of Hydra's.
 
-    What it says of places and limits (`dqx.record.compare.PLACES`) and of trusted modules is left out.
+    What it says of places and limits (`dqx.config.schema.PLACES`) and of trusted modules is left out.
     """
     main = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     ours = [entry for entry in main["defaults"] if isinstance(entry, dict) and str(*entry).startswith("override ")]

@@ -21,8 +21,7 @@ from hydra import initialize_config_dir
 from dqx.__main__ import main
 from dqx.common.files import jsonable
 from dqx.config.compose import compose, resolve
-from dqx.config.schema import CONF_DIR, Config, ConfigProblems, choices
-from dqx.record.compare import PLACES
+from dqx.config.schema import CONF_DIR, PLACES, Config, ConfigProblems, choices
 from dqx.record.folder import RunFolder
 from dqx.sharing import bundle
 from dqx.sharing.against import Against, environment_differences, other_predictions, results_differences

@@ -12,7 +12,7 @@ from typing import Any
 
 from dqx.common.digest import digest
 from dqx.common.files import jsonable
-from dqx.record.compare import PLACES
+from dqx.config.schema import PLACES
 from dqx.record.folder import Record
 
 LENGTH = 16  # hexadecimal digits
