@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dqx.common import accelerator
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
 
@@ -50,8 +51,7 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, *cou
 
 def clock(device: torch.device = CPU) -> float:
     """Seconds: of this process on one thread of the CPU, so that other work on the machine does not count."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator.synchronize(device)
     return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 

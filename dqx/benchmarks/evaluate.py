@@ -22,6 +22,7 @@ import torch
 from dqx.benchmarks.common import check_counts, names, options, progress, seconds, table, tell, write_figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Comparison, Work, architecture, random_model
+from dqx.common.devices import device_problems
 from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
@@ -178,15 +179,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=int, default=16, help="divide LLaDA-8B's widths by this (16)")
     parser.add_argument("--blocks", type=int, default=4, help="transformer blocks (4)")
     parser.add_argument("--tokens-per-step", type=int, default=4, help="tokens per denoising step (4; study: 1)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where both sides run (cpu)")
+    parser.add_argument("--device", default="cpu", help="where both sides run: cpu, cuda, xpu (cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="type of the weights (float32)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device (those of a large matrix product)")
     parser.add_argument("--quick", action="store_true", help="tiny model, two documents, short prompts and answers")
     args = parser.parse_args(argv)
     args.tasks = names(parser, "--tasks", args.tasks, TASKS)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device=cuda: PyTorch finds no GPU here; leave it out to run on the CPU")
+    for problem in device_problems(args.device):
+        parser.error(problem.replace("model.device", "--device"))
     if args.quick:
         args.scale, args.blocks, args.documents = 32, 2, args.documents or 2
     check_counts(parser, args, "documents", "blocks", "threads")

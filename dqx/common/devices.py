@@ -24,14 +24,17 @@ def dtype_of(name: str) -> torch.dtype | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU that accelerate gave this process, or the CPU (not Apple's GPU: it has no float64)."""
+    """`auto` is this process's share of the accelerator, or the CPU."""
     import torch
 
     if name != "auto":
         return torch.device(name)
-    from dqx.common import processes
+    from dqx.common import accelerator, processes
 
-    return processes.state().device if torch.cuda.is_available() else torch.device("cpu")
+    kind = accelerator.kind()
+    if kind is None or processes.on_cpu():
+        return torch.device("cpu")
+    return torch.device(kind, processes.state().local_process_index)
 
 
 WAYS = ("auto", "shared", "separate")
@@ -71,11 +74,10 @@ def gpus(device: str = "auto") -> int:
     """How many GPUs a run with this `model.device` may use here."""
     if device == "cpu":
         return 0
-    import torch
+    from dqx.common import accelerator
 
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.device_count() if device in ("auto", "cuda") else 1
+    there = accelerator.count()
+    return there if device in ("auto", accelerator.kind()) else min(1, there)
 
 
 def device_problems(name: str) -> Iterator[str]:
@@ -84,16 +86,17 @@ def device_problems(name: str) -> Iterator[str]:
         return
     import torch
 
+    from dqx.common import accelerator
+
     try:
         device = torch.device(name)
     except RuntimeError:
-        yield f"model.device={name} is no device; write auto, cpu, cuda or cuda:1"
+        yield f"model.device={name} is no device; write auto, cpu, cuda, cuda:1 or xpu"
         return
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            yield f"model.device={name}, but torch {torch.__version__} finds no CUDA device here; write cpu or auto"
-        elif (device.index or 0) >= count:
-            yield f"model.device={name}, but there are {count} CUDA devices, cuda:0 to cuda:{count - 1}"
-    elif device.type != "cpu":
-        yield f"model.device={name} is not supported; write auto, cpu, cuda or cuda:1"
+    kind, count, called = device.type, accelerator.count(), device.type.upper()
+    if kind in accelerator.UNFIT:
+        yield f"model.device={name} is not supported: {accelerator.UNFIT[kind]}; write cpu or auto"
+    elif kind != "cpu" and kind != accelerator.kind():
+        yield f"model.device={name}, but torch {torch.__version__} finds no {called} device here; write cpu or auto"
+    elif kind != "cpu" and (device.index or 0) >= count:
+        yield f"model.device={name}, but there are {count} {called} devices, {kind}:0 to {kind}:{count - 1}"

@@ -21,19 +21,18 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     """Versions, platform and device. No host, user or folder names."""
     import torch  # a second: versions are also asked for where nothing is computed
 
+    from dqx.common import accelerator
+
     device = torch.device(device)
-    cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "commit": commit(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        if cuda
-        else torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda if cuda else None,
+        "device": accelerator.name(device),
+        "capability": accelerator.capability(device),
+        "cuda": accelerator.cuda_version(device),
         "processes": processes().count,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

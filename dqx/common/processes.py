@@ -23,12 +23,18 @@ PATIENCE = timedelta(days=7)
 
 def state() -> PartialState:
     """accelerate's view of this process; the first call connects it with the others."""
-    import torch
     from accelerate import PartialState
+
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
+
+
+def on_cpu() -> bool:
+    """Whether the processes run without an accelerator: there is none, or accelerate was told to leave it alone."""
     from accelerate.utils import parse_flag_from_env
 
-    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu, timeout=PATIENCE)
+    from dqx.common import accelerator
+
+    return accelerator.kind() is None or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 class Lost(RuntimeError):
@@ -109,11 +115,8 @@ def one_model(model: nn.Module, digest: Callable[[nn.Module], str]) -> list[str]
     team = processes()
     if team.count == 1 or len(set(team.gather(digest(model)))) == 1:
         return []
-    from accelerate.utils import broadcast
-
-    with together():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data.copy_(broadcast(tensor.data))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.copy_(team.broadcast(tensor.data.cpu() if team.main else None))
     if len(set(team.gather(digest(model)))) > 1:
         raise RuntimeError("the processes of this run quantized the model differently; use one process")
     return ["the processes rounded differently while quantizing: all went on with the main one's model"]

@@ -54,7 +54,7 @@ class ModelConfig:
     path: str = MISSING  # a folder, or a hub id; pkg://dqx/... lies inside this package
     revision: str | None = None  # of the hub repository
     dtype: str = "bfloat16"  # float32, bfloat16, float16, or auto: as stored
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, xpu, ...
     chat: bool = False  # put prompts through the checkpoint's chat template
     mask_token_id: int | None = None  # null: the checkpoint's own
     outliers: OutlierPlanting = field(default_factory=OutlierPlanting)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dqx.common import accelerator
 from dqx.diffusion.noise import Key
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 
@@ -155,23 +156,13 @@ def halves(batch: Sequence[Part]) -> tuple[list[Part], list[Part]]:
 
 def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[Request]) -> int:
     """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere."""
-    if model.device.type != "cuda" or not requests:
+    if model.device.type == "cpu" or not requests:
         return CPU_TOKENS
-    free = free_memory(model.device)
+    free = accelerator.free_memory(model.device)
     longest = max(request.length for request in requests)
     share = max(len(request.target) / max(1, request.length) for request in requests)
     per_token = token_bytes(model.arch, model.embed.weight.element_size(), longest, share)
     return max(1, min(GPU_TOKENS, int(free * 2 / 3) // per_token))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a batch may take on a GPU, as far as the process may use it (`memory.gpu_gb`); elsewhere infinite."""
-    if device.type != "cuda":
-        return float("inf")
-    free, there = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * there - reserved
-    return float(min(free, allowed) + reserved - torch.cuda.memory_allocated(device))
 
 
 def token_bytes(arch: Architecture, size: int, length: int, share: float) -> int:

@@ -30,16 +30,14 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dqx.diffusion.batches import TokenIds, free_memory, token_ids
+from dqx.common import accelerator
+from dqx.diffusion.batches import TokenIds, token_ids
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import logits_at, most_confident, write
 from dqx.diffusion.settings import count_problems, raise_if
 from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
-
-#: Tokens per forward that keep a device busy; more of them cost memory and gain nothing.
-BUSY = {"cpu": 512, "cuda": 16384}
 
 #: Share of the free memory that a batch is planned to take.
 SHARE = 0.8
@@ -133,7 +131,7 @@ class Engine:
     def stream(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         """(index of a prompt, its answer), as they are finished. Long prompts come first.
 
-        Raises ValueError for an empty prompt, torch.cuda.OutOfMemoryError where a single row does not fit.
+        Raises ValueError for an empty prompt, torch.OutOfMemoryError where a single row does not fit.
         """
         for i, prompt in enumerate(prompts):
             if not len(prompt.ids):
@@ -141,7 +139,7 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         waiting = deque(self.begin(i, prompts[i]) for i in order)
         largest = len(prompts)
-        free = free_memory(self.model.device)
+        free = accelerator.free_memory(self.model.device)
         batch: list[Row] = []
         while waiting or batch:
             while waiting and len(batch) < min(largest, self.room([*batch, waiting[0]], free)):
@@ -153,8 +151,8 @@ class Engine:
             if batch and not self._step(batch):
                 if len(batch) == 1:
                     length = len(batch[0].prompt) + self.gen_length
-                    raise torch.cuda.OutOfMemoryError(f"one sequence of {length} tokens does not fit into memory")
-                torch.cuda.empty_cache()
+                    raise torch.OutOfMemoryError(f"one sequence of {length} tokens does not fit into memory")
+                accelerator.empty_cache(self.model.device)
                 largest = len(batch) // 2
                 self.notes.append(f"out of memory with {len(batch)} sequences at a time; went on with {largest}")
                 out = [row.begun if row.reuses and row.begun else row for row in batch[largest:]]
@@ -201,7 +199,7 @@ class Engine:
             answers = [*self._forward(whole, new), *self._forward(inside, old)]
             caches = [cache for cache in (new, old) if cache is not None]
             joined = KVCache.join(caches) if caches else None
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             return False
         self._kept = None if joined is None else ([*whole, *inside], joined)
         for row, answer in zip((*whole, *inside), answers, strict=True):
@@ -299,8 +297,13 @@ class Engine:
         window = self._window(0)
         if window is not None:
             needed += cache_bytes(arch, length, self.model.dtype.itemsize)
-        busy = BUSY.get(self.model.device.type, BUSY["cpu"]) // (length if window is None else window[1] - window[0])
+        busy = busy_tokens(self.model.device.type) // (length if window is None else window[1] - window[0])
         return max(1, int(min(busy, SHARE * free / needed)))
+
+
+def busy_tokens(device_type: str) -> int:
+    """Tokens per forward that keep a kind of device busy; more of them cost memory and gain nothing."""
+    return 512 if device_type == "cpu" else 16384
 
 
 def row_bytes(arch: Architecture, length: int, read: int) -> int:

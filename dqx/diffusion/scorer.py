@@ -26,6 +26,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
+from dqx.common import accelerator
 from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves
 from dqx.diffusion.likelihood import true_log_probs
 from dqx.diffusion.samplers.base import logits_at
@@ -216,10 +217,10 @@ class _Run:
         try:
             self._log_probs(batch)
             return
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             if sum(map(len, batch)) == 1:
                 raise
-        torch.cuda.empty_cache()  # outside of the handler, which keeps the failed pass alive
+        accelerator.empty_cache(self.model.device)  # outside of the handler, which keeps the failed pass alive
         self.batch_tokens = max(1, self.batch_tokens // 2)
         note = "likelihood batches were made smaller because the GPU's memory was full"
         self.scorer.notes += [] if note in self.scorer.notes else [note]

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
+from dqx.common import devices
 from dqx.config.schema import ConfigProblems
 from dqx.launch.runs import announce, died, ended
 from dqx.record.outcomes import failures, launched
@@ -188,9 +189,7 @@ def visible_gpus() -> list[int]:
     """The GPUs that this process may use, by their numbers. Raises ConfigProblems where they have other names."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        import torch
-
-        return list(range(torch.cuda.device_count()))
+        return list(range(devices.gpus()))
     names = [name for name in chosen.split(",") if name]
     if not all(name.isdigit() for name in names):
         raise ConfigProblems([f"CUDA_VISIBLE_DEVICES={chosen}: hydra/launcher=local_gpus needs numbers, as in 0,1,2"])

@@ -16,8 +16,9 @@ from rich import progress as bars
 from rich.console import Console
 from torch import Tensor
 
+from dqx.common import accelerator
 from dqx.common.heartbeat import beat
-from dqx.common.memory import peak_gpu, peak_ram
+from dqx.common.memory import peak_ram
 from dqx.formats.bits import UNQUANTIZED, BitsConfig
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.activations_store import Row
@@ -147,7 +148,8 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     def note(blocks: int) -> None:
         inputs = {name: stream.inputs for name, stream in streams.items()}
         report.seconds = done.seconds + time.perf_counter() - started
-        report.peak_ram, report.peak_gpu = max(done.peak_ram, peak_ram()), max(done.peak_gpu, peak_gpu(device))
+        report.peak_ram = max(done.peak_ram, peak_ram())
+        report.peak_gpu = max(done.peak_gpu, accelerator.peak_memory(device))
         home.note(Progress(blocks, report.linears, inputs, report.seconds, report.peak_ram, report.peak_gpu))
 
     with _progress_bar(asked.progress) as bar:

@@ -87,7 +87,7 @@ class QuantReport:
     seconds: float = 0.0
     from_disk: bool = False  # block by block; else the model was in memory
     peak_ram: int = 0  # bytes; the largest resident size of the process (`dqx.common.memory.watch_peaks`)
-    peak_gpu: int = 0  # bytes; the most that tensors on a CUDA device took
+    peak_gpu: int = 0  # bytes; the most that tensors on an accelerator took
 
     @property
     def average_bits(self) -> float:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dqx.common import heartbeat
-from dqx.common.memory import peak_gpu, peak_ram, watch_peaks
+from dqx.common import accelerator, heartbeat
+from dqx.common.memory import peak_ram, watch_peaks
 from dqx.common.processes import processes
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Costs:
         yield
         elapsed, inside = time.perf_counter() - started, sum(self.seconds.values()) - before
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inside
-        taken = {"ram": peak_ram(), "gpu": peak_gpu(self.device)}
+        taken = {"ram": peak_ram(), "gpu": accelerator.peak_memory(self.device)}
         self.peaks[name] = {kind: max(peak, self.peaks.get(name, taken)[kind]) for kind, peak in taken.items()}
 
     @property

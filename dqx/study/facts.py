@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqx.common import accelerator
 from dqx.common.digest import code_version, digest, files_digest
 from dqx.common.environment import package_version
 from dqx.common.files import jsonable
@@ -58,7 +59,7 @@ def model_facts(experiment: Experiment) -> dict[str, Any]:
     return {
         "fingerprint": experiment.fingerprint,
         "dtype": str(experiment.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": cpu if device.type == "cpu" else accelerator.name(device),
         "outliers": jsonable(model.outliers),
         "mask_token_id": model.mask_token_id,
     }

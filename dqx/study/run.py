@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from dqx.common import heartbeat
+from dqx.common import accelerator, heartbeat
 from dqx.common.environment import environment
-from dqx.common.memory import bound_gpu
+from dqx.common.memory import GB
 from dqx.common.processes import main_first, processes
 from dqx.common.tensors import tensor_digest
 from dqx.config.origin import Origin
@@ -40,7 +40,8 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
     """
     experiment = described if isinstance(described, Experiment) else Experiment.of(described)
     config = experiment.config
-    bound_gpu(experiment.device, config.memory.gpu_gb)
+    gpu_gb = config.memory.gpu_gb
+    accelerator.bound_memory(experiment.device, None if gpu_gb is None else gpu_gb * GB)
     main, origin, output = processes().main, origin or Origin(), RunFolder(folder)
     costs = Costs(experiment.device)
     stages = Stages(experiment, costs)  # no weights yet: they are loaded to compute something
@@ -106,7 +107,7 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
         record.warnings += shared.notes(record)
     _keep(record, output, subjects, origin)
     if main and config.cache_max_gb is not None:
-        make_room(stages.cache.store, 0, int(config.cache_max_gb * 1e9))
+        make_room(stages.cache.store, 0, int(config.cache_max_gb * GB))
     finished: Record = processes().broadcast(record)  # in no process before it is written
     return finished
 

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dqx.api import DiffusionLM
+from dqx.common import accelerator
 from dqx.common.devices import dtype_of
 from dqx.common.memory import GB, trim
 from dqx.common.names import method_label
@@ -275,8 +274,7 @@ class Subjects:
         self.lm.model, self._loaded = skeleton(self.lm.checkpoint.arch), ""
         gc.collect()
         trim()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        accelerator.empty_cache(self.device)
 
     def _restore(self, *, alone: bool = False) -> bool:
         """Load the kept weights and see that they are those that are known.

@@ -14,6 +14,7 @@ from dqx.benchmarks.cases import MODELS
 from dqx.benchmarks.evaluate import Figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import Comparison, Work
+from dqx.common import accelerator
 from dqx.config import compose
 from dqx.report.terminal import rendered
 
@@ -152,13 +153,13 @@ def test_gsm8k_stops_after_110_tokens_on_average():
 
 
 def test_command_line(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerator, "kind", lambda: None)
     for wrong, said in (
         (["--tasks", "mmlu,piqa"], "piqa is unknown"),
         (["--scale", "3"], "scale=3"),
         (["--documents", "0"], "--documents=0 must be at least 1"),
         (["--tokens-per-step", "3"], "must divide a block"),
-        (["--device", "cuda"], "finds no GPU"),
+        (["--device", "cuda"], "finds no CUDA device"),
     ):
         with pytest.raises(SystemExit):
             evaluate.arguments(wrong)

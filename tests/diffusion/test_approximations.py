@@ -218,7 +218,7 @@ def test_rows_that_do_not_fit_begin_their_block_again(models, cache: str, most: 
         def shrinking(ids, *rest, begin=begin, calls=calls):
             calls.append(len(ids))
             if len(calls) > begin and len(ids) > most:
-                raise torch.cuda.OutOfMemoryError
+                raise torch.OutOfMemoryError
             return whole(ids, *rest)
 
         model.logits_where = shrinking

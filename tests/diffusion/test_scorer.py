@@ -144,7 +144,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_halved(models, monkeypatch: py
 
     def crowded(ids: Tensor, *others: Tensor) -> Tensor:
         if len(ids) > allowed:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(ids, *others)
 
     monkeypatch.setattr(model, "logits_where", crowded)
@@ -152,7 +152,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_halved(models, monkeypatch: py
     assert scorer.score(requests) == pytest.approx(expected, rel=1e-5)
     assert scorer.notes == ["likelihood batches were made smaller because the GPU's memory was full"]
     allowed = 0
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError):
         scorer.score(requests)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from dqx.common import heartbeat
+from dqx.common import accelerator, heartbeat
 from dqx.common.devices import dispatch_problems, process_count
 from dqx.config.compose import compose, resolve, restored
 from dqx.config.schema import CONF_DIR
@@ -259,8 +259,8 @@ def test_a_single_run_cannot_be_separate(tmp_path: Path) -> None:
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(accelerator, "kind", lambda: "cuda")
+    monkeypatch.setattr(accelerator, "count", lambda: 4)
 
 
 @pytest.mark.usefixtures("four_gpus")

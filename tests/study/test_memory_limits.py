@@ -17,6 +17,7 @@ from test_processes import launch as launched
 from test_stages import SMALL, shown
 
 from dqx.benchmarks.cases import MODELS
+from dqx.common import accelerator
 from dqx.common.memory import GB, peak_ram, watch_peaks
 from dqx.common.processes import processes
 from dqx.config.compose import compose, resolve
@@ -257,7 +258,7 @@ def test_what_8b_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     (problem,) = memory_problems([ram])
     assert problem.startswith("memory.ram_gb=6 is too little: about ")
     assert f"{gigabytes(ram.evaluating)} to evaluate the model" in problem
-    monkeypatch.setattr(memory, "device_bytes", lambda device: 141 * GB)
+    monkeypatch.setattr(accelerator, "total_memory", lambda device: 141 * GB)
     ram, gpu = of_8b(torch.device("cuda"), ram_gb=6, gpu_gb=18.5)
     assert (ram.setting, gpu.setting, gpu.limit) == (6, 18.5, int(18.5 * GB))
     assert list(memory_problems([ram, gpu])) == []

@@ -20,7 +20,7 @@ from dqx.diagnostics.activations.stats import ChannelRow, PartStats, SiteStats, 
 MANTISSA_BITS = 7  # 128 bins per power of two: percentiles to 0.4 %
 PART_MANTISSA_BITS = 5  # 32 bins, for parts: 1.6 %
 PART_TOP = 4  # tokens listed per part
-CHUNK = {"cpu": 2**17, "cuda": 2**23}  # values looked at together: what a CPU's cache holds, 64 MiB of float64
+CHUNK = {"cpu": 2**17, "gpu": 2**23}  # values looked at together: what a CPU's cache holds, 64 MiB of float64
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Chunk:
 def chunks(x: Tensor, tokens: Tokens) -> Iterator[Chunk]:
     """The activations x [..., C] of `tokens`, a few at a time."""
     flat = x.detach().reshape(-1, x.shape[-1])
-    step = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // flat.shape[1])
+    step = max(1, CHUNK["cpu" if x.device.type == "cpu" else "gpu"] // flat.shape[1])
     for start in range(0, len(flat), step):
         part = flat[start : start + step].float()
         finite = part.isfinite()

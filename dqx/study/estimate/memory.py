@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from dqx.common import accelerator
 from dqx.common.devices import process_count
 from dqx.common.memory import GB
 from dqx.diffusion.batches import token_bytes
@@ -82,12 +83,12 @@ def memory_pools(design: Design) -> list[Pool]:
         1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)
     )  # a worker is told its own share
     limit = _limit(settings.ram_gb, machine_bytes() // count)
-    if device.type != "cuda":
+    if device.type == "cpu":
         from_disk = max(sum(outer) + max(outer), working) if needs.quantizing else 0
         return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk, count)]
     staged = FIXED + 2 * max(*outer, block)  # tensors on their way to a file, or from one
     from_disk = max(sum(outer), working) if needs.quantizing else 0
-    there = _limit(settings.gpu_gb, device_bytes(device))
+    there = _limit(settings.gpu_gb, accelerator.total_memory(device))
     return [
         Pool("ram", settings.ram_gb, limit, staged, staged, staged, count),
         Pool("gpu", settings.gpu_gb, there, evaluating, in_memory, from_disk),
@@ -142,7 +143,7 @@ def memory_needs(design: Design, *, smallest: bool = False) -> MemoryNeeds:
     works += [outlier_work(1, config.calib.length)] if config.outliers.samples else []
     if fidelity.samples:
         works += fidelity_work(1, fidelity.length, fidelity.gen_length, steps=1, states=1, guided=False)
-    one = smallest and device.type == "cuda"
+    one = smallest and device.type != "cpu"
     rows = [(work, 1 if one else batch_rows(work, device.type)) for work in works]
     return MemoryNeeds(
         weights=weight_bytes(design.arch, design.dtype),
@@ -202,13 +203,6 @@ def _sequence_bytes(arch: Architecture, dtype: torch.dtype, work: Work) -> int:
 
 def _limit(setting: float | None, there: int) -> int:
     return there if setting is None else int(setting * GB)
-
-
-def device_bytes(device: torch.device) -> int:
-    """The memory of a GPU, or the RAM."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return machine_bytes()
 
 
 def machine_bytes() -> int:

@@ -21,8 +21,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dqx.common import accelerator
 from dqx.diffusion.batches import CPU_TOKENS, GPU_TOKENS, Request
-from dqx.diffusion.engine import BUSY, Engine, Prompt
+from dqx.diffusion.engine import Engine, Prompt, busy_tokens
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.models.architecture import Architecture
@@ -60,9 +61,9 @@ def batch_rows(work: Work, device_type: str) -> int:
     if work.kind == "plain" or work.batch:
         return work.batch or 1
     if work.kind == "generation":
-        tokens, most = BUSY.get(device_type, BUSY["cpu"]), work.documents
+        tokens, most = busy_tokens(device_type), work.documents
     else:
-        tokens, most = GPU_TOKENS if device_type == "cuda" else CPU_TOKENS, round(work.forwards)
+        tokens, most = CPU_TOKENS if device_type == "cpu" else GPU_TOKENS, round(work.forwards)
     return max(1, min(tokens // work.length, most))
 
 
@@ -100,8 +101,8 @@ class Measured:
 
     @property
     def label(self) -> str:
-        cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if cuda else f"{torch.get_num_threads()} CPU threads"
+        cpu = self.device.type == "cpu"
+        name = f"{torch.get_num_threads()} CPU threads" if cpu else accelerator.name(self.device)
         name = "1 CPU thread" if name == "1 CPU threads" else name
         return f"measured here: {name}, {str(self.dtype).removeprefix('torch.')}, {_tflops(self.tflops)} in blocks"
 
@@ -145,7 +146,7 @@ class Measured:
 
     def _limit(self) -> int:
         """Tokens that one block does within `PASS`."""
-        most = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
+        most = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
         tokens = 16
         while tokens < most and min(self._pass(1, tokens) for _ in range(2)) < PASS:
             tokens *= 2
@@ -219,14 +220,12 @@ def best(seconds: Callable[[], float]) -> float:
 
 def timed(do: Callable[[], object], device: torch.device) -> float:
     """Seconds until `do` has been done; on one CPU thread of this process alone, whatever else the machine does."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator.synchronize(device)
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     started = clock()
     with torch.no_grad():
         do()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator.synchronize(device)
     return clock() - started
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from textwrap import fill
 from typing import TextIO
 
-import torch
 from rich.console import Console
 
+from dqx.common import accelerator
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
 from dqx.study.estimate.memory import gigabytes
@@ -105,7 +105,7 @@ def _total(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> list
         most = max(range(len(runs)), key=seconds.__getitem__)
         largest = f"the largest run is {runs[most].name}, {duration(seconds[most])}"
         lines.append(f"In all {duration(sum(seconds))} of one device; {largest}.")
-        gpus = torch.cuda.device_count()
+        gpus = accelerator.count()
         if gpus > 1:
             ideal = max(max(seconds), sum(seconds) / gpus)
             lines.append(f"On the {gpus} GPUs here, one run on each, {duration(ideal)} at the least.")

@@ -1,0 +1,89 @@
+"""The accelerator of this machine, whatever its make: CUDA, ROCm (which torch calls cuda), XPU.
+
+All of dqx asks torch through this file. What `torch.accelerator` leaves to each make is here with what stands for it
+where a make has none. Functions of a device take the CPU as well and do nothing on it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: Accelerators that torch knows and dqx does not run on, and why.
+UNFIT = {"mps": "Apple's GPU has no float64, in which rotations, statistics and likelihoods are computed"}
+
+
+def kind() -> str | None:
+    """The type of this machine's accelerator (cuda, xpu); None where there is none that dqx runs on."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None or device.type in UNFIT else device.type
+
+
+def count() -> int:
+    """How many devices there are of that type."""
+    return 0 if kind() is None else torch.accelerator.device_count()
+
+
+def name(device: torch.device) -> str:
+    """What the device calls itself; of the CPU, and of makes that do not say, the type."""
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if device.type == "cpu" or ask is None else str(ask(device))
+
+
+def capability(device: torch.device) -> str | None:
+    """The generation of a CUDA device (sm_90), the vector instructions of the CPU; None elsewhere."""
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def cuda_version(device: torch.device) -> str | None:
+    """The version of CUDA that torch was built for; None for other devices, and for ROCm."""
+    return torch.version.cuda if device.type == "cuda" else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that is free back to the device."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that an accelerator has."""
+    return int(torch.accelerator.get_memory_info(device)[1])
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still take on an accelerator (`bound_memory`); on the CPU infinite."""
+    if device.type == "cpu":
+        return float("inf")
+    free, there = torch.accelerator.get_memory_info(device)
+    reserved = torch.accelerator.memory_reserved(device)
+    share = getattr(torch.get_device_module(device), "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return float(min(free, share * there - reserved) + reserved - torch.accelerator.memory_allocated(device))
+
+
+def bound_memory(device: torch.device, size: float | None) -> None:
+    """Let tensors on an accelerator take so many bytes at most (None: all it has); more raises OutOfMemoryError.
+
+    Where a make has no such bound, what a run takes is still compared with it in its record.
+    """
+    bound = getattr(torch.get_device_module(device), "set_per_process_memory_fraction", None)
+    if device.type != "cpu" and bound is not None:
+        bound(1.0 if size is None else min(1.0, size / total_memory(device)), device)
+
+
+def watch_peak(device: torch.device) -> None:
+    """Let `peak_memory` look at what comes from now on."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors on an accelerator have taken since `watch_peak`, or so far; 0 on the CPU."""
+    return 0 if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
