@@ -15,9 +15,9 @@ from typing import Any
 import sweeps
 import wandb
 import yaml
-from test_wandb import read_back
 from wandb import wandb_agent
 from wandb.apis.public import sweeps as public
+from wandb_offline import read_back
 
 
 class Server:

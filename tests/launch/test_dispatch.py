@@ -217,7 +217,6 @@ def test_processes_end_with_launch(tmp_path: Path, end: signal.Signals) -> None:
 @pytest.mark.slow
 def test_runs_side_by_side_end_with_launch(tmp_path: Path) -> None:
     """dispatch=separate starts launchers and runs as processes; all of them go on SIGTERM."""
-    pytest.importorskip("submitit")
     over = tmp_path / "over"
     arguments = ("-m", "dispatch=separate", "+method.rounding.kind=hangs,none")
     with launched(tmp_path, *arguments, MISHAP_OVER=str(over)) as process:

@@ -80,7 +80,6 @@ def check_fatal_sweep(done: subprocess.CompletedProcess[str], tmp_path: Path, *w
 
 
 def test_runs_on_one_machine_and_one_that_dies(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
     done = run(command(tmp_path, "hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", *FATAL, "bits=2,3,5"))
     check_fatal_sweep(done, tmp_path, 2, 3, 5)
     assert done.stderr.count(" finished\n") == 1
@@ -102,7 +101,8 @@ def test_outcomes_are_read_from_the_folders(tmp_path: Path) -> None:
 
 def test_each_run_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five runs on three visible GPUs: no GPU has two runs at a time, and each is used again."""
-    submitit = pytest.importorskip("submitit")
+    import submitit
+
     from dqx.launch.submitit import LocalQueue
 
     class Executor:
@@ -157,7 +157,6 @@ def test_a_machine_that_only_launches_needs_no_device_and_no_checkpoint() -> Non
 
 
 def test_slurm_without_slurm(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
     done = run(command(tmp_path, "hydra/launcher=slurm", "method=rtn"), PATH=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "there is no sbatch here" in done.stderr
@@ -172,7 +171,6 @@ def test_slurm_without_slurm(tmp_path: Path) -> None:
 )
 def test_no_process_is_left(tmp_path: Path, number: int, group: bool, more: list[str]) -> None:
     """Ctrl-C reaches the launcher and its runs, SIGTERM the launcher alone."""
-    pytest.importorskip("submitit")
     arguments = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "method=rtn", "bits=2,3,4,5,6,8"]
     sweep = command(tmp_path, *arguments, "task.limit=null", *more)
     with launched(sweep, LAUNCHER=str(tmp_path)) as launcher:
@@ -197,7 +195,6 @@ def with_in_its_environment(setting: str) -> list[str]:
 @pytest.mark.slow
 def test_a_run_that_takes_too_long(tmp_path: Path) -> None:
     """Also one that does not listen when it is told; the others have their time."""
-    pytest.importorskip("submitit")
     hangs = [
         "method=rtn",
         "parts=[fatal]",
@@ -219,7 +216,6 @@ def test_a_run_that_takes_too_long(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_shared_run_again_through_a_launcher(tmp_path: Path) -> None:
     """The bundle's configuration reaches processes that know nothing of `--from`."""
-    pytest.importorskip("submitit")
     quick = ["method=rtn", "bits=w3a16", *QUICK, f"cache_dir={tmp_path / 'cache'}"]
     first = run([sys.executable, "launch.py", *quick, "seed=7", f"hydra.run.dir={tmp_path / 'run'}"])
     assert first.returncode == 0, first.stderr
@@ -264,7 +260,6 @@ def check_documented_sweep(done: subprocess.CompletedProcess[str], tmp_path: Pat
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:
     """The environment of a Slurm that is up."""
-    pytest.importorskip("submitit")
     if not (shutil.which("slurmctld") and shutil.which("munged")):
         pytest.skip("Slurm is not installed (apt-get install --no-install-recommends slurm-wlm munge)")
     if os.geteuid() != 0:

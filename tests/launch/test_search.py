@@ -17,8 +17,6 @@ from dqx.config.schema import CONF_DIR, ConfigProblems
 from dqx.launch.pareto import ParetoSweeper
 from dqx.launch.search import Interval, Measurement, Search, dominates, unknown_objectives
 
-pytest.importorskip("optuna", reason="pip install -e '.[search]'")
-
 SIDE_BY_SIDE = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "hydra.sweeper.batch=2"]
 SPACE = {"bits.overrides.o.weight": ["2", "3", "4"], "bits.overrides.down.weight": ["2", "3", "4", "8"]}
 

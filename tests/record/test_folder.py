@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -88,7 +89,6 @@ def test_documents_hold_both_sides(tmp_path):
 
 
 def test_results_fit_their_schema(tmp_path):
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(store.SCHEMA.read_text())
     checker = jsonschema.Draft202012Validator(schema)
     checker.check_schema(schema)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ import pytest
 import torch
 from records import record
 from tiny import SITES
+from wandb_offline import messages, read_back
 from wandb_server import Server
 
 from dqx.diagnostics.activations import PartStats
@@ -26,52 +26,6 @@ from dqx.record.folder import RunFolder
 from dqx.record.summary import summary
 from dqx.report.wandb import command, content, copy_run, login, note_skipped, panels, writing
 from dqx.report.wandb.identity import identity
-
-
-def messages(path, block=32768):
-    """The records of a .wandb file: 32 KiB blocks of chunks, each with checksum, length and type."""
-    from wandb.proto.wandb_internal_pb2 import Record as Message
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, parts = 7, []
-    while position + 7 <= len(data):
-        left = block - position % block
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        if kind == 0 or position + 7 + length > len(data):
-            break
-        parts.append(data[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            message = Message()
-            message.ParseFromString(b"".join(parts))
-            yield message
-            parts = []
-
-
-def read_back(run_folder):
-    """Config, summary and history of an offline run, with the run's own message."""
-    (path,) = Path(run_folder).glob("run-*.wandb")
-    config, summary, history, run = {}, {}, {}, None
-    for message in messages(path):
-        if message.HasField("run"):
-            run = message.run
-        for items, into in (
-            (message.run.config.update, config),
-            (message.config.update, config),
-            (message.summary.update, summary),
-            (message.history.item, history),
-        ):
-            for item in items:
-                *outer, last = item.nested_key or [item.key]
-                place = into
-                for key in outer:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-    return config, summary, history, run
 
 
 def table(run_folder, entry):
@@ -514,7 +468,6 @@ def test_the_readme_names_what_is_logged(copy):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_view_for_a_team(monkeypatch):
-    pytest.importorskip("wandb_workspaces")
     view = panels.workspace("our-team", "paper")._to_model().model_dump_json(by_alias=True)
     for key in {key for shown in panels.SECTIONS.values() for panel in shown for key in panel.keys}:
         assert f'"{key}"' in view or f'"summary:{key}"' in view
@@ -527,7 +480,6 @@ def test_the_view_for_a_team(monkeypatch):
 def test_the_view_is_saved(tmp_path, monkeypatch, capsys):
     import wandb
 
-    pytest.importorskip("wandb_workspaces")
     run = RunFolder(tmp_path / "run")
     run.write(bare())
     monkeypatch.setattr(
@@ -700,7 +652,8 @@ def no_commit(monkeypatch):
 def test_a_kill_while_it_is_written_leaves_nothing_half(tmp_path):
     code = CHILD.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
+    others = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process
+    environment = {**others, "PYTHONPATH": root}
 
     def start(what):
         return subprocess.Popen(
