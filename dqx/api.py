@@ -52,6 +52,7 @@ from dqx.models.hub_config import QUANTIZED
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems, text_ids
 from dqx.quant.checkpoint.folder import load_quantized, read_recipe, save_quantized
 from dqx.quant.loop import quantize as quantize_model
 from dqx.quant.method import Method
@@ -123,7 +124,10 @@ class DiffusionLM:
     def tokens(self, text: Text) -> Tensor:
         """Token ids [T] of a text, on the model's device, nothing added. Raises ConfigProblems for ids it lacks."""
         if isinstance(text, str):
-            text = self.tokenizer(text, add_special_tokens=False).input_ids
+            try:
+                text = text_ids(self.tokenizer, text)
+            except ValueError as error:
+                raise ConfigProblems([str(error)]) from error
         ids = torch.as_tensor(text, dtype=torch.long, device=self.model.device)
         ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
         if ids.dim() != 1:
@@ -325,10 +329,8 @@ class DiffusionLM:
         return evaluate(self.model, self.tokenizer, suite, sampler=self.sampler, settings=settings, journal=journal)
 
     def _check_tokens(self, ids: Tensor) -> None:
-        size = self.model.arch.vocab_size
-        wrong = ids[(ids < 0) | (ids >= size)]
-        if len(wrong):
-            raise ConfigProblems([f"{int(wrong[0])} is no token of {self.config.name}; ids go from 0 to {size - 1}"])
+        if problems := id_problems(ids, self.model.arch.vocab_size):
+            raise ConfigProblems(problems)
 
     def _as_text(self, text: Text) -> str:
         return text if isinstance(text, str) else str(self.tokenizer.decode(self.tokens(text)))

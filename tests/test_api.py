@@ -169,7 +169,9 @@ MISTAKES = {
     "task=nano_fact is no choice; did you mean nano_facts": lambda lm: lm.evaluate("nano_fact"),
     "block_length=3 ": lambda lm: lm.generate("a", gen_length=8, block_length=3),
     "each needs at least one": lambda lm: lm.generate(["a", ""], gen_length=8),
-    "5000 is no token of .*; ids go from 0 to 319": lambda lm: lm.logits([1, 5000]),
+    "5000 is no token of the model; ids go from 0 to 319": lambda lm: lm.logits([1, 5000]),
+    "320 is no token of the model; ids go from 0 to 319": lambda lm: lm.generate([1, 320], gen_length=8),
+    "-1 is no token of the model; ids go from 0 to 319": lambda lm: lm.log_likelihood([1], [-1]),
 }
 
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dqx.data.texts import TextSource, find_text, load_texts, text_problems, token_stream
+from dqx.data.texts import TextSource, find_text, load_texts, separator_ids, text_problems, token_stream
 from dqx.diffusion.noise import generator
+from dqx.models.vocabulary import text_ids
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ def windows(text: TextSource, tokenizer: Any, samples: int, length: int, seed: i
         starts = torch.randint(0, len(ids) - length + 1, (samples,), generator=noise)
         return torch.stack([ids[s : s + length] for s in starts.tolist()])
     rows = load_texts(text)
-    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
+    gap = separator_ids(text, tokenizer)
     stream: list[int] = []
     while len(stream) < samples * length:
         before = len(stream)
         for i in torch.randperm(len(rows), generator=noise).tolist():
-            stream += tokenizer(rows[i].strip(), add_special_tokens=False).input_ids + gap
+            stream += text_ids(tokenizer, rows[i].strip()) + gap
             if len(stream) >= samples * length:
                 break
         _long_enough(text, len(stream) - before, length if len(stream) < samples * length else 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from dqx.common.files import ASSETS
 from dqx.data.local import load_local
+from dqx.models.vocabulary import check, text_ids
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,17 @@ def _table(text: TextSource) -> Any:
 
 
 def token_stream(text: TextSource, tokenizer: Any) -> list[int]:
-    """All tokens of a text, its rows joined as its kind wants it."""
+    """All tokens of a text, its rows joined as its kind wants it. Raises what `load_texts` and `text_ids` raise."""
     rows = load_texts(text)
     if not text.documents:
-        return list(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
-    gap = [tokenizer.eos_token_id] if text.separator == "<eos>" else []
-    return [token for row in rows for token in tokenizer(row.strip(), add_special_tokens=False).input_ids + gap]
+        return text_ids(tokenizer, "\n\n".join(rows))
+    gap = separator_ids(text, tokenizer)
+    return [token for row in rows for token in text_ids(tokenizer, row.strip()) + gap]
+
+
+def separator_ids(text: TextSource, tokenizer: Any) -> list[int]:
+    """The tokens between the documents of a text."""
+    if text.separator != "<eos>":
+        return []
+    check(tokenizer, [tokenizer.eos_token_id], text.separator)
+    return [tokenizer.eos_token_id]

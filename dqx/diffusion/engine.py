@@ -38,6 +38,7 @@ from dqx.diffusion.samplers.base import logits_at, most_confident, write
 from dqx.diffusion.settings import count_problems, raise_if
 from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems
 
 #: Share of the free memory that a batch is planned to take.
 SHARE = 0.8
@@ -168,9 +169,11 @@ class Engine:
             batch = going
 
     def begin(self, index: int, prompt: Prompt) -> Row:
-        """The row of a prompt before its first step. Raises ValueError for what is no row of token ids."""
+        """The row of a prompt before its first step. Raises ValueError for what is no row of the model's token ids."""
+        ids = token_ids(prompt.ids)
+        raise_if(id_problems(ids, self.model.arch.vocab_size))
         masks = torch.full((self.gen_length,), self.model.arch.mask_token_id)
-        return Row(index, prompt.document, token_ids(prompt.ids), masks, look=torch.zeros_like(masks, dtype=torch.bool))
+        return Row(index, prompt.document, ids, masks, look=torch.zeros_like(masks, dtype=torch.bool))
 
     def _advance(self, row: Row) -> bool:
         """On to the row's next step that writes something. False: there is none."""

@@ -28,6 +28,7 @@ from dqx.diffusion.samplers import greedy
 from dqx.diffusion.samplers.base import logits_at
 from dqx.diffusion.settings import count_problems, number_problems, raise_if
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ def masked_log_probs(
     Float64 [N, T] on the CPU. `cfg_scale` above 0 guides as in generation: the prefix is masked in the second
     pass. A mask that is part of `tokens` is not scored.
 
-    Raises ValueError when a state differs from `tokens` where it is not masked, FloatingPointError on NaN.
+    Raises ValueError when a state differs from `tokens` where it is not masked and for ids that are no tokens,
+    FloatingPointError on NaN.
     """
     raise_if(number_problems("cfg_scale", cfg_scale, 0) + count_problems(batch_size=batch_size))
     states, tokens = states.cpu(), tokens.cpu()
+    raise_if(id_problems(tokens, model.arch.vocab_size))
     masked = (states == model.arch.mask_token_id) & (tokens != model.arch.mask_token_id)
     if not (masked | (states == tokens)).all():
         raise ValueError("a state holds tokens that are neither masks nor the true ones: nothing would be scored there")

@@ -34,6 +34,7 @@ from dqx.diffusion.settings import count_problems, number_problems, raise_if
 from dqx.diffusion.states import Estimate, make_estimate, n_states
 from dqx.diffusion.stopping import Question, decided, stages
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems
 
 Progress = Callable[[int], object]
 Finished = Callable[[dict[int, float]], object]
@@ -90,8 +91,12 @@ class Scorer:
 
         `known` values, by index, are taken as they are (of a question, all or none). `progress` is told of finished
         `work` in portions, that of the known ones first; `finished` of new values in portions, each once.
-        Raises FloatingPointError on NaN.
+        Raises ValueError for ids that are no tokens of the model, FloatingPointError on NaN.
         """
+        size = self.model.arch.vocab_size
+        raise_if(
+            [p for request in requests for ids in (request.prefix, request.target) for p in id_problems(ids, size)]
+        )
         run = _Run(self, requests, known or {}, progress, finished)
         compared = [] if self.error_level is None else list(questions)
         undecided = [question for question in compared if not run.known.keys() >= set(question.requests)]

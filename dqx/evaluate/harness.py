@@ -33,6 +33,7 @@ from dqx.evaluate.journal import Journal
 from dqx.evaluate.session import Document, EvaluationSession, progress_bar, score
 from dqx.evaluate.settings import EvaluationSettings
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.vocabulary import text_ids
 
 #: Tokens that end an answer or a turn in the two families, besides the end tokens of model and tokenizer.
 END_TOKENS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>")
@@ -323,19 +324,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, mask_token_id: int | N
     """Token ids of a text, nothing added (as in lm-eval's class for Hugging Face models).
 
     Where the text spells the mask token, that is text too, in ordinary tokens: a mask would be a place to fill, of
-    which nothing is scored.
+    which nothing is scored. Raises ValueError where it spells a token that the model does not have.
     """
-
-    def ids(part: str, *, plain: bool = False) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=False, split_special_tokens=plain).input_ids)
-
-    whole = ids(text)
+    whole = text_ids(tokenizer, text)
     if mask_token_id is None or mask_token_id not in whole:
         return whole
     spelled = str(tokenizer.convert_ids_to_tokens(mask_token_id))
     encoded = []
     for number, part in enumerate(text.split(spelled)):
-        encoded += (ids(spelled, plain=True) if number else []) + (ids(part) if part else [])
+        encoded += text_ids(tokenizer, spelled, plain=True) if number else []
+        encoded += text_ids(tokenizer, part) if part else []
     return encoded
 
 

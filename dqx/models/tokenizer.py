@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dqx.models.checkpoint import Checkpoint
 from dqx.models.hub_config import CheckpointError, read_json
+from dqx.models.vocabulary import limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,11 +47,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises plain Exception for malformed files
         raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {error}") from error
     tokenizer.chat_template = default_template(chat_templates(folder))
-    if len(tokenizer) > checkpoint.arch.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, "
-            f"the model's vocabulary only {checkpoint.arch.vocab_size}"
-        )
+    try:
+        limit(tokenizer, checkpoint.arch.vocab_size)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     return tokenizer
 
 

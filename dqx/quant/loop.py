@@ -21,6 +21,7 @@ from dqx.common.heartbeat import beat
 from dqx.common.memory import peak_ram
 from dqx.formats.bits import UNQUANTIZED, BitsConfig
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems
 from dqx.quant.activations_store import Row
 from dqx.quant.block import BlockWork
 from dqx.quant.home import Home, Progress
@@ -112,8 +113,8 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     needed = method.streams(widths)
     if needed and not asked.ids:
         problems.append(f"method {method.name} fits to activations; give at least one calibration batch")
-    if (largest := max((int(rows.max()) for rows in asked.ids if rows.numel()), default=0)) >= arch.vocab_size:
-        problems.append(f"the calibration text has token {largest}, but the vocabulary has {arch.vocab_size}")
+    wrong = {problem for rows in asked.ids for problem in id_problems(rows, arch.vocab_size)}
+    problems += [f"the calibration text: {problem}" for problem in sorted(wrong)[:1]]
     if problems:
         raise ValueError("\n".join(problems))
 

@@ -449,10 +449,11 @@ def test_token_ids_calibrate_as_batches_do(batches):
         ("a text", r"batches\[0\] is of type str; calibration takes token ids"),
         ([ids(), torch.randn(2, 8)], r"batches\[1\] is of type torch\.float32 tensor \[2, 8\]"),
         ([1, 2, 3], r"batches\[0\] is of type int"),
-        (ids() + 500, "the calibration text has token 5[0-9]+, but the vocabulary has 96"),
+        (ids() + 500, "the calibration text: 5[0-9]+ is no token of the model; ids go from 0 to 95"),
+        (ids() - 96, "the calibration text: -96 is no token of the model"),
         ([], "give at least one calibration batch"),
     ],
-    ids=["text", "floats", "flat", "foreign", "none"],
+    ids=["text", "floats", "flat", "foreign", "negative", "none"],
 )
 def test_what_is_no_calibration_text_is_told(batches, told):
     with pytest.raises(ValueError, match=told):

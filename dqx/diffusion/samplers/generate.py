@@ -21,6 +21,7 @@ from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.samplers.base import Call, Generation, OnStep, append_masks, logits_at, most_confident, write
 from dqx.diffusion.settings import raise_if
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.vocabulary import id_problems
 
 
 class Sampler(ABC):
@@ -130,9 +131,10 @@ class Sampler(ABC):
             The new tokens and what they took.
 
         Raises:
-            ValueError: with the `problems` and `token_problems` of the settings.
+            ValueError: with the `problems` and `token_problems` of the settings, and for ids that are no tokens.
         """
-        raise_if(self.problems(gen_length, block_length, steps) + self.token_problems(model.arch.vocab_size))
+        problems = self.problems(gen_length, block_length, steps) + self.token_problems(model.arch.vocab_size)
+        raise_if(problems + id_problems(prompt, model.arch.vocab_size))
         noise = noise or SeededNoise(0, range(len(prompt)))
         ids, prompt_length = append_masks(model, prompt, gen_length), prompt.shape[1]
         answer = ids[:, prompt_length:]
