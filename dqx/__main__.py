@@ -26,7 +26,7 @@ def usage() -> str:
 
 
 def main() -> int:
-    """The command line. Returns the exit code, 2 for a command that does not exist."""
+    """The command line. Returns the exit code: 2 for a command that does not exist, 130 where Ctrl-C ended it."""
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
@@ -37,7 +37,11 @@ def main() -> int:
         print(f"dqx {command}: no such command; {did_you_mean(command, COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"dqx {command}", *rest]
-    return import_module(COMMANDS[command][0]).main() or 0
+    try:
+        return import_module(COMMANDS[command][0]).main() or 0
+    except KeyboardInterrupt:  # before the command could say more
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=[], metavar="NAME", help=told)
     arguments = parser.parse_args()
     console = Console(highlight=False, emoji=False)
-    with errors_end():
+    with errors_end() as ending:
+        ending.there = "nothing is written yet"
         nothing = not arguments.runs and arguments.preset and not Path("runs").is_dir()
         report = content.build([] if nothing else arguments.runs or ["runs"], arguments.preset)
         if arguments.out == "-":
@@ -55,7 +56,9 @@ def main() -> None:
         folder = Path(arguments.out)
         print_lines(Console(stderr=True), (f"in no table: {each.path}: {each.reason}" for each in report.skipped))
         console.print(Text(words.lede(report.records)))
-        print_lines(console, (f"  {path}" for path in write(report, folder)))  # to be read while figures are drawn
+        written = write(report, folder)
+        ending.there = f"{written[0]}, .md and .tex are there, figures are missing; the same command draws them"
+        print_lines(console, (f"  {path}" for path in written))  # to be read while figures are drawn
         if report.runs:
             from dqx.report import figures  # with Matplotlib
 

@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=SHOWN, metavar="N", help=told)
     arguments = parser.parse_args()
     console = Console(highlight=False, emoji=False, width=max(120, Console().width))
-    with errors_end():
+    with errors_end() as ending:
+        ending.there = "nothing is printed yet"
         before, after = (RunFolder(folder).read() for folder in (arguments.run, arguments.other))
+        ending.there = "what is printed so far holds; the same command prints all of it"
         print_comparison(before, after, console, arguments.show)

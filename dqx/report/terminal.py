@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TextIO
@@ -90,14 +91,28 @@ def print_lines(console: Console, lines: Iterable[str], style: str = "") -> None
         console.print(Text(line, style=style), soft_wrap=True)
 
 
+@dataclass
+class Ending:
+    """What a command says where Ctrl-C ends it: what is there already."""
+
+    there: str = ""
+
+
 @contextmanager
-def errors_end() -> Iterator[None]:
-    """A command that cannot read or write something says so on standard error and ends with exit code 2."""
+def errors_end() -> Iterator[Ending]:
+    """A command that cannot read or write something says so on standard error and ends with exit code 2.
+
+    Ctrl-C ends it with 130 and one line: what is there already, as the command has put it into the `Ending`.
+    """
+    ending = Ending()
     try:
-        yield
+        yield ending
     except (OSError, ValueError) as error:
         print_lines(Console(stderr=True), [str(error)])
         sys.exit(2)
+    except KeyboardInterrupt:
+        print_lines(Console(stderr=True), ["; ".join(filter(None, ("interrupted", ending.there)))])
+        sys.exit(130)
 
 
 def show(table: Table, console: Console) -> list[str]:

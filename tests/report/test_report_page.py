@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 import records
 
+from dqx import __main__
 from dqx.record.collection import Run
 from dqx.record.folder import RunFolder
 from dqx.record.words import visible
-from dqx.report import content, latex, markdown
+from dqx.report import compare, content, figures, latex, markdown
 from dqx.report.command import main
 
 if TYPE_CHECKING:
@@ -247,3 +249,62 @@ def test_markdown_shows_texts_as_they_are() -> None:
     assert markdown.code("a|`b`") == "`` a\\|`b` ``"
     assert markdown.code("\x1b[0m\u202e") == r"`\x1b[0m\u202e`"
     assert visible("a\tb\nc\u2028\ud800") == "a\tb\nc\\u2028\\ud800"
+
+
+def test_ctrl_c_while_figures_are_drawn_leaves_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(tmp_path / "run").write(records.record())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dqx report", "run"])
+    monkeypatch.setattr(figures, "draw", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    told = "interrupted; report/report.html, .md and .tex are there, figures are missing; the same command draws them\n"
+    assert capsys.readouterr().err == told
+    assert "nano_sums" in (tmp_path / "report" / "report.html").read_text()
+    monkeypatch.setattr(content, "build", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "interrupted; nothing is written yet\n"
+
+
+def test_ctrl_c_ends_a_comparison_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dqx", "compare", "one", "other"])
+    monkeypatch.setattr(compare.RunFolder, "read", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        __main__.main()
+    assert capsys.readouterr().err == "interrupted; nothing is printed yet\n"
+    monkeypatch.setattr(sys, "argv", ["dqx", "compare"])
+    monkeypatch.setattr(__main__, "import_module", interrupted)  # so early that the command says nothing itself
+    assert __main__.main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_bar_moves_while_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves with every figure, ends full, and says which run it is at."""
+    seen: list[float] = []
+
+    class Bar(figures.tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            seen.append(self.n + (n or 0))
+            return super().update(n)
+
+    monkeypatch.setattr(figures, "tqdm", Bar)
+    told = io.StringIO()
+    told.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", told)
+    report = content.of_runs([Run(Path(), records.record(outliers={}))])
+    figures.draw(report, tmp_path)
+    drawn = len(report.pictures) + len(report.run_pictures[0])
+    assert seen == sorted(seen)
+    assert len({round(place, 6) for place in seen}) >= drawn
+    assert seen[-1] == 1 + len(figures.OF_RUN)
+    assert "run 1 of 1" in told.getvalue()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -45,13 +46,18 @@ OF_RUN: tuple[Callable[[Record], dict[str, Figure]], ...] = (
     errors.by_mask_ratio,
 )
 WIDE, NARROW = 1400, 960  # pixels of a figure in a report's page: of all runs together, of one
+BAR = "drawing figures {percentage:3.0f}%|{bar}| {postfix}"
 NO_DATE = {"CreationDate": None, "Creator": None, "Producer": None}
 
 
 def of_run(record: Record) -> dict[str, Figure]:
     """The figures of one run, by name."""
+    return {name: figure for kind in OF_RUN for name, figure in _of_kind(kind, record).items()}
+
+
+def _of_kind(kind: Callable[[Record], dict[str, Figure]], record: Record) -> dict[str, Figure]:
     with style.applied():
-        return {name: settled(figure) for draw in OF_RUN for name, figure in draw(record).items()}
+        return {name: settled(figure) for name, figure in kind(record).items()}
 
 
 def of_runs(records: Iterable[Record]) -> dict[str, Figure]:
@@ -88,14 +94,24 @@ def draw(report: Report, folder: Path) -> None:
     several, those of single runs are PNG, with one activation surface each: that of the largest value.
     """
     alone = len(report.runs) == 1
-    report.pictures = _saved(of_runs(report.records), folder, width=WIDE)
-    runs = tqdm(report.runs, "figures", unit=" runs", leave=False, disable=None)
-    for number, run in enumerate(runs, 1):
-        drawn = of_run(run.record if alone else with_one_surface(run.record))
-        report.run_pictures.append(_saved(drawn, folder / anchor(number), alone))
+    with tqdm(total=1 + len(OF_RUN) * len(report.runs), bar_format=BAR, leave=False, disable=None) as bar:
+        bar.set_postfix_str("all runs together")
+        report.pictures = _saved(of_runs(report.records), folder, bar, width=WIDE)
+        for number, run in enumerate(report.runs, 1):
+            bar.set_postfix_str(f"run {number} of {len(report.runs)}")
+            record = run.record if alone else with_one_surface(run.record)
+            place = folder / anchor(number)
+            pictures = [each for kind in OF_RUN for each in _saved(_of_kind(kind, record), place, bar, alone)]
+            report.run_pictures.append(pictures)
 
 
-def _saved(drawn: dict[str, Figure], folder: Path, pdf: bool = True, width: int = NARROW) -> list[Picture]:
-    for name, figure in drawn.items():
+def _saved(
+    drawn: dict[str, Figure], folder: Path, bar: tqdm[NoReturn], pdf: bool = True, width: int = NARROW
+) -> list[Picture]:
+    """Save the figures of one step of the bar."""
+    before = bar.n
+    for number, (name, figure) in enumerate(drawn.items(), 1):
         save(figure, folder, name, pdf=pdf)
+        bar.update(before + number / len(drawn) - bar.n)
+    bar.update(before + 1 - bar.n)
     return [Picture(name, folder / f"{name}.png", width) for name in drawn]
