@@ -1,4 +1,4 @@
-"""tests/README.md lists what the default suite leaves out: every marker, and every file with tests that may be skipped."""
+"""tests/README.md lists what the default suite leaves out: every marker, and each file that may skip a test."""
 
 from __future__ import annotations
 
