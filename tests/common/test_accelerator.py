@@ -11,14 +11,23 @@ import torch
 from dqx.common import accelerator
 from dqx.common.devices import device_problems, pick_device
 
-PACKAGE = Path(accelerator.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+MAKES = r"torch\.(cuda|xpu|mps)\b|\.cuda\(|== [\"']cuda"
 
 
-def test_no_other_file_asks_for_one_make() -> None:
-    named = re.compile(r"torch\.(cuda|xpu|mps|accelerator)\b|\.cuda\(|== \"cuda\"")
-    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if named.search(path.read_text())}
-    assert found == {"common/accelerator.py"}
+def naming(pattern: str, *folders: str) -> set[str]:
+    """The files of ours, documents too, in which a pattern is found; `.` stands for the top folder's own."""
+    paths = [path for folder in folders for path in (ROOT / folder).glob("*" if folder == "." else "**/*")]
+    files = [path for path in paths if path.suffix in (".py", ".md", ".yaml", ".toml")]
+    assert len(files) > 2 * len(folders)
+    return {str(path.relative_to(ROOT)) for path in files if re.search(pattern, path.read_text())}
+
+
+def test_one_file_alone_asks_for_a_make() -> None:
+    ours = "dqx/common/accelerator.py"
+    assert naming(MAKES, ".", "conf", "dqx", "tests") == {ours}
+    assert naming(r"torch\.accelerator\b", ".", "conf", "dqx") == {ours}
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")

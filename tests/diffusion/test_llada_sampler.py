@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dqx.common import accelerator
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.samplers.llada import LLaDASampler, share
 from dqx.models.checkpoint import inspect, load_weights
@@ -195,7 +196,7 @@ def test_suppress_mask_completes_the_answer_of_a_model_that_predicts_masks(golde
 )
 def test_tokens_are_the_same_on_the_gpu(sampler, golden):
     ids = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", accelerator.kind()):
         model = load_weights(inspect(str(GOLDEN / "llada_tiny")), dtype=torch.float64, device=device)
         ids.append(sampler.generate(model, golden["prompt_batch2"], gen_length=12, block_length=6, steps=6).ids.cpu())
     assert torch.equal(*ids)

@@ -3,6 +3,7 @@
 It computes what the CPU computes, and refuses and counts what a GPU would:
 
 - an operation on tensors of two devices, and reads of device memory behind PyTorch's back (`.numpy()`);
+- random numbers drawn there, which would be others on every make of device;
 - bytes of live tensors, their peak, and a limit, beyond which `torch.OutOfMemoryError` is raised;
 - round trips: every time that the host waits for a number of the device (`.item()`, `.cpu()`, `tolist`, `bool()`,
   `nonzero`, a boolean mask as an index, ...), as CUDA would wait.
@@ -47,6 +48,7 @@ WAITING = {
 RESIZED = (aten.arange, aten.eye, aten.linspace, aten.randperm)
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 CROSSING = {aten._to_copy, aten.copy_}
+JOINING = {aten.cat, aten.stack}  # which take not even a number from the CPU
 
 
 class Refused(RuntimeError):
@@ -200,8 +202,10 @@ def computed(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return crossed(op, args, kwargs, state, asked)
     allowed = args[1] if packet in INDEXING else ()
     for x in foreign:
-        if x.dim() and not any(x is index for index in allowed):
+        if (x.dim() or packet in JOINING) and not any(x is index for index in allowed):
             raise Refused(f"{op}: expected all tensors to be on {device}, but found at least one on {x.device}")
+    if torch.Tag.nondeterministic_seeded in op.tags and packet is not aten.scaled_dot_product_attention:
+        raise Refused(f"{op}: {device} draws other random numbers than the CPU, and takes no generator of the CPU's")
     state.asked(packet, waits(packet, args, kwargs))
     if asked is not None:
         options = options | {"device": "cpu" if asked.type == NAME else asked}

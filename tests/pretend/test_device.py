@@ -36,6 +36,8 @@ def test_devices_do_not_mix() -> None:
     with pytest.raises(Refused, match="pretend:0, pretend:1"):
         x + torch.ones(3, device="pretend:1")
     assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]  # a number may come from the CPU
+    with pytest.raises(Refused, match="found at least one on cpu"):
+        torch.stack((x[0], torch.tensor(2.0)))  # but not everywhere
     assert x[torch.tensor([0, 2])].tolist() == [1, 1]  # and so may an index
     assert x.to("pretend:1").device == torch.device("pretend:1")
 
@@ -46,6 +48,20 @@ def test_device_memory_is_not_read_behind_its_back() -> None:
     for read in (x.numpy, x.__array__):
         with pytest.raises(TypeError, match=r"Use Tensor\.cpu\(\) first"):
             read()
+
+
+@pytest.mark.usefixtures("pretend")
+def test_random_numbers_are_drawn_on_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = {
+        "rand": lambda: torch.rand(3, device="pretend"),
+        "of the CPU's generator": lambda: torch.rand(3, device="pretend", generator=generator),
+        "in place": lambda: torch.ones(3, device="pretend").normal_(generator=generator),
+        "a permutation": lambda: torch.randperm(3, device="pretend"),
+    }
+    for draw in draws.values():
+        with pytest.raises(Refused, match="draws other random numbers than the CPU"):
+            draw()
 
 
 ASKED = {

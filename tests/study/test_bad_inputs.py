@@ -195,7 +195,7 @@ def test_configuration(problems: Problems, checkpoint: Path, overrides: list[str
     assert re.search(message, found[0]), found
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has an accelerator")
 def test_cuda_that_is_not_there(problems: Problems) -> None:
     (found,) = problems("model.device=cuda:1")
     assert "model.device=cuda:1, but torch" in found
