@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": ("dqx.report.compare", "two runs, document by document", "dqx compare RUN OTHER"),
     "cache": ("dqx.study.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
     "mirror": ("dqx.report.wandb.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
+    "doctor": ("dqx.study.doctor", "this machine: what there is, what is missing", "dqx doctor"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
 }
 

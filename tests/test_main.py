@@ -38,7 +38,7 @@ def test_the_program_and_its_commands() -> None:
     assert scripts == {"dqx": "dqx.__main__:main"}
     for name, (module, _, example) in COMMANDS.items():
         assert callable(import_module(module).main)
-        assert example.startswith(f"dqx {name} ")
+        assert f"{example} ".startswith(f"dqx {name} ")
     shown = dqx()
     assert shown.returncode == 0
     assert all(example in shown.stdout for _, _, example in COMMANDS.values())
@@ -58,6 +58,14 @@ def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
     assert shown.returncode == 0, shown.stderr
     assert f"dqx {name} " in shown.stdout
     assert shown.stdout.endswith("imported:\n"), shown.stdout.splitlines()[-1]
+
+
+def test_the_doctor_imports_torch_alone(tmp_path: Path) -> None:
+    """And needs no configuration, checkpoint or network."""
+    shown = dqx("doctor", folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == "imported: torch"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_start_from_any_folder(tmp_path: Path) -> None:

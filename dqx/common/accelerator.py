@@ -6,6 +6,10 @@ where a make has none. Functions of a device take the CPU as well and do nothing
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 #: Accelerators that torch knows and dqx does not run on, and why.
@@ -29,6 +33,12 @@ def name(device: torch.device) -> str:
     return device.type if device.type == "cpu" or ask is None else str(ask(device))
 
 
+def names() -> list[str]:
+    """What the devices of that type call themselves."""
+    here = kind()
+    return [] if here is None else [name(torch.device(here, i)) for i in range(count())]
+
+
 def capability(device: torch.device) -> str | None:
     """The generation of a CUDA device (sm_90), the vector instructions of the CPU; None elsewhere."""
     if device.type == "cpu":
@@ -36,9 +46,34 @@ def capability(device: torch.device) -> str | None:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
 
 
+def bf16(device: torch.device) -> str | None:
+    """Whether the device computes in bfloat16 itself, `native`, or by way of float32, `emulated`; None: not known."""
+    if device.type == "cpu":
+        there: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+        known = [there[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in there]
+        return ("native" if any(known) else "emulated") if known else None
+    if device.type == "cuda" and torch.version.hip is None:
+        return "native" if torch.cuda.get_device_capability(device) >= (8, 0) else "emulated"
+    ask = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return None if ask is None else "native" if ask(including_emulation=False) else "emulated"
+
+
 def cuda_version(device: torch.device) -> str | None:
     """The version of CUDA that torch was built for; None for other devices, and for ROCm."""
     return torch.version.cuda if device.type == "cuda" else None
+
+
+def settings(device: torch.device) -> dict[str, Any]:
+    """What of torch's settings, and of CUDA's libraries', decides whether results repeat to the last bit."""
+    there = {
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.type != "cuda":
+        return there
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return there | {"cudnn_benchmark": torch.backends.cudnn.benchmark, "cublas_workspace": workspace}
 
 
 def synchronize(device: torch.device) -> None:

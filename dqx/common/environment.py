@@ -1,4 +1,7 @@
-"""Where a run was computed: versions, platform, device, commit."""
+"""Where a run was computed: versions, platform, device, memory, commit.
+
+What a run finds around it besides, such as a login, is in `dqx/study/surroundings.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     import torch  # a second: versions are also asked for where nothing is computed
 
     from dqx.common import accelerator
+    from dqx.common.memory import machine_bytes
 
     device = torch.device(device)
     return {
@@ -33,6 +37,13 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "device": accelerator.name(device),
         "capability": accelerator.capability(device),
         "cuda": accelerator.cuda_version(device),
+        "accelerators": accelerator.names(),
+        "memory": {
+            "ram": machine_bytes(),
+            "device": None if device.type == "cpu" else accelerator.total_memory(device),
+        },
+        "bf16": accelerator.bf16(device),
+        "determinism": accelerator.settings(device),
         "processes": processes().count,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -1,8 +1,9 @@
-"""How much RAM this process takes."""
+"""How much RAM this process takes, and how much there is."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -38,3 +39,30 @@ def peak_ram() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine_bytes() -> int:
+    """RAM for each of the run's processes here: the machine's, or its control group's (container, Slurm job)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    root = Path("/sys/fs/cgroup")
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                group = root / line.removeprefix("0::/")
+                limits += [limit for folder in (group, *group.parents) if (limit := group_limit(folder))]
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def group_limit(folder: Path) -> int | None:
+    """What a control group's folder allows, in bytes; None where it sets no limit."""
+    with suppress(OSError):
+        text = (folder / "memory.max").read_text().strip()
+        return int(text) if text.isdigit() else None
+    return None
+
+
+def gigabytes(number: float) -> str:
+    """Bytes with two digits: 8.6 MB, 16 GB."""
+    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
+    value = number / size
+    return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"

@@ -1,7 +1,7 @@
 """The record of a run: one folder that says what was run, on what, and everything that came out.
 
     config.yaml            the resolved configuration
-    environment.json       versions, platform, device
+    environment.json       versions, platform, device, by the schema in environment.schema.json
     results.json           the summary, by the schema in results.schema.json
     documents/TASK.jsonl   every document: prediction, score and likelihoods of both models
     outliers.json          outlier statistics per block and site, of both models

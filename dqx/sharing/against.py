@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,10 @@ from dqx.sharing import bundle
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import placeholder, without_places
 from dqx.sharing.share import conceal
+
+#: What an environment says that no result depends on; and what bundles of earlier versions do not say.
+UNRELATED = ("accelerators", "memory", "hub", "wandb", "slurm")
+SINCE = ("bf16", "determinism", "sandbox")
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +76,12 @@ class Against:
 
 
 def environment_differences(there: Mapping[str, Any], here: Mapping[str, Any], dtype: str) -> Iterator[str]:
-    """What differs between two environments: versions, device, commit, processes."""
-    for line in differences(there, here, "environment"):
+    """What differs between two environments, of what results depend on: versions, device, commit, processes, ..."""
+    compared = {
+        key: facts for key, facts in here.items() if key not in UNRELATED and not (key in SINCE and key not in there)
+    }
+    recorded = {key: facts for key, facts in there.items() if key not in UNRELATED}
+    for line in differences(recorded, compared, "environment"):
         key, _, values = line.removeprefix("environment.").partition(": ")
         before, _, after = values.partition(" -> ")
         words = ("not recorded" if text in (ABSENT, "null") else text for text in (before, after))
@@ -83,9 +90,8 @@ def environment_differences(there: Mapping[str, Any], here: Mapping[str, Any], d
         yield "commit: the sources of dqx have been changed here since"
     if str(there.get("commit") or "").endswith("-changed"):
         yield "commit: the sources of dqx had been changed there; those changes are not in the bundle"
-    generation = re.fullmatch(r"sm_(\d+)", str(here.get("capability")))
-    if dtype == "bfloat16" and generation and int(generation[1]) < 80:
-        yield f"bfloat16: this device ({generation[0]}) has no arithmetic in it and emulates it"
+    if dtype == "bfloat16" and here.get("bf16") == "emulated":
+        yield f"bfloat16: this device ({here.get('capability')}) has no arithmetic in it and emulates it"
 
 
 def _checkpoint(there: str, here: str) -> Iterator[str]:

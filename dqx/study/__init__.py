@@ -8,6 +8,8 @@
     checks.py      what can be wrong
     facts.py       what an outcome depends on
     costs.py       what stages take
+    surroundings.py what a run finds around it, for its record
+    doctor.py      `dqx doctor`, which says that and the environment in words (README.md)
     cache/         what runs have computed and others need not compute again
     estimate/      what a run will take, by the model's shapes
     plan/          `plan=true`: the runs of a sweep with their costs

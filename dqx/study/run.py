@@ -30,6 +30,7 @@ from dqx.study.estimate.memory import exceeded
 from dqx.study.experiment import Experiment
 from dqx.study.stages import Stages
 from dqx.study.subjects import ModelChanged, Subjects
+from dqx.study.surroundings import surroundings
 
 
 def run(described: Config | Experiment, folder: str | Path, origin: Origin | None = None) -> Record:
@@ -49,7 +50,7 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
 
     with costs.stage("read the data"), main_first():
         windows = stages.data()
-    here = environment(experiment.device)
+    here = environment(experiment.device) | surroundings()
     if main:
         output.start(config, here)
     text = None if windows is None else tensor_digest([("ids", windows)])[:16]

@@ -356,6 +356,7 @@ def test_another_calibration_text_is_told(tmp_path: Path, there: str | None, her
 def test_every_difference_of_the_environment() -> None:
     there = {"packages": {"torch": "2.11"}, "commit": "a-changed", "device": "cuda", "capability": "sm_90"}
     here = {"packages": {"torch": "2.13"}, "commit": "a", "device": "cuda", "capability": "sm_75", "processes": 2}
+    here |= {"bf16": "emulated", "determinism": {"threads": 2}, "wandb": {"login": True}, "memory": {"ram": 8}}
     assert list(environment_differences(there, here, "bfloat16")) == [
         "torch: 2.11 there, 2.13 here",
         "commit: a-changed there, a here",
@@ -364,6 +365,9 @@ def test_every_difference_of_the_environment() -> None:
         "commit: the sources of dqx had been changed there; those changes are not in the bundle",
         "bfloat16: this device (sm_75) has no arithmetic in it and emulates it",
     ]
+    there = {"determinism": {"threads": 1}, "wandb": {"login": False}}
+    here = {"determinism": {"threads": 2}, "wandb": {"login": True}}
+    assert list(environment_differences(there, here, "bfloat16")) == ["determinism.threads: 1 there, 2 here"]
 
 
 def test_how_results_compare() -> None:

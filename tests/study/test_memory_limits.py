@@ -18,7 +18,7 @@ from test_stages import SMALL, shown
 
 from dqx.benchmarks.cases import MODELS
 from dqx.common import accelerator
-from dqx.common.memory import GB, peak_ram, watch_peaks
+from dqx.common.memory import GB, gigabytes, group_limit, peak_ram, watch_peaks
 from dqx.common.processes import processes
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import Config, ConfigProblems, MemoryConfig
@@ -29,8 +29,6 @@ from dqx.study.cache import command, space
 from dqx.study.estimate import memory
 from dqx.study.estimate.memory import (
     exceeded,
-    gigabytes,
-    group_limit,
     memory_pools,
     memory_problems,
     room_for_activations,

@@ -122,10 +122,17 @@ def keep_capabilities(mask: int) -> bool:
     return libc.capset(header, struct.pack("=6I", mask, mask, 0, 0, 0, 0)) == 0
 
 
+def landlock() -> int:
+    """The version of Landlock that the system has, 0 where it has none."""
+    if sys.platform != "linux":
+        return 0
+    libc.syscall.restype = ctypes.c_long
+    return max(0, int(libc.syscall(444, None, ctypes.c_size_t(0), 1)))
+
+
 def restrict_files(folder: str) -> bool:
     """Landlock: read Python's own folders, write in `folder`, nothing else; no TCP, no signals to others."""
-    libc.syscall.restype = ctypes.c_long
-    abi = libc.syscall(444, None, ctypes.c_size_t(0), 1)
+    abi = landlock()
     if abi < 1:
         return False
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1

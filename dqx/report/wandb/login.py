@@ -31,13 +31,12 @@ def has_login() -> bool:
     """Whether W&B would find an API key: in the environment, or in netrc for its server. The key is not read out."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    hosts = {urlsplit(url).netloc for url in servers()}
     chosen = os.environ.get("NETRC")
+    known: set[str] = set()
     for path in [Path(chosen)] if chosen else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         with suppress(OSError, netrc.NetrcParseError):
-            if hosts & set(netrc.netrc(path).hosts):
-                return True
-    return False
+            known |= set(netrc.netrc(path).hosts)
+    return bool(known) and any(urlsplit(url).netloc in known for url in servers())  # which imports wandb
 
 
 def servers() -> list[str]:

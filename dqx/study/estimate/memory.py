@@ -17,15 +17,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dqx.common import accelerator
 from dqx.common.devices import process_count
-from dqx.common.memory import GB
+from dqx.common.memory import GB, gigabytes, machine_bytes
 from dqx.diffusion.batches import token_bytes
 from dqx.diffusion.engine import row_bytes
 from dqx.models.architecture import Architecture
@@ -203,30 +201,3 @@ def _sequence_bytes(arch: Architecture, dtype: torch.dtype, work: Work) -> int:
 
 def _limit(setting: float | None, there: int) -> int:
     return there if setting is None else int(setting * GB)
-
-
-def machine_bytes() -> int:
-    """RAM for each of the run's processes here: the machine's, or its control group's (container, Slurm job)."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    root = Path("/sys/fs/cgroup")
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                group = root / line.removeprefix("0::/")
-                limits += [limit for folder in (group, *group.parents) if (limit := group_limit(folder))]
-    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def group_limit(folder: Path) -> int | None:
-    """What a control group's folder allows, in bytes; None where it sets no limit."""
-    with suppress(OSError):
-        text = (folder / "memory.max").read_text().strip()
-        return int(text) if text.isdigit() else None
-    return None
-
-
-def gigabytes(number: float) -> str:
-    """Bytes with two digits: 8.6 MB, 16 GB."""
-    unit, size = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
-    value = number / size
-    return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"

@@ -10,9 +10,9 @@ from typing import TextIO
 from rich.console import Console
 
 from dqx.common import accelerator
+from dqx.common.memory import gigabytes
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
-from dqx.study.estimate.memory import gigabytes
 from dqx.study.plan.runs import Cost, PlannedRun
 
 ASSUMPTIONS = """
