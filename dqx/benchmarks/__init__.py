@@ -1,1 +1,4 @@
-"""Benchmarks that a user can run, `python -m dqx.benchmarks.NAME`: quantize, evaluate, memory, sweep, activations."""
+"""Benchmarks that a user can run, `python -m dqx.benchmarks.NAME`.
+
+quantize, evaluate, temperature, memory, sweep, startup, activations; README.md has their figures.
+"""

@@ -1,6 +1,7 @@
 """What a masked diffusion language model does with its logits: write answers, and score them.
 
     noise.py       random numbers as a pure function of (seed, document, ...): nothing depends on batch or device
+    philox.py      where a sampler's come from: the counter-based generator, in tensors of whatever device
     samplers/      Sampler: what every sampler is, and the loop that writes answers; LLaDA's and Dream's
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets

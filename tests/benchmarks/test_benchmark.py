@@ -10,7 +10,7 @@ from goldens import GOLDEN, golden, tiny
 from rich.console import Console
 from tiny import SITES
 
-from dqx.benchmarks import activations, plain, quantize
+from dqx.benchmarks import activations, plain, quantize, temperature
 from dqx.benchmarks.cases import MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare, differences
 from dqx.config import compose
@@ -165,3 +165,16 @@ def test_cost_of_outlier_statistics_is_put_beside_a_document():
     assert min(figures.document, figures.windows, figures.states, figures.windows_metered) > 0
     assert figures.share(8) == pytest.approx(figures.share(1) / 8)
     assert len(activations.overview(figures).rows) == 3 + len(activations.DOCUMENTS)
+
+
+def test_cost_of_drawing_tokens_is_put_beside_a_step_that_draws_none():
+    arch = replace(
+        MODELS["llada_8b"], n_blocks=1, n_heads=2, n_kv_heads=2, vocab_size=1001, mask_token_id=1000, **SMALL
+    )
+    figures = temperature.compare(arch, rows=2, prompt=4, gen_length=8, steps=4, temperature=0.7, rounds=2)
+    assert {t: len(rounds) for t, rounds in figures.steps.items()} == {0.0: 2, 0.7: 2}
+    assert figures.looked_at == 2 * (8 + 6 + 4 + 2) / 4
+    assert min(*figures.steps[0.0], *figures.steps[0.7], figures.uniforms) > 0
+    assert [row[0].text for row in temperature.overview(figures).rows] == [
+        "temperature 0", "temperature 0.7", "more", "uniforms of one position",
+    ]  # fmt: skip

@@ -32,9 +32,11 @@ class Replay:
     def __init__(self, uniforms, counts):
         self.steps = uniforms.split(counts.tolist())
 
-    def uniform(self, kind, step, row, positions, width):
-        assert (kind, row, width, len(positions)) == ("order", 0, 1, len(self.steps[step]))
-        return self.steps[step].double()[:, None]
+    def uniform(self, kind, rows, positions, steps, width=1):
+        assert (kind, rows.any(), width) == ("order", False, 1)
+        recorded = [self.steps[step] for step in steps.unique()]  # one, or none where all is written
+        assert [len(positions)] == [len(uniforms) for uniforms in recorded] or not len(positions)
+        return torch.cat([*recorded, torch.empty(0)]).double()[:, None]
 
 
 def run(sampler, model, prompt, **kwargs):

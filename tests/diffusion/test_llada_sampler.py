@@ -33,8 +33,8 @@ class Replay:
     def __init__(self, uniforms, prompt_length):
         self.uniforms, self.prompt_length = uniforms, prompt_length
 
-    def uniform(self, kind, step, row, positions, width):
-        return self.uniforms[step, row, self.prompt_length + positions].double().reshape(len(positions), width)
+    def uniform(self, kind, rows, positions, steps, width=1):
+        return self.uniforms[steps, rows, self.prompt_length + positions].double().reshape(len(positions), width)
 
 
 def run(sampler, model, prompt, **kwargs):

@@ -94,15 +94,22 @@ def logits_at(
     return logits
 
 
-def draw(noise: Noise, kind: str, at: Sequence[int], masked: Tensor, width: int = 1) -> Tensor:
-    """Uniforms [n, width], float64, on the CPU, for the positions marked in `masked` [B, G]; row b is at step at[b]."""
-    rows = [noise.uniform(kind, at[b], b, row.nonzero()[:, 0].cpu(), width) for b, row in enumerate(masked)]
-    return torch.cat(rows)
+def draw(
+    noise: Noise, kind: str, at: Sequence[int], where: Tensor, width: int = 1, device: torch.device | None = None
+) -> Tensor:
+    """Uniforms [n, width], float64, for the positions marked in `where` [B, G]; row b is at step at[b].
+
+    They are made on `device`; None: where `where` is.
+    """
+    rows, positions = where.nonzero(as_tuple=True)
+    steps = torch.tensor(list(at), device=where.device)[rows]
+    rows, positions, steps = torch.stack((rows, positions, steps)).to(device)
+    return noise.uniform(kind, rows, positions, steps, width)
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
-    """Standard Gumbel noise `-log(-log u)` from uniforms in [0, 1), in their dtype; u = 0 gives -inf."""
-    return -(-uniforms.log()).log()
+    """Standard Gumbel noise `-log(-log u)` from uniforms in [0, 1), in their place; u = 0 gives -inf."""
+    return uniforms.log_().neg_().log_().neg_()
 
 
 def most_confident(confidence: Tensor, masked: Tensor, counts: Tensor, threshold: float | None = None) -> Tensor:

@@ -117,9 +117,9 @@ class DreamSampler(Sampler):
         if self.alg != "origin":
             pairs = zip(masked.sum(1).cpu(), shares, strict=True)
             return masked, torch.tensor([n_written(count[None], share) for count, share in pairs])
-        look = masked.clone()
-        revealed = draw(noise, "order", at, masked)[:, 0] < shares.repeat_interleave(masked.sum(1).cpu())
-        look[masked] = revealed.to(masked.device)
+        share_of_each = shares.to(masked.device)[:, None].expand_as(masked)[masked]
+        revealed = draw(noise, "order", at, masked)[:, 0] < share_of_each
+        look = masked.masked_scatter(masked, revealed)
         return look, look.sum(1).cpu()
 
     def due_together(
@@ -140,7 +140,7 @@ class DreamSampler(Sampler):
             logits = logits / self.temperature
         probs = filter_logits(logits, self.top_p, self.top_k).softmax(-1)
         if self.temperature > 0:
-            tokens = draw_tokens(probs, draw(noise, "token", at, where).to(probs.device))
+            tokens = draw_tokens(probs, draw(noise, "token", at, where, device=probs.device))
         else:
             tokens = probs.argmax(-1)
         if self.alg == "topk_margin":
@@ -151,7 +151,7 @@ class DreamSampler(Sampler):
         else:
             confidence = probs.gather(-1, tokens[:, None])[:, 0]
         if self.alg_temp:  # Gumbel noise turns a ranking into draws without replacement
-            uniforms = draw(noise, "order", at, where)[:, 0].to(confidence.device)
+            uniforms = draw(noise, "order", at, where, device=confidence.device)[:, 0]
             confidence = confidence.double() / self.alg_temp + gumbel(uniforms)
         return tokens, confidence
 

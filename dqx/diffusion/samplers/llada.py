@@ -173,13 +173,13 @@ class LLaDASampler(Sampler):
             logits[:, eos] = -torch.inf
 
         if self.temperature > 0:  # the argmax of exp(l) / (-log u)^t, without its overflow
-            uniforms = draw(noise, "token", at, where, logits.shape[-1]).to(logits.device)
-            tokens = (logits.double() + self.temperature * gumbel(uniforms)).argmax(-1)
+            noisy = gumbel(draw(noise, "token", at, where, logits.shape[-1], logits.device))
+            tokens = noisy.mul_(self.temperature).add_(logits).argmax(-1)
         else:
             tokens = logits.argmax(-1)
 
         if self.remasking == "random":
-            confidence = draw(noise, "order", at, where)[:, 0].to(logits.device)
+            confidence = draw(noise, "order", at, where, device=logits.device)[:, 0]
         if self.suppress_eos_confidence:
             ends = [eos] if self.eot_token_id is None else [eos, self.eot_token_id]
             logits[:, ends] = -torch.inf
