@@ -41,7 +41,6 @@ WAYS = ("auto", "shared", "separate")
 ALONE = (
     "dispatch=separate gives each run of a sweep a GPU of its own, and this is a single run; add -m, or leave it out"
 )
-STARTED = "launch.py starts the processes that share a run itself: leave out accelerate launch, and write dispatch={}"
 
 
 def dispatch_problems(dispatch: str, device: str, *, here: bool = True) -> Iterator[str]:

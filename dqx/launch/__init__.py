@@ -4,6 +4,7 @@
     pareto.py      a search for the best compromises instead
     submitit.py    `local_gpus`, one run per GPU of this machine, and `slurm`
     ray.py         `ray`
+    foreign.py     `accelerate launch launch.py`, and what to type instead
     runs.py        what they say about their runs
 
 Hydra knows them by names of its own (`register`).

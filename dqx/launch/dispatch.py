@@ -8,6 +8,9 @@
 With one GPU or none `auto` and `shared` are one process, that of launch.py itself. Runs that a launcher starts
 (hydra/launcher=slurm, ray, local_gpus) are shared by the GPUs that their job sees. Results do not depend
 on any of this.
+
+dqx starts these processes itself: `accelerate launch launch.py ...` is refused with the command to type (`foreign.py`),
+and what `accelerate config` has left on a machine does not count.
 """
 
 from __future__ import annotations

@@ -30,12 +30,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dqx.common.devices import ALONE, STARTED, process_count
+from dqx.common.devices import ALONE, process_count
 from dqx.config.command_line import explain, normalize
 from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems
 from dqx.launch import register
+from dqx.launch.foreign import is_foreign, refusal, speaks
 from dqx.record.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
 from dqx.sharing.replay import replayed
 
@@ -147,16 +148,16 @@ def plain(problems: list[str]) -> str:
 
 def main() -> int:
     """Do what the command line says and tell how it ended, to developers with tracebacks. Returns the exit code."""
+    if is_foreign(os.environ):
+        if not speaks(os.environ):
+            return 0
+        print(plain([refusal(sys.argv, os.environ)]), file=sys.stderr)
+        return 2
     gc.disable()  # imports make much and leave no garbage: a sixth of their time; a run enables it again
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
     signal.signal(signal.SIGTERM, interrupt)
-    others = os.environ.get("WORLD_SIZE", "1")
-    if others != "1":  # set by accelerate launch and torchrun
-        if os.environ.get("RANK") == "0":
-            print(plain([STARTED.format(others)]), file=sys.stderr)
-        return 2
     try:
         sys.argv[1:] = named(sys.argv[0], replayed(normalize(sys.argv[1:])))
         if asks_for_help(sys.argv[1:]):

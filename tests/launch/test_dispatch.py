@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dqx.common.devices import dispatch_problems, process_count
 from dqx.config.compose import compose, resolve, restored
 from dqx.config.schema import CONF_DIR
 from dqx.evaluate.results import TaskResult
-from dqx.launch import dispatch
+from dqx.launch import dispatch, foreign
 from dqx.launch.dispatch import separate
 from dqx.launch.workers.alone import watched
 from dqx.record import outcomes
@@ -239,13 +240,86 @@ def test_a_mistake_that_only_the_processes_find_is_told_once(tmp_path: Path) -> 
     assert failure(tmp_path / "run")["refused"]
 
 
-def test_launch_under_accelerate_says_what_to_write(tmp_path: Path) -> None:
-    """Every process it starts would be a launch of its own."""
-    for rank, told in (("0", "cannot run: launch.py starts the processes that share a run itself"), ("1", "")):
-        done = launch(tmp_path, WORLD_SIZE="2", RANK=rank)
-        assert done.returncode == 2
+# ---- accelerate launch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "surroundings", "typed"),
+    [
+        (["launch.py", "bits=4"], {"WORLD_SIZE": "4"}, "python launch.py bits=4 dispatch=4"),
+        (["launch.py"], {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}, "python launch.py dispatch=4"),
+        (["dqx run", "-m", "seed=0,1"], {"WORLD_SIZE": "2"}, "dqx run -m seed=0,1 dispatch=2"),
+        (["launch.py", "dispatch=3"], {"WORLD_SIZE": "4"}, "python launch.py dispatch=3"),
+        (["launch.py", "task=[a,b]"], {"ACCELERATE_USE_CPU": "True"}, "python launch.py 'task=[a,b]' model.device=cpu"),
+        (["launch.py", "model.device=cuda:1"], {"ACCELERATE_USE_CPU": "True"}, "python launch.py model.device=cuda:1"),
+        (["launch.py"], {"ACCELERATE_USE_CPU": "False"}, "python launch.py"),
+        (["launch.py"], {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}, "python launch.py dispatch=1"),
+    ],
+)
+def test_what_to_type_instead_of_accelerate_launch(argv: list[str], surroundings: dict[str, str], typed: str) -> None:
+    told = foreign.refusal(argv, surroundings)
+    assert told.splitlines()[1:] == [f"  {typed}"]
+    assert "dispatch=2 for two" not in told
+
+
+def test_one_process_of_several_says_it(tmp_path: Path) -> None:
+    """Were the others to end with an error, torchrun would end the one that says it."""
+    for rank, code, told in (("0", 2, "cannot run: launch.py starts the processes"), ("1", 0, "")):
+        done = launch(tmp_path, WORLD_SIZE="2", LOCAL_RANK=rank)
+        assert done.returncode == code
         assert done.stderr.startswith(told)
         assert bool(done.stderr) == bool(told)
+    assert not (tmp_path / "run").exists()
+
+
+def accelerate(tmp_path: Path, *arguments: str, **more: str) -> str:
+    """What a real `accelerate launch` says, which must fail, on a machine that `accelerate config` has seen."""
+    home = tmp_path / "hub" / "accelerate"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "mixed_precision": "bf16"}
+    (home / "default_config.yaml").write_text(yaml.safe_dump(settings | {"num_processes": 3, "use_cpu": False}))
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *arguments, *command(tmp_path)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path, HF_HOME=str(tmp_path / "hub"), **more),
+    )
+    assert done.returncode == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+    return done.stderr
+
+
+def test_accelerate_launch_is_told_what_to_type(tmp_path: Path) -> None:
+    """With --cpu it starts one process, whatever it is told."""
+    told = accelerate(tmp_path, "--cpu", "--num_processes", "2")
+    assert told.count("cannot run: launch.py starts the processes that share a run itself") == 1
+    assert "(with dispatch=2 for two processes: accelerate launch --cpu starts one" in told
+    assert f"  python {shlex.join([*command(tmp_path)[1:], 'model.device=cpu'])}\n" in told
+
+
+@pytest.mark.slow
+def test_what_is_told_runs_and_accelerates_own_configuration_does_not_count(tmp_path: Path) -> None:
+    """Two processes, as asked for, not the three of the configuration."""
+    told = accelerate(tmp_path, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+    assert told.count("cannot run: ") == 1
+    typed = next(line for line in told.splitlines() if line.startswith("  python launch.py"))
+    assert typed.endswith(" dispatch=2")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(typed)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path, HF_HOME=str(tmp_path / "hub")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = RunFolder(tmp_path / "run").read()
+    assert found.environment["processes"] == 2
+    assert {task.n for task in found.quantized.values()} == {3}
+    nothing_is_left(tmp_path)
+
+
+# ---- which GPUs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
