@@ -167,7 +167,7 @@ def _predict(
         logits = logits_at(
             model,
             ids.to(model.device),
-            asked.to(model.device),
+            asked,
             prompt_length=state.prompt,
             cfg_scale=sampler.cfg_scale,
             whole=False,
@@ -192,8 +192,9 @@ def _forward(
     """Hidden states [L, n, D] (with `deep`) of the columns that predict `compared`, and logits [m, V] of `asked`."""
 
     def columns(where: Tensor) -> tuple[Tensor, Tensor]:
-        row, column = where.to(ids.device).nonzero(as_tuple=True)
-        return row, (column - int(model.arch.logit_shift)).clamp(min=0)
+        row, column = where.nonzero(as_tuple=True)
+        row, column = torch.stack((row, (column - int(model.arch.logit_shift)).clamp(min=0))).to(ids.device)
+        return row, column
 
     at = columns(compared)
     hidden = []

@@ -11,6 +11,7 @@ What saves time, and why it changes no token:
 - A row stops as soon as the tokens before its first mask, which never change again, settle its text by an end token or
   a complete stop string.
 - Batches are as large as memory allows, and are halved when it was not enough; a step that failed left no trace.
+- A step waits for the device once: rows are kept on the CPU, and tokens and confidences come back together.
 
 A sampler with a cache (an approximation, see `samplers/llada.py`) makes two forwards of a step: rows that begin a
 block are computed whole and keep their keys and values, the others attend to their own and compute a window. A row that
@@ -34,7 +35,7 @@ from dqx.common import accelerator
 from dqx.diffusion.batches import TokenIds, token_ids
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
-from dqx.diffusion.samplers.base import logits_at, most_confident, write
+from dqx.diffusion.samplers.base import fetched, logits_at, most_confident, write
 from dqx.diffusion.settings import count_problems, raise_if
 from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
@@ -199,19 +200,20 @@ class Engine:
         try:
             old, fill = self._reused(inside), bool(whole) and whole[0].window is not None
             new = self.model.empty_cache(len(whole), self._width(whole) + self.gen_length) if fill else None
-            answers = [*self._forward(whole, new), *self._forward(inside, old)]
+            found = fetched([self._forward(rows, cache) for rows, cache in ((whole, new), (inside, old)) if rows])
             caches = [cache for cache in (new, old) if cache is not None]
             joined = KVCache.join(caches) if caches else None
         except torch.OutOfMemoryError:
             return False
-        self._kept = None if joined is None else ([*whole, *inside], joined)
-        for row, answer in zip((*whole, *inside), answers, strict=True):
+        rows = [*whole, *inside]
+        self._kept = None if joined is None else (rows, joined)
+        for row, answer in zip(rows, self._written(rows, *found), strict=True):
             computed = len(row.prompt) + self.gen_length
             if row.window is not None and row.reuses:
                 computed = row.window[1] - row.window[0] + self.model.arch.logit_shift
             elif row.window is not None:
                 row.begun = replace(row, begun=None)
-            row.answer = answer.clone()
+            row.answer = answer
             row.n_forwards += self.passes
             row.n_tokens += self.passes * computed
         return True
@@ -232,10 +234,8 @@ class Engine:
     def _width(self, rows: Sequence[Row]) -> int:
         return max(len(row.prompt) for row in rows)
 
-    def _forward(self, rows: list[Row], cache: KVCache | None) -> list[Tensor]:
-        """The answers of rows after their step, on the CPU."""
-        if not rows:
-            return []
+    def _forward(self, rows: list[Row], cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """What rows would write where they look, and how sure it is: tokens and confidences [n] on the device."""
         arch, device = self.model.arch, self.model.device
         width = self._width(rows)
         ids = torch.full((len(rows), width + self.gen_length), arch.eos_token_id)
@@ -246,28 +246,30 @@ class Engine:
             ids[b, start:] = torch.cat((row.prompt, row.answer))
             real[b, start:] = True
             where[b, width:] = row.look
-        look = where[:, width:]
         logits = logits_at(
             self.model,
             ids.to(device),
-            where.to(device),
+            where,
             prompt_length=width,
             cfg_scale=self.sampler.cfg_scale,
             attention_mask=None if real.all() else real.to(device),
             whole=False,
             cache=cache,
         )
-        tokens, confidence = self.sampler.candidates(
+        return self.sampler.candidates(
             logits,
-            look,
+            where[:, width:],
             [row.step for row in rows],
             noise=SeededNoise(self.seed, [row.document for row in rows]),
             arch=arch,
         )
+
+    def _written(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> Iterator[Tensor]:
+        """The answers of rows after their step."""
+        look, answers = torch.stack([row.look for row in rows]), torch.stack([row.answer for row in rows])
         counts = torch.tensor([row.count for row in rows])
-        chosen = most_confident(confidence.cpu(), look, counts, self.sampler.threshold)
-        write(ids[:, width:], look, tokens.cpu(), chosen)
-        return list(ids[:, width:])
+        write(answers, look, tokens, most_confident(confidence, look, counts, self.sampler.threshold))
+        return (answer.clone() for answer in answers)
 
     def _is_settled(self, row: Row) -> bool:
         masks = (row.answer == self.model.arch.mask_token_id).nonzero()

@@ -82,7 +82,7 @@ def masked_log_probs(
     for start in range(0, len(states), batch_size):
         batch = states[start : start + batch_size].to(model.device)
         where = masked[start : start + batch_size]
-        logits = logits_at(model, batch, where.to(model.device), prompt_length=prefix_length, cfg_scale=cfg_scale)
+        logits = logits_at(model, batch, where, prompt_length=prefix_length, cfg_scale=cfg_scale)
         true = tokens.expand(len(batch), -1)[where]
         out[start : start + batch_size][where] = true_log_probs(logits, true, torch.arange(len(true)))
     return out

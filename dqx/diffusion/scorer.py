@@ -262,7 +262,7 @@ class _Run:
         logits = logits_at(
             self.model,
             ids.to(device),
-            where.to(device),
+            where,
             prompt_length=prefix.to(device),
             cfg_scale=self.scorer.cfg_scale,
             attention_mask=None if real is None else real.to(device),

@@ -240,6 +240,8 @@ class MaskedDiffusionTransformer(nn.Module):
     ) -> Tensor:
         """Logits [n, V] of the positions marked in `where` [B, T], row by row: `forward(ids, attention_mask)[where]`.
 
+        Where `where` lies on the CPU, nothing waits for the device.
+
         The last block gives its output, but for keys and values, only from the first to the last column that predicts
         one of these positions in its row; the final norm and the head see only the columns that do. A forward with a
         cache that names columns computes those alone, adjacent ones, among which must be those that predict `where`.
@@ -248,7 +250,8 @@ class MaskedDiffusionTransformer(nn.Module):
         if self.arch.logit_shift:  # see `shift_logits`
             column = (column - 1).clamp(min=0)
         computed = None if cache is None else cache.columns
-        read = span(row, column, len(ids)) if computed is None else None
+        read = span(row, column, len(ids)).to(ids.device) if computed is None else None
+        row, column = torch.stack((row, column)).to(ids.device)
         for x in self.residual_states(ids, attention_mask, cache, read):  # noqa: B007  the last one leaves the last block
             pass
         first = computed if read is None else read

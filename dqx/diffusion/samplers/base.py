@@ -71,6 +71,8 @@ def logits_at(
 ) -> Tensor:
     """Logits [n, V], at least float32, of the positions marked in `where` [B, T], for ids [B, T].
 
+    Where `where` lies on the CPU, nothing waits for the device.
+
     `whole` is the plain way: the head runs on every position. Without it, it runs only where it is asked for, and a
     `cache` may say which columns are computed at all; it serves one pass, so there is no guidance with it.
 
@@ -122,7 +124,7 @@ def most_confident(confidence: Tensor, masked: Tensor, counts: Tensor, threshold
     if confidence.isnan().any():
         raise FloatingPointError("the model's logits hold NaN: nothing can be generated from them")
     table = torch.full(masked.shape, -torch.inf, dtype=confidence.dtype, device=masked.device)
-    table[masked] = confidence
+    table.masked_scatter_(masked, confidence)
     order = table.sort(dim=1, descending=True, stable=True).indices
     counts = counts.to(masked.device)[:, None]
     first = torch.arange(masked.shape[1], device=masked.device) < counts
@@ -132,5 +134,11 @@ def most_confident(confidence: Tensor, masked: Tensor, counts: Tensor, threshold
 
 def write(answer: Tensor, masked: Tensor, tokens: Tensor, chosen: Tensor) -> None:
     """Put into `answer` [B, G], in place, those `tokens` [n] of the masked positions that are `chosen` [B, G]."""
-    candidates = answer.masked_scatter(masked, tokens)
-    answer[chosen] = candidates[chosen]
+    answer.copy_(torch.where(chosen, answer.masked_scatter(masked, tokens), answer))
+
+
+def fetched(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Tokens and confidences [n] of several forwards, one behind the other, on the CPU: in one round trip."""
+    dtype = parts[0][1].dtype
+    both = torch.cat([torch.stack([x.double() for x in part]) for part in parts], dim=1).cpu()  # exact in float64
+    return both[0].long(), both[1].to(dtype)

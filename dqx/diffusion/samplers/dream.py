@@ -126,10 +126,10 @@ class DreamSampler(Sampler):
         self, masked: Tensor, step: int, *, block_length: int | None, steps: int, noise: Noise
     ) -> tuple[Tensor, Tensor]:
         """M is the mean over the batch, as in the authors' code; a row with fewer masks writes what it has."""
-        look, counts = super().due_together(masked, step, block_length=block_length, steps=steps, noise=noise)
-        if self.alg != "origin":
-            counts = counts.new_full(counts.shape, n_written(masked.sum(1).cpu(), fractions(steps, self.eps)[step]))
-        return look, counts
+        if self.alg == "origin":
+            return super().due_together(masked, step, block_length=block_length, steps=steps, noise=noise)
+        count = n_written(masked.sum(1).cpu(), fractions(steps, self.eps)[step])
+        return masked, torch.full((len(masked),), count)
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
