@@ -19,6 +19,8 @@ OWN_STEPS = "each task's own steps"
 UNSEEN = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ud800-\\udfff]"
 )
+#: Absolute paths of two parts or more, not those inside an address or a relative path.
+ABSOLUTE = re.compile(r"(?<![\w/.:<>~$-])(?:file://|~)?/(?:[\w.+@~-]+/)+[\w.+@~-]*|~/[\w.+@~-]+")
 
 
 def sampling(run: RunSettings) -> str:
@@ -142,3 +144,11 @@ def visible(text: str) -> str:
     Lines and tabs stay; control characters, marks of direction and halves of surrogate pairs become `\\x1b`, `\\u202e`.
     """
     return UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def public(text: str) -> str:
+    """`visible` text for what is passed on: of absolute paths, which tell of one machine, the last part is left.
+
+    `model.path=/home/jane/models/llada` becomes `model.path=.../llada`.
+    """
+    return ABSOLUTE.sub(lambda match: f".../{match[0].rstrip('/').rpartition('/')[2]}", visible(text))

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from dqx.record.words import lede, visible
+from dqx.record.words import lede, public
 from dqx.report.content import Report
 from dqx.report.tables import Entry, Table
 
@@ -16,12 +16,12 @@ SPECIAL = re.compile(r"([\\`*<>|~]|(?<!\w)_|_(?!\w)|\[(?=[^]]*\][(:\[])|&(?=#?\w
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return SPECIAL.sub(r"\\\1", " ".join(visible(text).split()))
+    return SPECIAL.sub(r"\\\1", " ".join(public(text).split()))
 
 
 def code(text: str) -> str:
     """Text as code, in a table too: between more backquotes than it has."""
-    plain = " ".join(visible(text).split()).replace("|", "\\|")
+    plain = " ".join(public(text).split()).replace("|", "\\|")
     fence = "`" * (max((len(run) for run in re.findall("`+", plain)), default=0) + 1)
     space = " " if plain.startswith("`") or plain.endswith("`") else ""
     return f"{fence}{space}{plain}{space}{fence}"

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dqx.common.files import jsonable
 from dqx.diagnostics import activations
@@ -24,7 +25,7 @@ from dqx.record import words
 from dqx.record.collection import Run
 from dqx.record.compare import Flip, flips
 from dqx.record.folder import Record
-from dqx.record.words import visible
+from dqx.record.words import public, visible
 from dqx.report import content, tables
 from dqx.report.content import Picture, Report
 
@@ -36,7 +37,7 @@ QUALITY = 72  # of an embedded figure, which is a copy for the screen
 def page(report: Report) -> str:
     """The HTML of a report."""
     environment = Environment(
-        loader=PackageLoader("dqx.report"), autoescape=True, undefined=StrictUndefined, finalize=_visible,
+        loader=PackageLoader("dqx.report"), autoescape=True, undefined=StrictUndefined, finalize=_public,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     filters = (slug, embedded, shortened, flipped, listing, tables.anchor, tables.deltas, content.lacks)
@@ -54,8 +55,10 @@ def page(report: Report) -> str:
         runs=tables.runs(report.runs),
         style=Markup(style),
         script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'",
+        policy=Markup(
+            f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+            "base-uri 'none'; form-action 'none'"
+        ),
     )
 
 
@@ -124,14 +127,15 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
 
 
-def shortened(text: str | None) -> str:
-    """An output as far as it is shown."""
+def shortened(text: str | None) -> Markup:
+    """An output as far as it is shown, its paths too: they are what a model wrote."""
     if text is None:
-        return "(nothing)"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST} characters more)"
+        return Markup("(nothing)")
+    more = f" ... ({len(text) - LONGEST} characters more)" if len(text) > LONGEST else ""
+    return escape(visible(text[:LONGEST] + more))
 
 
-def embedded(picture: Picture) -> str:
+def embedded(picture: Picture) -> Markup:
     """A figure as a data URI, small enough that a page of many stays handy."""
     from PIL import Image
 
@@ -140,11 +144,11 @@ def embedded(picture: Picture) -> str:
         shown.thumbnail((picture.width, picture.width))
         buffer = BytesIO()
         shown.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Markup("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
 
 
-def _visible(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+def _public(value: Any) -> Any:
+    return public(str(value)) if isinstance(value, (str, Path)) and not isinstance(value, Markup) else value
 
 
 def _digest(text: str) -> str:

@@ -30,7 +30,7 @@ from dqx.record.folder import Record
 from dqx.record.settings import RunSettings
 from dqx.record.words import points, value
 from dqx.report.gather import FULL_PRECISION, Cell, Evaluation, flat, told_by
-from dqx.report.tables import MISSING, Entry, Table, changes
+from dqx.report.tables import MISSING, Entry, Table, changes, with_best
 
 TABLES = Path(__file__).with_name("qdlm_tables.yaml")
 NAME = re.compile(r"qdlm_table(\d)(?:_(\w+))?")
@@ -216,7 +216,8 @@ def compared(preset: str, evaluated: Sequence[Evaluation]) -> Comparison:
         columns = ("setting", "method", *tasks, "average", "relative drop, %", "level")
         notes, rules = (*NOTES, *_unlike(members)), changes([row[0].text for row in entries[1:]])
         title = f"{preset}: {model}"
-        tables.append(Table(title, columns, entries[1:], entries[:1], notes, left=2, stacked=True, rules=rules))
+        rows_of = with_best(entries[1:], dict.fromkeys(range(2, 3 + len(tasks)), False), rules)
+        tables.append(Table(title, columns, rows_of, entries[:1], notes, left=2, stacked=True, rules=rules))
     return Comparison(preset, tables, counts, commands(preset, rows))
 
 

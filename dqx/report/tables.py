@@ -6,8 +6,8 @@ outliers; of a sweep: a row per run; of groups of runs: methods by widths, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ from dqx.record.folder import SIDES, Record
 from dqx.record.words import difference, points, short, value
 from dqx.report.gather import Row, RunGroup
 
-MISSING = "missing"
+MISSING, PARTIAL = "missing", "partial"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Entry:
     text: str = ""
     small: str = ""  # beside the text, in smaller print
     number: float | None = None  # by which its column is sorted; None: by the text
-    kind: str = ""  # missing; a level (negligible, moderate, significant); a verdict (within, differs); a run's state
+    #: missing; partial; a level (negligible, moderate, significant); a verdict (within, differs); a run's state
+    kind: str = ""
     code: bool = False  # a name of the configuration
     anchor: str = ""  # where a link leads to, inside a page
+    best: bool = False  # of all methods in the same setting
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,18 @@ def overview(group: RunGroup) -> Table:
     """Methods by widths: the average, and its delta from full precision."""
     widths = sorted({row.cell.bits for row in group.rows}, key=natural, reverse=True)
     places = {(row.cell.method, row.cell.bits): row for row in group.rows}
+    lower = any(row.overall.lower_is_better for row in group.rows)
     return Table(
         title=group.title,
         columns=("method", *widths),
         head=[[Entry("full precision"), *[_full_precision(group)] * len(widths)]],
-        rows=[
-            [Entry(method, code=True), *(_average_and_delta(places.get((method, width)), group) for width in widths)]
-            for method in dict.fromkeys(row.cell.method for row in group.rows)
-        ],
+        rows=with_best(
+            [
+                [Entry(method, code=True), *(_average_and_delta(places.get((method, w)), group) for w in widths)]
+                for method in dict.fromkeys(row.cell.method for row in group.rows)
+            ],
+            dict.fromkeys(range(1, 1 + len(widths)), lower),
+        ),
         notes=(f"{_what(group)}; in brackets the delta from full precision.", STAR),
     )
 
@@ -230,14 +236,17 @@ def study(group: RunGroup) -> Table:
     texts = any(result.metric == NLL for result in group.full_precision.values())
     top = [Entry("full precision"), Entry(), Entry("16", number=16), *map(_result, group.full_precision.values())]
     top += [_full_precision(group)] if averaged else []
+    scores = {3 + i: result.metric == NLL for i, result in enumerate(group.full_precision.values())}
+    rules = changes([row.cell.bits for row in group.rows])
+    rows = [_row(row, group, averaged=averaged, seeds=seeds) for row in group.rows]
     return Table(
         title=group.title,
         columns=tuple(columns),
         head=[top + [Entry()] * (len(columns) - len(top))],
-        rows=[_row(row, group, averaged=averaged, seeds=seeds) for row in group.rows],
+        rows=with_best(rows, scores | ({3 + len(scores): False} if averaged else {}), rules),
         notes=(UNITS, *([TEXTS] if texts else []), STAR, LEVELS),
         left=2,
-        rules=changes([row.cell.bits for row in group.rows]),
+        rules=rules,
     )
 
 
@@ -298,15 +307,18 @@ def _verdict(row: Delta) -> Entry:
 def _average(row: Row, group: RunGroup) -> Entry:
     """The average; of fewer tasks than the table has, it says of how many."""
     has, wanted = (sum(task in names for task in accuracies(group)) for names in (row.deltas, group.tasks))
-    small = f"{has} of {wanted} tasks" if has < wanted else ""
-    return Entry(value(row.overall.quantized, row.overall.metric), small, row.overall.quantized)
+    number, part = value(row.overall.quantized, row.overall.metric), has < wanted
+    small, kind = (f"{has} of {wanted} tasks", PARTIAL) if part else ("", "")
+    return Entry(number, small, row.overall.quantized, kind)
 
 
 def _average_and_delta(row: Row | None, group: RunGroup) -> Entry:
     if row is None:
         return Entry()
     average, delta = _average(row, group), _delta(row.overall, STAR[0])
-    return Entry(average.text, f"({delta.text}) {average.small}".strip(), average.number, row.overall.level or "")
+    return Entry(
+        average.text, f"({delta.text}) {average.small}".strip(), average.number, average.kind or row.overall.level or ""
+    )
 
 
 def _what(group: RunGroup) -> str:
@@ -314,6 +326,22 @@ def _what(group: RunGroup) -> str:
     if group.full_precision[tasks[0]].metric == NLL:
         return f"Nats per token on {enumerated(tasks)}"
     return f"{'Mean accuracy in percent over' if tasks[1:] else 'Accuracy in percent on'} {enumerated(tasks)}"
+
+
+def with_best(rows: list[list[Entry]], scores: Mapping[int, bool], rules: Sequence[int] = ()) -> list[list[Entry]]:
+    """The rows with the best entry of each column of scores marked, between one rule and the next; ties all are.
+
+    `scores` says of a column whether lower is better. Averages of fewer tasks than the table has do not compete.
+    """
+    marked = [list(row) for row in rows]
+    for start, end in pairwise((0, *rules, len(rows))):
+        for column, lower in scores.items():
+            entries = ((row[column], row) for row in marked[start:end])
+            whole = [(e.number, e, row) for e, row in entries if e.number is not None and e.kind != PARTIAL]
+            best = {number: entry.text for number, entry, _ in whole}
+            for _, entry, row in whole if len(whole) > 1 else ():
+                row[column] = replace(entry, best=entry.text == best[min(best) if lower else max(best)])
+    return marked
 
 
 def changes(names: Sequence[str]) -> tuple[int, ...]:

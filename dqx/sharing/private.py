@@ -16,9 +16,9 @@ from typing import Any
 
 from dqx.config.schema import PLACES
 from dqx.record.settings import RunSettings
+from dqx.record.words import ABSOLUTE
 
 PACKAGED = "pkg://"
-ABSOLUTE = re.compile(r"(?<![\w/.:<>~$-])(?:file://|~)?/(?:[\w.+@~-]+/)+[\w.+@~-]*|~/[\w.+@~-]+")
 PLACE = re.compile(rf" [+~]*(?:{'|'.join(PLACES)})(?:\.\w+)?=(?:'[^']*'|\S*)|DQX_CONFIG_PATH=(?:'[^']*'|\S+) ")
 
 

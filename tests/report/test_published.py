@@ -81,7 +81,7 @@ def test_every_preset_renders_without_a_single_run(table: str) -> None:
     assert text.count(f"### {table}") == 2 * len(
         {c.model for c in published_cells() if f"qdlm_table{c.table}" == table}
     )
-    assert r"\end{document}" in latex.latex(report)
+    assert latex.latex(report).count(r"\bottomrule") == text.count(f"### {table}")
 
 
 def test_ours_stand_beside_the_published_ones() -> None:

@@ -235,11 +235,82 @@ def test_latex_is_escaped_and_compiles(tmp_path: Path) -> None:
     assert "中" not in text
     assert bare.count("{") == bare.count("}")
     assert latex.escape(EVIL).startswith(r"\textbackslash{}input\{x\} \$a\$ 100 \% \#1 a\_b")
+    compiles(tmp_path, text)
+
+
+PAPER = r"\documentclass{article}\usepackage{booktabs%s}\begin{document}\input{report}\end{document}"
+
+
+def compiles(folder: Path, text: str) -> None:
+    """The fragment in a paper, in LaTeX's oldest fonts, with and without the package that makes tables fit."""
     if compiler := shutil.which("pdflatex"):
-        (tmp_path / "report.tex").write_text(text)
-        command = [compiler, "-interaction=batchmode", "-halt-on-error", "report.tex"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, (tmp_path / "report.log").read_text()[-2000:]
+        (folder / "report.tex").write_text(text)
+        for packages in ("", ",graphicx"):
+            (folder / "paper.tex").write_text(PAPER % packages)
+            command = [compiler, "-interaction=batchmode", "-halt-on-error", "paper.tex"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, (folder / "paper.log").read_text()[-2000:]
+
+
+def test_latex_is_a_fragment_with_the_best_in_bold(tmp_path: Path) -> None:
+    base, runs = records.record(outliers={}, fidelity={}), []
+    for method, bits, scores in (
+        ("rtn", "w3a16", [1, 0, 0, 0]),
+        ("gptq", "w3a16", [1, 1, 0, 0]),
+        ("awq", "w4a16", [1, 1, 1, 0]),
+    ):
+        config = base.config | {"method": {"name": method}, "bits": {"name": bits}}
+        side = {"a": records.task_result("a", scores), "b": records.task_result("b", [1, 1])}
+        full = {name: records.task_result(name, [1] * result.n) for name, result in side.items()}
+        runs.append(Run(Path(), replace(base, config=config, full_precision=full, quantized=side, deltas=[])))
+    part = runs[0].record
+    better = {"b": records.task_result("b", [1, 1])}  # an average of one task of two is none to compare
+    alone = replace(
+        part, config=part.config | {"method": {"name": "quarot"}}, quantized=better, full_precision=better, deltas=[]
+    )
+    text = latex.latex(content.of_runs([*runs, Run(Path(), alone)]))
+    assert not re.search(r"\\(documentclass|usepackage|begin\{document\}|clearpage)", re.sub("(?m)^%.*", "", text))
+    averages, tasks = text.split(r"\begin{table}")[1:]
+    rows = {row.partition(" & ")[0]: row for row in averages.splitlines() if " & " in row}
+    assert [each for each in rows if each != "setting"] == ["w4a16", "w3a16"]
+    assert rows["setting"] == r"setting & full precision & awq & rtn & gptq & quarot \\"
+    assert re.findall(r"mathbf\{([\d.]+)", rows["w3a16"]) == ["75.0"]  # gptq's
+    assert re.findall(r"mathbf\{([\d.]+)", rows["w4a16"]) == []  # of one method there is no best
+    bold = [re.findall(r"mathbf\{([\d.]+)", row) for row in tasks.splitlines() if r"\texttt{w3a16}" in row]
+    assert bold == [["100.0"], ["50.0", "100.0", "75.0"], ["100.0"]]  # of b all are, and are equal
+    compiles(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "report.tex"])
+def test_no_absolute_path_leaves_in_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of runs in a folder named in full, with settings, a command, a note and a failure that name such places."""
+    home = "/home/jane/models"
+    base = records.record(outliers={})
+    config = base.config | {
+        "calib": base.config["calib"] | {"text": f"{home}/calib.jsonl"},
+        "cache_dir": f"{home}/cache",
+    }
+    config |= {"model": {"name": "nano_llada", "path": f"{home}/llada"}}
+    told = replace(
+        base,
+        config=config,
+        command=f"python launch.py model.path={home}/llada",
+        warnings=[f"{home}/llada has no tokenizer"],
+    )
+    object.__setattr__(told.full_precision["nano_sums"].documents[1], "prediction", "open('/etc/model/wrote')")
+    RunFolder(tmp_path / "runs" / "one").write(told)
+    (tmp_path / "runs" / "broken").mkdir()
+    (tmp_path / "runs" / "broken" / "results.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["dqx report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    main()
+    text = (tmp_path / "out" / name).read_text()
+    assert (home in text, str(tmp_path) in text) == (False, False)
+    if name != "report.tex":
+        assert ".../llada" in text
+        assert ".../one" in text
+        assert ".../broken" in text
+    if name == "report.html":
+        assert "/etc/model/wrote" in text  # what a model wrote is left as it is
 
 
 def test_markdown_shows_texts_as_they_are() -> None:

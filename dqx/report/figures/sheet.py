@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from dqx.record.folder import Record
-from dqx.record.words import visible
+from dqx.record.words import public
 from dqx.report.figures import style
 
 MARGIN = 0.08  # inches
@@ -49,7 +49,7 @@ def sheet(caption: Caption, height: float, width: float = style.DOUBLE, legend_r
     """An empty figure `width` wide with `height` inches for what is drawn, which keeps clear of words and legend."""
     room = width - 2 * MARGIN
     parts = ((caption.title, TITLE, True), (caption.run, TEXT, False), (caption.foot, FOOT, False))
-    lines = [wrapped(visible(text), room, size, bold) for text, size, bold in parts]
+    lines = [wrapped(public(text), room, size, bold) for text, size, bold in parts]
     tall = [len(broken) * size * LEADING / POINTS for broken, (_, size, _) in zip(lines, parts, strict=True)]
     below = MARGIN + tall[2] + GAP
     base = below + legend_rows * LEGEND_ROW
@@ -76,7 +76,7 @@ def legend(figure: Figure, of: Iterable[Axes], columns: int, rows: int = 1) -> N
     handles = {label: handle for axes in of for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     room = inches(figure)[0] / columns - 0.45
     height = rows * LEGEND_ROW / inches(figure)[1]
-    labels = [shortened(visible(label), room, 6) for label in handles]
+    labels = [shortened(public(label), room, 6) for label in handles]
     box = figure.legend(list(handles.values()), labels, ncols=columns, loc="center", borderaxespad=0)
     box.set_bbox_to_anchor((0, between(figure)[1] - height, 1, height), figure.transFigure)
     box.set_in_layout(False)
