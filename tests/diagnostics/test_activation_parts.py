@@ -140,10 +140,11 @@ def test_surfaces_are_pooled_to_a_size_that_can_be_kept():
     x = torch.randn(600, 1100, generator=torch.Generator().manual_seed(0))
     x[599, 1099] = -50.0
     found = surface(x)
-    assert found.shape == (200, 367)  # patches of 3 x 3, the last channels' narrower
-    assert found[199, 366] == 50.0
-    assert found[7, 11] == x[21:24, 33:36].abs().max()
-    assert surface(x[:256, :512]).shape == (256, 512)
+    assert found.shape == (120, 220)  # patches of 5 x 5
+    assert found[119, 219] == 50.0
+    assert found[7, 11] == x[35:40, 55:60].abs().max()
+    assert surface(x[:257, :513]).shape == (86, 171)  # of 3 x 3, the last narrower
+    assert surface(x[:128, :256]).shape == (128, 256)
     assert default_blocks(32) == [0, 16, 31]
     assert default_blocks(1) == [0]
 

@@ -13,6 +13,7 @@ from records import record, task_result
 from tiny import SITES
 
 from dqx.diagnostics.activations import PartStats
+from dqx.diagnostics.activations.measure import surface as measured_surface
 from dqx.report import figures
 from dqx.report.figures import sheet, style, surface
 from dqx.report.figures.axes import masked
@@ -151,6 +152,18 @@ def test_pooling_keeps_the_largest():
     row, column = dot(view, 200, 2 * 611, 9.0)
     assert abs(rows.max() - row) <= 3
     assert abs(columns.mean() - column) <= 3
+
+
+def test_what_is_kept_of_a_surface_is_what_is_drawn():
+    """A window of the bundled model: whole, as records had it, and as they have it."""
+    whole = torch.from_numpy(np.random.default_rng(0).pareto(1.5, (256, 512)).astype(np.float32))
+    kept = measured_surface(whole)
+    assert 4 * kept.numel() == whole.numel()
+    drawn = [surface.Surface(values.numpy(), patch) for values, patch in ((whole, (1, 1)), (kept, (2, 2)))]
+    before, after = (values.pooled() for values in drawn)
+    assert before.patch == after.patch
+    assert drawn[0].top == drawn[1].top
+    np.testing.assert_array_equal(before.values, after.values)
 
 
 def test_channels_are_sorted_and_the_largest_named(drawn):

@@ -266,10 +266,34 @@ def test_nothing_is_lost_until_the_upload(copy):
             assert hashlib.sha256(logged).hexdigest() == entry["sha256"]
     artifacts = [message.artifact for message in messages(path) if message.HasField("artifact")]
     assert len(artifacts) == len(content.tables(everything(), 50))
-    for entry in [entry for artifact in artifacts for entry in artifact.manifest.contents]:
+    entries = [entry for artifact in artifacts for entry in artifact.manifest.contents]
+    for entry in entries:
         staged = Path(entry.local_path)
         assert staged.is_relative_to(folder.path)
         assert base64.b64encode(hashlib.md5(staged.read_bytes()).digest()).decode() == entry.digest
+    left = {path for path in folder.path.glob("wandb/staged-*/**/*") if path.is_file()}
+    assert left == {Path(entry.local_path) for entry in entries}  # and nothing that nobody will read
+    assert not empty_folders(folder.path)
+
+
+def empty_folders(folder):
+    return [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
+
+
+def test_a_staged_file_is_found_wherever_its_name_stands(tmp_path):
+    """Blocks of W&B's file begin with a header, also in the middle of a name."""
+    staged = tmp_path / "staged" / "artifacts"
+    staged.mkdir(parents=True)
+    for name in ("tmpnamed01", "tmpnobody1"):
+        (staged / name).write_text("")
+    file = tmp_path / "run.wandb"
+    content = bytearray(b"x" * 70000)
+    content[writing.BLOCK - 4 : writing.BLOCK] = b"tmpn"
+    at = writing.BLOCK + writing.BLOCK_HEADER
+    content[at : at + 6] = b"amed01"
+    file.write_bytes(content)
+    writing.remove_unnamed(tmp_path / "staged", file)
+    assert [path.name for path in staged.iterdir()] == ["tmpnamed01"]
 
 
 KEY = "0" * 40  # of nobody
@@ -329,6 +353,8 @@ def test_online_a_run_that_is_started_again_is_written_in_the_place_of_the_first
     assert server.runs[identity(run)]["displayName"] == "second"
     assert server.lines["wandb-history.jsonl"].keys() == lines.keys()  # replaced, not appended
     assert any("figures/divergence_by_step" in line for line in lines.values())  # somebody will look
+    assert not list(tmp_path.glob("*/wandb/staged-*"))  # uploaded
+    assert not empty_folders(tmp_path)
 
 
 def test_no_names_of_people_or_machines(copy):

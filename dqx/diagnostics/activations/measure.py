@@ -22,13 +22,11 @@ from torch import Tensor, nn
 
 from dqx.diagnostics.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, SiteMeter, Tokens
 from dqx.diagnostics.activations.sketch import relative_error
-from dqx.diagnostics.activations.stats import ALL, OutlierStats, PartStats, SiteStats, Thresholds
+from dqx.diagnostics.activations.stats import ALL, MOST_CELLS, OutlierStats, PartStats, SiteStats, Thresholds
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
 from dqx.quant.protocols import block_rope
-
-MOST_TOKENS, MOST_CHANNELS = 256, 512  # of a surface
 
 Place = tuple[int, str]  # block and site
 Pass = tuple[Tensor, Callable[[], object]]  # token ids [B, T], and the forward that reads them
@@ -187,11 +185,11 @@ def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, P
 def surface(x: Tensor) -> Tensor:
     """|x| [T', C'] of x [T, C] in float32 on the CPU, the maximum of each patch where one axis is too long.
 
-    T' = ceil(T / t) with the smallest whole t that gives at most 256, C' likewise at most 512; the last patch of an
+    T' = ceil(T / t) with the smallest whole t that gives at most 128, C' likewise at most 256; the last patch of an
     axis may be smaller. Values that are not finite count as 0.
     """
     size = x.detach().float().nan_to_num(0.0, 0.0, 0.0).abs()
-    patch = (-(-x.shape[0] // MOST_TOKENS), -(-x.shape[1] // MOST_CHANNELS))
+    patch = [-(-n // most) for n, most in zip(x.shape, MOST_CELLS, strict=True)]
     return F.max_pool2d(size[None], patch, ceil_mode=True)[0].cpu()
 
 

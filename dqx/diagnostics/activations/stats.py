@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor  # takes a second to import, which reading a record does not need
 
 ALL = "all"  # the token class of rows that are over all of them
+MOST_CELLS = (128, 256)  # tokens and channels of a surface: the bars that a figure has room for, and no more are kept
 
 
 @dataclass(frozen=True)

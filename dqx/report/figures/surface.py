@@ -25,12 +25,12 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from dqx.diagnostics.activations.stats import MOST_CELLS
 from dqx.record.folder import Record
 from dqx.record.words import whole_run
 from dqx.report.figures import style
 from dqx.report.figures.sheet import Caption, between, inches, sheet, site_name, sites_of
 
-MOST_TOKENS, MOST_CHANNELS = 128, 256  # bars of a panel; its axes are not many more points long
 ONE_SCALE_UP_TO = 8.0  # times the smaller side's largest value
 FLOOR, WALLS, GRID = "#F3F3F3", "#BBBBBB", "#E4E4E4"
 LOWEST = 0.01  # of the scale's upper end: lower bars are the floor
@@ -61,8 +61,8 @@ class Surface:
         return float(self.values.max())
 
     def pooled(self) -> Surface:
-        """Few enough values to draw, each the largest of its patch."""
-        by = [math.ceil(n / most) for n, most in zip(self.values.shape, (MOST_TOKENS, MOST_CHANNELS), strict=True)]
+        """Few enough values to draw, each the largest of its patch. Older records have four times as many."""
+        by = [math.ceil(n / most) for n, most in zip(self.values.shape, MOST_CELLS, strict=True)]
         rows = np.maximum.reduceat(self.values, range(0, self.values.shape[0], by[0]), axis=0)
         values = np.maximum.reduceat(rows, range(0, self.values.shape[1], by[1]), axis=1)
         return Surface(values, (self.patch[0] * by[0], self.patch[1] * by[1]))

@@ -1,14 +1,14 @@
 """One run of W&B, written whole or not at all.
 
     RUN/wandb/offline-run-<time>-<id>/      what `wandb sync` uploads; run-<time>-<id> of a run that was online
-    RUN/wandb/staged-<id>-<attempt>/        files of its artifacts: W&B notes them by absolute path
+    RUN/wandb/staged-<id>-<attempt>/        files of its artifacts until they are uploaded, by absolute path
     RUN/wandb/unfinished-<id>/              an attempt under way, or one that was killed
 
 W&B cannot resume a run offline, and a process that dies leaves a torn file. So an attempt is written apart and gets its
 name when it is complete; then those before it, finished or not, are removed. Each attempt writes everything, so what
 the server may have of an earlier one is replaced: the id is given without `resume`, which would append. W&B itself
 stages the files of artifacts (every table has one) below the home folder, where `wandb sync` from another machine would
-not find them.
+not find them. It stages each twice and leaves empty folders: what the run does not name goes when the run is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +27,7 @@ from dqx.report.wandb.login import Mode
 INIT_TIMEOUT = 20.0  # seconds for the server to answer
 FINISH_TIMEOUT = 60.0  # seconds for the upload; what is missing then stays on disk for `wandb sync`
 FILE_HEADER = 7  # bytes of a W&B file that holds nothing yet
+BLOCK, BLOCK_HEADER = 32768, 7  # bytes of such a file that are one block, and those at its start that are no content
 STAGING = "WANDB_DATA_DIR"
 Fill = Callable[[Any], None]  # of a W&B run
 
@@ -56,6 +57,9 @@ def write(
         url = run.url if mode == "online" else None
         file = Path(run.settings.sync_file)
     _wait_until_written(file)
+    remove_unnamed(staged, file)
+    for made in (staged, file.parent):
+        _remove_empty(made)
     finished = place / file.parent.name
     shutil.rmtree(finished, ignore_errors=True)  # of the same second
     os.replace(file.parent, finished)
@@ -90,6 +94,22 @@ def _wait_until_written(file: Path, at_most: float = 5.0) -> None:
     while (size != last or size <= FILE_HEADER) and time.monotonic() < deadline:
         time.sleep(0.1)
         last, size = size, file.stat().st_size
+
+
+def remove_unnamed(staged: Path, file: Path) -> None:
+    """Remove the staged files that the W&B file does not name: nothing will read them."""
+    content = file.read_bytes()
+    named = b"".join(content[at + BLOCK_HEADER : at + BLOCK] for at in range(0, len(content), BLOCK))
+    for path in [*staged.rglob("*")]:
+        if path.is_file() and path.name.encode() not in named:
+            path.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders in and below `folder` that hold no file, itself too."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # it is not empty
+            os.rmdir(path)
 
 
 def _remove_others(place: Path, run_id: str, kept: set[Path]) -> None:
