@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqx.common.halving import in_batches
 from dqx.data.texts import TEXTS, token_stream
 from dqx.diffusion.noise import generator
 from dqx.diffusion.rollout import TOGETHER, Rollout, State, noise, write
@@ -140,12 +141,13 @@ def predict(
     seed: int = 0,
     together: int = TOGETHER,
 ) -> Iterator[Prediction]:
-    """What one model says to each question. The states were written in `steps`; `together` windows run at a time."""
+    """What one model says to each question, `together` windows at a time. The states were written in `steps`."""
     for question in asked:
-        parts = []
-        for start in range(0, len(question.ids), together):
-            rows = range(start, min(start + together, len(question.ids)))
-            parts.append(_predict(model, sampler, question, rows, steps, seed))
+
+        def said(rows: range, question: Question = question) -> Prediction:
+            return _predict(model, sampler, question, rows, steps, seed)
+
+        parts = list(in_batches(len(question.ids), together, said, model.device))
         yield Prediction(
             torch.cat([part.log_probs for part in parts]),
             torch.cat([part.hidden for part in parts], dim=1),

@@ -14,8 +14,8 @@ What saves time, and why it changes no token:
 - A step waits for the device once: rows are kept on the CPU, and tokens and confidences come back together.
 
 A sampler with a cache (an approximation, see `samplers/llada.py`) makes two forwards of a step: rows that begin a
-block are computed whole and keep their keys and values, the others attend to their own and compute a window. A row that
-has to leave the batch for lack of memory begins its block again.
+block are computed whole and keep their keys and values, the others attend to their own and compute a window. Where
+memory was short, what was kept is given up, and all rows begin their block again.
 
 Equal up to rounding: two confidences closer than what a matrix product rounds could change places.
 
@@ -151,15 +151,17 @@ class Engine:
                 else:
                     yield row.index, self._finish(row)
             if batch and not self._step(batch):
-                if len(batch) == 1:
+                if len(batch) == 1 and self._kept is None:
                     length = len(batch[0].prompt) + self.gen_length
                     raise torch.OutOfMemoryError(f"one sequence of {length} tokens does not fit into memory")
+                self._kept = None  # what it takes is needed more than what it saves
+                batch = [row.begun if row.reuses and row.begun else row for row in batch]
                 accelerator.empty_cache(self.model.device)
-                largest = len(batch) // 2
-                self.notes.append(f"out of memory with {len(batch)} sequences at a time; went on with {largest}")
-                out = [row.begun if row.reuses and row.begun else row for row in batch[largest:]]
-                waiting.extendleft(reversed(out))
-                batch = batch[:largest]
+                if len(batch) > 1:
+                    largest = len(batch) // 2
+                    self.notes.append(f"out of memory with {len(batch)} sequences at a time; went on with {largest}")
+                    waiting.extendleft(reversed(batch[largest:]))
+                    batch = batch[:largest]
                 continue
             going = []
             for row in batch:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqx.common.halving import in_batches
 from dqx.diffusion.batches import TokenIds, token_ids
 from dqx.diffusion.noise import Key, generator
 from dqx.diffusion.samplers import greedy
@@ -79,12 +80,15 @@ def masked_log_probs(
     if not (masked | (states == tokens)).all():
         raise ValueError("a state holds tokens that are neither masks nor the true ones: nothing would be scored there")
     out = torch.zeros(states.shape, dtype=torch.float64)
-    for start in range(0, len(states), batch_size):
-        batch = states[start : start + batch_size].to(model.device)
-        where = masked[start : start + batch_size]
-        logits = logits_at(model, batch, where, prompt_length=prefix_length, cfg_scale=cfg_scale)
+
+    def score(rows: range) -> None:
+        batch, where = states[rows.start : rows.stop], masked[rows.start : rows.stop]
+        logits = logits_at(model, batch.to(model.device), where, prompt_length=prefix_length, cfg_scale=cfg_scale)
         true = tokens.expand(len(batch), -1)[where]
-        out[start : start + batch_size][where] = true_log_probs(logits, true, torch.arange(len(true)))
+        out[rows.start : rows.stop][where] = true_log_probs(logits, true, torch.arange(len(true)))
+
+    for _ in in_batches(len(states), batch_size, score, model.device):
+        pass
     return out
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqx.common.halving import in_batches
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.samplers import Sampler
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -104,17 +105,18 @@ def write(
     together: int = TOGETHER,
 ) -> Rollout:
     """Let `model` write `gen_length` tokens after each row of `prompts` [N, P], `together` rows at a time."""
-    parts = []
-    for start in range(0, len(prompts), together):
-        given = prompts[start : start + together]
-        seen: list[Tensor] = []
+
+    def written(rows: range) -> Tensor:
+        given, seen = prompts[rows.start : rows.stop], list[Tensor]()
         answer = sampler.generate(
             model,
             given,
             gen_length=gen_length,
             steps=steps,
-            noise=noise(seed, range(start, start + len(given))),
-            on_step=lambda ids, seen=seen: seen.append(ids.cpu()),  # type: ignore[misc]
+            noise=noise(seed, rows),
+            on_step=lambda ids: seen.append(ids.cpu()),
         )
-        parts.append(torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)]))
+        return torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)])
+
+    parts = list(in_batches(len(prompts), together, written, model.device))
     return Rollout(torch.cat(parts, dim=1), prompts.shape[1], model.arch.mask_token_id)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqx.common.halving import in_batches
 from dqx.diagnostics.activations.meter import MANTISSA_BITS, PART_MANTISSA_BITS, PartMeter, SiteMeter, Tokens
 from dqx.diagnostics.activations.sketch import relative_error
 from dqx.diagnostics.activations.stats import ALL, MOST_CELLS, OutlierStats, PartStats, SiteStats, Thresholds
@@ -157,9 +158,15 @@ def _parts(
         }
 
     def at_step(state: State) -> list[PartStats | None]:
-        meters = fresh()
-        _show(model, state, meters)
+        def seen(rows: range) -> dict[Place, PartMeter]:
+            meters = fresh()
+            _show(model, state, rows, meters)
+            return meters
+
+        meters, *others = in_batches(len(state.ids), TOGETHER, seen, model.device)
         for place, meter in meters.items():
+            for other in others:
+                meter.merge(other[place])
             over_all[place].merge(meter)
         return [meter.total().result(ALL, 0, state.step, state.mask_ratio) for meter in meters.values()]
 
@@ -169,17 +176,15 @@ def _parts(
     return [part for part in (*by_class, *by_step) if part is not None]
 
 
-def _show(model: MaskedDiffusionTransformer, state: State, meters: dict[Place, PartMeter]) -> None:
-    """Let the meters see a state, a few windows at a time. Token classes are their groups."""
+def _show(model: MaskedDiffusionTransformer, state: State, rows: range, meters: dict[Place, PartMeter]) -> None:
+    """Let the meters see some windows of a state. Token classes are their groups."""
     classes = torch.zeros_like(state.ids)
     for i, name in enumerate(TOKEN_CLASSES):
         classes[state.token_class(name)] = i
-    shown = Tokens.of(state.ids[:0], 0)
+    ids, group = (t[rows.start : rows.stop].to(model.device) for t in (state.ids, classes))
+    shown = Tokens.of(ids, rows.start, group)
     with watched(model.arch, dict(enumerate(model.blocks)), lambda place, x: meters[place].update(x, shown)):
-        for first in range(0, len(state.ids), TOGETHER):
-            ids, group = (t[first : first + TOGETHER].to(model.device) for t in (state.ids, classes))
-            shown = Tokens.of(ids, first, group)
-            _forward(model, ids)
+        _forward(model, ids)
 
 
 def surface(x: Tensor) -> Tensor:
