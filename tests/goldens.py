@@ -18,6 +18,7 @@ from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransform
 from dqx.quant.stats import COLLECTORS
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN2 = Path(__file__).parent / "golden2"  # recorded from the released code of D2Quant and of Quant-dLLM
 FAMILIES = tuple(families())
 
 
@@ -25,12 +26,12 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTran
     return load_weights(inspect(str(GOLDEN / f"{family}_tiny"))).to(dtype).eval()
 
 
-def golden(name: str) -> dict[str, Tensor]:
-    return load_file(GOLDEN / f"{name}.safetensors")
+def golden(name: str, folder: Path = GOLDEN) -> dict[str, Tensor]:
+    return load_file(folder / f"{name}.safetensors")
 
 
-def cases(name: str) -> list[dict]:
-    return json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+def cases(name: str, folder: Path = GOLDEN) -> list[dict]:
+    return json.loads((folder / f"{name}.json").read_text())["cases"]
 
 
 def hub_name(family: str, role: str) -> str:

@@ -11,6 +11,7 @@ leaves everything else alone:
     +experiment=NAME    ->  experiment=NAME       the group has a place already (it is null), where + adds one
     method.rounding=rtn ->  method/rounding=rtn   a part by its name: a file in conf/method/rounding
     +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
+    method.rounding.levels=daq   ->  method/levels@method.rounding.levels=daq    a part inside a part
     model.sampler=llada ->  model/sampler=llada   likewise: a file in conf/model/sampler
     bits.blocks.b0-3.weight=8    ->  ++bits.blocks.b0-3.weight=8    no block has widths of its own before
     bits.overrides.router.weight=8  ->  ++bits.overrides.router.weight=8    likewise, of a role that few models have
@@ -35,8 +36,10 @@ LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\- ]+)")
 OVERRIDE = re.compile(r"bits\.overrides\.(\w+)[.=]")
 HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
 PART = re.compile(r"(\+{0,2})(method|model)\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
+INNER = re.compile(r"(\+{0,2})method\.([\w.]+\.(levels|allocation))=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
 PARTS = ("method.rounding", "method.clip", "method.activation", "method.kv", "model.sampler")
+VALUES = {"null", "true", "false"}
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
 
 
@@ -58,6 +61,9 @@ def _normalize(argument: str, sweep: bool) -> str:
     home = HOME.fullmatch(argument)
     if home:
         return home[1] + str(Path(home[2]).expanduser())
+    inner = INNER.fullmatch(argument)
+    if inner and not VALUES & set(inner[4].split(",")):
+        return f"{inner[1]}method/{inner[3]}@method.{inner[2]}={inner[4]}"
     part = PART.fullmatch(argument)
     if part:
         return _part(argument, *part.groups())
@@ -81,7 +87,7 @@ def _normalize(argument: str, sweep: bool) -> str:
 
 def _part(argument: str, plus: str, group: str, slot: str, name: str | None, values: str) -> str:
     """A part that is given by the name of its file instead of as a mapping; null and true are values."""
-    if {"null", "true", "false"} & set(values.split(",")):
+    if VALUES & set(values.split(",")):
         return argument
     if f"{group}.{slot}" in PARTS and name is None:
         return f"{plus}{group}/{slot}={values}"

@@ -26,28 +26,44 @@ class BoundClip(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A rounded weight: what a quantized checkpoint has to store.
-
-    With a `column_scale` the weight stands for `dequantize() * column_scale`; the linear before takes the scale over.
-    """
+    """A rounded weight: what a quantized checkpoint has to store. Binary grids have K scales per group, others one."""
 
     codes: Tensor  # [O, I] uint8
-    scale: Tensor  # [O, G] float
+    scale: Tensor  # [O, G] float, or [O, G, K]
     zero_point: Tensor  # [O, G] integers held as float
     group_index: Tensor  # [I] int64: the group of each input
     grid: Grid
     notes: tuple[str, ...] = ()  # what the rounding had to do differently than asked, in plain words
-    column_scale: Tensor | None = None  # [I]
+    column_scale: Tensor | None = None  # [I, 1 or K]: multiplies the scales of every input (binary grids)
+    terms: tuple[int, ...] = ()  # of each group, where groups have more or fewer than others
+    fold: bool = False  # the linear before is to take over the column scale [I, 1]
 
     def dequantize(self) -> Tensor:
-        """The fake-quantized weight [O, I] in the dtype of the scales, without the column scale."""
-        index = self.group_index
-        return self.grid.dequantize(self.codes, self.scale[:, index], self.zero_point[:, index])
+        """The fake-quantized weight [O, I] in the dtype of the scales."""
+        at = at_inputs(self.scale, self.zero_point, self.group_index, self.column_scale)
+        return self.grid.dequantize(self.codes, *at)
+
+    def folded(self) -> tuple[QuantizedWeight, Tensor]:
+        """The weight without its column scale, and what the linear before is to multiply its outputs by [I].
+
+        Their mean is 1, so that neither weight changes its size: what that takes out of them stays in the scales.
+        """
+        assert self.column_scale is not None
+        column, mean = self.column_scale[:, 0], self.column_scale.mean()
+        return replace(self, scale=self.scale * mean, column_scale=None, fold=False), column / mean
 
     def split(self, rows: list[int]) -> list[QuantizedWeight]:
         """Cut row-stacked weights apart again; `rows` are their output widths."""
         parts = zip(self.codes.split(rows), self.scale.split(rows), self.zero_point.split(rows), strict=True)
         return [replace(self, codes=c, scale=s, zero_point=z) for c, s, z in parts]
+
+
+def at_inputs(
+    scale: Tensor, zero_point: Tensor, group_index: Tensor, column_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scales [O, I] or [O, I, K] and zero points [O, I] of every weight."""
+    at = scale[:, group_index]
+    return at if column_scale is None else at * column_scale, zero_point[:, group_index]
 
 
 def group_width(n_inputs: int, group_size: int) -> int:

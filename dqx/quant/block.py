@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
 from dqx.formats.integers import wide
 from dqx.formats.weight import QuantizedWeight
-from dqx.models.transformer import Block, compose
+from dqx.models.transformer import Block, RMSNorm, compose
 from dqx.quant.clip import ClipAtSite
 from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
-from dqx.quant.protocols import Clip, Context, Quantizer, Rounding
-from dqx.quant.report import LinearRow, stored_bits
-from dqx.quant.stream import Seen, Stream, as_is, collect_paired, snapshot
+from dqx.quant.protocols import FINAL, Clip, Context, Quantizer, Rounding, Stats
+from dqx.quant.report import BINARY, LinearRow, stored_bits
+from dqx.quant.stream import Seen, Stream, as_is, collect_outputs, collect_paired, snapshot
 
 JUDGED_OUTPUTS = 512  # at least so many outputs of a linear, where there are, make its output error
 PRODUCER = {"mlp_out": "up", "attn_out": "v"}  # whose output channels are a site's input channels
@@ -44,7 +45,8 @@ class BlockWork:
     def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context
         self.method, self.widths = method, context.widths
-        self.intact = block  # the block before rounding, once its transforms are in; of interest to "fp" alone
+        self.intact = block  # the block before rounding, once its transforms are in
+        self.attended = block  # the block with attention rounded and the MLP as it was
         self.site_maps: list[nn.Module] = []  # the transforms of the site at work
 
     def quantize(self) -> Iterator[list[LinearRow]]:
@@ -55,16 +57,18 @@ class BlockWork:
             stream = self.streams.get(transform.stream)  # None: no part needs it
             stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
             transform.apply(self.block, stats, self.context.at(name=name))
-        self.intact = snapshot(self.block) if "fp" in self.streams else self.block
+        self.intact = snapshot(self.block)
         if self.method.kv is not None and self.widths.kv.bits != UNQUANTIZED:
             self.method.kv.install(self.block, self.widths.kv)
         for site, roles in self.block.arch.sites.items():
             self.site_maps = []
             for name, part in self.method.corrections.items():
                 if part.site == site:
-                    stats = self._paired(site, part.needs, as_is) if part.needs else {}
+                    stats = self._at(site, part.stream, part.needs, as_is)
                     part.apply(self.block, stats, self.context.at(name=name))
             self._transform(site)
+            if site == "mlp_in":
+                self.attended = snapshot(self.block)
             rows = {row.role: row for stack in self._stacks(roles) for row in self._round(site, stack)}
             yield [rows[role] for role in roles]
 
@@ -106,14 +110,24 @@ class BlockWork:
         if not needs:
             return {}
         if stream == "both":
-            return self._paired(site, needs, seen)
+            return self._paired(site, needs, seen, self.streams["fp"])
+        if stream == "block":
+            return self._paired(site, needs, seen, self.streams["quantized"])
         if stream == "fp":
             return self.streams["fp"].collect(self.intact, {site: needs}, self._mapped)[site]
         return self.streams[stream].collect(self.block, {site: needs}, seen)[site]
 
-    def _paired(self, site: str, needs: frozenset[str], seen: Seen) -> dict[str, Any]:
-        both = (self.streams["quantized"], self.block, self.streams["fp"], self.intact)
+    def _paired(self, site: str, needs: frozenset[str], seen: Seen, intact: Stream) -> dict[str, Any]:
+        both = (self.streams["quantized"], self.block, intact, self.intact)
         return collect_paired(*both, site, needs, seen, self._mapped)
+
+    def correct_final(self, norm: RMSNorm) -> None:
+        """Apply the corrections of the final norm; for the last block, when it is rounded."""
+        for name, part in self.method.corrections.items():
+            if part.site == FINAL:
+                blocks = self.block, self.attended
+                stats = collect_outputs(self.streams["quantized"], *blocks, norm, part.needs) if part.needs else {}
+                part.apply(norm, stats, self.context.at(name=name))
 
     def _mapped(self, x: Tensor) -> Tensor:
         """A full-precision input in the coordinates of the site's own transforms."""
@@ -128,26 +142,41 @@ class BlockWork:
         def seen(x: Tensor) -> Tensor:
             return x if quantizer is None else quantizer(x, stack.activation_bits)
 
-        rounded: Mapping[str, QuantizedWeight | None] = dict.fromkeys(stack.roles)
+        rounded: dict[str, QuantizedWeight | None] = dict.fromkeys(stack.roles)
         linears: dict[str, nn.Linear] = {role: getattr(self.block, role) for role in stack.roles}
         stats: dict[str, Any] = {}
+        factor_I = None  # of the inputs, which the linear before took over
         if stack.rounding is not None and stack.weight_bits.bits != UNQUANTIZED:
             stats, clip_stats = self._statistics(site, stack, seen)
             clip = None if stack.clip is None else ClipAtSite(stack.clip, clip_stats)
-            stacked = torch.cat([linear.weight for linear in linears.values()])
+            rounded = self._rounded(stack, linears, stats, clip)
+            for role, result in rounded.items():
+                if result is not None and result.fold:
+                    rounded[role], factor_I = result.folded()
+                    self._fold(site, factor_I)
+                    quantizer = self._input_quantizer(site, stack)
+        return [
+            self._replace(role, linear, rounded[role], stack, quantizer, stats.get("hessian"), factor_I)
+            for role, linear in linears.items()
+        ]
+
+    def _rounded(
+        self, stack: StackedLinears, linears: Mapping[str, nn.Linear], stats: Stats, clip: ClipAtSite | None
+    ) -> dict[str, QuantizedWeight | None]:
+        """The rounded weights by role: of all linears in one call, or one by one where the rounding asks for it."""
+        assert stack.rounding is not None
+        one_by_one = getattr(stack.rounding, "one_by_one", False)
+        calls = [[role] for role in stack.roles] if one_by_one else [stack.roles]
+        rounded: dict[str, QuantizedWeight | None] = {}
+        for roles in calls:
+            stacked = torch.cat([linears[role].weight for role in roles])
             try:
                 result = stack.rounding(stacked, stack.weight_bits, stats, clip)
             except ValueError as error:
-                raise ValueError(f"blocks.{self.context.index}, {', '.join(stack.roles)}: {error}") from error
-            split = result.split([linear.out_features for linear in linears.values()])
-            rounded = dict(zip(stack.roles, split, strict=True))
-            if result.column_scale is not None:
-                self._fold(site, result.column_scale)
-                quantizer = self._input_quantizer(site, stack)
-        return [
-            self._replace(role, linear, rounded[role], stack, quantizer, stats.get("hessian"))
-            for role, linear in linears.items()
-        ]
+                raise ValueError(f"blocks.{self.context.index}, {', '.join(roles)}: {error}") from error
+            split = result.split([linears[role].out_features for role in roles])
+            rounded |= dict(zip(roles, split, strict=True))
+        return rounded
 
     def _statistics(self, site: str, stack: StackedLinears, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the stack's rounding and its clip need; one pass where both follow the same stream."""
@@ -185,18 +214,15 @@ class BlockWork:
         stack: StackedLinears,
         quantizer: Quantizer | None,
         hessian: Tensor | None,
+        factor_I: Tensor | None,
     ) -> LinearRow:
-        weight_error, output_error, n_groups, scattered = 0.0, None, 0, False
+        weight_error, output_error = 0.0, None
         if rounded is not None or quantizer is not None:
             module = QuantLinear(linear, stack.weight_bits, rounded, quantizer, stack.activation_bits)
             setattr(self.block, role, module)
         if rounded is not None:
-            multiplied = wide(module.weight)
-            if rounded.column_scale is not None:
-                multiplied = multiplied * rounded.column_scale
+            multiplied = wide(module.weight) if factor_I is None else wide(module.weight) * factor_I
             weight_error, output_error = _errors(linear.weight, multiplied, hessian)
-            n_groups = rounded.scale.shape[1]
-            scattered = bool((rounded.group_index.diff() < 0).any())
         bits = stack.weight_bits if rounded is not None else replace(stack.weight_bits, bits=UNQUANTIZED)
         shape = (linear.out_features, linear.in_features)
         return LinearRow(
@@ -205,12 +231,12 @@ class BlockWork:
             role=role,
             shape=shape,
             bits=bits.bits,
-            format=bits.format,
+            format=BINARY if rounded is not None and isinstance(rounded.grid, BinaryGrid) else bits.format,
             group_size=bits.group_size,
             symmetric=bits.symmetric,
             activation_bits=UNQUANTIZED if quantizer is None else stack.activation_bits.bits,
             rounding=None if rounded is None else type(stack.rounding).__name__,
-            stored_bits=stored_bits(shape, bits, n_groups, scattered=scattered),
+            stored_bits=stored_bits(shape, bits, rounded),
             weight_error=weight_error,
             output_error=output_error,
             notes=() if rounded is None else rounded.notes,

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
 from dqx.formats.integers import Grid
-from dqx.formats.weight import QuantizedWeight
+from dqx.formats.weight import QuantizedWeight, at_inputs
 from dqx.quant.protocols import Quantizer
 from dqx.quant.registry import storable
+
+#: The buffers that describe a linear's grid.
+GRIDS = ("scale", "zero_point", "group_index", "column_scale")
 
 
 @storable
@@ -23,13 +26,15 @@ class QuantLinear(nn.Module):
     """Stands in for `nn.Linear`: activation quantizer, then a matmul with the fake-quantized weight.
 
     `weight` holds `scale * (codes - zero_point)` in the model's dtype, so the arithmetic is that of the model.
-    Buffers `scale`, `zero_point` [O, G] and `group_index` [I] describe the grid (None at 16 bits); codes are not
-    stored, `codes()` reads them off the weight.
+    Buffers `scale`, `zero_point` [O, G] and `group_index` [I] describe the grid (None at 16 bits); binary grids have a
+    scale [O, G, K], and a `column_scale` [I, 1 or K] unless another linear took it over. Codes are not stored,
+    `codes()` reads them off the weight.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
     group_index: Tensor | None
+    column_scale: Tensor | None
 
     def __init__(
         self,
@@ -51,12 +56,14 @@ class QuantLinear(nn.Module):
         self.register_buffer("scale", None if rounded is None else rounded.scale.clone())
         self.register_buffer("zero_point", None if rounded is None else rounded.zero_point.clone())
         self.register_buffer("group_index", None if rounded is None else rounded.group_index.to(torch.int32))
+        column = None if rounded is None or rounded.column_scale is None else rounded.column_scale.clone()
+        self.register_buffer("column_scale", column)
 
     @property
     def options(self) -> dict[str, Any]:
         """What `restored` needs to build this again."""
         names = ("weight", "bias", "weight_bits", "grid", "activation", "activation_bits")
-        return {name: getattr(self, name) for name in (*names, "scale", "zero_point", "group_index")}
+        return {name: getattr(self, name) for name in (*names, *GRIDS)}
 
     @classmethod
     def restored(
@@ -90,24 +97,29 @@ class QuantLinear(nn.Module):
     def codes(self) -> Tensor:
         """Codes [O, I] as uint8, exact for float32 and float16 weights. bfloat16 rounds off less than half a step up to
         128 steps from zero: up to 7 bits always, and at 8 bits except in lopsided groups, where a code may be off by 1.
+        Of a binary grid's levels, two that the dtype cannot tell apart are one.
 
         Raises ValueError where the weight is not quantized.
         """
-        if self.grid is None or self.scale is None or self.zero_point is None or self.group_index is None:
+        if self.grid is None:
             raise ValueError("this linear keeps its weight in 16 bit; there are no codes")
-        index = self.group_index.long()
-        return self.grid.codes(self.weight, self.scale[:, index], self.zero_point[:, index]).to(torch.uint8)
+        return self.grid.codes(self.weight, *self._at_inputs()).to(torch.uint8)
+
+    def _at_inputs(self) -> tuple[Tensor, Tensor]:
+        assert self.scale is not None
+        assert self.zero_point is not None
+        assert self.group_index is not None
+        return at_inputs(self.scale, self.zero_point, self.group_index.long(), self.column_scale)
 
     @torch.no_grad()
     def scale_outputs(self, factor_O: Tensor) -> None:
         """Multiply every output by a factor: the scales change, the codes stay. Factors must be positive."""
         codes = None if self.scale is None else self.codes()
         scale_outputs(self, factor_O)
-        if codes is None or self.grid is None or self.scale is None or self.zero_point is None:
+        if codes is None or self.grid is None or self.scale is None:
             return
-        self.scale = self.scale * factor_O[:, None].to(self.scale.dtype)
-        index = self.group_index.long()  # type: ignore[union-attr]
-        weight = self.grid.dequantize(codes, self.scale[:, index], self.zero_point[:, index])
+        self.scale = self.scale * factor_O.view(-1, *[1] * (self.scale.dim() - 1)).to(self.scale.dtype)
+        weight = self.grid.dequantize(codes, *self._at_inputs())
         self.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)  # rounded to the dtype once
 
     def extra_repr(self) -> str:

@@ -187,7 +187,9 @@ def _one_block(
     for rows_of_site in work.quantize():
         rows += rows_of_site
         advance()
-    if context.index + 1 < context.arch.n_blocks:
+    if context.index + 1 == context.arch.n_blocks:
+        work.correct_final(home.model.norm)
+    else:
         for name, stream in streams.items():
             stream.advance(work.intact if name == "fp" else block)
     home.put(context.index, block)

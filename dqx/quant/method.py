@@ -14,6 +14,7 @@ from dqx.formats.bits import UNQUANTIZED, BitsConfig, Widths
 from dqx.models.architecture import Architecture
 from dqx.quant.bits_problems import bits_problems, entry_problems, in_entry
 from dqx.quant.protocols import (
+    FINAL,
     STREAMS,
     Activation,
     BlockTransform,
@@ -101,9 +102,9 @@ class Method:
             rounds_input = widths is None or widths.rounds_input(role)
             if self.activation is not None and self.activation.needs and self.quantizes_input(role) and rounds_input:
                 named.add("quantized")
-        if any(part.needs for part in self.corrections.values()):
-            named.add("both")
-        return frozenset(named - {"both"}) | (frozenset({"quantized", "fp"}) if "both" in named else frozenset())
+        named |= {part.stream for part in self.corrections.values() if part.needs}
+        pairs = {"both": {"quantized", "fp"}, "block": {"quantized"}}
+        return frozenset(named - pairs.keys()).union(*(pairs[name] for name in named & pairs.keys()))
 
     @property
     def needs_data(self) -> bool:
@@ -132,8 +133,9 @@ class Method:
         if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in arch.roles]):
             yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(arch.roles)}"
         for name, part in self.corrections.items():
-            if part.site not in arch.sites:
-                yield f"method.corrections.{name}.site={part.site} is unknown; the sites are {', '.join(arch.sites)}"
+            if part.site not in (*arch.sites, FINAL):
+                sites = ", ".join((*arch.sites, FINAL))
+                yield f"method.corrections.{name}.site={part.site} is unknown; the sites are {sites}"
         for where, streamed in self._parts().items():
             stream = getattr(streamed, "stream", "quantized")
             if stream not in STREAMS:

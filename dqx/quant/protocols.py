@@ -6,6 +6,7 @@ whose activations they are taken from:
 * "fp": the untouched model;
 * "quantized": the model as quantized so far;
 * "both": the two in lockstep, for paired statistics (the others are then of the quantized model);
+* "block": likewise, but the other side is this block before rounding on the quantized model's input;
 * "mean": as quantized, but of one sequence only, the mean of all calibration sequences (DuQuant's).
 
 B batch, T tokens, O outputs, I inputs, G groups of W inputs, H heads, E head width.
@@ -27,7 +28,8 @@ from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
 from dqx.quant.activations_store import ActivationStore
 
-STREAMS = ("quantized", "fp", "both", "mean")
+STREAMS = ("quantized", "fp", "both", "block", "mean")
+FINAL = "final_norm"  # where a correction works that is no site of a block
 Needs = frozenset[str]
 Stats = Mapping[str, Any]
 
@@ -173,7 +175,8 @@ class Clip(Part, Fitted, Protocol):
 class Rounding(Part, Fitted, Protocol):
     """A weight and the statistics of its input in, codes out. Linears with equal settings share one call.
 
-    Rows of the weight must be rounded independently of each other: the loop stacks q, k, v and gate, up.
+    Rows of the weight must be rounded independently of each other: the loop stacks q, k, v and gate, up. A rounding
+    whose rows belong together has a property `one_by_one` that is true, and sees a linear at a time.
     """
 
     def grid(self, bits: WeightBits) -> Grid: ...
@@ -205,11 +208,17 @@ class KeysValues(Part, Protocol):
 
 
 class Correction(Part, Protocol):
-    """Repairs the full-precision side of a site after the linears before it were rounded."""
+    """Repairs the full-precision side of a site after the linears before it were rounded.
+
+    `place` is the block or, for a correction whose site is `FINAL`, the final norm after the last block.
+    """
 
     site: ClassVar[str]
 
     @property
+    def stream(self) -> str: ...
+
+    @property
     def needs(self) -> Needs: ...
 
-    def apply(self, block: Block, stats: Stats, context: Context) -> None: ...
+    def apply(self, place: Any, stats: Stats, context: Context) -> None: ...

@@ -2,7 +2,9 @@
 
 Convention for bits per weight: codes at their width, one scale per group (16 bits for integers and fp8, 8 for mxfp4 and
 nvfp4, which adds 32 per weight matrix), for asymmetric grids one b-bit zero point per group, and where `act_order`
-scatters groups one 16-bit group index per input. A linear left alone counts 16 whatever dtype the model runs in.
+scatters groups one 16-bit group index per input. Binary grids (D2Quant, Quant-dLLM) have a sign per weight and term, 16
+bits per term, group and row, 16 bits per column scale that no other linear took over, and 2 bits per group where groups
+differ in their terms. A linear left alone counts 16 whatever dtype the model runs in.
 Embedding, norms, biases and head are not in the average.
 """
 
@@ -15,24 +17,41 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
+from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import FORMATS, UNQUANTIZED, BitsConfig, WeightBits, block_range
+from dqx.formats.weight import QuantizedWeight
 from dqx.quant.linear import QuantLinear
 from dqx.quant.method import Method
 
 INDEX_BITS = 16
+BINARY = "binary"  # the format of a weight whose levels were fitted to it, in place of a format of `bits`
+SCALE_BITS = 16  # of a row or column of a binary grid
+TERMS_BITS = 2
 
 
-def stored_bits(shape: tuple[int, int], bits: WeightBits, n_groups: int, *, scattered: bool = False) -> int:
-    """Bits that a weight of `shape` (outputs, inputs) with `n_groups` per row takes; `scattered`: not of neighbours."""
+def stored_bits(shape: tuple[int, int], bits: WeightBits, rounded: QuantizedWeight | None = None) -> int:
+    """Bits that a weight of `shape` (outputs, inputs) takes; None: it is not rounded."""
     n_out, n_in = shape
-    if bits.bits == UNQUANTIZED:
+    if rounded is None:
         return UNQUANTIZED * n_out * n_in
+    index = INDEX_BITS * n_in if bool((rounded.group_index.diff() < 0).any()) else 0  # groups of scattered inputs
+    if isinstance(rounded.grid, BinaryGrid):
+        return _binary_bits(rounded) + index
     scales = FORMATS[bits.format]
     per_group = scales.scale_bits + (0 if bits.symmetric or not scales.has_zero_point else bits.bits)
-    index = INDEX_BITS * n_in if scattered else 0
-    return bits.bits * n_out * n_in + per_group * n_out * n_groups + scales.tensor_bits + index
+    return bits.bits * n_out * n_in + per_group * n_out * rounded.scale.shape[1] + scales.tensor_bits + index
+
+
+def _binary_bits(rounded: QuantizedWeight) -> int:
+    """Signs, scales of rows and columns and, where groups differ in their terms, how many each has."""
+    n_out, n_in = rounded.codes.shape
+    terms = torch.tensor(rounded.terms or [rounded.grid.bits] * rounded.scale.shape[1])
+    of_inputs = int(terms[rounded.group_index.cpu()].sum())  # terms, summed over inputs
+    columns = 0 if rounded.column_scale is None else n_in if rounded.column_scale.shape[1] == 1 else of_inputs
+    return n_out * of_inputs + SCALE_BITS * (n_out * int(terms.sum()) + columns) + TERMS_BITS * len(rounded.terms)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,20 @@ class Shift(Collector, statistic="shift"):
         return torch.stack((self.total[0], self.total[1] / self.n_tokens))
 
 
+class SequenceShift(Collector, statistic="sequence_shift"):
+    """Mean and variance over sequences [2, I] of each one's mean of `x_fp - x_q`, in float64."""
+
+    def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
+        self.means: list[Tensor] = []
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        self.means.append((_paired(intact).double() - x.double()).reshape(-1, x.shape[-1]).mean(0))
+
+    def value(self) -> Tensor:
+        means = torch.stack(self.means)
+        return torch.stack((means.mean(0), means.var(0, unbiased=False)))
+
+
 class AbsMax(Collector, statistic="absmax"):
     """The largest |x| of every channel [I]."""
 

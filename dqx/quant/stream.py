@@ -133,6 +133,18 @@ def collect_paired(
     return values(by_name)
 
 
+def collect_outputs(
+    stream: Stream, block: nn.Module, intact_block: nn.Module, after: nn.Module, needs: frozenset[str]
+) -> dict[str, Any]:
+    """Statistics of what `after` makes of the outputs of two versions of a block on one stream's inputs."""
+    by_name = collectors(needs, stream.n_tokens, stream.store)
+    for i in range(len(stream.inputs)):
+        x, wanted = (after(stream.forward(version, i)) for version in (block, intact_block))
+        for collector in by_name.values():
+            collector.add(x, wanted)
+    return values(by_name)
+
+
 @torch.no_grad()
 def block_statistics(
     block: Block, inputs: Tensor | Sequence[Tensor], needs: Iterable[str] | Mapping[str, Iterable[str]]

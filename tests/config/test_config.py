@@ -108,11 +108,19 @@ def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: st
     if method == "fp16" and bits != "w16a16":
         (problem,) = problems
         assert problem.startswith(f"bits={config.bits.name}: fp16 quantizes nothing; bits must be w16a16")
-    elif method in ("awq", "d2quant") and config.bits.activation.bits < 16:
-        (problem,) = problems
-        assert "quantizes weights only; write bits=" in problem
     else:
-        assert problems == []
+        others = [problem for problem in problems if ".levels" not in problem]
+        assert bool(problems[len(others) :]) == (method.startswith("d2quant") and not few_integers(config.bits.weight))
+        if method.startswith(("awq", "d2quant")) and config.bits.activation.bits < 16:
+            (problem,) = others
+            assert "quantizes weights only; write bits=" in problem
+        else:
+            assert others == []
+
+
+def few_integers(weight: WeightBits) -> bool:
+    """Whether binary matrices can take the place of the grid."""
+    return weight.bits == 16 or (weight.format == "int" and weight.bits <= 4)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ METHODS = {
     "smoothquant": ("smoothquant", "w8a8"),
     "quarot": ("quarot", "w4a4", "method.clip.n_grid=4"),
     "duquant": ("duquant", "w4a4", TILE, "method.transforms.rotate.steps=4"),
-    "d2quant": ("d2quant", "w2a16", GROUPS, TILE, "method.clip.n_grid=4", "method.rounding_by_role.down.iterations=2"),
+    "d2quant": (
+        "d2quant",
+        "w2a16",
+        GROUPS,
+        TILE,
+        "method.clip.n_grid=4",
+        "method.rounding_by_role.down.levels.iterations=2",
+    ),
 }
 FORMATS = {
     "static": ("rtn", "w8a8", "method.activation=static"),

@@ -119,7 +119,7 @@ def test_norm_outputs_have_the_full_precision_mean(family, slots):
     corrected, plain, intact = (tiny(family) for _ in range(3))
     batches = [Batch(sequences())]
     method = Method("m", RTN(), **slots)
-    quantize(corrected, replace(method, corrections={"shift": MeanShift()}), bits(3), batches, progress=False)
+    quantize(corrected, replace(method, corrections={"shift": MeanShift("fp")}), bits(3), batches, progress=False)
     quantize(plain, method, bits(3), batches, progress=False)
     quantize(intact, replace(method, rounding=None), bits(16), batches, progress=False)  # transforms only
     wanted = norm_outputs(intact)
@@ -145,13 +145,16 @@ def test_nothing_quantized_before_the_norm_gives_zero():
     method = Method("m", RTN(), rounding_by_role=untouched, corrections={"s": MeanShift()})
     quantize(model, method, bits(3), [Batch(sequences())], progress=False)
     assert (model.blocks[0].mlp_norm.bias == 0).all()
+    assert (model.blocks[1].mlp_norm.bias == 0).all()  # that its input is wrong already, block 1 leaves as it is
+    method, model = replace(method, corrections={"s": MeanShift("fp")}), tiny("llada")
+    quantize(model, method, bits(3), [Batch(sequences())], progress=False)
     assert (model.blocks[1].mlp_norm.bias != 0).any()
 
 
 def test_a_second_correction_finds_nothing_left():
     one, two = tiny("llada"), tiny("llada")
-    first = {"a": MeanShift()}
-    for model, corrections in ((one, first), (two, first | {"b": MeanShift()})):
+    first = {"a": MeanShift("fp")}
+    for model, corrections in ((one, first), (two, first | {"b": MeanShift("fp")})):
         method = Method("m", RTN(), corrections=corrections)
         quantize(model, method, bits(3), [Batch(sequences())], progress=False)
     for a, b in zip(one.blocks, two.blocks, strict=True):

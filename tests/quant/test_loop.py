@@ -328,7 +328,9 @@ def test_average_bits_are_those_of_the_stored_tensors(group_size, rounding, symm
         if linear.group_index.diff().min() < 0:  # act_order: the groups of the inputs have to be stored as well
             total += 16 * linear.group_index.numel()
     assert report.average_bits == pytest.approx(total / weights)
-    assert stored_bits((4096, 4096), WeightBits(4), 32) / 4096**2 == 4 + 20 / 128
+    rounded = rtn_round(torch.ones(64, 256), Grid(4), 128)
+    assert stored_bits((64, 256), WeightBits(4), rounded) / rounded.codes.numel() == 4 + 20 / 128
+    assert stored_bits((64, 256), WeightBits(4)) / rounded.codes.numel() == 16
 
 
 def test_report_is_json_and_names_everything():

@@ -38,19 +38,24 @@ KEPT = {
     ],
 }
 WITH_ACTIVATIONS = {"w8a8", "w6a6", "w4a8", "w4a4", "fp8", "mxfp4", "nvfp4"}
+NOT_FEW_INTEGERS = {"w5", "w6", "w8", "w8a16", "fp8_w8a16", "mxfp4_w4a16", "nvfp4_w4a16"}  # no binary matrices
 REFUSED = {
     "fp16": set(choices("bits")) - {"w16a16"},
     "awq": WITH_ACTIVATIONS,
     "awq_as_published": WITH_ACTIVATIONS,
-    "d2quant": WITH_ACTIVATIONS
-    | {"mxfp4_w4a16", "nvfp4_w4a16"},  # scales of up that can be any number take those of down
+    "d2quant": WITH_ACTIVATIONS | NOT_FEW_INTEGERS,
+    "d2quant_as_published": WITH_ACTIVATIONS | NOT_FEW_INTEGERS,
 }
 WIDTHS = ["w8a8", "w4a8", "w4a4", "w4a16", "w3a16", "w2a16", "fp8", "mxfp4_w4a16", "nvfp4"]
 slow = pytest.mark.slow
 METHODS = choices("method")
 LEFT_IN_16_BIT = {("gptq_as_published", "llada"): {"q", "k", "v"}}
-ADDED = {"d2quant": ["blocks.*.mlp_norm.bias"]}
-CHANGES_THE_FUNCTION = ["quarot_as_published"]  # subtracts the embedding's mean, as the study's code did
+SHIFTS = ["blocks.*.mlp_norm.bias", "norm.bias"]
+ADDED = {"d2quant": SHIFTS, "d2quant_as_published": SHIFTS}
+CHANGES_THE_FUNCTION = [
+    "quarot_as_published",
+    "d2quant_as_published",
+]  # subtract the embedding's mean, as that code did
 
 
 @cache

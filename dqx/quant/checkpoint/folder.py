@@ -3,6 +3,7 @@
     quantized.json             architecture, method, bits, report; size and SHA-256 of every other file
     embed.safetensors          the embedding
     head.safetensors           the final norm and, where it is not the embedding's tensor, the head
+    norm.safetensors           the final norm's bias, where quantization gave it one
     block-00000.safetensors    one file per block; `structure` in its header says which modules its tensors belong to
 
 Weights are stored as the model holds them, rounded but in its own dtype, with the scales and zero points of their
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dqx.common.files import write_json
+from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.floats import FP8, MXFP4, NVFP4
 from dqx.formats.integers import Grid
@@ -44,10 +46,10 @@ from dqx.quant.registry import STORABLE, storable, storable_class
 from dqx.quant.report import QuantReport
 
 VERSION = 1
-EMBED, HEAD = "embed.safetensors", "head.safetensors"
+EMBED, HEAD, NORM = "embed.safetensors", "head.safetensors", "norm.safetensors"
 BLOCK = "block-{:05d}.safetensors"
 
-for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4):
+for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4, BinaryGrid):
     storable(cls)
 
 
@@ -63,6 +65,7 @@ def save_quantized(
         for index, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             shards |= write_block(unfinished, index, block)
+        shards |= write_norm(unfinished, model)
         write_recipe(unfinished, model.arch, report, shards, method=method, bits=bits)
 
 
@@ -141,9 +144,16 @@ def write_outer(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, An
     return write_shard(folder / EMBED, {"embed.weight": model.embed.weight}) | write_shard(folder / HEAD, head)
 
 
+def write_norm(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, Any]:
+    """Write the final norm's bias, which is known when all blocks are; the entries of `shards`."""
+    return {} if model.norm.bias is None else write_shard(folder / NORM, {"norm.bias": model.norm.bias})
+
+
 def read_outer(folder: Path, model: MaskedDiffusionTransformer, device: torch.device | str) -> None:
-    """Put into `model` what `write_outer` wrote."""
+    """Put into `model` what `write_outer` and `write_norm` wrote."""
     tensors = read_shard(folder / EMBED, device)[0] | read_shard(folder / HEAD, device)[0]
+    if (folder / NORM).is_file():
+        tensors |= read_shard(folder / NORM, device)[0]
     assign(model, tensors)
     if "head.weight" not in tensors:
         model.head.weight = model.embed.weight

@@ -137,6 +137,8 @@ class OnDisk(Home):
 
     def put(self, index: int, block: Block) -> None:
         self.shards |= saved.write_block(self.folder, index, block)
+        if index + 1 == self.source.arch.n_blocks:
+            self.shards |= saved.write_norm(self.folder, self.model)
         self.model.blocks[index] = block.to("meta")
 
     def note(self, progress: Progress) -> None:
@@ -170,6 +172,7 @@ class OnDisk(Home):
             )
         self.shards = state["shards"]
         saved.read_outer(self.folder, self.model, "cpu")
+        self.model.norm.to(self.device)
         self._free_outer()
         for index in range(state["blocks"]):
             self.model.blocks[index] = saved.read_block(self.folder, index, self.source.arch, "cpu").to("meta")
@@ -191,7 +194,7 @@ class OnDisk(Home):
 
     def _free_outer(self) -> None:
         tied = self.model.head.weight is self.model.embed.weight
-        for module in (self.model.embed, self.model.norm, self.model.head):
+        for module in (self.model.embed, self.model.head):  # the final norm is small, and a correction may want it
             module.to("meta")
         if tied:
             self.model.head.weight = self.model.embed.weight

@@ -1,71 +1,56 @@
-"""Dual scales for down: besides the grid's scales along the inputs of a row, one scale per input for all rows.
+"""DSQ, the dual-scale quantizer of D2Quant: binary matrices with scales per row and group, and one scale per column.
 
-D2Quant's dual-scale quantizer, arXiv:2602.02546. The weight is approximated by W_q diag(s), with W_q on the grid. Two
-steps alternate: W_q = Q(W / s) with ranges read anew, and s_j = <W_j, W_qj> / <W_qj, W_qj>, least squares for column j.
-s costs nothing at run time: input j of down is row j of up (times the gate's activation), so s is folded into the rows
-of up, where it multiplies the grid's scale and leaves the codes alone.
+arXiv:2602.02546, as released. A group of W columns is `c_j * sum over k of r_k,i B_k,ij`: K = bits matrices of signs, a
+scale r per row and term, and a scale c per column that all rows and terms share. No zero point, no clip. Three steps
+alternate: r of every row by least squares over its K terms together, c of every column by least squares, and every
+element to the nearest of its 2^K levels.
 
-The final codes come from another rounding, applied to what the model then multiplies: W / s, and an input x * s, whose
-Hessian is diag(s) H diag(s) and whose cross term is diag(s) D diag(s). Two choices of our own: reading ranges anew can
-raise the error again, so the best s of all iterations is returned, that of no scale (s = 1) included; and s stays
-positive: where the least-squares value is not (a column that is all zero on the grid), the last one is kept.
+Column j of down is row j of up (times the gate's activation), so c_j multiplies the scale of that row and costs
+nothing: `fold`. The released code keeps c in the weight of down, since it only simulates the rounding.
 
-O = outputs, I = inputs.
+Where we differ from the code: the floor of the determinant for K = 2 is relative (theirs is 1e-8, whatever the size of
+the weights), and a row whose least squares has no single answer keeps its scales (theirs stops for K > 2).
+
+O = outputs, W = columns of a group, K terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import FORMATS, WeightBits
-from dqx.formats.integers import Grid, wide
-from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.quant.protocols import Context, Rounding, Stats
-from dqx.quant.rounding.gptaq import GPTAQ
-from dqx.quant.rounding.rtn import rtn_round
+from dqx.formats.binary import BinaryGrid, signs
+from dqx.formats.bits import FORMATS
+from dqx.formats.integers import wide
+from dqx.quant.protocols import Context
+from dqx.quant.rounding.levels import BinaryLevels, roles_with
 from dqx.quant.transforms.online import HeadRotation, OnlineDown
 
-PRODUCERS = {"down": "up", "o": "v"}  # into whose rows a role's scales go
+PRODUCERS = {"down": "up", "o": "v"}  # into whose rows a role's column scales go
+EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class DualScale:
-    """A scale per input, found by alternation, under another rounding."""
+class DualScale(BinaryLevels):
+    """Row scales per term, one column scale; see `dual_scale`."""
 
-    iterations: int = 15  # alternations; 0 leaves every scale at 1
-    rounding: Rounding = field(default_factory=GPTAQ)  # gives the final codes
+    fold: bool = True  # the column scales go into the linear before; false: they stay, at 16 bits per column
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.rounding.needs
-
-    @property
-    def stream(self) -> str:
-        return self.rounding.stream
-
-    def grid(self, bits: WeightBits) -> Grid:
-        return self.rounding.grid(bits)
-
-    def __call__(self, w_OI: Tensor, bits: WeightBits, stats: Stats, clip: BoundClip | None = None) -> QuantizedWeight:
-        w = wide(w_OI)
-        s_I = column_scale(w, self.grid(bits), bits.group_size, clip, iterations=self.iterations)
-        rounded = self.rounding(w / s_I, bits, scaled_statistics(stats, s_I), clip)
-        return replace(rounded, column_scale=s_I)
+    def fit(self, w_OW: Tensor, u_W: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+        row, column = dual_scale(w_OW, terms, iterations=self.iterations)
+        return row, column[:, None]
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = self.rounding.problems(f"{where}.rounding", context)
-        if self.iterations < 0:
-            problems.append(f"{where}.iterations={self.iterations} must be 0 or more; 15 is usual")
-        roles = [role for role in context.arch.roles if context.method.rounding_of(role) is self]
+        problems = super().problems(where, context)
+        roles = roles_with(self, context) if self.fold else []
         strange = [role for role in roles if role not in PRODUCERS]
         if strange:
             problems.append(
-                f"{where}: the scales of {', '.join(strange)} have no linear before them to go into; use dual scales "
-                "for down only (method.rounding_by_role.down)"
+                f"{where}: the column scales of {', '.join(strange)} have no linear before them to go into; use them "
+                f"for down only (method.rounding_by_role.down), or write {where}.fold=false"
             )
         for role in set(roles) & set(PRODUCERS):
             problems += self._obstacles(where, role, context)
@@ -74,7 +59,7 @@ class DualScale:
     def _obstacles(self, where: str, role: str, context: Context) -> Iterator[str]:
         """What lies between the scales of a role and the linear they go into."""
         method, producer = context.method, PRODUCERS[role]
-        instead = f"give {role} another rounding (method.rounding_by_role.{role}=gptaq)"
+        instead = f"write {where}.fold=false"
         if role == "o" and context.arch.n_heads != context.arch.n_kv_heads:
             yield (
                 f"{where}: with grouped heads several inputs of o are one output of v, so that o's scales cannot go "
@@ -87,42 +72,49 @@ class DualScale:
                     f"{where}: method.transforms.{name} mixes the inputs of {role} at run time, so that its scales "
                     f"cannot go into {producer}; leave it out (~method.transforms.{name}) or {instead}"
                 )
-        clip = method.clip_of(role)
-        if clip is not None and clip.needs:
-            yield (
-                f"{where}: method.clip judges the inputs of {role} as they are before they are rescaled; write "
-                f"method.clip=weight_mse, or add {role} to method.clip.skip_roles"
-            )
         weight = context.widths.weight[producer]
         if method.rounding_of(producer) is not None and getattr(FORMATS.get(weight.format), "block", None):
             yield (
                 f"{where}: the scales of {weight.format} are rounded themselves, so that {producer} cannot take over "
-                f"those of {role}; use an integer format, or {instead}"
+                f"those of {role}; use an integer format for {producer}, or {instead}"
             )
 
 
-def column_scale(
-    w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | None = None, *, iterations: int = 15
-) -> Tensor:
-    """Positive s [I] for which `||W - Q(W / s) diag(s)||^2` is the least of all iterations, s = 1 included.
+def dual_scale(w_OW: Tensor, terms: int, *, iterations: int = 15) -> tuple[Tensor, Tensor]:
+    """Row scales [O, K] and positive column scales [W] of `w_OW`; with 0 iterations those it starts from.
 
-    Q rounds to nearest on the grid, with ranges (and `clip`) of W / s.
+    `BinaryGrid(terms)` has the codes: the levels of an element are those of its row times the scale of its column.
     """
-    w = wide(w_OI)
-    s = torch.ones_like(w[0])
-    best, least = s, torch.inf
-    for iteration in range(iterations + 1):
-        on_grid = rtn_round(w / s, grid, group_size, clip).dequantize()
-        error = float((w - on_grid * s).square().sum())
-        if error < least:
-            best, least = s, error
-        if iteration < iterations:
-            fitted = (w * on_grid).sum(0) / on_grid.square().sum(0)
-            s = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, s)
-    return best
+    w, grid = wide(w_OW), BinaryGrid(terms)
+    pattern = signs(terms, w.dtype, w.device)
+    column = w.abs().mean(0).clamp(min=EPS)
+    matrices, rows, rest = [], [], w
+    for _ in range(terms):
+        b = torch.where(rest >= 0, 1.0, -1.0).to(w.dtype)
+        r = ((rest * column * b).sum(1).abs() / column.square().sum().clamp(min=EPS)).clamp(min=EPS)
+        rest = rest - r[:, None] * column * b
+        matrices.append(b)
+        rows.append(r)
+    b_OWK, row = torch.stack(matrices, -1), torch.stack(rows, -1)
+    for _ in range(iterations):
+        terms_OWK = [b_OWK[..., k] for k in range(terms)]
+        a = torch.stack([torch.stack([(column.square() * b * c).sum(1) for c in terms_OWK], -1) for b in terms_OWK], -1)
+        row = _least_squares(a, torch.stack([(column * b * w).sum(1) for b in terms_OWK], -1), row)
+        level = (b_OWK * row[:, None]).sum(-1)  # a sign that turns with its scale leaves the product alone
+        row = row.abs().clamp(min=EPS)
+        column = ((w * level).sum(0).abs() / level.square().sum(0).clamp(min=EPS)).clamp(min=EPS)
+        codes = grid.codes(w, row[:, None] * column[:, None], row[:, :1])
+        b_OWK = pattern[codes.long()]
+    return row, column
 
 
-def scaled_statistics(stats: Stats, s_I: Tensor) -> Stats:
-    """Statistics of the input x * s from those of x: the Hessian and the cross term [I, I]; others are left out."""
-    pairs_II = s_I[:, None] * s_I
-    return {name: wide(stats[name]) * pairs_II for name in ("hessian", "cross") if name in stats}
+def _least_squares(a_OKK: Tensor, b_OK: Tensor, last_OK: Tensor) -> Tensor:
+    """The solution of `A r = b` of every row; where there is no single one, the last scales."""
+    if b_OK.shape[1] == 2:
+        (a, c), d = a_OKK[:, 0].unbind(-1), a_OKK[:, 1, 1]
+        determinant = torch.maximum(a * d - c.square(), EPS * a * d)
+        first, second = b_OK.unbind(-1)
+        solution = torch.stack((d * first - c * second, a * second - c * first), -1) / determinant[:, None]
+        return torch.where(torch.isfinite(solution), solution, last_OK)
+    solution, info = torch.linalg.solve_ex(a_OKK, b_OK)
+    return torch.where((info == 0)[:, None] & torch.isfinite(solution).all(-1, keepdim=True), solution, last_OK)

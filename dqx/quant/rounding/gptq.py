@@ -26,6 +26,7 @@ from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.levels import BinaryLevels, FittedLevels
 
 STREAMS = ("quantized", "fp")
 
@@ -37,16 +38,28 @@ class ColumnSettings:
     damping: float = 0.01  # share of mean(diag H) added to the diagonal
     chunk: int = 128  # columns per lazy update
     act_order: bool = False  # columns by descending diag H instead of left to right
+    group_order: bool = False  # so inside each group, and the groups by their largest; no index is stored
     static_groups: bool = False  # all ranges from the weight before any column is rounded
     fresh_ranges: bool = False  # a group's range from fully updated columns
     include_zero: bool = True  # ranges hold zero; false: plain min ... max
     exact_absmax: bool = False  # symmetric grids: scale = absmax / (2^(b-1) - 1); false: as in GPTQ's code
+    levels: BinaryLevels | None = None  # fitted to each group; null: the grid of bits
+
+    @property
+    def one_by_one(self) -> bool:
+        return self.levels is not None
 
     def grid(self, bits: WeightBits) -> Grid:
+        if self.levels is not None:
+            return self.levels.grid(bits)
         return make_grid(bits, include_zero=self.include_zero, exact_absmax=self.exact_absmax)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = []
+        problems = [] if self.levels is None else self.levels.problems(f"{where}.levels", context)
+        if self.act_order and self.group_order:
+            problems.append(
+                f"{where}.act_order=true and {where}.group_order=true are two orders of the columns; set one to false"
+            )
         if not 0 <= self.damping <= 1:
             problems.append(
                 f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual"
@@ -106,12 +119,14 @@ def gptq_round(
     chosen order) when the group's first column is reached: by default, as in the authors' code, from columns as
     updated at the end of the previous chunk, so that `chunk` matters where it is larger than a group; with
     `fresh_ranges` from columns with every update so far, so that `chunk` is only about speed. With `static_groups`
-    groups are consecutive in the original order and their ranges come from the weight before the first column.
+    groups are consecutive in the original order and their ranges come from the weight before the first column. With
+    `group_order` groups are consecutive in the original order too, and gone through one after the other. `levels` are
+    fitted where and when ranges would be read.
 
     Args:
         w_OI: the weight.
         hessian_II: H; dead inputs (H_ii = 0) get weight 0.
-        grid: what is rounded to.
+        grid: what is rounded to: with levels, theirs.
         group_size: inputs that share a scale; -1: one group per row.
         clip: which range of a group is represented; None: all of it.
         settings: how columns are gone through; None: the defaults.
@@ -124,6 +139,7 @@ def gptq_round(
         ValueError: for shapes that do not fit and for a Hessian that is not finite.
     """
     settings = settings or ColumnSettings()
+    levels = settings.levels
     chunk, static_groups, fresh_ranges = settings.chunk, settings.static_groups, settings.fresh_ranges
     n_out, n_in = w_OI.shape
     if hessian_II.shape != (n_in, n_in):
@@ -138,28 +154,35 @@ def gptq_round(
     w = wide(w_OI).T.clone(memory_format=torch.contiguous_format)  # [I, O]: a column of W is one contiguous row
     hessian = wide(hessian_II).to(w.dtype)
     dead = hessian.diagonal() == 0
-    if group_size == -1:
+    ranges_on_the_way = not static_groups and (group_size != -1 or levels is not None)
+    if group_size == -1 and levels is None:
         lo, hi = (t.T.contiguous() for t in group_ranges(w.T, grid, -1, clip))  # [G, O]
     w[dead] = 0
-    if group_size != -1 and static_groups:
+    if group_size != -1 and static_groups and levels is None:
         lo, hi = (t.T.contiguous() for t in group_ranges(w.T, grid, group_size, clip))
-    ranges_on_the_way = group_size != -1 and not static_groups
-    if ranges_on_the_way:
-        lo, hi, scale, zero_point = (w.new_empty(n_groups, n_out) for _ in range(4))
+    if ranges_on_the_way or levels is not None:
+        lo, hi, scale, zero_point = (w.new_zeros(n_groups, n_out) for _ in range(4))
     else:
         scale, zero_point = grid.from_range(lo, hi)
 
-    order = torch.arange(n_in, device=w.device)
-    if settings.act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order, in_order = column_order(hessian.diagonal(), width, settings), w
+    if settings.act_order or settings.group_order:
         w, hessian = w[order], hessian[order][:, order]
-    if static_groups or group_size == -1:
+    if static_groups or group_size == -1 or settings.group_order:
         group_of_column = group_index[order].tolist()
     else:
         group_of_column = group_index.tolist()
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
     r, notes = upper_factor(hessian, settings.damping)
     p = None if carry is None else carry.matrix(order, triangular_inverse(r))
+    fitted, column_scale = None, None
+    if levels is not None:
+        u_I = torch.empty_like(w[:, 0]).scatter_(0, order, 1 / r.diagonal())
+        fitted = FittedLevels(levels, grid, in_order.T, u_I, group_index)
+        scale = fitted.scale
+        for g, columns in enumerate(torch.arange(n_in, device=w.device).split(width) if static_groups else ()):
+            fitted.fit(g, in_order[columns].T, columns)
+        column_scale = fitted.column[order]
 
     clamps, carry_rounded = clip is not None and clip.clamps, carry is not None and carry.rounded
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
@@ -175,15 +198,18 @@ def gptq_round(
         inside, updated = end - start, (reach if fresh_ranges else end) - start
         for j in range(start, end):
             i = j - start
-            if ranges_on_the_way and j % width == 0:
-                g = j // width
+            g = group_of_column[j]
+            if ranges_on_the_way and j % width == 0 and fitted is not None:
+                fitted.fit(g, seen[i : i + width].T, order[j : j + width])
+                column_scale = fitted.column[order]
+            elif ranges_on_the_way and j % width == 0:
                 bounds = ranges(seen[i : i + width].T[:, None], grid, clip, order[None, j : j + width])
                 lo[g], hi[g] = (bound[:, 0, 0] for bound in bounds)
                 scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
-            g = group_of_column[j]
             wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]
-            codes[j] = rounded = grid.codes(wanted, scale[g], zero_point[g])
-            nearest = grid.dequantize(rounded, scale[g], zero_point[g])
+            at = scale[g] if column_scale is None else scale[g] * column_scale[j]
+            codes[j] = rounded = grid.codes(wanted, at, zero_point[g])
+            nearest = grid.dequantize(rounded, at, zero_point[g])
             live[i + 1 : updated].addr_(u[i, i + 1 : updated], (live[i] - nearest) / diagonal[i], alpha=-1)
             if p is not None:
                 if carry_rounded:
@@ -197,6 +223,25 @@ def gptq_round(
 
     in_place = torch.empty_like(codes)
     in_place[order] = codes
+    if fitted is not None:
+        return fitted.rounded(in_place.T.contiguous(), notes)
     return QuantizedWeight(
         in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes
     )
+
+
+def column_order(diagonal_I: Tensor, width: int, settings: ColumnSettings) -> Tensor:
+    """The inputs [I] in the order in which their columns are rounded, given diag H and the width of a group.
+
+    Raises ValueError for `group_order` with a last group that is shorter than the others.
+    """
+    if settings.act_order:
+        return torch.argsort(diagonal_I, descending=True, stable=True)
+    order = torch.arange(len(diagonal_I), device=diagonal_I.device)
+    if not settings.group_order:
+        return order
+    if len(diagonal_I) % width:
+        raise ValueError(f"group_order needs groups of one width, but {width} does not divide {len(diagonal_I)} inputs")
+    by_group_GW, inside_GW = diagonal_I.view(-1, width).sort(dim=1, descending=True, stable=True)
+    groups = torch.argsort(by_group_GW[:, 0], descending=True, stable=True)
+    return order.view(-1, width).gather(1, inside_GW)[groups].flatten()

@@ -53,11 +53,13 @@ class ResidualRotation:
 
     kind: str = "random_hadamard"  # Hadamard with random signs; hadamard: without; orthogonal: uniformly random
     tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; None: all channels together
+    equal_tiles: bool = False  # what is random is drawn once and the same in every tile
     scope: ClassVar[str] = "model"
 
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
         width = context.arch.hidden_size
-        return residual_rotation(make_rotation(self.kind, width, self.tile, context.generator(), device))
+        rotation = make_rotation(self.kind, width, self.tile, context.generator(), device, equal_tiles=self.equal_tiles)
+        return residual_rotation(rotation)
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = choice_problems(f"{where}.kind", self.kind, KINDS)
@@ -141,18 +143,26 @@ def readers_of_norms(block: Block) -> list[tuple[RMSNorm, list[nn.Linear]]]:
 
 
 def make_rotation(
-    kind: str, width: int, tile: int | None, generator: torch.Generator, device: torch.device | str = "cpu"
+    kind: str,
+    width: int,
+    tile: int | None,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    *,
+    equal_tiles: bool = False,
 ) -> Rotation:
     """A random rotation of `width` channels; see `ResidualRotation` for the kinds. Raises ValueError for others."""
     if kind == "hadamard":
         return lambda x: transform(x, tile)
     if kind == "random_hadamard":
-        signs = (2 * torch.randint(2, (width,), generator=generator) - 1).to(device)
+        drawn = tile if equal_tiles and tile is not None else width
+        signs = (2 * torch.randint(2, (drawn,), generator=generator) - 1).repeat(width // drawn).to(device)
         return lambda x: transform(x * signs, tile)
     if kind != "orthogonal":
         raise ValueError(f"kind={kind} is unknown; write {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     size = width if tile is None else tile
-    matrices = random_orthogonal(width // size, size, generator).to(device)
+    matrices = random_orthogonal(1 if equal_tiles else width // size, size, generator).to(device)
+    matrices = matrices.expand(width // size, size, size)
     return lambda x: torch.einsum("...gi,gij->...gj", x.unflatten(-1, (-1, size)), matrices.to(x.dtype)).flatten(-2)
 
 
