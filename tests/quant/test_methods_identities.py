@@ -52,10 +52,7 @@ METHODS = choices("method")
 LEFT_IN_16_BIT = {("gptq_as_published", "llada"): {"q", "k", "v"}}
 SHIFTS = ["blocks.*.mlp_norm.bias", "norm.bias"]
 ADDED = {"d2quant": SHIFTS, "d2quant_as_published": SHIFTS}
-CHANGES_THE_FUNCTION = [
-    "quarot_as_published",
-    "d2quant_as_published",
-]  # subtract the embedding's mean, as that code did
+CHANGES_THE_FUNCTION = ["quarot_as_published", "d2quant_as_published"]  # subtract the mean of the embedding
 
 
 @cache
