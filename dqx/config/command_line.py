@@ -52,6 +52,12 @@ def normalize(argv: Sequence[str]) -> list[str]:
     return [_normalize(argument, sweep) for argument in argv]
 
 
+def as_typed(override: str) -> str:
+    """An override as people type it: `bits=3` for Hydra's `bits=w3`, `task=gsm8k,mmlu` for `task=[gsm8k,mmlu]`."""
+    typed = re.fullmatch(r"(bits=)w(\d+)|(steps=)s(\d+)|(task=)\[([\w,\-]+)\]", override)
+    return "".join(filter(None, typed.groups())) if typed else override
+
+
 def _normalize(argument: str, sweep: bool) -> str:
     if argument.startswith("+experiment="):
         return argument.removeprefix("+")

@@ -18,6 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -96,7 +97,14 @@ def group_choices(*, _root_: DictConfig) -> str:
     return "\n".join(wrapper.fill(f"  {g:<11} {', '.join(choices(g, folders))}") for g in GROUPS) + "\n"
 
 
-RESOLVERS = (by_method, by_trait, first_set, half, bits_name, run_name, group_choices)
+def console_level(*, _root_: DictConfig) -> str:
+    """Which messages of a run reach the terminal, by `verbose`; run.log has all."""
+    verbose = OmegaConf.select(_root_, "verbose")
+    sweep = OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN
+    return "DEBUG" if verbose > 1 else "INFO" if verbose == 1 and not sweep else "WARNING"
+
+
+RESOLVERS = (by_method, by_trait, first_set, half, bits_name, run_name, group_choices, console_level)
 for _resolver in RESOLVERS:
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.types import RunMode
 
+from dqx.config.command_line import as_typed
 from dqx.config.schema import GROUPS
 
 
@@ -18,6 +20,7 @@ class Origin:
     """Empty for a run that was not started from the command line."""
 
     command: str | None = None  # the command line that repeats this run alone
+    again: str | None = None  # the same with the folder to type it in, and the program as it was started
     choices: dict[str, str] = field(default_factory=dict)  # config group -> the file chosen
     sweep: str | None = None  # the name of the sweep: its folder's
 
@@ -25,8 +28,13 @@ class Origin:
     def of(cls, hydra: HydraConf, bundle: str | None = None) -> Origin:
         """Of a run that Hydra starts; `bundle` is the shared run that it repeats."""
         chosen = hydra.runtime.choices
+        command, program = _command(hydra, bundle), sys.argv[0]
+        again = command
+        if Path(program).name == "launch.py":  # may lie in another folder
+            again = command.replace("python launch.py", shlex.join(["python", program]), 1)
         return cls(
-            command=_command(hydra, bundle),
+            command=command,
+            again=f"cd {shlex.quote(hydra.runtime.cwd)} && {again}",
             choices={group: str(chosen[group]) for group in GROUPS if chosen.get(group) is not None},
             sweep=Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None,
         )
@@ -39,5 +47,5 @@ def _command(hydra: HydraConf, bundle: str | None) -> str:
     parts = [*hydra.help.app_name.split(), *(["--from", bundle] if bundle else [])]
     parts += [f"--config-dir={folder}" for folder in folders]
     parts += [o for o in hydra.overrides.hydra if o.startswith("hydra.searchpath")]
-    task = [o for o in hydra.overrides.task if o != "dispatch=separate"]  # which a run alone cannot be
+    task = [as_typed(o) for o in hydra.overrides.task if o != "dispatch=separate"]  # which a run alone cannot be
     return (f"DQX_CONFIG_PATH={shlex.quote(team)} " if team else "") + shlex.join([*parts, *task])

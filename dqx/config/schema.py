@@ -179,6 +179,7 @@ class Config:
     dispatch: str = (
         "auto"  # auto, shared, separate or a number: how runs use the GPUs of a machine (dqx/launch/dispatch.py)
     )
+    verbose: int = 1  # 0: one line per run; 1: one line per run of a sweep, else its tables; 2: everything
     hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
     parts: list[str] = field(default_factory=list)  # your own modules whose classes a `_target_` may name
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
@@ -201,7 +202,7 @@ class Config:
 #: Settings that say where things are and what they may take, not what is computed.
 PLACES = (
     *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
-    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes"),
+    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes", "verbose"),
 )
 
 

@@ -220,7 +220,7 @@ def print_summary(interrupted: bool = False) -> int:
 
         finished = [folder for folder in launched if folder not in failed]
         if len(finished) > 1:
-            print_sweep([RunFolder(folder).read(documents=False) for folder in finished])
+            print_sweep([(folder.name, RunFolder(folder).read(documents=False)) for folder in finished])
         print_outcomes(outcomes(launched, interrupted))
         if failed and not interrupted:
             print(f"{len(failed)} of {len(launched)} runs failed:", file=sys.stderr)

@@ -13,7 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def announce(number: int, overrides: Sequence[str]) -> None:
-    log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
+    """Say what is started: only with `verbose=2`, since every run has a line when it ends."""
+    if "verbose=2" in overrides:
+        log.info(f"{launched[number].name}: {' '.join(filter_overrides(overrides))}")
 
 
 def died(number: int, reason: str) -> JobReturn:
@@ -26,5 +28,17 @@ def died(number: int, reason: str) -> JobReturn:
 
 
 def ended(number: int, returned: JobReturn) -> JobReturn:
-    log.info(f"\t#{number} {'finished' if returned.status == JobStatus.COMPLETED else 'failed'}")
+    """Say in one line what came of a run that another process has done."""
+    folder = launched[number]
+    if returned.status == JobStatus.COMPLETED:
+        from dqx.record.folder import RunFolder
+        from dqx.report.terminal import print_line
+
+        try:
+            print_line(RunFolder(folder).read(documents=False), folder.name)
+        except (OSError, ValueError) as error:
+            log.info(f"{folder.name}: no results here ({error})")
+    else:
+        reason = next((failure.reason for failure in failures([folder]).values()), "failed")
+        log.info(f"{folder.name}: {reason}")
     return returned

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dqx.common.names import method_label
 from dqx.config.command_line import explain
 from dqx.config.compose import resolve
 from dqx.config.schema import Config, ConfigProblems
@@ -109,6 +110,8 @@ class Sweeper(BasicSweeper):
         if refused:
             told = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(grouped(judged), 1))
             log.error(f"{len(refused)} of {len(judged)} runs cannot work and are left out:\n{told}")
+        for line in self.meanings(able):
+            log.info(line)
         first = len(launched)
         folders = {id(job): self.folder(job, number) for number, job in enumerate([*able, *refused], first)}
         expect(folders.values())
@@ -119,6 +122,17 @@ class Sweeper(BasicSweeper):
         for at in range(0, len(able), size):
             self.launcher.launch([list(job.overrides) for job in able[at : at + size]], initial_job_idx=first + at)
         return [folders[id(job)] for job in judged]
+
+    def meanings(self, jobs: Sequence[Combination]) -> list[str]:
+        """The choices of widths that mean different widths with different methods."""
+        from dqx.record import words  # with NumPy, which a sweep that is refused need not load
+
+        asked = []
+        for config in (job.config for job in jobs):
+            assert config is not None
+            method = method_label(config.method.name, config.method.variant)
+            asked.append((str(config.hydra.runtime.choices.bits), method, str(config.bits.name)))
+        return words.meanings(asked)
 
     def folder(self, job: Combination, number: int) -> Path:
         """Where a run leaves its record."""

@@ -15,8 +15,11 @@ resampling the documents of all tasks together. A text's likelihood is no part o
 
 Verdicts. Tasks are tested by exact McNemar, or by sign flips where a metric is more than 0 or 1, and p-values are
 corrected by Holm over the run's tasks; category averages are a family of their own, and so is the overall average,
-tested by flipping the signs of all its documents. An interval is not corrected: it may leave out 0 where the verdict
-says that the difference cannot be told from chance.
+tested by flipping the signs of all its documents. A difference is called better or worse where the corrected p-value is
+at most 5 % and the interval leaves out 0. An interval is not corrected: where it leaves out 0 and the verdict is
+"not distinguishable", the two p-values, before and after the correction, show why.
+
+Levels. The study sorts relative drops into three levels; here they are named by their limits and say nothing of chance.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from dqx.record import significance
 
 Z = NormalDist().inv_cdf(0.5 + significance.CONFIDENCE / 2)
 
-#: The study's levels by relative drop: negligible below 1 %, moderate to 4 %, significant above.
-MODERATE_FROM, SIGNIFICANT_ABOVE = 0.01, 0.04
+MEDIUM_FROM, LARGE_ABOVE = 0.01, 0.04
+#: The study's levels by relative drop, which it calls negligible, moderate and significant.
+LEVELS = SMALL, MEDIUM, LARGE = "< 1 %", "1-4 %", "> 4 %"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Delta:
     low: float | None  # 95 % interval of delta; None where one document cannot give one
     high: float | None
     relative_drop: float | None  # (full_precision - quantized) / full_precision; None where that is 0, and for texts
-    level: str | None  # negligible, moderate or significant, by the point estimate; None without a relative drop
+    level: str | None  # one of LEVELS, by the point estimate; None without a relative drop
     lost: int  # documents whose score got worse
     gained: int  # documents whose score got better
     interval: str  # how low and high were made
@@ -62,7 +66,7 @@ class Delta:
     p_value: float  # of no difference
     p_adjusted: float  # by Holm over the rows of the same kind
     resolvable: float | None  # the smallest difference such a sample finds four times in five, at 5 % without Holm
-    verdict: str  # better, worse, or not distinguishable; by p_adjusted
+    verdict: str  # better, worse, or not distinguishable; by p_adjusted and the interval
 
     @property
     def lower_is_better(self) -> bool:
@@ -76,13 +80,13 @@ def paired(before: TaskResult, after: TaskResult) -> list[tuple[DocumentRow, Doc
 
 
 def level(relative_drop: float | None) -> str | None:
-    """The study's level of a relative drop (0.02 is 2 %); a gain is negligible."""
+    """The study's level of a relative drop (0.02 is 2 %); a gain has the lowest."""
     if relative_drop is None:
         return None
     drop = round(relative_drop, 9)  # (0.50 - 0.48) / 0.50 is 4 %, not a hair above
-    if drop < MODERATE_FROM:
-        return "negligible"
-    return "moderate" if drop <= SIGNIFICANT_ABOVE else "significant"
+    if drop < MEDIUM_FROM:
+        return SMALL
+    return MEDIUM if drop <= LARGE_ABOVE else LARGE
 
 
 def paired_interval(differences: list[float]) -> tuple[float, float]:
@@ -213,10 +217,17 @@ def mover(parts: Sequence[tuple[float, float | None, float | None]]) -> tuple[fl
 def judged(rows: Sequence[Delta]) -> list[Delta]:
     """The rows as one family: p-values corrected for each other, and verdicts by them."""
     adjusted = significance.holm([row.p_value for row in rows])
-    return [
-        replace(row, p_adjusted=p, verdict=significance.verdict(row.delta, p, lower_is_better=row.lower_is_better))
-        for row, p in zip(rows, adjusted, strict=True)
-    ]
+    return [replace(row, p_adjusted=p, verdict=verdict(row, p)) for row, p in zip(rows, adjusted, strict=True)]
+
+
+def verdict(row: Delta, p_value: float) -> str:
+    """The verdict on a row, for its p-value as corrected over a family."""
+    return significance.verdict(row.delta, p_value, row.low, row.high, lower_is_better=row.lower_is_better)
+
+
+def renewed(row: Delta) -> Delta:
+    """A row of a record with level and verdict as this version of dqx gives them."""
+    return replace(row, level=level(row.relative_drop), verdict=verdict(row, row.p_adjusted))
 
 
 def _row(limits: tuple[float, float] | None, bootstrap: tuple[float, float] | None, **known: Any) -> Delta:
@@ -226,7 +237,7 @@ def _row(limits: tuple[float, float] | None, bootstrap: tuple[float, float] | No
     drop = (before - known["quantized"]) / before if before and not lower_is_better else None
     low, high = limits or (None, None)
     bootstrap_low, bootstrap_high = bootstrap or (None, None)
-    verdict = significance.verdict(known["delta"], p_value, lower_is_better=lower_is_better)
+    verdict = significance.verdict(known["delta"], p_value, low, high, lower_is_better=lower_is_better)
     return Delta(
         low=low, high=high, bootstrap_low=bootstrap_low, bootstrap_high=bootstrap_high, relative_drop=drop,
         level=level(drop), p_adjusted=p_value, verdict=verdict, **known,

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from torch import Tensor  # takes a second to import, which reading a record does not need
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-SCHEMA_VERSION = 4
-#: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step.
-READABLE = (1, 2, 3, 4)
+SCHEMA_VERSION = 5
+#: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step;
+#: 4 had words for levels, and called a difference worse whose interval held 0. Levels and verdicts are made anew.
+READABLE = (1, 2, 3, 4, 5)
 #: What results.json has as `Record` has it; and what records of version 1 may lack.
 KEPT = ("model", "timings", "choices", "command", "created", "warnings", "mirror")
 ADDED = ("fidelity", "memory")
@@ -198,7 +199,7 @@ class RunFolder:
             calibration_text=calibration.get("fingerprint"),
             mask_ratio=calibration.get("mask_ratio"),
             sources=sources,
-            deltas=[Delta(**row) for row in results["deltas"]] if version > 1 else [],
+            deltas=[deltas.renewed(Delta(**row)) for row in results["deltas"]] if version > 1 else [],
             full_precision=sides["full_precision"],
             quantized=sides["quantized"],
             **{key: results[key] for key in KEPT},

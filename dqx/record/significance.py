@@ -194,9 +194,15 @@ def resolvable_mean(differences: Sequence[float]) -> float | None:
     return quantiles * _deviation(differences) / math.sqrt(n)
 
 
-def verdict(difference: float, p_value: float, *, lower_is_better: bool = False) -> str:
-    """better, worse, or not distinguishable where `p_value` (corrected for the table) is above 5 %."""
-    if p_value > ALPHA or difference == 0:
+def verdict(
+    difference: float, p_value: float, low: float | None, high: float | None, *, lower_is_better: bool = False
+) -> str:
+    """better or worse where `p_value` (corrected for the table) is at most 5 % and the interval leaves out 0.
+
+    Else not distinguishable, so that no verdict contradicts the interval `low` to `high` beside it; None: no interval.
+    """
+    within = low is not None and high is not None and low <= 0 <= high
+    if p_value > ALPHA or difference == 0 or within:
         return UNDECIDED
     return BETTER if (difference < 0) == lower_is_better else WORSE
 

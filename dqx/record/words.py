@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from dqx.common.names import enumerated, natural
 from dqx.evaluate.spec import NLL
+from dqx.record.deltas import headline
 from dqx.record.settings import RunSettings
+from dqx.record.significance import UNDECIDED
 
 if TYPE_CHECKING:
     from dqx.record.folder import Record
@@ -85,6 +87,40 @@ def many_runs(name: str, documents: Mapping[str, int], runs: Iterable[RunSetting
     return "; ".join(parts)
 
 
+def outcome(record: Record) -> str:
+    """What came of a run, in one line: `75.0 -> 71.2, -3.8 [-8.0, +0.4], p 0.12, unclear, 41 s`."""
+    row = headline(record.deltas)
+    before, after = value(row.full_precision, row.metric), value(row.quantized, row.metric)
+    change = f"{difference(row.delta, row.metric)} {interval(row.low, row.high, row.metric)}".strip()
+    chance = f"p {probability(row.p_value, row.p_adjusted)}, {verdict(row.verdict)}"
+    return f"{before} -> {after}, {change}, {chance}, {sum(record.timings.values()):.0f} s"
+
+
+def meanings(runs: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Choices of widths that do not mean the same with all methods: one line each, with what would.
+
+    A run is its choice (w3), its method (duquant) and what the choice means there (w3a3).
+    """
+    choices: dict[str, dict[str, list[str]]] = {}
+    for choice, method, widths in runs:
+        methods = choices.setdefault(choice, {}).setdefault(widths, [])
+        if method not in methods:
+            methods.append(method)
+    lines = []
+    for choice, meant in choices.items():
+        typed = choice.removeprefix("w") if choice.removeprefix("w").isdigit() else choice
+        if len(meant) > 1:
+            told = ", ".join(f"{widths} for {enumerated(methods)}" for widths, methods in meant.items())
+            lines.append(f"bits={typed} means {told}; bits={_weights_only(meant)} means the same for all.")
+    return lines
+
+
+def _weights_only(widths: Iterable[str]) -> str:
+    """Of several widths the one with 16-bit activations, else the first."""
+    known = list(widths)
+    return next((name for name in known if re.search(r"a16(?!\d)", name)), known[0])
+
+
 def lede(records: Sequence[Record]) -> str:
     """What was run, in one sentence."""
     if not records:
@@ -125,6 +161,20 @@ def difference(fraction: float, metric: str | None) -> str:
 def interval(low: float | None, high: float | None, metric: str | None) -> str:
     """`[-3.8, +2.9]`; empty where one document cannot give one."""
     return "" if low is None or high is None else f"[{difference(low, metric)}, {difference(high, metric)}]"
+
+
+def probability(p: float, corrected: float) -> str:
+    """A p-value, and in brackets the one corrected for the table where it is another: `0.03 (0.09)`."""
+    return _probability(p) if corrected == p else f"{_probability(p)} ({_probability(corrected)})"
+
+
+def _probability(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}" if p < 0.995 else "1"
+
+
+def verdict(name: str) -> str:
+    """The verdict of a row in one word: better, worse or unclear."""
+    return "unclear" if name == UNDECIDED else name
 
 
 def points(fraction: float) -> str:

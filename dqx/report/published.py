@@ -213,7 +213,7 @@ def compared(preset: str, evaluated: Sequence[Evaluation]) -> Comparison:
         members = [line for line in rows if line.model == model]
         tasks = list(members[0].published)
         entries = [_entries(line, counts) for line in members]
-        columns = ("setting", "method", *tasks, "average", "relative drop, %", "level")
+        columns = ("setting", "method", *tasks, "average", "relative drop, %", "drop")
         notes, rules = (*NOTES, *_unlike(members)), changes([row[0].text for row in entries[1:]])
         title = f"{preset}: {model}"
         rows_of = with_best(entries[1:], dict.fromkeys(range(2, 3 + len(tasks)), False), rules)
@@ -237,8 +237,8 @@ def _entries(line: Line, counts: dict[str, int]) -> list[Entry]:
         return [*entries, *(Entry(MISSING, small, None, MISSING) for small in printed)]
     before, after = (fmean(side[task].value for task in line.published) for side in line.ours.sides)
     drop = (before - after) / before if before else math.nan
-    own = level(drop) or "-"
-    return [*entries, Entry(points(drop).removeprefix("+"), printed[0], drop), Entry(own, printed[1], drop, own)]
+    own = Entry(level(drop) or "-", printed[1], drop)
+    return [*entries, Entry(points(drop).removeprefix("+"), printed[0], drop), own]
 
 
 def _beside(published: float, ours: Sequence[TaskResult]) -> Entry:

@@ -6,7 +6,7 @@ outliers; of a sweep: a row per run; of groups of runs: methods by widths, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean
@@ -24,6 +24,7 @@ from dqx.record.words import difference, points, short, value
 from dqx.report.gather import Row, RunGroup
 
 MISSING, PARTIAL = "missing", "partial"
+P_VALUE = "p (corrected)"
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Entry:
     text: str = ""
     small: str = ""  # beside the text, in smaller print
     number: float | None = None  # by which its column is sorted; None: by the text
-    #: missing; partial; a level (negligible, moderate, significant); a verdict (within, differs); a run's state
-    kind: str = ""
+    kind: str = ""  # missing; partial; a verdict (better, worse, unclear; within, differs); a run's state
     code: bool = False  # a name of the configuration
     anchor: str = ""  # where a link leads to, inside a page
     best: bool = False  # of all methods in the same setting
@@ -53,24 +53,36 @@ class Table:
     stacked: bool = False  # the smaller print may stand below its text
     rules: tuple[int, ...] = ()  # rows above which a rule is drawn, where a table is not sorted
     strong: tuple[int, ...] = ()  # rows in bold, where a table is not sorted
+    spare: tuple[str, ...] = ()  # columns that are left out first where the table is too wide, in this order
+    apart: tuple[str, ...] = ()  # columns that then make tables of their own
+
+    def only(self, columns: Collection[str]) -> Table:
+        """The table with these of its columns alone."""
+        kept = [i for i, name in enumerate(self.columns) if name in columns]
+
+        def cut(rows: list[list[Entry]]) -> list[list[Entry]]:
+            return [[row[i] for i in kept] for row in rows]
+
+        left = sum(i < self.left for i in kept)
+        names = tuple(self.columns[i] for i in kept)
+        notes = tuple(note for note in self.notes if note != DROP or "drop" in names)
+        return replace(self, columns=names, rows=cut(self.rows), head=cut(self.head), left=left, notes=notes)
 
 
 STAR = "* chance alone does not explain the difference (exact tests at 5 %, corrected for the number of rows)."
-LEVELS = "Level: the relative drop alone; below 1 % negligible, up to 4 % moderate, above significant."
+DROP = "Drop: by how much the score fell, relative to full precision, in the study's levels; it says nothing of chance."
 UNITS = "Accuracy in percent; delta from full precision in points, with a 95 % interval over documents."
 TEXTS = "Texts in nats per token, lower is better; a delta is the log of the ratio of perplexities."
-CHANCE = "Verdict: unclear where chance could explain the difference"
+CHANCE = "Verdict: better or worse where p, corrected, is at most 5 % and the interval leaves out 0"
 SIDE_NAMES = {"full_precision": "before", "quantized": "after"}
 
 
-def deltas(
-    rows: Sequence[Delta], before: str = "full precision", after: str = "quantized", *, p_values: bool = False
-) -> Table:
+def deltas(rows: Sequence[Delta], before: str = "full precision", after: str = "quantized") -> Table:
     """One side against another: per task, per category, on average."""
-    columns = ("task", "documents", before, after, "delta [95 % interval]", "relative drop, %", "level", "lost/gained")
+    columns = ("task", "documents", before, after, "delta [95 % interval]", P_VALUE, "verdict")
     return Table(
         "Tasks",
-        (*columns, *(["p"] if p_values else []), "verdict"),
+        (*columns, "relative drop, %", "drop", "lost/gained"),
         [
             [
                 Entry(f"{row.category} average" if row.kind == "category" else row.name, code=row.kind == "task"),
@@ -78,15 +90,16 @@ def deltas(
                 score(row.full_precision, row.metric),
                 score(row.quantized, row.metric),
                 _delta(row),
+                _p(row),
+                _verdict(row),
                 _drop(row),
                 _level(row),
                 Entry(f"{row.lost}/{row.gained}", number=row.lost),
-                *([Entry(f"{row.p_adjusted:.2g}", number=row.p_adjusted)] if p_values else []),
-                _verdict(row),
             ]
             for row in rows
         ],
         notes=tuple(_delta_notes(rows)),
+        spare=("relative drop, %", "lost/gained", "documents"),
         rules=changes([row.kind for row in rows]),
         strong=tuple(i for i, row in enumerate(rows) if row.kind == "overall"),
     )
@@ -99,10 +112,8 @@ def _delta_notes(rows: Sequence[Delta]) -> list[str]:
         notes.append("In percent, deltas in points. Every task counts the same in an average.")
     if any(row.lower_is_better for row in rows):
         notes.append("Texts: nats per token, lower is better; a delta is the log of a perplexity ratio.")
-    notes.append(
-        "Level: the relative drop alone, below 1 % negligible, up to 4 % moderate, above significant. "
-        f"{CHANCE}; tested over documents and corrected for the number of tasks, which the intervals are not."
-    )
+    notes.append(f"{CHANCE}. p: exact tests over documents; in brackets corrected for the number of tasks.")
+    notes.append(DROP)
     first = headline(rows)
     if first.resolvable is not None:
         least = difference(first.resolvable, first.metric).removeprefix("+")
@@ -125,24 +136,39 @@ def sweep(records: Sequence[Record]) -> Table:
         tops.append(len(rows))
         first, delta = members[0]
         top = [Entry(str(label)), Entry("16"), *(_result(first.full_precision.get(name)) for name in tasks)]
-        rows.append([*top, score(delta.full_precision, delta.metric), Entry(), Entry(), Entry()])
+        rows.append([*top, score(delta.full_precision, delta.metric), *[Entry()] * 4])
         for record, delta in members:
             run, average = record.settings, record.average_bits
             name = [" ", run.method_label, run.bits, *([run.masking] if run.masking != "clean" else [])]
             entries = [Entry(" ".join(name)), Entry("-" if average is None else f"{average:.2f}")]
             entries += [_result(record.quantized.get(task)) for task in tasks]
-            rows.append([*entries, score(delta.quantized, delta.metric), _delta(delta), _level(delta), _verdict(delta)])
-    return Table(
+            entries += [score(delta.quantized, delta.metric), _delta(delta), _p(delta), _verdict(delta), _level(delta)]
+            rows.append(entries)
+    several = len(tasks) > 1
+    average_of = ["average"] if several else []
+    columns = ("run", "bits per weight", *tasks, "average", "delta [95 % interval]", P_VALUE, "verdict", "drop")
+    table = Table(
         "Sweep",
-        ("run", "bits per weight", *tasks, "average", "delta [95 % interval]", "level", "verdict"),
+        columns,
         rows,
         notes=(
+            *words.meanings(_widths(record) for record in records),
             "In percent, deltas in points; texts in nats per token; - where a task was not run.",
-            f"{CHANCE}; corrected for all runs.",
+            f"{CHANCE}. p: exact tests over documents; in brackets corrected for the number of runs.",
+            DROP,
         ),
         rules=tuple(tops),
         strong=tuple(tops),
+        spare=("drop",),
+        apart=tuple(tasks) if several else (),
     )
+    return table.only([*columns[: 2 + len(tasks)], *average_of, *columns[3 + len(tasks) :]])
+
+
+def _widths(record: Record) -> tuple[str, str, str]:
+    """The choice of widths, the method, and what the choice means with it."""
+    run = record.settings
+    return record.choices.get("bits", run.bits), run.method_label, run.bits
 
 
 def outliers(record: Record) -> Table:
@@ -157,9 +183,10 @@ def outliers(record: Record) -> Table:
         "relative only: the second alone.",
     )
     columns = ("linear inputs", "quantization", "block", "abs max", "median", "max / median", "outlier channels")
+    relative = "relative only: values, tokens"
     return Table(
         "Outliers",
-        (*columns, "massive values", "on tokens", "relative only: values, tokens"),
+        (*columns, "massive values", "on tokens", relative),
         [
             [Entry(site), Entry(SIDE_NAMES[side]), *map(Entry, _outlier_cells(by_side[side][site]))]
             for site in next(iter(by_side.values()))
@@ -168,6 +195,7 @@ def outliers(record: Record) -> Table:
         ],
         notes=notes,
         left=2,
+        spare=(relative, "median", "on tokens"),
     )
 
 
@@ -195,11 +223,11 @@ def runs(members: Sequence[Run]) -> Table:
         row += [Entry(words.quantization(run), code=True), Entry(run.bits, code=True)]
         row += [Entry(str(run.seed), number=run.seed)]
         row += [Entry("16" if average is None else f"{average:.2f}", number=average or 16.0)]
-        row += [score(total.quantized, total.metric), _delta(total, STAR[0]), _level(total)]
+        row += [score(total.quantized, total.metric), _delta(total), _verdict(total), _level(total)]
         row += [Entry(f"{seconds:.0f}", number=seconds), Entry(record.created[:16].replace("T", " "))]
         rows.append(row)
     columns = ("run", "model", "method", "setting", "seed", "bits per weight", "average", "delta [95 % interval]")
-    return Table("Runs", (*columns, "level", "seconds", "finished, UTC"), rows, left=4)
+    return Table("Runs", (*columns, "verdict", "drop", "seconds", "finished, UTC"), rows, left=4)
 
 
 def anchor(number: int) -> str:
@@ -228,11 +256,12 @@ def overview(group: RunGroup) -> Table:
 
 
 def study(group: RunGroup) -> Table:
-    """The study's layout: settings by methods, tasks, average, relative drop, level, and our interval and test."""
+    """The study's layout: settings by methods, tasks, average, our interval and test, relative drop and its level."""
     averaged = len(accuracies(group)) > 1
     seeds = any(len(row.cell.seeds) > 1 for row in group.rows)
     columns = ["setting", "method", "bits per weight", *group.tasks, *(["average"] if averaged else [])]
-    columns += ["delta [95 % interval]", "relative drop, %", "level", *(["seeds: lowest, highest"] if seeds else [])]
+    columns += ["delta [95 % interval]", P_VALUE, "verdict", "relative drop, %", "drop"]
+    columns += ["seeds: lowest, highest"] if seeds else []
     texts = any(result.metric == NLL for result in group.full_precision.values())
     top = [Entry("full precision"), Entry(), Entry("16", number=16), *map(_result, group.full_precision.values())]
     top += [_full_precision(group)] if averaged else []
@@ -244,7 +273,7 @@ def study(group: RunGroup) -> Table:
         columns=tuple(columns),
         head=[top + [Entry()] * (len(columns) - len(top))],
         rows=with_best(rows, scores | ({3 + len(scores): False} if averaged else {}), rules),
-        notes=(UNITS, *([TEXTS] if texts else []), STAR, LEVELS),
+        notes=(UNITS, *([TEXTS] if texts else []), f"{CHANCE}, for the number of rows.", DROP),
         left=2,
         rules=rules,
     )
@@ -258,7 +287,7 @@ def _row(row: Row, group: RunGroup, *, averaged: bool, seeds: bool) -> list[Entr
     entries += [score(d.quantized, d.metric) if d else Entry(MISSING, kind=MISSING) for d in of_tasks]
     if averaged:
         entries.append(_average(row, group))
-    entries += [_delta(total, STAR[0]), _drop(total), _level(total)]
+    entries += [_delta(total), _p(total), _verdict(total), _drop(total), _level(total)]
     if seeds:
         limits = ", ".join(value(side, total.metric) for side in row.spread or ())
         entries.append(Entry(f"{len(cell.seeds)}: {limits or '-'}", number=len(cell.seeds)))
@@ -297,11 +326,16 @@ def _drop(row: Delta) -> Entry:
 
 
 def _level(row: Delta) -> Entry:
-    return Entry(row.level or "-", kind=row.level or "", number=row.relative_drop)
+    return Entry(row.level or "-", number=row.relative_drop)
+
+
+def _p(row: Delta) -> Entry:
+    return Entry(words.probability(row.p_value, row.p_adjusted), number=row.p_adjusted)
 
 
 def _verdict(row: Delta) -> Entry:
-    return Entry("unclear" if row.verdict == significance.UNDECIDED else row.verdict)
+    verdict = words.verdict(row.verdict)
+    return Entry(verdict, kind=verdict)
 
 
 def _average(row: Row, group: RunGroup) -> Entry:
@@ -316,9 +350,9 @@ def _average_and_delta(row: Row | None, group: RunGroup) -> Entry:
     if row is None:
         return Entry()
     average, delta = _average(row, group), _delta(row.overall, STAR[0])
-    return Entry(
-        average.text, f"({delta.text}) {average.small}".strip(), average.number, average.kind or row.overall.level or ""
-    )
+    small = f"({delta.text}) {average.small}".strip()
+    kind = average.kind or words.verdict(row.overall.verdict)
+    return Entry(average.text, small, average.number, kind)
 
 
 def _what(group: RunGroup) -> str:

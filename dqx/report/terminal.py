@@ -1,16 +1,17 @@
 """A run's record in the terminal: what it cost, where the outliers sit, where the record lies.
 
-Everything is ASCII with colour as a hint only, so that a log file reads like the screen. The usual table fits
-84 columns; a wider one is left to the terminal to wrap, nothing is cut.
+Everything is ASCII with colour as a hint only, so that a log file reads like the screen. Tables fit 80 columns: a wider
+one leaves out the columns that say least, which are in the report, or becomes several. Nothing is cut.
 """
 
 from __future__ import annotations
 
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, TextIO
@@ -20,6 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.text import Text
 
+from dqx.common.names import enumerated
 from dqx.record import words
 from dqx.record.folder import Record
 from dqx.record.outcomes import RunState
@@ -29,56 +31,88 @@ from dqx.report.tables import Entry, Table
 
 #: Rules across, nothing down: head, head rule, rows, section rule, foot.
 RULES = box.Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
-WIDTH = 84
+WIDTH = 80
 COLOURS = {
-    **dict.fromkeys(("negligible", "finished", "reused"), "green"),
-    **dict.fromkeys(("moderate", "interrupted", "not started"), "yellow"),
-    **dict.fromkeys(("significant", "failed", "refused"), "red"),
+    **dict.fromkeys(("better", "finished", "reused"), "green"),
+    **dict.fromkeys(("unclear", "interrupted", "not started"), "yellow"),
+    **dict.fromkeys(("worse", "failed", "refused"), "red"),
 }
 #: Columns whose names are broken in another place than at their last space.
 NAMES = {
     "delta [95 % interval]": "delta\n[95 % interval]",
     "documents": "docu-\nments",
+    "bits per weight": "bits/\nweight",
     "full precision": "full\nprec.",
     "lost/gained": "lost/\ngained",
     "quantization": "quanti-\nzation",
     "quantized": "quan-\ntized",
+    "p (corrected)": "p\n(corrected)",
     "relative drop, %": "rel.\ndrop",
     "relative only: values, tokens": "relative only:\nvalues, tokens",
 }
-WORDS = ("level", "verdict")  # columns of words beside those of numbers
+COMPLETE = ("finished", "reused")  # states of a run
+WORDS = ("drop", "verdict")  # columns of words beside those of numbers
 
 
-def print_table(record: Record, folder: str | Path | None = None, file: TextIO | None = None) -> None:
-    """Print the tables of a record to `file` (standard output if None); `folder` is where the record lies."""
+def print_run(
+    record: Record, folder: str | Path | None = None, again: str | None = None, file: TextIO | None = None
+) -> None:
+    """Print the tables of a record to `file` (standard output if None).
+
+    `folder` is where the record lies, `again` the command that repeats the run.
+    """
     console = _console(file)
     console.print()
-    print_lines(console, (words.title(record), words.conditions(record)), "bold")
+    print_lines(console, _wrapped((words.title(record), words.conditions(record))), "bold")
     console.print()
     print_lines(console, show(tables.deltas(record.deltas), console), "dim")
     if record.fidelity:
         console.print()
-        print_lines(console, fidelity_lines(record.fidelity))
+        print_lines(console, _wrapped(fidelity_lines(record.fidelity)))
     if record.outliers:
         console.print()
         print_lines(console, show(tables.outliers(record), console), "dim")
     console.print()
-    print_lines(console, footer(record, folder))  # paths and commands stay in one piece, to be copied
+    print_lines(console, footer(record, folder, again))  # paths and commands stay in one piece, to be copied
 
 
-def print_sweep(records: Sequence[Record], file: TextIO | None = None) -> None:
-    """Print one row per run of a sweep: quantized accuracy per task, and the average's delta with its interval."""
+def print_line(record: Record, name: str, file: TextIO | None = None) -> None:
+    """Print what came of a run in one line that begins with its name."""
+    print_lines(_console(file), [f"{name}: {words.outcome(record)}"])
+
+
+def print_sweep(runs: Sequence[tuple[str, Record]], file: TextIO | None = None) -> None:
+    """Print one row per run of a sweep, each a name and a record, and the notes of all runs, each note once."""
     console = _console(file)
     console.print()
-    print_lines(console, show(tables.sweep(records), console), "dim")
+    print_lines(console, show(tables.sweep([record for _, record in runs]), console), "dim")
+    concerned: dict[str, list[str]] = {}
+    for name, record in runs:
+        for note in record.warnings:
+            concerned.setdefault(note, []).append(name)
+    if concerned:
+        console.print()
+    for note, names in concerned.items():
+        whose = "all runs" if len(names) == len(runs) else enumerated(names)
+        print_lines(console, [f"Note:    {note} ({whose})"])
 
 
 def print_outcomes(outcomes: Mapping[Path, RunState], file: TextIO | None = None) -> None:
-    """Print what became of every run of a sweep, by its folder."""
+    """Print how many runs of a sweep ended in which way, where they lie, and what kept the others from finishing."""
     console = _console(file)
     console.print()
-    rows = [[Entry(path.name), Entry(run.state, kind=run.state), Entry(run.reason)] for path, run in outcomes.items()]
-    console.print(rendered(Table("Runs", ("run", "state", "reason"), rows, left=3)))
+    counts = Counter(run.state for run in outcomes.values())
+    folders = dict.fromkeys(str(path.parent) for path in outcomes)
+    print_lines(console, [f"Runs:    {', '.join(f'{count} {state}' for state, count in counts.items())}"])
+    print_lines(console, (f"Records: {folder}" for folder in folders))
+    rows = [
+        [Entry(path.name), Entry(run.state, kind=run.state), Entry(run.reason)]
+        for path, run in outcomes.items()
+        if run.state not in COMPLETE
+    ]
+    if rows:
+        console.print()
+        console.print(rendered(Table("Runs", ("run", "state", "reason"), rows, left=3)))
 
 
 def _console(file: TextIO | None) -> Console:
@@ -115,10 +149,46 @@ def errors_end() -> Iterator[Ending]:
         sys.exit(130)
 
 
+def _wrapped(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in textwrap.wrap(text, WIDTH, break_on_hyphens=False)]
+
+
 def show(table: Table, console: Console) -> list[str]:
-    """Print a table however wide it is. Returns its notes as lines."""
-    Console(file=console.file, highlight=False, emoji=False, width=max(200, console.width)).print(rendered(table))
-    return [line for note in table.notes for line in textwrap.wrap(note, WIDTH)]
+    """Print a table, in several pieces where it would be wider than 80 columns. Returns its notes as lines."""
+    pieces = fitted(table)
+    printer = Console(file=console.file, highlight=False, emoji=False, width=max(WIDTH, *map(_width, pieces)))
+    for i, piece in enumerate(pieces):
+        printer.print(*([""] if i else []), rendered(piece), sep="\n")
+    shown = {name for piece in pieces for name in piece.columns}
+    return _wrapped(table.only(shown).notes)
+
+
+def fitted(table: Table) -> list[Table]:
+    """The table in 80 columns: without as many of its spare columns as must be, else in several tables."""
+    for left_out in range(len(table.spare) + 1):
+        narrow = table.only([name for name in table.columns if name not in table.spare[:left_out]])
+        if _width(narrow) <= WIDTH:
+            return [narrow]
+    if not table.apart:
+        return [narrow]
+    pieces = fitted(replace(table, apart=()).only([name for name in table.columns if name not in table.apart]))
+    columns = [table.columns[0]]
+    for name in table.apart:
+        if len(columns) > 1 and _width(table.only([*columns, name])) > WIDTH:
+            pieces.append(table.only(columns))
+            columns = [table.columns[0]]
+        columns.append(name)
+    return [*pieces, table.only(columns)]
+
+
+def _width(table: Table) -> int:
+    """Characters that the table takes from left to right."""
+    rows = [*table.head, *table.rows]
+    widths = [
+        max(max(map(len, _in_two_lines(name).split("\n"))), *(len(_cell(row[i])) for row in rows))
+        for i, name in enumerate(table.columns)
+    ]
+    return sum(widths) + len(widths) - 1
 
 
 def rendered(table: Table) -> rich.table.Table:
@@ -173,7 +243,7 @@ def step_lines(fidelity: dict[str, Any]) -> list[str]:
     return [f"On full precision's states: {100 * fmean(flips):.0f} % other commits{noise}."]
 
 
-def footer(record: Record, folder: str | Path | None) -> list[str]:
+def footer(record: Record, folder: str | Path | None, again: str | None) -> list[str]:
     """Notes, the memory taken, where the record lies, and how to run it again."""
     lines = [f"Note:    {text}" for text in record.warnings]
     if record.memory:
@@ -183,8 +253,8 @@ def footer(record: Record, folder: str | Path | None) -> list[str]:
         lines.append(f"Memory:  {taken}{from_disk}")
     if folder is not None:
         lines.append(f"Record:  {folder}")
-    if record.command:
-        lines.append(f"Again:   {record.command}")
+    if again or record.command:
+        lines.append(f"Again:   {again or record.command}")
     return lines
 
 

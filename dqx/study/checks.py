@@ -78,7 +78,10 @@ def _number_problems(config: Config) -> Iterator[str]:
         ("fidelity.gen_length", 1),
         ("fidelity.steps", 0),
         ("wandb.documents", 0),
+        ("verbose", 0),
     )
+    if config.verbose > 2:
+        yield f"verbose={config.verbose} must be 0 (one line per run), 1 or 2 (everything)"
     if config.seed >= 2**63:
         yield f"seed={config.seed} must be below 2^63"
     for key, low in at_least:

@@ -21,7 +21,7 @@ from dqx.config.origin import Origin
 from dqx.config.schema import Config
 from dqx.evaluate.results import TaskResult
 from dqx.record.folder import Record, RunFolder
-from dqx.report.terminal import print_copy, print_table
+from dqx.report.terminal import print_copy, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study.cache.space import make_room
@@ -115,16 +115,21 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
 
 def _keep(record: Record, output: RunFolder, subjects: Subjects, origin: Origin) -> None:
     """Print the record, write it, and copy it to W&B, with the quantized weights where they are wanted."""
-    main, wandb = processes().main, subjects.config.wandb
+    main, wandb, verbose = processes().main, subjects.config.wandb, subjects.config.verbose
+    whole = verbose > 1 or (verbose == 1 and origin.sweep is None)
     if main:
-        print_table(record, output.path)  # first: a full disk or a slow network takes nothing from the screen
+        if whole:  # first: a full disk or a slow network takes nothing from the screen
+            print_run(record, output.path, origin.again)
+        else:
+            print_line(record, output.path.name)
         output.write(record)
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if wandb.checkpoint else None
     if main:
         heartbeat.stage("copy to Weights & Biases")
         record.mirror = copy_run(record, output.path, wandb, group=origin.sweep, checkpoint=weights)
         output.write_results(record)
-        print_copy(record)
+        if whole or record.mirror.get("state") == "failed":
+            print_copy(record)
         if weights:
             shutil.rmtree(weights, ignore_errors=True)
 

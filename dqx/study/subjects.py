@@ -304,4 +304,4 @@ class Subjects:
 
     def _say(self, what: str) -> None:
         if processes().main:
-            log.info(f"  {what}")
+            log.debug(f"  {what}")

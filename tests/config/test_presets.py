@@ -96,7 +96,7 @@ def test_the_record_names_the_variant() -> None:
     assert (variant.results()["method"], variant.results()["variant"]) == ("gptq", "as_published")
     assert words.title(variant).startswith("nano_llada, gptq_as_published w3a16")
     out = io.StringIO()
-    print_sweep([plain, variant], out)
+    print_sweep([("0", plain), ("1", variant)], out)
     assert "gptq w3a16" in out.getvalue()
     assert "gptq_as_published w3a16" in out.getvalue()
 

@@ -31,7 +31,7 @@ def test_hand_computed():
     assert row.low == pytest.approx(-1 / 6 - 1.9599640 * 0.19837304, abs=1e-6)
     assert row.high == pytest.approx(-1 / 6 + 1.9599640 * 0.19837304, abs=1e-6)
     assert row.relative_drop == pytest.approx(2 / 7)
-    assert row.level == "significant"
+    assert row.level == "> 4 %"
 
 
 def test_documents_pair_by_id_not_by_order():
@@ -47,7 +47,7 @@ def test_identical_runs_give_exactly_zero(scores):
     for row in deltas.compare(runs, runs):
         assert row.delta == 0.0
         assert row.relative_drop == 0.0
-        assert row.level == "negligible"
+        assert row.level == "< 1 %"
         assert row.lost == row.gained == 0
         assert row.low <= 0 <= row.high
         assert row.bootstrap_low is None or row.bootstrap_low <= 0 <= row.bootstrap_high
@@ -76,11 +76,11 @@ def test_one_document():
 @pytest.mark.parametrize(
     ("drop", "expected"),
     [
-        (-0.3, "negligible"),
-        (0.0099, "negligible"),
-        (0.01, "moderate"),
-        ((0.50 - 0.48) / 0.50, "moderate"),
-        (0.041, "significant"),
+        (-0.3, "< 1 %"),
+        (0.0099, "< 1 %"),
+        (0.01, "1-4 %"),
+        ((0.50 - 0.48) / 0.50, "1-4 %"),
+        (0.041, "> 4 %"),
         (None, None),
     ],
 )
@@ -251,6 +251,19 @@ def test_verdicts_are_corrected_for_the_number_of_tasks():
     assert [row.p_adjusted for row in categories] == significance.holm([row.p_value for row in categories])
     assert rows["x"].verdict == rows["average"].verdict == "worse"
     assert rows["average"].p_adjusted == rows["average"].p_value
+
+
+def test_no_verdict_contradicts_its_interval():
+    """Better or worse is said of intervals that leave out 0 alone, whatever the scores are."""
+    rng = np.random.default_rng(3)
+    for n in (6, 9, 14, 30):
+        for _ in range(40):
+            before, after = (list(rng.integers(0, 2, n)) for _ in range(2))
+            row = deltas.compare({"t": result("t", before)}, {"t": result("t", after)})[0]
+            inside = row.low <= 0 <= row.high
+            assert row.verdict == "not distinguishable" or not inside, (n, row.p_value, row.low, row.high)
+    sure = deltas.compare_task(result("t", [1] * 6), result("t", [0] * 6))
+    assert (sure.p_value, sure.verdict) == (2 / 2**6, "worse")
 
 
 def test_what_a_sample_could_have_shown():

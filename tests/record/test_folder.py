@@ -165,6 +165,7 @@ def test_records_of_every_schema_version_are_read(version):
     read = folder.read()
     assert json.loads((folder.path / "results.json").read_text())["schema_version"] == version
     assert read.results()["schema_version"] == store.SCHEMA_VERSION
+    assert read.deltas[0].level == "< 1 %"  # versions before 5 had words
     assert [read.full_precision["nano_sums"].value, read.quantized["nano_sums"].n] == [1.0, 2]
     assert [row.doc_id for row in read.quantized["nano_sums"].documents] == ["nano_sums/0", "nano_sums/1"]
     assert read.deltas == folder.read(documents=False).deltas  # tests of differences are computed where none were kept
@@ -181,7 +182,7 @@ def test_records_of_every_schema_version_are_read(version):
 def test_records_of_all_versions_are_runs_alike():
     """One frame holds them, one row per run and task."""
     read = runs(DATA / "records")
-    assert repr(read) == "Runs(4 finished of nano_llada)"
+    assert repr(read) == "Runs(5 finished of nano_llada)"
     frame = read.to_pandas()
     assert frame[["model", "method", "bits", "task", "delta"]].drop_duplicates().values.tolist() == [
         ["nano_llada", "rtn", "w4a16", "nano_sums", 0.0]
@@ -189,7 +190,7 @@ def test_records_of_all_versions_are_runs_alike():
     assert list(frame["folder"]) == [str(run.path) for run in read]
     assert "nano_sums" in read._repr_html_()
     assert "rtn w4a16" in repr(read[0].record)
-    assert len(read[1:]) == 3
+    assert len(read[1:]) == 4
 
 
 def test_records_are_read_without_torch():

@@ -172,15 +172,17 @@ def test_a_resolvable_mean_is_found_in_four_of_five_samples():
 
 
 @pytest.mark.parametrize(
-    ("difference", "p_value", "lower_is_better", "expected"),
+    ("difference", "p_value", "limits", "lower_is_better", "expected"),
     [
-        (-0.1, 0.01, False, "worse"),
-        (0.1, 0.05, False, "better"),
-        (0.1, 0.01, True, "worse"),
-        (-0.1, 0.01, True, "better"),
-        (-0.1, 0.0501, False, "not distinguishable"),
-        (0.0, 0.01, False, "not distinguishable"),
+        (-0.1, 0.01, (-0.2, -0.01), False, "worse"),
+        (0.1, 0.05, (0.01, 0.2), False, "better"),
+        (0.1, 0.01, (0.01, 0.2), True, "worse"),
+        (-0.1, 0.01, (-0.2, -0.01), True, "better"),
+        (-0.1, 0.01, (None, None), False, "worse"),
+        (-0.1, 0.0501, (-0.2, -0.01), False, "not distinguishable"),  # the correction says so
+        (-0.1, 0.01, (-0.2, 0.01), False, "not distinguishable"),  # the interval says so
+        (0.0, 0.01, (-0.1, 0.1), False, "not distinguishable"),
     ],
 )
-def test_verdicts(difference, p_value, lower_is_better, expected):
-    assert verdict(difference, p_value, lower_is_better=lower_is_better) == expected
+def test_verdicts(difference, p_value, limits, lower_is_better, expected):
+    assert verdict(difference, p_value, *limits, lower_is_better=lower_is_better) == expected

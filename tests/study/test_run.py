@@ -125,8 +125,13 @@ def test_the_command_to_repeat_a_run_has_a_teams_folder(tmp_path, monkeypatch):
     overrides = ["method=rtn", "bits=w4", f"hydra.searchpath=[{tmp_path}]", "hydra.mode=MULTIRUN"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         hydra = hydra_compose("config", overrides, return_hydra_config=True)
-    expected = f"DQX_CONFIG_PATH='our configs' python launch.py 'hydra.searchpath=[{tmp_path}]' method=rtn bits=w4"
-    assert Origin.of(hydra.hydra).command == expected
+    expected = f"DQX_CONFIG_PATH='our configs' python launch.py 'hydra.searchpath=[{tmp_path}]' method=rtn bits=4"
+    origin = Origin.of(hydra.hydra)
+    assert origin.command == expected  # bits=4 as it was typed
+    hydra.hydra.runtime.cwd = "/home/me/my runs"
+    monkeypatch.setattr(sys, "argv", ["../dqx/launch.py"])
+    again = expected.replace("python launch.py", "python ../dqx/launch.py")
+    assert Origin.of(hydra.hydra).again == f"cd '/home/me/my runs' && {again}"
 
 
 @pytest.mark.slow

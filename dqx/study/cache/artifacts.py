@@ -85,4 +85,4 @@ class ArtifactCache:
 
     def _say(self, what: str, key: Key) -> None:
         if self.processes.main:
-            log.info(f"  {what} {key.path}")
+            log.debug(f"  {what} {key.path}")
