@@ -101,7 +101,8 @@ class Engine:
 
     `settled` gets the tokens before an answer's first mask whenever there are more of them, and says whether what
     follows cannot matter; None writes every answer to its end. `batch_size` rows go through the model at a time; None
-    chooses from free memory. After running out of memory it is halved, which `notes` says.
+    chooses from free memory. After running out of memory it is halved, which `notes` says. `progress` is told how many
+    of the prompts' `steps` are over, whenever some are; an answer that stops early has all of its steps behind it.
 
     Raises ValueError with the `problems` of the settings.
     """
@@ -115,6 +116,7 @@ class Engine:
     seed: int = 0
     settled: Callable[[list[int]], bool] | None = None
     batch_size: int | None = None
+    progress: Callable[[int], object] | None = None
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -143,12 +145,22 @@ class Engine:
         largest = len(prompts)
         free = accelerator.free_memory(self.model.device)
         batch: list[Row] = []
+        over = [0] * len(prompts)  # steps, of each prompt
+
+        def tell(rows: Sequence[Row], steps: int | None = None) -> None:
+            before = sum(over)
+            for row in rows:
+                over[row.index] = max(over[row.index], row.step + 1 if steps is None else steps)
+            if self.progress:
+                self.progress(sum(over) - before)
+
         while waiting or batch:
             while waiting and len(batch) < min(largest, self.room([*batch, waiting[0]], free)):
                 row = waiting.popleft()
                 if row.count or self._advance(row):
                     batch.append(row)
                 else:
+                    tell([row], self.steps)
                     yield row.index, self._finish(row)
             if batch and not self._step(batch):
                 if len(batch) == 1 and self._kept is None:
@@ -163,9 +175,11 @@ class Engine:
                     waiting.extendleft(reversed(batch[largest:]))
                     batch = batch[:largest]
                 continue
+            tell(batch)
             going = []
             for row in batch:
                 if (stopped := self._is_settled(row)) or not self._advance(row):
+                    tell([row], self.steps)
                     yield row.index, self._finish(row, stopped)
                 else:
                     going.append(row)

@@ -162,7 +162,8 @@ class DiffusionHarness(LM):
         prompts = [self._prompt(request) for request in requests]
         work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
         session = EvaluationSession(documents(requests), work, self.journal)
-        with progress_bar(len(session.todo), self.task.label, "requests", shown=self.settings.progress) as bar:
+        steps = sum(schedule_steps(requests[i].args[1]) for i in session.todo)
+        with progress_bar(steps, self.task.label, "steps", shown=self.settings.progress) as bar:
             for indices in alike(requests, session.todo):
                 settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
@@ -172,10 +173,11 @@ class DiffusionHarness(LM):
                     self.sampler,
                     gen_length=settings["max_gen_toks"],
                     block_length=self.sampler.block_length(settings.get("block_length")),
-                    steps=settings.get("steps") or settings["max_gen_toks"],
+                    steps=schedule_steps(settings),
                     seed=self.settings.seed,
                     settled=ending.settled,
                     batch_size=self.task.batch_size,
+                    progress=bar.update,
                 )
                 for at, answer in engine.stream([prompts[i] for i in indices]):
                     session.spend(
@@ -186,7 +188,6 @@ class DiffusionHarness(LM):
                     )
                     session.note(engine.notes)
                     session.enter({indices[at]: ending.text(answer.ids)})
-                    bar.update()
         return [str(text) for text in self._gather(session)]
 
     # the pieces
@@ -302,8 +303,12 @@ def alike(requests: Sequence[Instance], indices: Sequence[int]) -> list[list[int
 
 def writing(prompt: Prompt, settings: Mapping[str, Any]) -> int:
     """Tokens through the model that an answer takes at most."""
-    length = settings["max_gen_toks"]
-    return (len(prompt.ids) + length) * (settings.get("steps") or length)
+    return (len(prompt.ids) + settings["max_gen_toks"]) * schedule_steps(settings)
+
+
+def schedule_steps(settings: Mapping[str, Any]) -> int:
+    """Denoising steps of an answer: as many as it has tokens where nothing else is set."""
+    return int(settings.get("steps") or settings["max_gen_toks"])
 
 
 def document_key(request: Instance) -> tuple[str, int]:

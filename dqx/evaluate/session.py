@@ -149,6 +149,7 @@ def progress_bar(total: int, label: str, unit: str, *, shown: bool) -> tqdm[NoRe
         desc=label or None,
         disable=not (shown and processes().main),
         unit=f" {unit}",
-        unit_scale=unit == "tokens",
+        unit_scale=total >= 10_000,
+        leave=not sys.stderr.isatty(),  # a terminal keeps results alone; a log file says what was done
         mininterval=1.0 if sys.stderr.isatty() else 60.0,
     )

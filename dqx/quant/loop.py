@@ -155,12 +155,15 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
 
     with _progress_bar(asked.progress) as bar:
         sites = len(arch.sites)
-        task = bar.add_task(f"{method.name} {bits.name}", total=arch.n_blocks * sites, completed=done.blocks * sites)
+        name = f"{method.name} {bits.name}"
+        task = bar.add_task(name, total=arch.n_blocks * sites, completed=done.blocks * sites)
         note(done.blocks)
 
         def advance() -> None:
             beat()
             bar.advance(task)
+            block = min(int(bar.tasks[task].completed) // sites + 1, arch.n_blocks)
+            bar.update(task, description=f"{name}, block {block} of {arch.n_blocks}")
 
         for index in range(done.blocks, arch.n_blocks):
             work = context.at(index=index, widths=widths.blocks[index])
@@ -197,6 +200,14 @@ def _one_block(
 
 
 def _progress_bar(enabled: bool) -> bars.Progress:
-    done = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()
+    done = bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("sites")
     time_left = bars.TextColumn("left"), bars.TimeRemainingColumn()
-    return bars.Progress(*done, bars.TimeElapsedColumn(), *time_left, console=Console(stderr=True), disable=not enabled)
+    console = Console(stderr=True)
+    return bars.Progress(
+        *done,
+        bars.TimeElapsedColumn(),
+        *time_left,
+        console=console,
+        disable=not enabled,
+        transient=console.is_terminal,
+    )

@@ -88,12 +88,11 @@ def many_runs(name: str, documents: Mapping[str, int], runs: Iterable[RunSetting
 
 
 def outcome(record: Record) -> str:
-    """What came of a run, in one line: `75.0 -> 71.2, -3.8 [-8.0, +0.4], p 0.12, unclear, 41 s`."""
+    """What came of a run, in one line: `71.2, -3.8 [-8.0, +0.4], p 0.12, unclear, 41 s`."""
     row = headline(record.deltas)
-    before, after = value(row.full_precision, row.metric), value(row.quantized, row.metric)
     change = f"{difference(row.delta, row.metric)} {interval(row.low, row.high, row.metric)}".strip()
     chance = f"p {probability(row.p_value, row.p_adjusted)}, {verdict(row.verdict)}"
-    return f"{before} -> {after}, {change}, {chance}, {sum(record.timings.values()):.0f} s"
+    return f"{value(row.quantized, row.metric)}, {change}, {chance}, {sum(record.timings.values()):.0f} s"
 
 
 def meanings(runs: Iterable[tuple[str, str, str]]) -> list[str]:

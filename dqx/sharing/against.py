@@ -139,14 +139,16 @@ def results_differences(there: Record, here: Record) -> Iterator[str]:
             before, after = getattr(there, side)[name], getattr(here, side)[name]
             other = other_predictions(before, after)
             label, row = f"{name}, {side.replace('_', ' ')}", rows[name]
+            reused = here.sources.get(side, {}).get(name) == "reused"
+            where = " (reused from the cache, not computed again)" if reused else ""
             if not other and row.delta == 0:
-                yield f"{label}: all {after.n} predictions are identical"
+                yield f"{label}: all {after.n} predictions are identical{where}"
                 continue
             limits = interval(row.low, row.high, row.metric)
             change = difference(row.delta, row.metric) + (f" {limits}" if limits else "")
             yield (
                 f"{label}: {other} of {after.n} predictions differ, {value(row.full_precision, row.metric)} there, "
-                f"{value(row.quantized, row.metric)} here, {change}, {row.verdict}"
+                f"{value(row.quantized, row.metric)} here, {change}, {row.verdict}{where}"
             )
 
 

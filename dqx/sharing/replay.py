@@ -5,11 +5,16 @@ nothing. Single settings can be changed on top, also swept with `-m`; choices of
 with the values of another choice, or go unnoticed, so they are refused. The name of the widths alone is computed
 again, because it names what may be changed.
 
+A replay is computed, not looked up: its `cache_dir` is a folder of its own below `runs/replays`, so that nothing that
+the author's machine still has is taken for a result of this one, and a replay that was killed goes on. Whoever wants
+to reuse what is there sets `cache_dir=runs/cache`; the comparison then says what was reused.
+
 The configuration goes into Hydra's config store, which launchers hand to the processes that they start.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -28,6 +33,7 @@ from dqx.formats.bits import BitsConfig, label
 from dqx.sharing import bundle
 
 FLAG = "--from"
+REPLAYS = "runs/replays"
 NAME = "shared_run"  # of the configuration in Hydra's store
 GROUP = re.compile(rf"[+~]*({'|'.join(GROUPS)})(/[\w/]+)?(@[\w.]+)?(=.*)?")
 PARTS = "parts"  # the setting that names trusted modules; a bundle cannot set it
@@ -69,7 +75,8 @@ def replayed(argv: Sequence[str]) -> list[str]:
         )
     if problems:
         raise ConfigProblems(problems)
-    ConfigStore.instance().store(name=NAME, node=settings(config) | {"bundle": str(path)})
+    own = {"bundle": str(path), "cache_dir": own_cache(Path(path).expanduser())}
+    ConfigStore.instance().store(name=NAME, node=settings(config) | own)
     return [f"--config-name={NAME}", *rest]
 
 
@@ -100,6 +107,13 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(widths, BitsConfig) and label(widths) == widths.name:
             taken["bits"]["name"] = "${bits_name:}"
     return {"defaults": ["schema", *ours, "_self_"], **taken, "hydra": main["hydra"]}
+
+
+def own_cache(path: Path) -> str:
+    """The folder of what replays of a bundle have computed, by the file's name and content."""
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
+    name = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(bundle.SUFFIX))
+    return f"{REPLAYS}/{name}-{digest}"
 
 
 def shared_command(shared: bundle.Bundle) -> str:

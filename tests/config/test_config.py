@@ -401,3 +401,13 @@ def test_parts_of_older_configurations_are_found_where_they_are_now() -> None:
         assert part_problems({"_target_": old}, "part") == []
         assert type(build_part({"_target_": old})) is type(build_part({"_target_": new})) is locate(new)
         assert locate(old).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("verbose", "mode", "level"),
+    [(0, "RUN", "WARNING"), (1, "RUN", "INFO"), (1, "MULTIRUN", "WARNING"), (2, "MULTIRUN", "DEBUG")],
+)
+def test_verbose_says_which_messages_reach_the_terminal(verbose: int, mode: str, level: str) -> None:
+    cfg = compose([f"verbose={verbose}", f"hydra.mode={mode}"], with_hydra=True)
+    assert cfg.hydra.job_logging.handlers.console.level == level
+    assert cfg.hydra.job_logging.loggers.dqx.level == "DEBUG"  # of run.log, which has all

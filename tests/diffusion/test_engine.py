@@ -151,6 +151,23 @@ def test_a_settled_row_stops_and_frees_its_place(models, sampler: Sampler) -> No
     assert set(sizes[: len(sizes) // 2]) == {3}  # no place is empty while prompts wait
 
 
+@pytest.mark.parametrize("sampler", [LLADA[1], LLADA[3], DREAM[1]], ids=str)
+def test_progress_moves_with_every_step_and_ends_at_all_of_them(models, sampler: Sampler) -> None:
+    """Also where answers stop early, and where rows leave the batch and take a step again."""
+    family = "llada" if isinstance(sampler, LLaDASampler) else "dream"
+    model, schedule = models[family], LLADA_SCHEDULE if family == "llada" else DREAM_SCHEDULE
+    asked = len(LENGTHS) * schedule["steps"]
+    for settled, most in ((None, 1000), (lambda ids: len(ids) > 3, 1000), (None, 2)):
+        told: list[int] = []
+        engine = Engine(model, sampler, settled=settled, batch_size=3, progress=told.append, **schedule)
+        with sizes_of_batches(model, most=most) as sizes:
+            answers = engine.generate(prompts())
+        assert len(answers) == len(LENGTHS)
+        assert sum(told) == asked
+        assert min(told) >= 0
+        assert sum(n > 0 for n in told) >= len(sizes) - len(LENGTHS)  # not only when answers are finished
+
+
 def test_answers_come_as_they_finish_and_the_longest_prompts_first(models) -> None:
     engine = Engine(models["llada"], LLaDASampler(), batch_size=2, **LLADA_SCHEDULE)
     assert [i for i, _ in engine.stream(prompts())] == [4, 2, 6, 0, 3, 5, 1]

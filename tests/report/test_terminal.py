@@ -156,7 +156,7 @@ def test_texts_are_in_nats_and_what_the_sample_could_show_is_said():
 def test_a_run_of_a_sweep_is_one_line():
     out = io.StringIO()
     print_line(record(timings={"evaluate": 41.2}), "3-nano_llada-gptq-w3a16", out)
-    line = "3-nano_llada-gptq-w3a16: 87.5 -> 37.5, -50.0 [-71.7, +11.9], p 0.25, unclear, 41 s\n"
+    line = "3-nano_llada-gptq-w3a16: 37.5, -50.0 [-71.7, +11.9], p 0.25, unclear, 41 s\n"
     assert re.sub(r"\[.*?\]", "[]", out.getvalue()) == re.sub(r"\[.*?\]", "[]", line)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,7 @@ from dqx.sharing import bundle
 from dqx.sharing.against import Against, environment_differences, other_predictions, results_differences
 from dqx.sharing.fingerprints import data_fingerprints
 from dqx.sharing.private import Cleaner
-from dqx.sharing.replay import NAME, replayed
+from dqx.sharing.replay import NAME, own_cache, replayed
 from dqx.sharing.share import contents, share
 
 ROOT = CONF_DIR.parent
@@ -308,7 +309,8 @@ def test_a_bundle_sets_neither_places_nor_the_environment_nor_trust(
     members["config.yaml"] = yaml.safe_dump(jsonable(asdict(config))).encode()
     bundle.write(tmp_path / "a.dqx.zip", facts, members)
     read, ours = again(tmp_path / "a.dqx.zip"), resolve(compose([]))
-    assert (read.cache_dir, read.cache_max_gb, read.wandb) == (ours.cache_dir, ours.cache_max_gb, ours.wandb)
+    assert (read.cache_max_gb, read.wandb) == (ours.cache_max_gb, ours.wandb)
+    assert read.cache_dir == own_cache(tmp_path / "a.dqx.zip")
     assert read.task.suite["nano_sums"].filter == secret.filter
 
 
@@ -377,8 +379,23 @@ def test_how_results_compare() -> None:
     sums = replace(there.quantized["nano_sums"], documents=[moved, *rows[1:]], value=0.0)
     here = records.record(quantized=there.quantized | {"nano_sums": sums})
     lines = list(results_differences(there, here))
-    assert lines[0] == "nano_sums, full precision: all 4 predictions are identical"
+    assert lines[0].startswith("nano_sums, full precision: all 4 predictions are identical")
     assert lines[2].startswith("nano_sums, quantized: 1 of 4 predictions differ, 25.0 there, 0.0 here, -25.0 [")
+
+
+def test_a_replay_computes_what_it_compares(tmp_path: Path) -> None:
+    """Its cache is its own, by the bundle's content; where another one was set, the comparison says what was reused."""
+    path = bundled(tmp_path, resolve(compose(["method=rtn"])))
+    own = again(path).cache_dir
+    assert re.fullmatch(r"runs/replays/a-[0-9a-f]{8}", own)
+    assert again(path, "cache_dir=elsewhere").cache_dir == "elsewhere"
+    path.write_bytes(path.read_bytes() + b"\0" * 22)
+    assert own_cache(path) != own
+    there = records.record()
+    reused = {"full_precision": {"nano_sums": "reused"}}
+    lines = list(results_differences(there, records.record(sources=reused)))
+    same = "nano_sums, full precision: all 4 predictions are identical"
+    assert lines[0] == f"{same} (reused from the cache, not computed again)"
 
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -295,7 +295,7 @@ def test_a_sweep_killed_again_and_again_computes_every_stage_once(
 COMMAND = [
     *("launch.py", "-m", "method=gptq,awq,smoothquant", "bits=w2a16,w3a16,w4a16,w8a16", "steps=8,16", "task=nano_sums"),
     *("task.limit=1", "calib.samples=2", "calib.length=32", "outliers.samples=1", "fidelity.samples=1"),
-    *("fidelity.length=32", "fidelity.gen_length=2", "wandb.mode=disabled"),
+    *("fidelity.length=32", "fidelity.gen_length=2", "wandb.mode=disabled", "verbose=2"),
 ]
 
 

@@ -151,10 +151,10 @@ def test_the_default_run_from_the_command_line(tmp_path):
 
 
 def test_a_sweep_from_the_command_line(tmp_path):
-    """Two widths in one command: one baseline, two records, one closing table, exit code 0."""
+    """Two methods in one command: one baseline, two records, a line each, one closing table, exit code 0."""
     done = subprocess.run(
         [
-            *(sys.executable, "launch.py", "-m", "method=rtn", "bits=2,4", "task=nano_sums", *SMALL),
+            *(sys.executable, "launch.py", "-m", "method=rtn,duquant", "bits=4", "task=nano_sums", *SMALL),
             *("wandb.mode=disabled", f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
         ],
         cwd=CONF_DIR.parent,
@@ -163,10 +163,18 @@ def test_a_sweep_from_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     folders = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/results.json"))
-    assert folders == ["0-nano_llada-rtn-w2a16", "1-nano_llada-rtn-w4a16"]
+    assert folders == ["0-nano_llada-rtn-w4a16", "1-nano_llada-duquant-w4a4"]
     assert len(list((tmp_path / "cache").glob("results/*.json"))) == 3  # of full precision, and of each width
-    closing = done.stdout.rpartition("Again:")[2]
-    assert all(words in closing for words in ("nano_llada", "rtn w2a16", "rtn w4a16", "95 % interval"))
+    lines = done.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines[:2]] == folders
+    assert lines[2] == ""
+    closing = "\n".join(lines[3:])
+    assert all(words in closing for words in ("nano_llada", "rtn w4a16", "duquant w4a4", "95 % interval"))
+    widths = "bits=4 means w4a16 for rtn, w4a4 for duquant; bits=w4a16 means the same for all."
+    assert widths in " ".join(closing.split())
+    assert widths in done.stderr.splitlines()[0]  # before the first run
+    assert closing.endswith(f"Runs:    2 finished\nRecords: {tmp_path / 'sweep'}")
+    assert max(len(line) for line in lines if str(tmp_path) not in line and not line.startswith("Note")) <= 80
     rows = (tmp_path / "sweep" / folders[1] / "documents" / "nano_sums.jsonl").read_text().splitlines()
     side = json.loads(rows[0])["full_precision"]
     assert side["answer"] in side["prediction"]
