@@ -50,7 +50,7 @@ NAMES = {
     "relative drop, %": "rel.\ndrop",
     "relative only: values, tokens": "relative only:\nvalues, tokens",
 }
-COMPLETE = ("finished", "reused")  # states of a run
+COMPLETE, INCOMPLETE = ("finished", "reused"), ("failed", "refused", "interrupted", "not started")  # states of runs
 WORDS = ("drop", "verdict")  # columns of words beside those of numbers
 
 
@@ -103,7 +103,8 @@ def print_outcomes(outcomes: Mapping[Path, RunState], file: TextIO | None = None
     console.print()
     counts = Counter(run.state for run in outcomes.values())
     folders = dict.fromkeys(str(path.parent) for path in outcomes)
-    print_lines(console, [f"Runs:    {', '.join(f'{count} {state}' for state, count in counts.items())}"])
+    told = (f"{counts[state]} {state}" for state in (*COMPLETE, *INCOMPLETE) if counts[state])
+    print_lines(console, [f"Runs:    {', '.join(told)}"])
     print_lines(console, (f"Records: {folder}" for folder in folders))
     rows = [
         [Entry(path.name), Entry(run.state, kind=run.state), Entry(run.reason)]

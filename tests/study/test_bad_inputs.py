@@ -104,7 +104,7 @@ CONFIGURATIONS = [
     ),
     # ranges
     ("negative seed", ["seed=-1"], "seed=-1 must be 0 or more"),
-    ("more words than there are", ["verbose=3"], "verbose=3 must be 0 (one line per run), 1 or 2 (everything)"),
+    ("more words than there are", ["verbose=3"], r"verbose=3 must be 0 \(one line per run\), 1 or 2"),
     ("no samples", ["calib.samples=0"], "calib.samples=0 must be 1 or more"),
     ("no documents", ["task.limit=0"], "task.limit=0 leaves no documents"),
     ("no steps", ["steps=0"], "steps.count=0 must be 1 or more"),
