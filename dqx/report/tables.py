@@ -273,7 +273,12 @@ def study(group: RunGroup) -> Table:
         columns=tuple(columns),
         head=[top + [Entry()] * (len(columns) - len(top))],
         rows=with_best(rows, scores | ({3 + len(scores): False} if averaged else {}), rules),
-        notes=(UNITS, *([TEXTS] if texts else []), f"{CHANCE}, for the number of rows.", DROP),
+        notes=(
+            UNITS,
+            *([TEXTS] if texts else []),
+            f"{CHANCE}. p: exact tests over documents; in brackets corrected for the number of rows.",
+            DROP,
+        ),
         left=2,
         rules=rules,
     )
