@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -82,21 +82,6 @@ def heat_map(
     for spine in axes.spines.values():
         spine.set(visible=True, linewidth=0.3)
     return image
-
-
-def colour_bar(figure: Figure, image: AxesImage, of: Iterable[Axes], name: str = "") -> Axes:
-    """What the colours of these axes mean, its name above it: beside it would read as that of the axis behind it."""
-    bar = figure.colorbar(image, ax=list(of), pad=0.01).ax
-    above: dict[str, Any] = {
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "size": style.TICKS["labelsize"],
-    }
-    bar.annotate(name, (0, 1), (0, 3), va="bottom", **above)  # a title's width would not be given room
-    bar.tick_params(width=0.3)
-    for spine in bar.spines.values():
-        spine.set_linewidth(0.3)
-    return bar
 
 
 def name_ticks(axis: Axis, names: Sequence[str], most: int = MOST_TICKS) -> None:

@@ -145,12 +145,6 @@ def sites_of(record: Record) -> list[str]:
     return list(dict.fromkeys([*measured, *(name.split("/")[2] for name in record.activations)]))
 
 
-def answers(record: Record) -> str:
-    """The answers that denoising states were taken from: ` of 4 answers of 16 tokens`; empty where none are."""
-    known = record.fidelity.get("answers")
-    return f" of {known['documents']} answers of {known['tokens']} tokens" if known else ""
-
-
 def windows(record: Record) -> str:
     """The text that outlier statistics were made on: `8 calibration windows of 256 tokens`."""
     stats = next(iter(record.outliers.values()))

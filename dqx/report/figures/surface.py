@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dqx.diagnostics.activations.stats import MOST_CELLS
 from dqx.record.folder import Record
-from dqx.record.words import models
+from dqx.record.words import whole_run
 from dqx.report.figures import style
 from dqx.report.figures.sheet import Caption, between, inches, sheet, site_name, sites_of
 
@@ -141,7 +141,7 @@ def _figure(record: Record, block: int, site: str) -> Figure:
         *(["each side has its own vertical scale"] if own_scales else []),
     ]
     caption = Caption(
-        f"Activations before and after: block {block}, {site_name(site)}", models(record), "; ".join(notes) + "."
+        f"Activations before and after: block {block}, {site_name(site)}", whole_run(record), "; ".join(notes) + "."
     )
     figure = sheet(caption, 2.55)
     left, bottom, width, height = between(figure)
