@@ -6,11 +6,15 @@ where a make has none. Functions of a device take the CPU as well and do nothing
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 #: Accelerators that torch knows and dqx does not run on, and why.
 UNFIT = {"mps": "Apple's GPU has no float64, in which rotations, statistics and likelihoods are computed"}
@@ -122,3 +126,51 @@ def watch_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors on an accelerator have taken since `watch_peak`, or so far; 0 on the CPU."""
     return 0 if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
+
+
+Work = Callable[[], None]
+
+
+def captured(work: Work, device: torch.device) -> Work:
+    """`work` that is done many times; on CUDA and ROCm replayed as a graph from the second time on, elsewhere as it is.
+
+    For loops of kernels so small that starting them takes longer than they do. A graph starts all of them at once and
+    repeats what was recorded, so `work` must read nothing back, keep to the same tensors and numbers, and leave its
+    results in them. Where recording fails, `work` goes on as it is, with a warning.
+    """
+    record = RECORDERS.get(device.type)
+    return work if record is None else _Captured(work, record)
+
+
+@dataclass(eq=False)
+class _Captured:
+    work: Work
+    record: Callable[[Work], Work]
+    seen: bool = False
+    ready: Work | None = None
+
+    def __call__(self) -> None:
+        if self.seen and self.ready is None:  # the first time, libraries and tables were set up
+            try:
+                self.ready = self.record(self.work)
+            except RuntimeError as error:
+                self.ready = self.work
+                log.warning("a loop runs without a graph, which is slower and changes nothing: %s", error)
+        self.seen = True
+        (self.ready or self.work)()
+
+
+def _cuda_graph(work: Work) -> Work:
+    """A CUDA graph of `work`, which is recorded and not done. Other threads may use the device meanwhile."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+    finally:
+        torch.cuda.set_stream(stream)  # recording that fails leaves another one behind
+    replay: Work = graph.replay
+    return replay
+
+
+#: What makes a graph of work, by the type of the device.
+RECORDERS: dict[str, Callable[[Work], Work]] = {"cuda": _cuda_graph}

@@ -73,8 +73,10 @@ class BlockWork:
             yield [rows[role] for role in roles]
 
     def _check_weights(self) -> None:
-        for role, linear in self.block.linears().items():
-            if not torch.isfinite(linear.weight).all():  # type: ignore[arg-type]
+        linears = self.block.linears()
+        whole = torch.stack([torch.isfinite(linear.weight).all() for linear in linears.values()])  # type: ignore[arg-type]
+        for role, good in zip(linears, whole.tolist(), strict=True):
+            if not good:
                 index = self.context.index
                 raise ValueError(f"blocks.{index}.{role}.weight holds NaN or infinity; the checkpoint is broken")
 
@@ -250,12 +252,14 @@ def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tu
     """
     w, change = wide(w_OI), wide(quantized_OI) - wide(w_OI)
 
-    def ratio(part: Tensor, whole: Tensor) -> float:
-        return float(part / whole) if whole > 0 else 0.0
+    def ratio(part: Tensor, whole: Tensor) -> Tensor:
+        return torch.where(whole > 0, part / whole, 0.0)
 
     weight_error = ratio(change.square().sum(), w.square().sum())
     if hessian_II is None:
-        return weight_error, None
+        return weight_error.item(), None
     every = max(1, len(w) // JUDGED_OUTPUTS)
     w, change = w[::every], change[::every]
-    return weight_error, ratio(((change @ hessian_II) * change).sum(), ((w @ hessian_II) * w).sum())
+    output_error = ratio(((change @ hessian_II) * change).sum(), ((w @ hessian_II) * w).sum())
+    first, second = torch.stack((weight_error, output_error)).tolist()
+    return first, second

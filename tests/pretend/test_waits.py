@@ -1,4 +1,7 @@
-"""How often the host waits for the device: once a denoising step, once a batch of likelihoods."""
+"""How often the host waits for the device: once a denoising step, once a batch of likelihoods, never for a column.
+
+A planted wait fails here: `float(scale[g])` in the column loop, `.item()` in a step.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from test_saved import configured
+from tiny import Batch
 
+from dqx.config.compose import build
 from dqx.diffusion import SeededNoise
 from dqx.diffusion.engine import Engine
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
 from dqx.diffusion.scorer import Scorer
+from dqx.formats.bits import WeightBits
+from dqx.formats.integers import Grid
+from dqx.quant import quantize
+from dqx.quant.rounding.dual_scale import DualScale, dual_scale
+from dqx.quant.rounding.gptaq import GPTAQ, gptaq_round
+from dqx.quant.rounding.gptq import ColumnSettings, gptq_round
+from dqx.quant.rounding.rtn import rtn_round
+from dqx.quant.transforms.greedy_rotation import greedy_rotation
 from pretend.device import State
-from pretend.test_diffusion import PROMPTS, SAMPLERS, on, requests, schedule
+from pretend.test_diffusion import PROMPTS, SAMPLERS, ids, on, requests, schedule
+from pretend.test_quantization import METHODS
 
 
 @contextmanager
@@ -75,3 +90,71 @@ def test_a_step_of_the_plain_loop(sampler: Sampler, waits: int, pretend: State) 
         out = sampler.generate(model, prompt, noise=noise, **how)
     assert out.n_forwards == len(prompt)
     assert waited == [waits]
+
+
+def rounding(of: str, columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(n, columns, generator=draw).to("pretend") for n in (6, 200))
+    hessian = x.T @ x
+    settings = {"chunk": 8, "fresh_ranges": True}
+    if of == "gptq":
+        gptq_round(w, hessian, Grid(3), 4, settings=ColumnSettings(**settings))
+    elif of == "gptaq":
+        gptaq_round(w, hessian, hessian, Grid(3), 4, settings=GPTAQ(**settings))
+    elif of == "levels":
+        levels = ColumnSettings(**settings, group_order=True, levels=DualScale(iterations=columns))
+        gptq_round(w, hessian, levels.grid(WeightBits(2)), 8, settings=levels)
+    elif of == "dual scale":
+        dual_scale(w, 2, iterations=columns)
+    elif of == "greedy search":
+        greedy_rotation(x, torch.eye(8, device=x.device), steps=columns)
+    else:
+        rtn_round(w, Grid(3), 4)
+
+
+@pytest.mark.parametrize("columns", [16, 48])
+@pytest.mark.parametrize(
+    ("of", "waits"),
+    [
+        ("rtn", 0),
+        ("gptq", 2),  # is the Hessian finite, and has it been factored
+        ("gptaq", 3),  # is the cross term finite
+        ("levels", 4),  # which group comes next, how many there are
+        ("dual scale", 0),
+        ("greedy search", 2),  # are the inputs finite, and what was found
+    ],
+)
+def test_rounding_does_not_wait_for_columns_or_steps(of: str, waits: int, columns: int, pretend: State) -> None:
+    with counted(pretend) as waited:
+        rounding(of, columns)
+    assert waited == [waits]
+
+
+LINEARS, STACKS = 7, 4  # of a block; linears that read the same input are rounded together
+BLOCKS = {
+    "rtn": 1 + 2 * LINEARS,  # are the weights finite; the errors of each, and are its groups scattered
+    "gptq": 1 + 2 * LINEARS + 2 * STACKS,
+    "gptaq": 1 + 2 * LINEARS + 3 * STACKS,
+    "duquant": 1 + 2 * LINEARS + 2 * 2 * STACKS + 1,  # two searches; is a head's scale shared
+}
+
+
+@pytest.mark.parametrize("method", BLOCKS)
+def test_quantizing_a_block(method: str, pretend: State) -> None:
+    config = configured("llada", METHODS[method])
+    model = on("pretend", "llada")
+    with counted(pretend) as waited:
+        quantize(model, build(config.method), config.bits, [Batch(torch.tensor([ids(8, 1)]))], progress=False)
+    assert waited == [len(model.blocks) * BLOCKS[method]]
+
+
+@pytest.mark.parametrize("method", ["rtn", "duquant", "quarot"])
+def test_a_forward_of_a_quantized_model_never_waits(method: str, pretend: State) -> None:
+    """Rounding activations, keys and values, and rotating them, asks nothing of the device."""
+    config = configured("dream", (METHODS[method][0], "w4a4", *METHODS[method][2:]))
+    model = on("pretend", "dream")
+    batch = torch.tensor([ids(8, 1)])
+    quantize(model, build(config.method), config.bits, [Batch(batch)], progress=False)
+    with counted(pretend) as waited, torch.no_grad():
+        model(batch.to("pretend"))
+    assert waited == [0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dqx.common import accelerator
 from dqx.formats.integers import Grid
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
@@ -293,3 +294,16 @@ def test_settings_are_checked(setting):
     found = bad.problems("method.rounding", setting)
     assert len(found) == 4
     assert all("method.rounding." in p for p in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"fresh_ranges": True, "act_order": True}], ids=str)
+def test_replayed_graphs_give_the_codes_of_the_plain_loop(settings, monkeypatch):
+    """On CUDA; tests/pretend/test_graphs.py does it without."""
+    draw = torch.Generator().manual_seed(0)
+    w, x = (torch.randn(n, 1024, generator=draw).to("cuda") for n in (256, 2048))
+    replayed = gptq(w, x.T @ x, Grid(4), 64, **settings)
+    monkeypatch.setattr(accelerator, "RECORDERS", {})
+    plain = gptq(w, x.T @ x, Grid(4), 64, **settings)
+    assert torch.equal(replayed.codes, plain.codes)
+    assert torch.equal(replayed.scale, plain.scale)

@@ -38,12 +38,15 @@ def upper_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, tuple[str,
 
 
 def _factor_in_place(h_II: Tensor) -> bool:
-    """Turn H into R, from the last block of columns to the first. False if H is not positive definite."""
+    """Turn H into R, from the last block of columns to the first. False if H is not positive definite.
+
+    The host waits for the device once, at the end.
+    """
+    failed = []
     for end in range(len(h_II), 0, -BLOCK):
         start = max(0, end - BLOCK)
         lower, info = torch.linalg.cholesky_ex(h_II[start:end, start:end].flip(0, 1))
-        if int(info) != 0:
-            return False
+        failed.append(info)
         h_II[start:end, start:end] = last = lower.flip(0, 1)
         panel = h_II[:start, start:end]
         panel.copy_(panel @ triangular_inverse(last).T)
@@ -51,7 +54,7 @@ def _factor_in_place(h_II: Tensor) -> bool:
             right = min(left + 4 * BLOCK, start)
             h_II[:right, left:right].addmm_(panel[:right], panel[left:right].T, alpha=-1)
     h_II.triu_()
-    return True
+    return not bool(torch.stack(failed).any())
 
 
 def triangular_inverse(upper_II: Tensor, leaf: int = 256) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
+from dqx.quant.rounding.columns import ColumnLoop
 from dqx.quant.rounding.factor import triangular_inverse, upper_factor
 from dqx.quant.rounding.levels import BinaryLevels, FittedLevels
 
@@ -148,7 +150,7 @@ def gptq_round(
         raise ValueError("the Hessian holds NaN or infinity: an activation overflowed during calibration")
     width = group_width(n_in, group_size)
     group_index = consecutive_groups(n_in, group_size, w_OI.device)
-    n_groups = int(group_index[-1]) + 1
+    n_groups = -(-n_in // width)
 
     grid = grid.for_tensor(w_OI)
     w = wide(w_OI).T.clone(memory_format=torch.contiguous_format)  # [I, O]: a column of W is one contiguous row
@@ -169,9 +171,9 @@ def gptq_round(
     if settings.act_order or settings.group_order:
         w, hessian = w[order], hessian[order][:, order]
     if static_groups or group_size == -1 or settings.group_order:
-        group_of_column = group_index[order].tolist()
+        group_of_column = group_index[order]
     else:
-        group_of_column = group_index.tolist()
+        group_of_column = group_index
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
     r, notes = upper_factor(hessian, settings.damping)
     p = None if carry is None else carry.matrix(order, triangular_inverse(r))
@@ -184,42 +186,54 @@ def gptq_round(
             fitted.fit(g, in_order[columns].T, columns)
         column_scale = fitted.column[order]
 
-    clamps, carry_rounded = clip is not None and clip.clamps, carry is not None and carry.rounded
+    turns = group_of_column[::width].tolist() if settings.group_order else range(n_groups)  # groups as they are reached
     codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
+    loops: dict[tuple[int, int], ColumnLoop] = {}
     for start in range(0, n_in, chunk):
         end = reach = min(start + chunk, n_in)
-        if ranges_on_the_way and (begun := (end - 1) // width * width) >= start:
-            reach = max(end, min(begun + width, n_in))  # the last group that begins here may end in a later chunk
+        begun = [j for j in range(start, end) if ranges_on_the_way and j % width == 0]  # groups' first columns
+        if begun:
+            reach = max(end, min(begun[-1] + width, n_in))  # the last one may end in a later chunk
+        inside, known = end - start, reach - start
+        if (inside, known) not in loops:
+            loops[inside, known] = ColumnLoop(
+                w,
+                grid,
+                inside,
+                known,
+                updated=known if fresh_ranges else inside,
+                terms=scale.shape[2:],
+                clamps=clip is not None and clip.clamps,
+                carries=carry is not None,
+                carry_rounded=carry is not None and carry.rounded,
+            )
+        loop = loops[inside, known]
         u = triangular_inverse(r[start:reach, start:reach])
-        diagonal = u.diagonal().tolist()
-        live = torch.addmm(w[start:reach], u.T, r[:start, start:reach].T @ w[:start])  # w[:start] holds W - W_q
-        seen = live if fresh_ranges else live.clone()  # by the ranges
-        carried = torch.empty_like(live) if carry_rounded else live
-        inside, updated = end - start, (reach if fresh_ranges else end) - start
-        for j in range(start, end):
-            i = j - start
-            g = group_of_column[j]
-            if ranges_on_the_way and j % width == 0 and fitted is not None:
-                fitted.fit(g, seen[i : i + width].T, order[j : j + width])
-                column_scale = fitted.column[order]
-            elif ranges_on_the_way and j % width == 0:
-                bounds = ranges(seen[i : i + width].T[:, None], grid, clip, order[None, j : j + width])
+        loop.u.copy_(u)
+        loop.live.copy_(torch.addmm(w[start:reach], u.T, r[:start, start:reach].T @ w[:start]))  # w[:start]: W - W_q
+        if p is not None and loop.p is not None and loop.rest is not None:
+            loop.p.copy_(p[start:end, start:reach])
+            loop.rest.copy_(w[start:end])
+        for first, stop in pairwise(sorted({start, end, *(begun if fresh_ranges else ())})):
+            for j in (j for j in begun if first <= j < stop):
+                g, seen = turns[j // width], loop.live[j - start : j - start + width].T
+                if fitted is not None:
+                    fitted.fit(g, seen, order[j : j + width])
+                    column_scale = fitted.column[order]
+                    continue
+                bounds = ranges(seen[:, None], grid, clip, order[None, j : j + width])
                 lo[g], hi[g] = (bound[:, 0, 0] for bound in bounds)
                 scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
-            wanted = live[i].clamp(lo[g], hi[g]) if clamps else live[i]
-            at = scale[g] if column_scale is None else scale[g] * column_scale[j]
-            codes[j] = rounded = grid.codes(wanted, at, zero_point[g])
-            nearest = grid.dequantize(rounded, at, zero_point[g])
-            live[i + 1 : updated].addr_(u[i, i + 1 : updated], (live[i] - nearest) / diagonal[i], alpha=-1)
-            if p is not None:
-                if carry_rounded:
-                    carried[i] = nearest
-                live[i + 1 : inside].addr_(p[j, j + 1 : end], live[i])
-                live[inside:updated].addr_(p[j, end : start + updated], carried[i])
-                w[j + 1 : end].addr_(p[j, j + 1 : end], live[i])
-            w[j] -= nearest
+            own, of = slice(first - start, stop - start), group_of_column[first:stop]
+            loop.scale[own] = scale[of] if column_scale is None else scale[of] * column_scale[first:stop, None]
+            loop.zero_point[own] = zero_point[of]
+            for bound, limit in zip(loop.bounds, (lo, hi), strict=False):
+                bound[own] = limit[of]
+            loop.run(own.start, own.stop)
+        codes[start:end] = loop.codes
+        w[start:end] = (w[start:end] if loop.rest is None else loop.rest) - loop.nearest
         if p is not None:
-            w[end:].addmm_(p[start:end, end:].T, carried[:inside])
+            w[end:].addmm_(p[start:end, end:].T, loop.carried[:inside])
 
     in_place = torch.empty_like(codes)
     in_place[order] = codes
