@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVERY = 0.5  # seconds between two notes
+STAGES = "dqx.stages"  # the logger that tells of them, so that run.log has them
 STARTING = "starting"  # the stage before the first one of the run
 
 _file: Path | None = None  # whose modification time is the last beat, where another process watches

@@ -17,8 +17,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dqx.common.digest import digest
 from dqx.common.files import jsonable
@@ -50,7 +51,7 @@ class Journal:
     """The journal of one evaluation: `read` once, `append` as documents finish, `remove` when its result is kept.
 
     `path` is the evaluation's place without a suffix, `rank` this process's number. A file that cannot be written is
-    told to `warn` once, and the evaluation goes on without.
+    told to `warn` once, and the evaluation goes on; what is not on the disk yet is tried again with the next documents.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Journal:
     ):
         self.path, self.facts, self.warn = path.with_name(f"{path.name}.journal.{rank}"), facts, warn
         self.seed = zlib.crc32(digest(facts).encode())
-        self._file: BinaryIO | None = None
-        self._broken = False
+        self._file: FileIO | None = None
+        self._waiting: list[bytes] = []  # for the disk to take them
+        self._told = False
 
     def read(self) -> Past:
         """Everything that earlier sessions finished, of all processes. Journals of other evaluations are removed."""
@@ -80,18 +82,16 @@ class Journal:
 
     def append(self, lines: Sequence[Line]) -> None:
         """Keep finished documents; they are on the disk when this returns."""
-        if self._broken:
-            return
+        self._waiting += [_encoded(asdict(line), self.seed) for line in lines]
         try:
-            file = self._file or self._open()
-            file.write(b"".join(_encoded(asdict(line), self.seed) for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
+            self._write(self._file or self._open())
         except OSError as error:
-            self._broken = True
-            self.warn(
-                f"{self.path} cannot be written, so that this evaluation cannot be continued if it ends ({error})"
-            )
+            if not self._told:
+                self._told = True
+                self.warn(
+                    f"{self.path} cannot be written ({error}): what is finished from now on is lost if the run ends; "
+                    "tried again with every document"
+                )
 
     def close(self) -> None:
         """Nothing more will be appended."""
@@ -108,14 +108,24 @@ class Journal:
     def _files(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.*"))
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file = self.path.open("ab")
-        if file.tell() == 0:
-            file.write(_encoded({"of": jsonable(self.facts)}))
-        else:
-            file.write(b"\n")  # what a killed run was writing ends here
+        self._file = file = self.path.open("ab", buffering=0)
+        cut = file.tell() > 0  # what a killed run was writing ends here
+        self._waiting.insert(0, b"\n" if cut else _encoded({"of": jsonable(self.facts)}))
         return file
+
+    def _write(self, file: FileIO) -> None:
+        """Write what waits, all of it or nothing."""
+        end, rest = os.fstat(file.fileno()).st_size, memoryview(b"".join(self._waiting))
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+        self._waiting.clear()
 
     def _lines(self, path: Path) -> list[Line] | None:
         """The undamaged lines of a file; None where its header has other facts."""

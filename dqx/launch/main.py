@@ -31,13 +31,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dqx.common.devices import ALONE, process_count
+from dqx.common.files import disk_is_full
 from dqx.config.command_line import explain, normalize
 from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems
 from dqx.launch import register
 from dqx.launch.foreign import is_foreign, refusal, speaks
-from dqx.record.outcomes import FILE, LOG, Failure, RunEnded, RunFailed, expect, failures, launched, outcomes, why
+from dqx.record.outcomes import (
+    FILE,
+    KILLED,
+    LOG,
+    Failure,
+    RunEnded,
+    RunFailed,
+    expect,
+    failures,
+    launched,
+    outcomes,
+    why,
+)
 from dqx.sharing.replay import replayed
 
 if TYPE_CHECKING:
@@ -75,7 +88,7 @@ def do(cfg: DictConfig) -> None:
         log.error(f"the run failed: {error}\n{error.traceback}".rstrip())
         failure, cause = Failure(str(error)), error
     except Exception as error:
-        log.exception(f"the run failed: {why(error)}")
+        log.error(f"the run failed: {why(error)}", exc_info=DEVELOPER or not disk_is_full(error))
         failure, cause = Failure(why(error)), error
     except KeyboardInterrupt:
         Failure(Failure.INTERRUPTED).write(folder)
@@ -157,6 +170,7 @@ def main() -> int:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises where it would print, and the messages can be ours
     warnings.filterwarnings("error", message="provider=.* is not available")  # a folder on the search path is missing
+    logging.raiseExceptions = DEVELOPER  # a run.log that cannot be written, as on a full disk, is told once, by the run
     signal.signal(signal.SIGTERM, interrupt)
     try:
         sys.argv[1:] = named(sys.argv[0], replayed(normalize(sys.argv[1:])))
@@ -173,9 +187,15 @@ def main() -> int:
         print(Failure.INTERRUPTED if launched else "interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        mistake = not launched or isinstance(error, ConfigProblems)
-        if DEVELOPER or not mistake:  # a launcher's, say
+        full = disk_is_full(error)
+        mistake = (not launched or isinstance(error, ConfigProblems)) and not full
+        if DEVELOPER or not (mistake or full):  # a launcher's, say
             traceback.print_exception(error)
+        if full:
+            print(why(error), file=sys.stderr)
+            for folder, failure in failures(launched).items():
+                if failure.reason == KILLED:
+                    Failure(why(error)).write(folder)
         if mistake:
             print(plain(explain(error)), file=sys.stderr)
             return 2

@@ -9,7 +9,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf, open_dict
 
-from dqx.launch.runs import announce, died, ended
+from dqx.launch.runs import announce, ended, vanished
 
 try:
     from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as HydraRayLauncher
@@ -52,7 +52,7 @@ class RayLauncher(HydraRayLauncher):
                 try:
                     returned = ray.get(task)
                 except ray.exceptions.RayError as error:
-                    returned = died(number, f"it ended without results: {str(error).splitlines()[0]}")
+                    returned = vanished(number, str(error).splitlines()[0])
                 returns[number] = ended(number, returned)
         finally:
             ray.shutdown()  # ends what is still running

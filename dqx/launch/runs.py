@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
-from dqx.record.outcomes import Failure, RunFailed, failures, launched
+from dqx.record.outcomes import Failure, RunFailed, failures, launched, manner, stage_of
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +16,11 @@ def announce(number: int, overrides: Sequence[str]) -> None:
     """Say what is started: only with `verbose=2`, since every run has a line when it ends."""
     if "verbose=2" in overrides:
         log.info(f"{launched[number].name}: {' '.join(filter_overrides(overrides))}")
+
+
+def vanished(number: int, details: str) -> JobReturn:
+    """A run whose process is gone without a word."""
+    return died(number, f"it {manner(None, stage_of(launched[number]))} ({details})")
 
 
 def died(number: int, reason: str) -> JobReturn:

@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from dqx.common import devices
 from dqx.config.schema import ConfigProblems
-from dqx.launch.runs import announce, died, ended
+from dqx.launch.runs import announce, died, ended, vanished
 from dqx.record.outcomes import failures, launched
 
 try:
@@ -81,7 +81,7 @@ def result(number: int, job: Any) -> JobReturn:
     try:
         return job.results()[0]
     except Exception:  # submitit's
-        return died(number, f"it ended without results (state {job.state}); its output: {job.paths.stderr}")
+        return vanished(number, f"state {job.state}; its output: {job.paths.stderr}")
 
 
 def told_of_timeout(number: int) -> bool:

@@ -8,32 +8,42 @@ folder does not count.
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dqx.common.files import write_json
+from dqx.common.files import disk_is_full, write_json
+from dqx.common.heartbeat import STAGES
 
 FILE = "failure.json"
 RESULTS = "results.json"
 LOG = "run.log"
 KILLED = "it was killed"  # or is still running, where another launch has started it
+AGAIN = "the same command goes on from here"
 
 #: Settings with which less memory is taken when they are lower.
 SMALLER = "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers)"
+MEMORY = f"usually because the machine ran out of memory: lower {SMALLER}, or run fewer processes at a time"
+FREE = (
+    "free some space on it (`dqx cache` lists what runs keep, `dqx cache prune --older-than DAYS` removes it), or put "
+    "cache_dir and hydra.run.dir on another disk"
+)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 #: The run folders of this process's launch, in order; the sweepers and single runs fill it in.
 launched: list[Path] = []
 _before: dict[tuple[Path, str], tuple[int, int] | None] = {}  # files that were there before, by what changes with them
+_unwritten: dict[Path, Failure] = {}  # of this process, where the disk was too full for a failure.json
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a run ended without results."""
 
-    INTERRUPTED: ClassVar[str] = "interrupted; the same command goes on from here"
+    INTERRUPTED: ClassVar[str] = f"interrupted; {AGAIN}"
 
     reason: str
     refused: bool = False  # a mistake in the configuration or the files it names, told before anything heavy started
@@ -45,7 +55,13 @@ class Failure:
         return cls(problems[0] + more, refused)
 
     def write(self, folder: Path) -> None:
-        write_json(folder / FILE, asdict(self))
+        """Say so in the run's folder; on a full disk, at least to this process."""
+        try:
+            write_json(folder / FILE, asdict(self))
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            _unwritten[folder] = self
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,8 @@ def failures(folders: Sequence[Path]) -> dict[Path, Failure]:
     for folder in folders:
         if _is_new(folder, FILE):
             failed[folder] = Failure(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        elif folder in _unwritten:
+            failed[folder] = _unwritten[folder]
         elif not _is_new(folder, RESULTS):
             failed[folder] = Failure(KILLED if _has_started(folder) else "it did not start")
     return failed
@@ -111,7 +129,7 @@ def _outcome(folder: Path, failure: Failure | None, interrupted: bool) -> RunSta
         return RunState("reused" if _is_reused(folder) else "finished")
     if failure.reason == Failure.INTERRUPTED:
         return RunState("interrupted")
-    if _is_new(folder, FILE):
+    if _is_new(folder, FILE) or folder in _unwritten:
         return RunState("refused" if failure.refused else "failed", failure.reason)
     if not _has_started(folder):
         return RunState("not started")
@@ -128,8 +146,34 @@ def _is_reused(folder: Path) -> bool:
     return all(task[side].get("source") == "reused" for task in tasks for side in ("full_precision", "quantized"))
 
 
+def stage_of(folder: Path) -> str | None:
+    """The stage that a run was in when it last wrote to its run.log."""
+    try:
+        log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    stages = re.findall(rf"^\S+ \S+ INFO {STAGES}: (.*)$", log, re.MULTILINE)
+    return stages[-1] if stages else None
+
+
+def manner(code: int | None, stage: str | None = None) -> str:
+    """How a process ended that did not say why, and what to do.
+
+    `code` is its exit code, a signal as a negative number, or None where nobody knows; `stage` what it was doing.
+    """
+    where = f" in '{stage}'" if stage else ""
+    if code is None:
+        return f"was killed or crashed{where}, {MEMORY}; {AGAIN}"
+    if code >= 0:
+        return f"ended without a word{where} (exit code {code}); {AGAIN}"
+    number = -code
+    name = f" ({signal.Signals(number).name})" if number in set(signal.Signals) else ""
+    cause = f", {MEMORY}" if number == signal.SIGKILL else ""
+    return f"was killed by signal {number}{name}{where}{cause}; {AGAIN}"
+
+
 def why(error: BaseException) -> str:
-    """An error in one line; where memory was short, with what takes less."""
+    """An error in one line; where memory or a disk was short, with what takes less."""
     import traceback
 
     told = "".join(traceback.format_exception_only(error)).strip()
@@ -137,4 +181,6 @@ def why(error: BaseException) -> str:
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)):
         return f"out of memory ({first}); lower {SMALLER}"
+    if disk_is_full(error):
+        return f"the disk is full ({first}); {FREE}: what was kept before stays, and {AGAIN}"
     return told

@@ -13,7 +13,7 @@ from dqx.common import accelerator, heartbeat
 from dqx.common.memory import peak_ram, watch_peaks
 from dqx.common.processes import processes
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(heartbeat.STAGES)
 
 
 class Costs:

@@ -313,8 +313,8 @@ class Results:
                 journal.close()
 
         def keep(result: TaskResult) -> None:
-            store.write(key, result)
-            store.journal(key).remove()
+            if store.write(key, result):
+                store.journal(key).remove()
 
         return self.cache.get(key, lambda: store.read(key, TaskResult.from_dict), computed, keep)
 

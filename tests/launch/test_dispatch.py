@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from dqx.config.schema import CONF_DIR
 from dqx.evaluate.results import TaskResult
 from dqx.launch import dispatch, foreign
 from dqx.launch.dispatch import separate
+from dqx.launch.workers import team
 from dqx.launch.workers.alone import watched
+from dqx.launch.workers.messages import Death, write_deaths
 from dqx.record import outcomes
 from dqx.record.folder import Record, RunFolder
 from dqx.record.outcomes import Failure, RunEnded, RunState, why
@@ -140,7 +143,8 @@ def test_shared_runs_are_those_of_one_process_and_one_that_is_killed_takes_no_ot
     assert found.environment["processes"] == 2
     assert found.command.startswith("python launch.py method=rtn")
     assert found.choices["bits"] == "w3a16"
-    reason = "process 2 of 2 was killed (signal 9; usually the machine ran out of memory)"
+    reason = failure(killed)["reason"]
+    assert reason.startswith("process 2 of 2 was killed by signal 9 (SIGKILL) in 'quantize', usually because the mach")
     assert failure(killed) == {"reason": reason, "refused": False}
     assert not (killed / "results.json").exists()
     assert f"1 of 2 runs failed:\n  {killed.name}: {reason}\n" in done.stderr
@@ -164,7 +168,10 @@ def test_three_processes_give_the_results_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("killed", "process 2 of 2 was killed (signal 9; usually the machine ran out of memory)"),
+        (
+            "killed",
+            "process 2 of 2 was killed by signal 9 (SIGKILL) in 'quantize', usually because the machine ran out",
+        ),
         ("raises", "process 2 of 2 failed: RuntimeError: too hot"),
         ("memory", "process 2 of 2 failed: out of memory (RuntimeError: "),
         ("hangs", "it hung: nothing moved for 0.5 minutes (process 1 in 'quantize' since "),
@@ -195,6 +202,75 @@ def test_a_mishap_ends_the_run_which_completes_when_it_is_started_again(tmp_path
     found = RunFolder(tmp_path / "run").read()
     assert set(found.sources["full_precision"].values()) == {"reused"}  # computed before the mishap
     same(found, alone(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "stages", "told"),
+    [
+        (
+            1,
+            Death(1, -9),
+            {0: "quantize", 1: "quantize"},
+            "process 2 of 2 was killed by signal 9 (SIGKILL) in 'quantize'",
+        ),
+        (
+            1,
+            Death(0, -11),
+            {0: "read the data"},
+            "process 1 of 2 was killed by signal 11 (SIGSEGV) in 'read the data'; ",
+        ),
+        (1, Death(1, -9), {}, "process 2 of 2 was killed by signal 9 (SIGKILL), usually because the machine ran out"),
+        (
+            -9,
+            None,
+            {0: "quantize"},
+            "the process that starts the 2 of this run was killed by signal 9 (SIGKILL) in 'qu",
+        ),
+        (-15, None, {}, "the process that starts the 2 of this run was killed by signal 15 (SIGTERM); the same"),
+        (
+            1,
+            None,
+            {0: "quantize"},
+            "the process that starts the 2 of this run ended without a word in 'quantize' (exit",
+        ),
+        (1, None, {}, "its 2 processes could not be started (exit code 1)"),
+    ],
+)
+def test_a_killed_process_is_told_as_one(
+    tmp_path: Path, code: int, ended: Death | None, stages: dict[int, str], told: str
+) -> None:
+    """By which signal, in which stage, and what to do."""
+    if ended:
+        write_deaths(tmp_path, [ended])
+    for rank, stage in stages.items():
+        (tmp_path / f"{rank}.sign").write_text(json.dumps([1, stage]))
+    job: Any = SimpleNamespace(processes=2)
+    reason = str(team.failure(job, tmp_path, code))
+    assert reason.startswith(told)
+    if "killed" in told:
+        assert reason.endswith("; the same command goes on from here")
+    assert ("likelihood.batch_tokens" in reason) == ("SIGKILL" in reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_that_starts_the_others_is_killed(tmp_path: Path, end: signal.Signals) -> None:
+    going = launched(tmp_path, "dispatch=2", "+method.rounding.kind=hangs")
+    wait_for(
+        lambda: (tmp_path / "run" / "run.log").exists() and "quantize" in (tmp_path / "run" / "run.log").read_text()
+    )
+    (starter,) = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if f"dqx.launch.workers.start\0{tmp_path}" in path.read_bytes().decode(errors="replace")
+    ]
+    os.kill(starter, end)
+    _, told = going.communicate(timeout=120)
+    assert going.returncode == 1, told
+    reason = f"the process that starts the 2 of this run was killed by signal {end.value} ({end.name}) in 'quantize'"
+    assert f"the run failed: {reason}" in told
+    assert failure(tmp_path / "run")["reason"].startswith(reason)
+    nothing_is_left(tmp_path)
 
 
 @pytest.mark.slow

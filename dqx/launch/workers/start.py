@@ -7,6 +7,7 @@ the parent of a process can tell that it was killed, and by what.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -32,8 +33,9 @@ def main(folder: Path, processes: str, threads: str) -> int:
         )
         write_deaths(folder, [Death(rank, failure.exitcode) for rank, failure in ended])
         return 1
-    except SignalException:
-        return 1
+    except SignalException as error:  # the processes are ended; who waits for this one shall see what ended it
+        signal.signal(error.sigval, signal.SIG_DFL)
+        os.kill(os.getpid(), error.sigval)
     return 0
 
 

@@ -23,7 +23,7 @@ from dqx.common.heartbeat import Sign
 from dqx.config.schema import ConfigProblems
 from dqx.launch.workers import messages
 from dqx.launch.workers.messages import Report, SharedRun
-from dqx.record.outcomes import RunEnded
+from dqx.record.outcomes import RunEnded, manner
 
 POLL = 0.2  # seconds between two looks at the processes
 STARTUP = 600.0  # seconds that all of them may take to begin
@@ -126,13 +126,17 @@ def failure(job: SharedRun, folder: Path, code: int) -> Exception:
     """What the processes failed of. That of the first counts, unless all it says is that another one was gone."""
     told, ended = messages.reports(folder, job.processes), messages.deaths(folder)
     own = [report for report in told if not report.lost]
+    stages = {rank: sign.stage for rank, sign in signs(job, folder).items()}
     silent = [death for death in ended if death.rank not in {report.rank for report in told}]
     if own:
         return _reported(job, own[0])
     if silent:
-        return RunEnded(f"process {silent[0].rank + 1} of {job.processes} {manner(silent[0].code)}")
+        rank = silent[0].rank
+        return RunEnded(f"process {rank + 1} of {job.processes} {manner(silent[0].code, stages.get(rank))}")
     if told:
         return _reported(job, told[0])
+    if code < 0 or stages:
+        return RunEnded(f"the process that starts the {job.processes} of this run {manner(code, stages.get(0))}")
     return RunEnded(f"its {job.processes} processes could not be started (exit code {code})")
 
 
@@ -140,12 +144,3 @@ def _reported(job: SharedRun, report: Report) -> Exception:
     if report.problems:
         return ConfigProblems(report.problems)
     return RunEnded(f"process {report.rank + 1} of {job.processes} failed: {report.reason}", report.traceback)
-
-
-def manner(code: int) -> str:
-    """How a process ended that did not say why, from its exit code."""
-    if code == -signal.SIGKILL:
-        return "was killed (signal 9; usually the machine ran out of memory)"
-    if code < 0:
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"ended without a word (exit code {code})"

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dqx.common import heartbeat
+from dqx.common.files import disk_is_full
 from dqx.launch.workers.messages import Report, SharedRun
 from dqx.record.outcomes import LOG, why
 
@@ -52,13 +53,14 @@ def work(job: SharedRun, folder: Path, rank: int) -> int:
     except BaseException as error:
         problems = error.problems if isinstance(error, ConfigProblems) else [str(error)]
         mistake = isinstance(error, (ConfigProblems, CheckpointError))
-        Report(
-            rank,
-            why(error),
-            traceback.format_exc(),
-            problems=problems if mistake else [],
-            lost=isinstance(error, Lost),
-        ).write(folder)
+        with suppress(OSError):  # of a full disk
+            Report(
+                rank,
+                why(error),
+                "" if disk_is_full(error) else traceback.format_exc(),
+                problems=problems if mistake else [],
+                lost=isinstance(error, Lost),
+            ).write(folder)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(1)  # at once: on the way out, libraries wait for processes that wait for this one

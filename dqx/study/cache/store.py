@@ -65,13 +65,15 @@ class Store:
             self.warn(f"{path} is damaged and was computed again ({reason})")
             return None
 
-    def write(self, key: Key, content: Any) -> None:
-        """Keep an artefact."""
+    def write(self, key: Key, content: Any) -> bool:
+        """Keep an artefact. Returns whether it is kept."""
         path, stored = self._place(key, ".json"), jsonable(content)
         try:
             write_json(path, {"facts": key.facts, "digest": digest(stored), "content": stored})
         except OSError as error:
-            self.warn(f"{path} could not be kept ({error})")
+            self.warn(f"{path} could not be kept ({error.strerror or error})")
+            return False
+        return True
 
     def read_tensors(self, key: Key) -> dict[str, Tensor] | None:
         """The tensors that `write_tensors` kept, on the CPU; None where they have to be computed."""
@@ -110,6 +112,8 @@ class Store:
                 os.fsync(f.fileno())
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):  # what a full disk took of it
+                temporary.unlink(missing_ok=True)
             self.warn(f"{path} could not be kept ({error})")
             return
         self.write(key, {"tensors": tensor_digest(sorted(tensors.items()))})
