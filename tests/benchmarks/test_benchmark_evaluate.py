@@ -138,10 +138,13 @@ def test_savings_multiply_to_the_ratio(kind):
         product *= factor
     assert product == pytest.approx(row.ratio)
     if kind == "likelihood":
-        assert row.ratio == 5
+        assert (row.ratio, row.ratio_without_greedy) == (5, 4)
         assert list(row.savings().values()) == pytest.approx([1.25, 1000 / 450, 450 / 370, 370 / 330, 5 * 330 / 1250])
+    else:
+        assert row.ratio == row.ratio_without_greedy == 4
     whole = evaluate.together("both", [row, row])
     assert (whole.documents, whole.ratio, whole.dqx.sequences) == (4, row.ratio, 60)
+    assert whole.ratio_without_greedy == row.ratio_without_greedy
 
 
 def test_gsm8k_stops_after_110_tokens_on_average():
@@ -174,6 +177,7 @@ def test_a_quick_run(tmp_path, capsys):
     assert rows[0]["settings"]["scale"] == 32
     assert rows[0]["outcome"]["equal"] == [True, True]
     assert max(row["outcome"]["error"] for row in rows[1:]) < 1e-5
+    assert all(row["ratio_without_greedy"] < row["ratio"] for row in rows[1:])
     out = capsys.readouterr().out
     assert "2 of 2 equal" in out
     assert "arc, both" in out
@@ -184,7 +188,8 @@ def test_table():
     console = Console(width=130, record=True)
     console.print(rendered(evaluate.overview([figures()])))
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert lines[3] == ["task", "2", "10.00", "2.00", "5.00", "100", "30", "1.0k", "0.3k", "within", "1.0e-07"]
+    ratios = ["10.00", "2.00", "2.00", "5.00", "4.00"]  # with the greedy pass and without
+    assert lines[3] == ["task", "2", *ratios, "100", "30", "1.0k", "0.3k", "within", "1.0e-07"]
     assert lines[4] == ["no", "greedy", "pass", "1.25"]
 
 
