@@ -186,6 +186,7 @@ class Config:
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/study/plan)
     plan_tflops: float | None = None  # plan for a machine of so many 10^12 operations per second; null: measured here
+    plan_gpu: str | None = None  # plan for h100, a100, 4090, ... beside this machine (dqx/study/estimate/gpus.py)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
@@ -202,7 +203,7 @@ class Config:
 #: Settings that say where things are and what they may take, not what is computed.
 PLACES = (
     *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
-    *("plan", "plan_tflops", "bundle", "sweep", "dispatch", "hang_minutes", "verbose"),
+    *("plan", "plan_tflops", "plan_gpu", "bundle", "sweep", "dispatch", "hang_minutes", "verbose"),
 )
 
 

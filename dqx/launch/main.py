@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -53,23 +53,18 @@ from dqx.record.outcomes import (
 )
 from dqx.sharing.replay import replayed
 
-if TYPE_CHECKING:
-    from dqx.study.plan.runs import PlannedRun
-
 RUN = "dqx run"
 HELP = ("-h", "--help")
 DEVELOPER = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as it was set before `main` sets it
 
 log = logging.getLogger("dqx.launch")  # also into the run's run.log
-planned: list[PlannedRun] = []  # with plan=true
+to_plan: list[DictConfig] = []  # with plan=true
 
 
 def do(cfg: DictConfig) -> None:
     """One run, of a sweep perhaps. A run that fails says so at once, and why in its folder; in a sweep others go on."""
     if cfg.plan:
-        from dqx.study.plan.runs import plan_run
-
-        planned.append(plan_run(cfg))
+        to_plan.append(cfg)
         return
     from dqx.models.checkpoint import CheckpointError
 
@@ -179,6 +174,14 @@ def main() -> int:
             return 0
         with without_output_folders(sys.argv):
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(do)()
+        if to_plan:
+            from dqx.study.plan.progress import plan_runs
+
+            planned = plan_runs(to_plan)
+            from dqx.study.plan.table import print_plan  # torch, which the line on the terminal comes before
+
+            print_plan(planned)
+            return 0
     except RunFailed as error:  # told by the run
         if DEVELOPER:
             traceback.print_exception(error)
@@ -200,11 +203,6 @@ def main() -> int:
             print(plain(explain(error)), file=sys.stderr)
             return 2
         return print_summary() or 1
-    if planned:
-        from dqx.study.plan.table import print_plan
-
-        print_plan(planned)
-        return 0
     return print_summary()
 
 

@@ -18,6 +18,7 @@ from conftest import TinyCheckpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.study.estimate.memory
+import dqx.study.plan.table
 from dqx import load
 from dqx.benchmarks.cases import MODELS
 from dqx.config.compose import build, compose, resolve
@@ -34,10 +35,11 @@ from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
 from dqx.study.estimate.memory import weight_bytes
 from dqx.study.estimate.sizes import SIZES
-from dqx.study.estimate.speed import Measured, block_flops, block_parameters, head_flops
-from dqx.study.estimate.work import different_states, task_work
+from dqx.study.estimate.speed import Measured, Published, block_flops, block_parameters, head_flops, work_flops
+from dqx.study.estimate.work import Work, different_states, task_work
 from dqx.study.experiment import Experiment, designed
 from dqx.study.facts import evaluation_facts
+from dqx.study.plan.progress import plan_runs
 from dqx.study.plan.runs import calibration_work, hessian_flops, plan_run
 from dqx.study.plan.table import amount, duration, print_plan
 from dqx.study.run import run
@@ -299,16 +301,77 @@ def test_an_assumed_speed_takes_the_place_of_the_measurement() -> None:
     assert "measured here" not in text
 
 
+def test_a_gpu_is_planned_for_beside_this_machine() -> None:
+    overrides = ["method=rtn", "task=nano_sums", "calib.samples=1", "outliers.samples=0", "fidelity.samples=0"]
+    here, card = (plan_run(compose([*overrides, *more])) for more in ([], ["plan_gpu=H100"]))
+    assert card.problems == []
+    there, work = card.evaluation["nano_sums"], card.work["nano_sums"]
+    assert there.seconds == Published(of_nano(), "h100").seconds(work, build(resolve(compose([])).model.sampler))
+    assert there.seconds < there.here == pytest.approx(here.evaluation["nano_sums"].seconds, rel=0.01)  # timed once
+    text = listing([*overrides, "plan_gpu=h100"])
+    assert "Speed assumed, not measured: h100 at 40 % of its published 989 TFLOP/s (bfloat16, dense)" in text
+    assert "and 70 % of its 3.35 TB/s." in text
+    assert "Speed measured here: 1 CPU thread, float32" in text
+    headings = (found.partition("---")[0].split() for found in (text, listing(overrides)))
+    assert [heading[-1] for heading in headings] == ["here", "total"]
+
+
+def test_published_speeds_are_bound_by_operations_or_by_reading_weights() -> None:
+    arch, sampler = MODELS["llada_8b"], suite_of("task=gsm8k")[1]
+    speed = Published(arch, "a100")
+    many = Work("generation", 1000, 1000, 1024, read=32, documents=1000, batch=64)
+    assert speed.seconds(many, sampler) == work_flops(arch, many) / (0.4 * 312e12)
+    single = Work("plain", 1000, 1000, 16)  # one short sequence at a time
+    weights = 2 * (weight_bytes(arch, torch.int8) - arch.vocab_size * arch.hidden_size)  # an embedding is looked up
+    assert speed.seconds(single, sampler) == pytest.approx(1000 * weights / (0.7 * 2.04e12), rel=1e-3)
+
+
+def test_a_gpu_that_is_not_here_needs_no_device_here_and_may_be_too_small() -> None:
+    other = ["model=llada_8b_base", "bits=w4a16", "method=gptq", "task=piqa", "model.device=cuda:77"]
+    text = " ".join(listing([*other, "plan_gpu=4090"]).split())
+    assert "no estimate of this machine: model.device=cuda:77" in text
+    assert "on 4090, quantized from disk, block by block" in text
+    assert "measured here" not in text
+    text = listing([*other, "plan_gpu=h200"])
+    assert "from disk" not in text
+    text = listing([*other, "plan_gpu=l4", "model.dtype=float32"])
+    assert "on l4, the run does not fit into the 24 GB of GPU there are" in text
+
+
+def test_where_a_plan_takes_too_long_a_gpu_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "estimates the same" not in listing(["task=nano_sums"])
+    monkeypatch.setattr(dqx.study.plan.table, "LONG", 0.001)
+    assert "plan_gpu=h100 estimates the same on a GPU that is not here; so do h200, b200" in listing(["task=nano_sums"])
+    assert "estimates the same" not in listing(["task=nano_sums", "plan_gpu=h100"])
+
+
+def test_a_line_says_what_is_being_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    runs = plan_runs([compose([f"method={method}", "task=nano_sums", "plan_tflops=1"]) for method in ("rtn", "gptq")])
+    assert [run.method for run in runs] == ["rtn", "gptq"]
+    said = terminal.getvalue()
+    assert "planning, 0 of 2 runs done" in said
+    assert "planning, 0 of 2 runs done: nano_llada-rtn-w3a16, nano_sums" in said
+    assert "planning, 1 of 2 runs done: nano_llada-gptq-w3a16, calibration and checks" in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (["plan_gpu=h10"], "plan_gpu=h10 is not in the table, which has h100, h200"),
+        (["plan_gpu=h100", "plan_tflops=200"], "are two machines to plan for; give one of them"),
         (["method=fp16", "bits=w4a16"], "fp16 quantizes nothing"),
         ([*LLADA, "bits.weight.group_size=100"], "group_size=100 does not divide 4096"),
         ([*LLADA, "task.limit=0", "seed=-1"], "task.limit=0 leaves no documents"),
         ([*LLADA, "+model.dtyp=x"], "model.dtyp is no setting"),
         ([*LLADA, "calib.length=8192"], "longer than the model's 4096 positions"),
         (["plan_tflops=-1"], "plan_tflops=-1.0 must be a number above 0"),
-        (["model.device=cuda:77"], "plan_tflops=NUMBER plans for another machine"),
+        (["model.device=cuda:77"], "plan_gpu=NAME or plan_tflops=NUMBER plans for another machine"),
     ],
 )
 def test_what_cannot_run_is_listed_and_costs_nothing(overrides: list[str], said: str) -> None:

@@ -70,8 +70,11 @@ class Pool:
         return max(self.evaluating, min(self.in_memory, self.from_disk))
 
 
-def memory_pools(design: Design) -> list[Pool]:
-    """What a run needs where, beside what it may take; the RAM comes first."""
+def memory_pools(design: Design, gpu_bytes: int | None = None) -> list[Pool]:
+    """What a run needs where, beside what it may take; the RAM comes first.
+
+    `gpu_bytes` is the memory of the GPU, where it is not the one that is here.
+    """
     config, arch, dtype, device = design.config, design.arch, design.dtype, design.device
     needs, settings = memory_needs(design, smallest=True), config.memory
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
@@ -86,7 +89,7 @@ def memory_pools(design: Design) -> list[Pool]:
         return [Pool("ram", settings.ram_gb, limit, FIXED + evaluating, FIXED + in_memory, FIXED + from_disk, count)]
     staged = FIXED + 2 * max(*outer, block)  # tensors on their way to a file, or from one
     from_disk = max(sum(outer), working) if needs.quantizing else 0
-    there = _limit(settings.gpu_gb, accelerator.total_memory(device))
+    there = _limit(settings.gpu_gb, accelerator.total_memory(device) if gpu_bytes is None else gpu_bytes)
     return [
         Pool("ram", settings.ram_gb, limit, staged, staged, staged, count),
         Pool("gpu", settings.gpu_gb, there, evaluating, in_memory, from_disk),

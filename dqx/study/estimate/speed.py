@@ -1,4 +1,4 @@
-"""How long work takes: measured here, on random blocks of the model's shapes, or assumed for another machine.
+"""How long work takes: measured here, on random blocks of the model's shapes, or assumed for another machine (gpus.py).
 
 Measured are, each at the lengths and batch sizes of the work itself: one block, which stands for all blocks; and all
 that is no block, by running the evaluation's own `Engine` and `Scorer` on a model without blocks: embedding, head,
@@ -28,6 +28,7 @@ from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import MaskedDiffusionTransformer, block_of
+from dqx.study.estimate.gpus import BANDWIDTH, GPUS, OPERATIONS
 from dqx.study.estimate.work import Work
 
 PASS = 0.25  # seconds that one timed pass should take, about, at most
@@ -80,6 +81,33 @@ class Assumed:
 
     def seconds(self, work: Work, sampler: Sampler) -> float:
         return work_flops(self.arch, work) / (self.tflops * 1e12)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A GPU that is not here, in bfloat16, at shares of its published peaks that are assumed."""
+
+    arch: Architecture
+    name: str  # of `gpus.GPUS`
+
+    @property
+    def tflops(self) -> float:
+        return OPERATIONS * GPUS[self.name].tflops
+
+    @property
+    def label(self) -> str:
+        gpu = GPUS[self.name]
+        return (
+            f"assumed, not measured: {self.name} at {100 * OPERATIONS:.0f} % of its published {gpu.tflops:g} TFLOP/s "
+            f"(bfloat16, dense) and {100 * BANDWIDTH:.0f} % of its {gpu.bandwidth:g} TB/s"
+        )
+
+    def seconds(self, work: Work, sampler: Sampler) -> float:
+        """Whichever takes longer: the operations, or reading all weights once for each batch."""
+        weights = self.arch.n_blocks * block_parameters(self.arch) + self.arch.vocab_size * self.arch.hidden_size
+        read = work.forwards / batch_rows(work, "cuda") * weights * torch.bfloat16.itemsize
+        bandwidth = BANDWIDTH * GPUS[self.name].bandwidth
+        return max(work_flops(self.arch, work) / self.tflops, read / bandwidth) / 1e12
 
 
 @dataclass

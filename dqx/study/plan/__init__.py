@@ -2,6 +2,8 @@
 
     runs.py     one composed configuration: its work, its seconds, its memory, what stands in its way
     table.py    as it is printed
+    progress.py all runs, with a line on the terminal meanwhile
 
-`python launch.py experiment=qdlm_table1 plan=true` prints one row per run.
+`python launch.py experiment=qdlm_table1 plan=true` prints one row per run; with `plan_gpu=h100` the hours on such a
+card, and those on this machine beside them.
 """

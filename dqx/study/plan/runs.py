@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dqx.common.devices import device_problems, dtype_of, pick_device
+from dqx.common.memory import GB
 from dqx.common.names import method_label
 from dqx.config.compose import resolve
 from dqx.config.schema import Config, ConfigProblems
@@ -27,8 +28,16 @@ from dqx.models.family import families
 from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
 from dqx.study.design import Design
-from dqx.study.estimate.memory import MemoryNeeds, memory_needs, memory_pools, memory_problems, streams_from_disk
-from dqx.study.estimate.speed import Assumed, Measured, measured, work_flops
+from dqx.study.estimate.gpus import GPUS
+from dqx.study.estimate.memory import (
+    MemoryNeeds,
+    Pool,
+    memory_needs,
+    memory_pools,
+    memory_problems,
+    streams_from_disk,
+)
+from dqx.study.estimate.speed import Assumed, Measured, Published, measured, work_flops
 from dqx.study.estimate.work import Work, fidelity_work, outlier_work, work_of_tasks
 from dqx.study.experiment import Experiment, designed
 from dqx.study.stages import Results
@@ -39,18 +48,22 @@ PASSES_PER_STREAM = 3
 PASSES_PER_CANDIDATE = 1.5
 
 
+Say = Callable[[str], object]  # told what is being timed
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What some work takes: operations, and seconds on the devices at hand."""
+    """What some work takes: operations, seconds on the device that is planned for, and seconds here beside them."""
 
     flops: float = 0.0
     seconds: float = 0.0
+    here: float = 0.0  # with plan_gpu; else 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.seconds + other.seconds)
+        return Cost(self.flops + other.flops, self.seconds + other.seconds, self.here + other.here)
 
     def __mul__(self, factor: float) -> Cost:
-        return Cost(self.flops * factor, self.seconds * factor)
+        return Cost(self.flops * factor, self.seconds * factor, self.here * factor)
 
 
 @dataclass
@@ -74,6 +87,8 @@ class PlannedRun:
     cached: dict[str, int | None] = field(default_factory=dict)  # documents of full precision in the cache; None: all
     memory: MemoryNeeds | None = None
     speed: str = ""  # how seconds were found
+    here: str = ""  # how those of this machine were found, where seconds are those of plan_gpu
+    elsewhere: bool = False  # planned for another machine
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -98,10 +113,13 @@ class PlannedRun:
         return 0.0 if done is None else max(0.0, 1 - done / self.work[task].documents)
 
 
-def plan_run(cfg: DictConfig) -> PlannedRun:
-    """What one composed configuration would do. Never raises for a configuration that cannot run: it says why."""
+def plan_run(cfg: DictConfig, say: Say = str) -> PlannedRun:
+    """What one composed configuration would do. Never raises for a configuration that cannot run: it says why.
+
+    `say` is told what is being timed.
+    """
     try:
-        return _planned(resolve(cfg))
+        return _planned(resolve(cfg), say)
     except ConfigProblems as error:
         names = ("model.name", "method.name", "method.variant", "bits.name")
         model, method, variant, bits = (_text(cfg, key) for key in names)
@@ -116,7 +134,7 @@ def _text(cfg: DictConfig, key: str) -> str:
         return "?"
 
 
-def _planned(config: Config) -> PlannedRun:
+def _planned(config: Config, say: Say) -> PlannedRun:
     label = method_label(config.method.name, config.method.variant)
     run = PlannedRun(config.model.name, label, config.bits.name, list(config.task.suite))
     arch = _architecture(config, run)
@@ -129,32 +147,54 @@ def _planned(config: Config) -> PlannedRun:
         run.problems += error.problems
     if run.problems:
         return run
-    speed: Assumed | Measured
-    if config.plan_tflops:
-        speed = Assumed(arch, config.plan_tflops)
-    else:
-        design = replace(design, device=pick_device(config.model.device))
-        speed = measured(arch, design.dtype, design.device)
+    speed, here = _speeds(config, arch, design.dtype)
+    if isinstance(speed, Measured):
+        design = replace(design, device=speed.device)
     design = replace(design, sampler=_exact(design.sampler, run))
-    run.speed = speed.label
+    run.speed, run.here = speed.label, here.label if here else ""
+    run.elsewhere = not isinstance(speed, Measured)
     run.changes = design.changes_model
 
     def cost(work: Work) -> Cost:
-        return Cost(work_flops(arch, work), speed.seconds(work, design.sampler))
+        own = here.seconds(work, design.sampler) if here else 0.0
+        return Cost(work_flops(arch, work), speed.seconds(work, design.sampler), own)
 
     run.work = work_of_tasks(design)
     for name, work in run.work.items():
-        run.evaluation[name] = cost(work) + Cost(seconds=work.programs and work.programs * _program_seconds())
+        say(f"{run.name}, {name}")
+        programs = work.programs and work.programs * _program_seconds()
+        run.evaluation[name] = cost(work) + Cost(seconds=programs, here=programs if here else 0.0)
         run.baselines[name] = _baseline_key(config, config.task.suite[name])
+    say(f"{run.name}, calibration and checks")
     run.checks = sum(map(cost, _checks(config, design.sampler.cfg_scale > 0)), Cost())
     run.quantization = sum(map(cost, calibration_work(design)), Cost())
     hessians = hessian_flops(design, config.calib.samples * config.calib.length)
-    run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12))
+    own = hessians / (here.tflops * 1e12) if here else 0.0
+    run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12), own)
     run.memory = memory_needs(design)
     if isinstance(speed, Measured):
         run.cached = _cached(design, run)
-        run.notes += _memory_notes(design)
+        run.notes += _memory_notes(memory_pools(design))
+    elif isinstance(speed, Published):
+        _, gpu = memory_pools(design, round(GPUS[speed.name].memory_gb * GB))
+        run.notes += (f"on {speed.name}, {note}" for note in _memory_notes([gpu]))
+        if here is None:
+            run.notes.append(f"no estimate of this machine: {'; '.join(device_problems(config.model.device))}")
     return run
+
+
+def _speeds(
+    config: Config, arch: Architecture, dtype: torch.dtype
+) -> tuple[Assumed | Published | Measured, Measured | None]:
+    """The speed that is planned for, and that of this machine beside it where it is another that can be measured."""
+    if config.plan_tflops:
+        return Assumed(arch, config.plan_tflops), None
+    absent = list(device_problems(config.model.device))
+    here = None if absent else measured(arch, dtype, pick_device(config.model.device))
+    if config.plan_gpu:
+        return Published(arch, config.plan_gpu.lower()), here
+    assert here is not None  # `_speed_problems`
+    return here, None
 
 
 def _architecture(config: Config, run: PlannedRun) -> Architecture | None:
@@ -194,12 +234,18 @@ def _dtype(config: Config) -> torch.dtype:
 # ---- what is done, and how fast ------------------------------------------------------------------------------
 
 
-def _speed_problems(config: Config) -> list[str]:
-    if config.plan_tflops is None:
-        return [f"{p}; plan_tflops=NUMBER plans for another machine" for p in device_problems(config.model.device)]
-    if config.plan_tflops > 0:
-        return []
-    return [f"plan_tflops={config.plan_tflops} must be a number above 0; null measures this machine"]
+def _speed_problems(config: Config) -> Iterator[str]:
+    tflops, gpu = config.plan_tflops, config.plan_gpu
+    if tflops is not None and gpu is not None:
+        yield f"plan_gpu={gpu} and plan_tflops={tflops:g} are two machines to plan for; give one of them"
+    elif gpu is not None and gpu.lower() not in GPUS:
+        known = ", ".join(GPUS)
+        yield f"plan_gpu={gpu} is not in the table, which has {known}; plan_tflops=NUMBER takes any speed"
+    elif tflops is not None and tflops <= 0:
+        yield f"plan_tflops={tflops} must be a number above 0; null measures this machine"
+    elif tflops is None and gpu is None:
+        for problem in device_problems(config.model.device):
+            yield f"{problem}; plan_gpu=NAME or plan_tflops=NUMBER plans for another machine"
 
 
 def _exact(sampler: Sampler, run: PlannedRun) -> Sampler:
@@ -297,8 +343,7 @@ def _cached(design: Design, run: PlannedRun) -> dict[str, int | None]:
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
-def _memory_notes(design: Design) -> Iterator[str]:
-    pools = memory_pools(design)
+def _memory_notes(pools: Sequence[Pool]) -> Iterator[str]:
     if streams_from_disk(pools):
         yield "quantized from disk, block by block: it does not fit into memory together with what quantizing it needs."
     yield from memory_problems(pools)

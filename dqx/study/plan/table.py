@@ -13,20 +13,24 @@ from dqx.common import accelerator
 from dqx.common.memory import gigabytes
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
+from dqx.study.estimate.gpus import GPUS
 from dqx.study.plan.runs import Cost, PlannedRun
 
 ASSUMPTIONS = """
 A block, and a step of the evaluation without blocks, are timed on random weights of the model's shapes, at the
 lengths and batch sizes of the work. At an assumed speed only operations count: 2 x weights x tokens, and those of
-attention. Lengths of prompts and answers are those of the data (dqx/study/estimate/sizes.py). Likelihoods need their
-different states, as many as expected. Answers end where those in the data do, half way to the end of their block; at
-most they take all steps. Adaptive draws need less than counted. Quantized models are taken to run like full
-precision; rounding and rotating activations took 1.1 to 1.8 times as long on the bundled models. Calibration is 3
-passes of the text per stream, Hessians, and 1.5 passes per candidate of a scale search; solving, clipping and
-searching rotations are not counted. Full precision is counted in the first run that needs it, less the documents in
-the cache; a quantized model is known by its tensors, so that results of it are found only once it is made.
+attention; with plan_gpu also reading the weights for each batch, and the shares of a card's peaks are a guess that
+may be wrong by a factor of two (dqx/study/estimate/gpus.py). Lengths of prompts and answers are those of the data
+(dqx/study/estimate/sizes.py). Likelihoods need their different states, as many as expected. Answers end where those
+in the data do, half way to the end of their block; at most they take all steps. Adaptive draws need less than
+counted. Quantized models are taken to run like full precision; rounding and rotating activations took 1.1 to 1.8
+times as long on the bundled models. Calibration is 3 passes of the text per stream, Hessians, and 1.5 passes per
+candidate of a scale search; solving, clipping and searching rotations are not counted. Full precision is counted in
+the first run that needs it, less the documents in the cache; a quantized model is known by its tensors, so that
+results of it are found only once it is made.
 """
 WIDTH = 118
+LONG = 1000 * 3600.0  # seconds after which another machine is suggested
 
 
 def print_plan(runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
@@ -54,23 +58,25 @@ def _costs(runs: Iterable[PlannedRun]) -> list[dict[str, Cost]]:
 
 def _run_table(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> Table:
     columns = ("model", "method", "bits", "tasks", "FLOPs", "memory", "full precision", "calibrate", "evaluate")
+    beside = any(run.here for run in runs)  # the seconds of this machine, beside those of another
     rows, left = [], iter(costs)
     for run in runs:
         cells = [run.model, run.method, run.bits, str(len(run.tasks))]
         if run.problems:
-            rows.append([*cells, *[""] * 5, "cannot run"])
+            rows.append([*cells, *[""] * 5, "cannot run", *[""] * beside])
         else:
             memory = "" if run.memory is None else gigabytes(run.memory.total)
-            rows.append([*cells, *_cost_cells(list(next(left).values()), memory)])
+            rows.append([*cells, *_cost_cells(list(next(left).values()), memory, beside)])
     if len(costs) > 1:
         sums = [sum((parts[name] for parts in costs), Cost()) for name in costs[0]]
-        rows.append(["all", "", "", "", *_cost_cells(sums, "")])
-    return Table("Runs", (*columns, "total"), _entries(rows), [], left=3, rules=(len(runs),))
+        rows.append(["all", "", "", "", *_cost_cells(sums, "", beside)])
+    return Table("Runs", (*columns, "total", *["total here"] * beside), _entries(rows), [], left=3, rules=(len(runs),))
 
 
-def _cost_cells(parts: Sequence[Cost], memory: str) -> list[str]:
+def _cost_cells(parts: Sequence[Cost], memory: str, beside: bool) -> list[str]:
     whole = sum(parts, Cost())
-    return [amount(whole.flops), memory, *(duration(cost.seconds) for cost in (*parts, whole))]
+    cells = [amount(whole.flops), memory, *(duration(cost.seconds) for cost in (*parts, whole))]
+    return [*cells, *[duration(whole.here)] * beside]
 
 
 def _task_table(runs: Iterable[PlannedRun]) -> Table:
@@ -98,18 +104,29 @@ def _in_cache(run: PlannedRun, task: str) -> str:
 
 
 def _total(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> list[str]:
-    """How speeds were found, and what it comes to on the devices at hand."""
-    lines = [f"Speed {speed}." for speed in dict.fromkeys(run.speed for run in runs)]
+    """How speeds were found, and what it comes to on the device that is planned for, and here."""
+    lines = [f"Speed {speed}." for run in runs for speed in (run.speed, run.here) if speed]
+    lines = list(dict.fromkeys(lines))
+    wholes = [sum(parts.values(), Cost()) for parts in costs]
+    whole, seconds = sum(wholes, Cost()), [cost.seconds for cost in wholes]
+    elsewhere = any(run.elsewhere for run in runs)
     if len(runs) > 1:
-        seconds = [sum(parts.values(), Cost()).seconds for parts in costs]
         most = max(range(len(runs)), key=seconds.__getitem__)
         largest = f"the largest run is {runs[most].name}, {duration(seconds[most])}"
-        lines.append(f"In all {duration(sum(seconds))} of one device; {largest}.")
+        here = f" ({duration(whole.here)} here)" if whole.here else ""
+        lines.append(f"In all {duration(whole.seconds)} of one device{here}; {largest}.")
         gpus = accelerator.count()
-        if gpus > 1:
-            ideal = max(max(seconds), sum(seconds) / gpus)
+        if gpus > 1 and not elsewhere:
+            ideal = max(max(seconds), whole.seconds / gpus)
             lines.append(f"On the {gpus} GPUs here, one run on each, {duration(ideal)} at the least.")
+    if whole.seconds > LONG and not elsewhere:
+        lines.append(f"plan_gpu={next(iter(GPUS))} estimates the same on a GPU that is not here; so do {_others()}.")
     return lines
+
+
+def _others() -> str:
+    *names, last = list(GPUS)[1:]
+    return f"{', '.join(names)} and {last}"
 
 
 def _notes(runs: Sequence[PlannedRun]) -> list[str]:
