@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from pretend.device import accelerator as pretend_accelerator
@@ -25,7 +26,6 @@ METHODS = (("rtn", "w4a16", ()),)  # the others take longer
 
 def benchmark(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit code, and what is in the file, which fits its schema."""
-    jsonschema = pytest.importorskip("jsonschema")
     file = tmp_path / "gpu.json"
     code = gpu.main(["--device", "cpu", "--scale", "small", "--out", str(file), *arguments])
     report = json.loads(file.read_text())
