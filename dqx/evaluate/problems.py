@@ -10,6 +10,7 @@ from dqx.data.local import data_files
 from dqx.data.texts import text_problems
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.catalogue import REPLACED, Leaf, UnknownTaskError, configuration, leaves
+from dqx.evaluate.scorers.sandbox import isolation
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import CATEGORIES, KINDS, NLL, TaskSpec, steps_of
 from dqx.evaluate.text import text_of
@@ -92,6 +93,18 @@ def hub_problems(suite: Mapping[str, TaskSpec], *, limit: int | None = None, cha
                 if isinstance(error, ConnectionError):
                     return list(missing.values())
     return list(missing.values())
+
+
+def sandbox_problems(suite: Mapping[str, TaskSpec]) -> list[str]:
+    """Why programs that the model writes could not be run on this machine, where the suite has some."""
+    tasks = [name for name, spec in suite.items() if spec.category == "code"]
+    if not tasks:
+        return []
+    try:
+        isolation()
+    except (OSError, RuntimeError) as error:
+        return [f"task {', '.join(tasks)}: {error}; or leave {'it' if len(tasks) == 1 else 'them'} out"]
+    return []
 
 
 def _setting_problems(name: str, spec: TaskSpec) -> Iterator[str]:

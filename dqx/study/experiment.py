@@ -19,6 +19,7 @@ from dqx.common.devices import device_problems, dispatch_problems, dtype_of, pic
 from dqx.common.parts import build_part, part_problems
 from dqx.config.compose import as_part, resolve
 from dqx.config.schema import Config, ConfigProblems
+from dqx.evaluate.problems import sandbox_problems
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, locate, read_config
 from dqx.study import checks
@@ -112,6 +113,7 @@ def _parts(config: Config, *, here: bool = True) -> tuple[Any, Any, list[str]]:
     sampler, method = (None if unfit[where] or not part else build_part(part) for where, part in parts.items())
     wrong += [problem for told in unfit.values() for problem in told]
     wrong += checks.data_problems(config, method, sampler)
+    wrong += sandbox_problems(config.task.suite) if here else ()
     return method, sampler, wrong
 
 

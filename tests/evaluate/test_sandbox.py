@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import DATA
 
+from dqx.config.compose import compose, resolve
+from dqx.evaluate import problems
 from dqx.evaluate.scorers import programs, sandbox
 from dqx.evaluate.scorers.programs import humaneval, mbpp
 from dqx.evaluate.scorers.sandbox import isolation, run_program
+from dqx.study import experiment
 
 filtered = pytest.mark.skipif("calls" not in isolation(), reason="this system has no seccomp")
 
@@ -122,6 +125,14 @@ def test_files_outside_cannot_be_touched(tmp_path: Path) -> None:
         "os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
         "import fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
         "import fcntl, socket; fcntl.ioctl(socket.socketpair()[0], 0x8901, bytes(4))",
+        # attributes as chattr sets them: FS_IOC_SETFLAGS, of 32 bits too, FS_IOC_FSSETXATTR; verity; the system call
+        *(
+            f"import fcntl; f = open('a', 'w'); fcntl.ioctl(f, {number}, bytes(128))"
+            for number in (0x40086602, 0x40046602, 0x401C5820, 0x40806685)
+        ),
+        "import fcntl; fcntl.ioctl(open(os.__file__), 0x40086602, bytes(8))",
+        "import ctypes; c = ctypes.CDLL(None, use_errno=True); c.syscall(469, -100, b'.', bytes(24), 24, 0); "
+        "raise OSError(ctypes.get_errno(), '')",
         "os.kill(os.getpid(), 0)",
         "os.fork()",
         "open('a', 'w').close(); os.chmod('a', 0)",
@@ -149,6 +160,7 @@ def test_refused_even_among_the_users_own(attempt: str) -> None:
         "os.remove(kept)",
         "os.rename(kept, 'mine')",
         "shutil.rmtree(os.path.dirname(kept))",
+        "fcntl.ioctl(os.open(kept, os.O_RDONLY), 0x40086602, struct.pack('l', 0x40))",  # chattr +d
     ],
 )
 def test_without_landlock_nothing_is_written(tmp_path: Path, attempt: str) -> None:
@@ -156,7 +168,7 @@ def test_without_landlock_nothing_is_written(tmp_path: Path, attempt: str) -> No
     kept.write_text("years of work")
     program = f"""
 import sys; sys.path.append({str(Path(sandbox.__file__).parent)!r})
-import os, shutil, sandbox_child
+import fcntl, os, shutil, struct, sandbox_child
 kept = {str(kept)!r}
 sandbox_child.libc.prctl(sandbox_child.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 assert sandbox_child.filter_system_calls(read_only=True)
@@ -165,6 +177,57 @@ assert open(kept).read() == "years of work"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "PermissionError: [Errno 1]" in ended.stderr
     assert kept.read_text() == "years of work"
+
+
+def test_what_python_asks_of_its_files_is_allowed() -> None:
+    asked = "import fcntl, os\nread, write = os.pipe()\nassert not os.isatty(read)\nos.set_inheritable(read, True)\n"
+    asked += "os.set_blocking(read, False)\nos.write(write, b'abc')\n"
+    asked += "assert fcntl.ioctl(read, 0x541B, bytes(4))[0] == 3\nopen('a', 'w').write('x')"
+    outcome = run_program(asked)
+    assert outcome.passed, outcome.reason
+
+
+WITHOUT_LANDLOCK = """
+import sys; sys.path.append({folder!r})
+import os, sandbox_child
+sandbox_child.restrict_files = lambda folder: False
+sandbox_child._world_readable = lambda path: {readable}  # False: as where Python lies in root's own folder
+keep, sandbox_child.keep_capabilities = sandbox_child.keep_capabilities, lambda mask: print("mask", mask) or keep(mask)
+if os.geteuid() != 0:  # who has nothing to give up gives it up in vain
+    os.geteuid, keep = lambda: 0, lambda mask: True
+    os.setgroups = os.setresgid = os.setresuid = lambda *_: None
+print(sandbox_child.lock_in(1, 1 << 30))
+"""
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_without_landlock_the_right_to_read_all_files_is_not_kept(readable: bool) -> None:
+    """Root's programs would read everybody's files; where they could not run without it, the sandbox says so."""
+    source = WITHOUT_LANDLOCK.format(folder=str(Path(sandbox.__file__).parent), readable=readable)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    masks = [line for line in done.stdout.splitlines() if line.startswith("mask")]
+    assert masks == (["mask 0"] * 2 if readable else ["mask 4", "mask 0"])
+    if readable:
+        assert "'user'" in done.stdout
+    else:
+        assert "PermissionError" in done.stderr
+        assert "can be entered by root alone, and this system has no Landlock" in done.stderr
+        assert "install Python where every user may read it, or run as another user than root" in done.stderr
+
+
+def test_a_sandbox_that_cannot_be_set_up_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the sandbox could not be set up (exit status 1): no room")
+
+    monkeypatch.setattr(problems, "isolation", broken)
+    suite = compose(["task=nano"]).task.suite
+    assert problems.sandbox_problems(suite) == [
+        "task nano_code: the sandbox could not be set up (exit status 1): no room; or leave it out"
+    ]
+    config = resolve(compose(["task=nano"]))
+    assert any("could not be set up" in problem for problem in experiment.problems(config))
+    assert not any("could not be set up" in problem for problem in experiment.problems(config, elsewhere=True))
+    assert problems.sandbox_problems(compose(["task=nano_facts"]).task.suite) == []
 
 
 @filtered

@@ -4,8 +4,8 @@ Each program gets a fresh Python process (`sandbox_child.py`) in an empty tempor
 under limits on CPU time, memory, file size, open files and processes; what its files take together is watched from
 here. On Linux it also loses, as far as the system allows: its user (root becomes nobody), the network (own network
 namespace), files outside the temporary folder and Python's own (Landlock), and the system calls for processes, their
-priorities and limits, signals, sockets, folders, links and file attributes (seccomp); without Landlock it may write no
-file at all. `ProgramResult.isolation` says what was in force.
+priorities and limits, signals, sockets, folders, links, file attributes and devices (seccomp); without Landlock it may
+write no file at all, and read none that its user may not. `ProgramResult.isolation` says what was in force.
 
 A program has passed when it ran to its end: only then does the child send back a token drawn for this run. Exiting
 early, with whatever status, is no pass. What this does not stop is a program that searches the interpreter it runs
@@ -135,9 +135,8 @@ def _result(report: bytes, token: str, stopped: str, status: int) -> ProgramResu
     head, _, rest = report.decode(errors="replace").partition("\n")
     kind, _, layers = head.partition(" ")
     if kind != "ready":
-        raise RuntimeError(
-            f"the sandbox process could not be set up (exit status {status}): {head[:300] or 'no report'}"
-        )
+        told = head.removeprefix("failed ")[:400] or "no report"
+        raise RuntimeError(f"the sandbox could not be set up (exit status {status}): {told}")
     isolation = tuple(layers.split(","))
     if stopped:
         return ProgramResult(False, stopped, isolation)

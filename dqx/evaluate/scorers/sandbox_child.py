@@ -43,15 +43,22 @@ FORBIDDEN = {
     "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0), "utimensat": (280, 88), "truncate": (76, 45),
     "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     # anything but plain files: what is left behind is removed easily
     "mkdir": (83, 0), "mkdirat": (258, 34), "mknod": (133, 0), "mknodat": (259, 33),
     "link": (86, 0), "linkat": (265, 37), "symlink": (88, 0), "symlinkat": (266, 36),
 }  # fmt: skip
 
 #: Calls forbidden with one value of their second argument: signals of a descriptor go to another process.
-FORBIDDEN_REQUESTS = [
-    ((72, 25), 8), ((72, 25), 15),  # fcntl: F_SETOWN, F_SETOWN_EX
-    ((16, 29), 0x8901), ((16, 29), 0x8902),  # ioctl: FIOSETOWN, SIOCSPGRP
+FORBIDDEN_REQUESTS = [((72, 25), 8), ((72, 25), 15)]  # fcntl: F_SETOWN, F_SETOWN_EX
+
+#: ioctl is as many calls as devices and file systems invent: attributes of files, snapshots, encryption, ... Allowed
+#: are those that Python's own files need, by the value of the second argument.
+IOCTL = (16, 29)
+ALLOWED_IOCTLS = [
+    0x5401, 0x802C542A,  # TCGETS, TCGETS2: is it a terminal?
+    0x5413,  # TIOCGWINSZ: how wide?
+    0x541B, 0x5421, 0x5450, 0x5451,  # FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 ]  # fmt: skip
 
 #: Where Landlock is missing: calls that remove or replace files, and the place of the flags of those that open them,
@@ -68,6 +75,7 @@ GUARDED = {
     "os": "kill killpg fork forkpty posix_spawn posix_spawnp system popen execv execve remove unlink rmdir removedirs "
     "rename renames replace truncate ftruncate chmod fchmod chown lchown fchown fchdir link symlink mkdir makedirs "
     "mkfifo mknod utime setpriority putenv",
+    "fcntl": "ioctl",
     "shutil": "rmtree move chown copytree",
     "subprocess": "Popen run call check_call check_output",
 }
@@ -107,6 +115,20 @@ def become_nobody() -> bool:
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     return keep_capabilities(1 << CAP_DAC_READ_SEARCH if keep_reading else 0)
+
+
+def stop_reading() -> None:
+    """Give up the right to read files too: without Landlock it would be one to read all of them.
+
+    Raises PermissionError where no library of Python's could be imported any more.
+    """
+    readable = _world_readable(os.__file__)
+    keep_capabilities(0)
+    if not readable:
+        raise PermissionError(
+            f"{os.path.dirname(os.__file__)} can be entered by root alone, and this system has no Landlock to keep a "
+            "program to it; install Python where every user may read it, or run as another user than root"
+        )
 
 
 def _world_readable(path: str) -> bool:
@@ -159,7 +181,8 @@ def restrict_files(folder: str) -> bool:
 
 
 def filter_system_calls(read_only: bool) -> bool:
-    """seccomp: what FORBIDDEN and FORBIDDEN_REQUESTS list fails with "not permitted"; `read_only`: so does writing."""
+    """seccomp: what FORBIDDEN and FORBIDDEN_REQUESTS list fails with "not permitted", as do all ioctls but
+    ALLOWED_IOCTLS; `read_only`: so does writing."""
     column, audit_arch = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}.get(os.uname().machine, (0, 0))
     if not audit_arch:
         return False
@@ -174,6 +197,10 @@ def filter_system_calls(read_only: bool) -> bool:
     for pair, value in FORBIDDEN_REQUESTS:
         code += [(equal, 0, 4, pair[column]), (load, 0, 0, 24), (equal, 0, 1, value), (answer, 0, 0, deny)]
         code += [(load, 0, 0, 0)]
+    n = len(ALLOWED_IOCTLS)
+    code += [(equal, 0, n + 3, IOCTL[column]), (load, 0, 0, 24)]
+    code += [(equal, n - i, 0, value) for i, value in enumerate(ALLOWED_IOCTLS)]
+    code += [(answer, 0, 0, deny), (load, 0, 0, 0)]
     for pair, flags in OPENING if read_only else ():
         if pair[column]:
             code += [(equal, 0, 4, pair[column]), (load, 0, 0, flags), (any_bit, 0, 1, FOR_WRITING)]
@@ -211,6 +238,8 @@ def lock_in(cpu: int, memory: int) -> list[str]:
             keep_capabilities(0)
         libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
         layers += ["files"] * restrict_files(os.getcwd())
+        if root and "files" not in layers:
+            stop_reading()
         layers += ["calls"] * filter_system_calls(read_only="files" not in layers)
     if not {"user", "files"} & set(layers) or not {"user", "calls"} & set(layers):
         guard()
