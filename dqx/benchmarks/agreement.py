@@ -44,7 +44,8 @@ LENGTHS = (9, 23, 40)  # of prompts, which share a batch
 #: The most that is rounding: of logits and likelihoods relative to the largest, of tokens and codes a share.
 LOGITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 LIKELIHOODS, TOKENS, CODES = 1e-4, 0.0, 0.01
-QUANTIZED = 2e-2  # an activation next to the border of two codes falls on the other side
+#: Of quantized logits, relative to their error: activations next to the border of two codes fall on either side.
+QUANTIZED = 0.25
 ERRORS = 0.1  # where searches part ways at ties: how far apart the two models' errors may be, relative to each other
 
 #: Method and widths, one for every kind of part and format; searches are made shorter, which takes the same kernels.
@@ -59,7 +60,7 @@ METHODS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("smoothquant", "w8a8", ()),
     ("quarot", "w4a4", ("method.clip.n_grid=8",)),
     ("duquant", "w4a4", ("method.transforms.rotate.steps=32",)),
-    ("d2quant", "w2a16", ("method.clip.n_grid=4", "method.rounding_by_role.down.iterations=2")),
+    ("d2quant", "w2a16", ("method.clip.n_grid=4",)),
 )
 
 SAMPLERS: dict[str, dict[str, Sampler]] = {
@@ -87,7 +88,7 @@ class Agreement:
     """One thing that was computed on both: how far the device is from the CPU, and how far rounding explains it."""
 
     path: str
-    measure: str  # logits, tokens, likelihoods, codes
+    measure: str  # logits, tokens, likelihoods, codes, quantized logits
     difference: float
     allowed: float
     explained: bool = False  # beyond that, and yet right: see `method`
@@ -115,6 +116,10 @@ def distance(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest absolute value."""
     expected = expected.double()
     return float((found.cpu().double() - expected).abs().max() / expected.abs().max())
+
+
+def root_mean_square(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
 
 
 def forward(device: torch.device) -> Iterator[Agreement]:
@@ -180,10 +185,11 @@ def method(name: str, bits: str, device: torch.device, *, overrides: Sequence[st
         logits = theirs(ids.to(device)).cpu()
         moved = theirs.cpu()
         expected = moved(ids)
-        errors = [float((quantized - original).double().square().mean()) for quantized in (ours(ids), expected)]
+        errors = [root_mean_square(quantized - original) for quantized in (ours(ids), expected)]
         alike = abs(errors[1] - errors[0]) <= ERRORS * errors[0]
+        moved_by = root_mean_square(logits - expected) / errors[1]
         yield Agreement(f"{family}, {name} {bits}", "codes", differing_codes(ours, moved), CODES, alike)
-        yield Agreement(f"{family}, {name} {bits}", "logits", distance(logits, expected), QUANTIZED)
+        yield Agreement(f"{family}, {name} {bits}", "quantized logits", moved_by, QUANTIZED)
 
 
 def differing_codes(ours: MaskedDiffusionTransformer, theirs: MaskedDiffusionTransformer) -> float:

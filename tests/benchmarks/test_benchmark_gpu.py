@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from torch import nn
 
 from dqx.benchmarks import agreement, gpu
 from dqx.common import accelerator
+from dqx.config import compose
+from dqx.config.schema import CONF_DIR
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.quant.linear import QuantLinear
 
 CPU = torch.device("cpu")
 SCHEMA = json.loads(Path(gpu.__file__).with_name("gpu.schema.json").read_text())
@@ -181,6 +185,45 @@ def test_other_codes_are_seen_and_explained_only_where_the_model_is_as_good(monk
     perturbed(monkeypatch, permuted)
     codes = [row for row in found(check) if row.measure == "codes"]
     assert all(row.difference > row.allowed and row.explained and row.ok for row in codes)
+
+
+def test_another_forward_of_a_quantized_model_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights as on the CPU, activations on another grid."""
+
+    def moved(self: MaskedDiffusionTransformer) -> MaskedDiffusionTransformer:
+        for linear in self.modules():
+            if isinstance(linear, QuantLinear):
+                linear.activation_bits = replace(linear.activation_bits, bits=3)
+        return self
+
+    check = partial(agreement.method, "smoothquant", "w8a8")
+    assert all(row.ok for row in found(check))
+    monkeypatch.setattr(MaskedDiffusionTransformer, "cpu", moved)
+    wrong = {row.measure for row in found(check) if not row.ok}
+    assert wrong == {"quantized logits"} | ({"codes"} & wrong)
+
+
+def test_float64_is_another_rounding_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device may differ in, planted: sums of other last digits, in all that is computed in float32."""
+    pair = agreement.pair
+
+    def other(family: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+        ours, theirs = pair(family, device, dtype)
+        return ours, theirs.double() if dtype == torch.float32 else theirs
+
+    monkeypatch.setattr(agreement, "pair", other)
+    for name in ("forward", "tokens", "likelihoods", "smoothquant w8a8"):
+        rows = found(agreement.checks()[name])
+        assert all(row.ok for row in rows), agreement.summary(rows)
+        assert name == "tokens" or any(row.difference > 0 for row in rows)
+
+
+def test_the_methods_that_are_checked_are_those_there_are() -> None:
+    """With overrides that they understand."""
+    there = {path.stem for path in (CONF_DIR / "method").glob("*.yaml") if "_as_published" not in path.stem}
+    assert {name for name, _, _ in agreement.METHODS} == there - {"fp16"}
+    for name, bits, overrides in agreement.METHODS:
+        assert compose.build(compose.select(method=name, bits=bits, overrides=overrides).method)
 
 
 def permuted(model: MaskedDiffusionTransformer) -> None:
