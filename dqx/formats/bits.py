@@ -47,11 +47,12 @@ class WeightBits:
 
 @dataclass
 class ActivationBits:
-    """Grid of the input of every quantized linear; which values share a scale is the method's choice."""
+    """Grid of the input of every quantized linear, at run time or on a calibrated range as the method says."""
 
     bits: int = UNQUANTIZED
     symmetric: bool = False
     format: str = "int"
+    group_size: int = -1  # neighbouring channels of a token that share a scale; -1 is one group per token
 
 
 Usual = TypeVar("Usual", WeightBits, ActivationBits)
@@ -156,10 +157,11 @@ class BitsConfig:
         return Widths(by_entry[None], tuple(by_entry[entries.get(index)] for index in range(linears.n_blocks)))
 
     def _grids(self, roles: Sequence[str]) -> BlockWidths:
+        kv_bits = self.activation.bits if self.kv.bits is None else self.kv.bits
         return BlockWidths(
             {role: self.override(role).of_weight(self.weight) for role in roles},
             {role: self.override(role).of_activation(self.activation) for role in roles},
-            self.activation if self.kv.bits is None else replace(self.activation, bits=self.kv.bits),
+            replace(self.activation, bits=kv_bits, group_size=-1),
         )
 
     def of_entry(self, name: str | None) -> BitsConfig:
@@ -223,8 +225,11 @@ def label(bits: BitsConfig) -> str:
 
     Formats follow the widths, those of weights first. An override is the role with its weight's width, `a` and its
     input's width, `g` and its group size, `_` and its format; of a block, the block before them and `w` before the
-    width that is for all its roles. Group size and symmetry of all roles are left out.
+    width that is for all its roles. `g` behind the width of the activations is their group size: w4a4g128. Group size
+    of weights and symmetry are left out of what is for all roles.
     """
+    size = bits.activation.group_size
+    groups = f"g{size}" if size != -1 and bits.activation.bits != UNQUANTIZED else ""
     kv = "" if bits.kv.bits is None else f"kv{bits.kv.bits}"
     formats = [part.format for part in (bits.weight, bits.activation) if part.bits != UNQUANTIZED]
     suffix = "" if set(formats) <= {"int"} else "_" + "_".join(dict.fromkeys(formats))
@@ -232,7 +237,7 @@ def label(bits: BitsConfig) -> str:
     for name, entry in bits.blocks.items():
         overrides.append(_changes(name, "w", entry))
         overrides += [_changes(f"{name}{role}", "", own) for role, own in _roles_of(_mapping(entry)).items()]
-    return f"w{bits.weight.bits}a{bits.activation.bits}{kv}{suffix}{''.join(overrides)}"
+    return f"w{bits.weight.bits}a{bits.activation.bits}{groups}{kv}{suffix}{''.join(overrides)}"
 
 
 def _changes(whose: str, letter: str, own: Any) -> str:

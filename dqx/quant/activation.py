@@ -1,20 +1,19 @@
 """Activation quantizers: the input of a linear, rounded at run time.
 
-They differ in which values share a grid: those of a token (`PerToken`), of a group of a token's channels (`PerGroup`),
-or all, on a range found in calibration (`Static`). Width, symmetry and format come from `bits.activation`. Integers,
+They differ in which values share a grid: those of a token or of a group of its channels (`PerToken`), or all, on a
+range found in calibration (`Static`). Width, group size, symmetry and format come from `bits.activation`. Integers,
 symmetric: `scale = absmax / (2^(b-1) - 1)`, as integer kernels have it; asymmetric: min ... max.
 
 The block formats mxfp4 and nvfp4 fix themselves which channels share a scale: 32 and 16 neighbours of a token.
-`PerToken` leaves it at that (for nvfp4 with a second-level scale per token), `Static` takes the second-level scale of
-nvfp4 from calibration, as NVIDIA's deployments do, and `PerGroup` has nothing to add.
+`PerToken` leaves it at that (for nvfp4 with a second-level scale per token), and `Static` takes the second-level scale
+of nvfp4 from calibration, as NVIDIA's deployments do.
 
 No result depends on what else is in the batch. I = inputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -39,53 +38,50 @@ class Dynamic:
 @storable
 @dataclass(frozen=True)
 class PerToken(Dynamic):
-    """One dynamic grid per token, over all channels."""
+    """One dynamic grid per token over all channels, or per group of `bits.group_size` neighbouring channels.
+
+    With `rescale` the scale of every group is corrected after rounding, see `rescaled`.
+    """
 
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
+    rescale: bool = False
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
-        return grid.fake(x, clip_ratio=self.clip_ratio)
+        if grid.identity:
+            return x
+        groups = x if bits.group_size == -1 else x.unflatten(-1, (-1, bits.group_size))
+        rounded = grid.fake(groups, clip_ratio=self.clip_ratio)
+        return (rescaled(groups, rounded) if self.rescale else rounded).view(x.shape)
 
     def problems(self, where: str, context: Context) -> list[str]:
         return clip_problems(f"{where}.clip_ratio", self.clip_ratio)
 
 
+def rescaled(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded` times `|x|^2 / <rounded, x>` for every vector along the last dimension [..., I], in the dtype of x.
+
+    Afterwards its product with x is that of x with itself: rounding no longer shortens or lengthens a vector along its
+    own direction. This is SoloQ's rule for scales. A vector that rounding leaves no part of keeps what it has.
+    """
+    z, q = wide(x), wide(rounded)
+    product = (q * z).sum(-1, keepdim=True)
+    factor = torch.where(product > 0, z.square().sum(-1, keepdim=True) / product, 1)
+    return (q * factor).to(x.dtype)
+
+
 @storable
 @dataclass(frozen=True)
 class PerGroup(Dynamic):
-    """One dynamic grid per token and group of neighbouring channels."""
+    """What versions of dqx have stored that had the group size here and not in `bits.activation`; only read."""
 
     group_size: int = 128  # channels
-    clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
-    include_zero: bool = True  # asymmetric ranges hold zero
+    clip_ratio: float = 1.0
+    include_zero: bool = True
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
-        if bits.bits == UNQUANTIZED:
-            return x
-        groups = x.unflatten(-1, (-1, self.group_size))
-        return PerToken(self.clip_ratio, self.include_zero)(groups, bits).flatten(-2)
-
-    def problems(self, where: str, context: Context) -> list[str]:
-        problems = clip_problems(f"{where}.clip_ratio", self.clip_ratio)
-        for name in block_formats(context.widths.activation.values()):
-            problems.append(
-                f"bits.activation.format={name} has a scale per {FORMATS[name].block} channels by its specification, "
-                f"so that {where}.group_size has no meaning; write method.activation=per_token"
-            )
-        by_width: dict[int, list[str]] = {}
-        for role, bits in context.widths.activation.items():
-            if context.method.quantizes_input(role) and bits.bits != UNQUANTIZED:
-                by_width.setdefault(context.arch.in_features(role), []).append(role)
-        common = gcd(*by_width)
-        for width, roles in by_width.items():
-            if self.group_size < 1 or width % self.group_size:
-                problems.append(
-                    f"{where}.group_size={self.group_size} does not divide {width}, the inputs of {', '.join(roles)}; "
-                    f"{common & -common} does, and method.activation=per_token needs no group size"
-                )
-        return problems
+        return PerToken(self.clip_ratio, self.include_zero)(x, replace(bits, group_size=self.group_size))
 
 
 @dataclass(frozen=True)
@@ -102,6 +98,12 @@ class Static:
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = clip_problems(f"{where}.clip_ratio", self.clip_ratio)
+        sizes = {bits.group_size for bits in context.widths.activation.values() if bits.bits != UNQUANTIZED} - {-1}
+        for size in sorted(sizes):
+            problems.append(
+                f"{where} has one calibrated range for all channels, but bits.activation.group_size={size} asks for "
+                "one per group; write method.activation=per_token, or bits.activation.group_size=-1"
+            )
         for name in block_formats(context.widths.activation.values()):
             if not FORMATS[name].tensor_bits:
                 problems.append(

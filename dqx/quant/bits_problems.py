@@ -60,7 +60,8 @@ def in_entry(name: str, problems: Iterable[str], told: Iterable[str]) -> list[st
         "bits.weight.bits": f"bits.blocks.{name}.weight",
         "bits.activation.bits": f"bits.blocks.{name}.activation",
         "bits.overrides": f"bits.blocks.{name}",
-        **{f"bits.{part}.{key}": f"bits.blocks.{name}.{key}" for part in ("weight", "activation") for key in SETTINGS},
+        **{f"bits.weight.{key}": f"bits.blocks.{name}.{key}" for key in SETTINGS},
+        "bits.activation.format": f"bits.blocks.{name}.format",
     }
     reworded: dict[str, None] = {}
     for problem in problems:
@@ -161,12 +162,27 @@ def _group_problems(bits: BitsConfig, widths: BlockWidths, arch: Architecture) -
 
 
 def _block_problems(widths: BlockWidths, arch: Architecture) -> Iterator[str]:
-    """Activation formats whose blocks do not fill a linear's input."""
+    """Activation formats whose blocks do not fill a linear's input, and groups that do not or that the format fixes."""
+    common = gcd(*(arch.in_features(role) for role in arch.roles))
     offenders: dict[tuple[str, int, int], list[str]] = {}
+    groups: dict[tuple[int, int], list[str]] = {}
+    fixed: dict[str, None] = {}
     for role, activation in widths.activation.items():
-        width, block = arch.in_features(role), FORMATS[activation.format].block
-        if activation.bits != UNQUANTIZED and block is not None and width % block:
+        width, block, size = arch.in_features(role), FORMATS[activation.format].block, activation.group_size
+        if activation.bits == UNQUANTIZED:
+            continue
+        if block is not None and size not in (-1, block):
+            fixed[f"bits.activation.group_size={size}, but {activation.format} has a scale per {block} channels"] = None
+        elif block is None and size != -1 and (isinstance(size, bool) or size < 1 or width % size):
+            groups.setdefault((size, width), []).append(role)
+        if block is not None and width % block:
             offenders.setdefault((activation.format, block, width), []).append(role)
+    yield from (f"{problem}; write bits.activation.group_size=-1" for problem in fixed)
+    for (size, width), roles in groups.items():
+        yield (
+            f"bits.activation.group_size={size} does not divide {width}, the inputs of {', '.join(roles)}; "
+            f"{common & -common} and -1 (one grid per token) do"
+        )
     for (name, block, width), roles in offenders.items():
         yield (
             f"bits.activation.format={name} has a scale per {block} channels, which do not divide {width}, the inputs "

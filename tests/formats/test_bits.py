@@ -41,6 +41,8 @@ def composed(*overrides: str) -> BitsConfig:
         (w4(), "w4a16"),
         (BitsConfig("", WeightBits(4), ActivationBits(8)), "w4a8"),
         (BitsConfig("", WeightBits(4), ActivationBits(4), KVBits(16)), "w4a4kv16"),
+        (BitsConfig("", WeightBits(4), ActivationBits(4, group_size=128), KVBits(8)), "w4a4g128kv8"),
+        (BitsConfig("", WeightBits(4), ActivationBits(group_size=128)), "w4a16"),
         (FP8, "w8a8_fp8"),
         (BitsConfig("", MXFP4.weight, ActivationBits()), "w4a16_mxfp4"),
         (BitsConfig("", MXFP4.weight, FP8.activation), "w4a8_mxfp4_fp8"),
@@ -356,6 +358,14 @@ def changed(bits: BitsConfig, *, weight: dict | None = None, activation: dict | 
         (
             changed(w4(), down=RoleBits(group_size=48)),
             "bits.overrides.down.group_size=48 does not divide 160, the inputs of down (3 blocks); 32, 16 and -1 do",
+        ),
+        (
+            changed(NVFP4, activation={"group_size": 32}),
+            "bits.activation.group_size=32, but nvfp4 has a scale per 16 channels; write bits.activation.group_size=-1",
+        ),
+        (
+            changed(w4(), activation={"bits": 4, "group_size": 64}),
+            "bits.activation.group_size=64 does not divide 160, the inputs of down; 32 and -1 (one grid per token) do",
         ),
         (changed(w4(), weight={"group_size": 0}), "bits.weight.group_size=0 is no number of inputs; for this model 32"),
     ],

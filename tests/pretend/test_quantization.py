@@ -38,7 +38,7 @@ METHODS = {
 }
 FORMATS = {
     "static": ("rtn", "w8a8", "method.activation=static"),
-    "per group": ("rtn", "w4a4", "method.activation=per_group", "method.activation.group_size=16"),
+    "per group": ("rtn", "w4a4", "bits.activation.group_size=16"),
     "fp8": ("rtn", "fp8"),
     "mxfp4": ("rtn", "mxfp4"),
     "nvfp4": ("rtn", "nvfp4", "method.activation=static"),

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny import TOY, Batch, ids, linears, logits, toy
 
-from dqx.formats.bits import FORMATS, RoleBits
+from dqx.config.compose import build, compose, resolve
+from dqx.formats.bits import FORMATS
 from dqx.formats.floats import E4M3, MXFP4, NVFP4
 from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits
-from dqx.quant.activation import PerGroup, PerToken, Static, StaticRange
+from dqx.quant.activation import PerGroup, PerToken, Static, StaticRange, rescaled
 from dqx.quant.loop import quantize
 from dqx.quant.protocols import Context
 from dqx.quant.rounding.rtn import RTN
@@ -19,7 +20,7 @@ WIDTHS = {"int": 4, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
 EVERY_FORMAT = [ActivationBits(width, name != "int", name) for name, width in WIDTHS.items()]
 EVERY_FORMAT.append(ActivationBits(4, symmetric=True))
 STATIC = Static().fit({"minmax": torch.tensor([-2.5, 30.0])})
-QUANTIZERS = {"per_token": PerToken(), "per_group": PerGroup(32), "static": STATIC}
+QUANTIZERS = {"per_token": PerToken(), "rescaled": PerToken(rescale=True), "static": STATIC}
 
 
 def test_every_format_is_covered():
@@ -54,20 +55,56 @@ def test_sixteen_bits_returns_the_input(quantizer):
 
 
 def test_an_outlier_costs_its_token_its_group_or_everything():
-    bits = ActivationBits(4)
-    errors = {name: (quantizer(X, bits) - X).abs() for name, quantizer in QUANTIZERS.items()}
+    token, group = ActivationBits(4), ActivationBits(4, group_size=32)
+    made = {"per_token": PerToken()(X, token), "per_group": PerToken()(X, group), "static": STATIC(X, token)}
+    errors = {name: (rounded - X).abs() for name, rounded in made.items()}
     spoilt = {name: (error > 0.25).any(-1).sum().item() for name, error in errors.items()}  # tokens
     assert spoilt == {"per_token": 1, "per_group": 1, "static": 15}
     assert (errors["per_group"][0, 1, 32:] < 0.25).all()  # the other group of that token is fine
     assert (errors["per_token"][0, 1, 32:] > 0.25).any()
 
 
-def test_per_group_is_a_grid_per_group():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_group_of_channels_has_a_grid_of_its_own(symmetric):
     groups = X.view(3, 5, 2, 32)
-    for bits in (ActivationBits(5), ActivationBits(5, symmetric=True)):
-        expected = Grid(5, bits.symmetric, exact_absmax=True).fake(groups).view_as(X)
-        assert torch.equal(PerGroup(32)(X, bits), expected)
-    assert torch.equal(PerGroup(64)(X, ActivationBits(5)), PerToken()(X, ActivationBits(5)))
+    expected = Grid(5, symmetric, exact_absmax=True).fake(groups).view_as(X)
+    assert torch.equal(PerToken()(X, ActivationBits(5, symmetric, group_size=32)), expected)
+    whole = PerToken()(X, ActivationBits(5, symmetric))
+    assert torch.equal(PerToken()(X, ActivationBits(5, symmetric, group_size=64)), whole)
+    assert torch.equal(PerGroup(32)(X, ActivationBits(5, symmetric)), expected)  # as earlier versions have stored it
+
+
+@pytest.mark.parametrize("bits", [ActivationBits(3), ActivationBits(4, True, group_size=16), EVERY_FORMAT[2]], ids=str)
+def test_a_rescaled_vector_has_its_own_product_with_itself(bits):
+    """`<q, z> = <z, z>` for every vector with a scale; nothing else of the rounded vector changes."""
+    size = 64 if bits.group_size == -1 else bits.group_size
+    x = X.double().clone()
+    x[2, 3] = 0
+    plain = PerToken()(x, bits).unflatten(-1, (-1, size))
+    y, z = PerToken(rescale=True)(x, bits).unflatten(-1, (-1, size)), x.unflatten(-1, (-1, size))
+    torch.testing.assert_close((y * z).sum(-1), z.square().sum(-1))
+    assert not torch.equal(y, plain)
+    torch.testing.assert_close(torch.nn.functional.normalize(y, dim=-1), torch.nn.functional.normalize(plain, dim=-1))
+    assert (y[2, 3] == 0).all()
+    assert torch.equal(rescaled(X, torch.zeros_like(X)), torch.zeros_like(X))  # nothing is left to scale
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant", "quarot", "duquant", "gptaq"])
+def test_every_method_that_quantizes_activations_takes_groups(method):
+    """Groups are finer than tokens, so the logits have less error, but where DuQuant cuts their ranges to 0.9."""
+    small = ["bits.weight.group_size=32", "method.transforms.rotate.tile=32", "method.transforms.rotate.steps=4"]
+    errors = {}
+    for size in (-1, 16):
+        choice = ["bits=w4a4", "bits.weight.bits=8", f"bits.activation.group_size={size}", small[0]]
+        choice.append("method.activation.clip_ratio=1.0")
+        choice += small[1:] if method == "duquant" else []
+        config = resolve(compose([f"method={method}", *choice]))
+        model = toy()
+        quantize(model, build(config.method), config.bits, [Batch(ids(1)), Batch(ids(3))], progress=False)
+        errors[size] = (logits(model) - logits(toy())).square().mean().item()
+        found = [linear.activation_bits for linear in linears(model).values()]
+        assert {(bits.group_size, bits.bits) for bits in found} == {(size, 4)}
+    assert errors[16] < errors[-1]
 
 
 def test_static_asymmetric_steps():
@@ -148,27 +185,22 @@ def problems(part, bits: BitsConfig) -> list[str]:
 
 def test_problems():
     a8 = BitsConfig("w8a8", WeightBits(8, -1), ActivationBits(8))
-    for part in (PerToken(0.0), PerGroup(32, 0.0), Static(0.0)):
+    for part in (PerToken(0.0), Static(0.0)):
         (problem,) = problems(part, a8)
         assert problem.startswith("method.activation.clip_ratio=0.0 must lie above 0")
-    assert problems(PerGroup(32), a8) == problems(Static(), a8) == problems(PerToken(), a8) == []
-    assert problems(PerGroup(48), a8) == [
-        "method.activation.group_size=48 does not divide 64, the inputs of q, k, v, o, gate, up; 32 does, and "
-        "method.activation=per_token needs no group size",
-        "method.activation.group_size=48 does not divide 160, the inputs of down; 32 does, and "
-        "method.activation=per_token needs no group size",
+    assert problems(Static(), a8) == problems(PerToken(), a8) == []
+    grouped = BitsConfig("w8a8", WeightBits(8, -1), ActivationBits(8, group_size=32))
+    assert problems(PerToken(), grouped) == []
+    assert problems(Static(), grouped) == [
+        "method.activation has one calibrated range for all channels, but bits.activation.group_size=32 asks for one "
+        "per group; write method.activation=per_token, or bits.activation.group_size=-1"
     ]
-    assert len(problems(PerGroup(0), a8)) == 2
-    assert problems(PerGroup(48), BitsConfig("w8a16", WeightBits(8), ActivationBits(16))) == []
-    without_down = BitsConfig("", WeightBits(8), ActivationBits(8), overrides={"down": RoleBits(activation=16)})
-    assert problems(PerGroup(64), without_down) == []
 
 
 def test_problems_of_formats():
     mxfp4 = BitsConfig("w4a4", WeightBits(4, 32, True, "mxfp4"), ActivationBits(4, True, "mxfp4"))
     nvfp4 = BitsConfig("w4a4", WeightBits(4, 16, True, "nvfp4"), ActivationBits(4, True, "nvfp4"))
-    for part, bits, expected in ((Static(), mxfp4, "could be static"), (PerGroup(32), nvfp4, "scale per 16 channels")):
-        (problem,) = problems(part, bits)
-        assert expected in problem
-        assert problem.endswith("write method.activation=per_token")
+    (problem,) = problems(Static(), mxfp4)
+    assert "could be static" in problem
+    assert problem.endswith("write method.activation=per_token")
     assert problems(Static(), nvfp4) == problems(PerToken(), mxfp4) == problems(PerToken(), nvfp4) == []

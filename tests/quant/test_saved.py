@@ -29,7 +29,7 @@ CASES = {
     "rtn w4a16, down in 8 bit": ("rtn", "w4a16", SMALL, "bits.overrides.down.weight=8"),
     "rtn w4a4, the last block in 8 and 16 bit": ("rtn", "w4a4", "bits.blocks.b2={weight: 8, activation: 16}"),
     "rtn w8a8, static": ("rtn", "w8a8", "method.activation=static"),
-    "rtn w4a4, per group": ("rtn", "w4a4", "method.activation=per_group", "method.activation.group_size=32"),
+    "rtn w4a4, per group": ("rtn", "w4a4", "bits.activation.group_size=32", "method.activation.rescale=true"),
     "rtn fp8": ("rtn", "fp8"),
     "rtn mxfp4": ("rtn", "mxfp4"),
     "rtn nvfp4": ("rtn", "nvfp4"),
