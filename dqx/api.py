@@ -278,11 +278,14 @@ class DiffusionLM:
     def save(self, folder: str | Path) -> Path:
         """Write model and tokenizer to a new folder, from which `dqx.load` reads the same model. Returns it.
 
-        At full precision the folder is a checkpoint in the hub's format. Raises FileExistsError where it exists.
+        At full precision the folder is a checkpoint in the hub's format. Raises FileExistsError where it exists, and
+        ConfigProblems after a quantization that failed.
         """
         folder = Path(folder).expanduser()
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; name a new folder")
+        if self.model.unfinished:
+            raise ConfigProblems(["the model is quantized in part, by an attempt that failed; load its weights again"])
         done = self.quantization
         if done is None:
             save(self.model, self.checkpoint.config, folder)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,17 @@ def bound_memory(device: torch.device, size: float | None) -> None:
     bound = getattr(torch.get_device_module(device), "set_per_process_memory_fraction", None)
     if device.type != "cpu" and bound is not None:
         bound(1.0 if size is None else min(1.0, size / total_memory(device)), device)
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Let an OutOfMemoryError that comes out say what to change, unless it does already: a note, shown behind it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if not hasattr(error, "__notes__"):
+            error.add_note(advice)
+        raise
 
 
 def watch_peak(device: torch.device) -> None:

@@ -154,6 +154,13 @@ def halves(batch: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     return left, right
 
 
+def too_long(length: int, *choices: str) -> torch.OutOfMemoryError:
+    """The error where not even one sequence fits, with what to change."""
+    error = torch.OutOfMemoryError(f"one sequence of {length} tokens does not fit into memory")
+    error.add_note(f"choose {', '.join((*choices, 'a smaller model.dtype'))}, or a device with more memory")
+    return error
+
+
 def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[Request]) -> int:
     """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere."""
     if model.device.type == "cpu" or not requests:

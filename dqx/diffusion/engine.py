@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dqx.common import accelerator
-from dqx.diffusion.batches import TokenIds, token_ids
+from dqx.diffusion.batches import TokenIds, token_ids, too_long
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import fetched, logits_at, most_confident, write
@@ -164,8 +164,7 @@ class Engine:
                     yield row.index, self._finish(row)
             if batch and not self._step(batch):
                 if len(batch) == 1 and self._kept is None:
-                    length = len(batch[0].prompt) + self.gen_length
-                    raise torch.OutOfMemoryError(f"one sequence of {length} tokens does not fit into memory")
+                    raise too_long(len(batch[0].prompt) + self.gen_length, "shorter answers (gen_length)")
                 self._kept = None  # what it takes is needed more than what it saves
                 batch = [row.begun if row.reuses and row.begun else row for row in batch]
                 accelerator.empty_cache(self.model.device)

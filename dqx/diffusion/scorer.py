@@ -27,7 +27,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 
 from dqx.common import accelerator
-from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves
+from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves, too_long
 from dqx.diffusion.likelihood import true_log_probs
 from dqx.diffusion.samplers.base import logits_at
 from dqx.diffusion.settings import count_problems, number_problems, raise_if
@@ -222,9 +222,9 @@ class _Run:
         try:
             self._log_probs(batch)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if sum(map(len, batch)) == 1:
-                raise
+                raise too_long(batch[0].group.length) from error
         accelerator.empty_cache(self.model.device)  # outside of the handler, which keeps the failed pass alive
         self.batch_tokens = max(1, self.batch_tokens // 2)
         note = "likelihood batches were made smaller because the GPU's memory was full"

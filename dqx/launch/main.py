@@ -84,6 +84,7 @@ def do(cfg: DictConfig) -> None:
         failure, cause = Failure(str(error)), error
     except Exception as error:
         log.error(f"the run failed: {why(error)}", exc_info=DEVELOPER or not disk_is_full(error))
+        release(error)
         failure, cause = Failure(why(error)), error
     except KeyboardInterrupt:
         Failure(Failure.INTERRUPTED).write(folder)
@@ -99,6 +100,13 @@ def do(cfg: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.RUN and not DEVELOPER:
         return  # told, and in the folder; Hydra would print the command behind it
     raise RunFailed(failure.reason) from cause
+
+
+def release(error: BaseException | None) -> None:
+    """Forget where an error that has been told came from: Hydra keeps it, and with its functions a model in memory."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def dispatch(config: Config, folder: Path) -> None:

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dqx.common import accelerator
 from dqx.common.content import file_digests
 from dqx.common.files import PACKAGE, write_json
 from dqx.common.heartbeat import beat
+from dqx.common.memory import GB
 from dqx.models.architecture import Architecture
 from dqx.models.family import family_of
 from dqx.models.hub_config import CheckpointError, read_config, read_json
@@ -215,13 +217,22 @@ def load_weights(
 ) -> MaskedDiffusionTransformer:
     """The model with the checkpoint's weights, in `dtype` (None: as stored) on `device`, in eval mode.
 
-    Raises CheckpointError for a tensor that cannot be read or is not finite.
+    Raises CheckpointError for a tensor that cannot be read or is not finite, torch.OutOfMemoryError, with what to
+    change, where the device is too small.
     """
     model = skeleton(checkpoint.arch)
-    load_outer(model, checkpoint, dtype, device)
-    for index in range(checkpoint.arch.n_blocks):
-        model.blocks[index] = load_block(checkpoint, index, dtype, device)
+    size = checkpoint.parameters() * (dtype or checkpoint.stored_dtype).itemsize
+    with accelerator.advising(too_large(size, "a smaller model.dtype")):
+        load_outer(model, checkpoint, dtype, device)
+        for index in range(checkpoint.arch.n_blocks):
+            model.blocks[index] = load_block(checkpoint, index, dtype, device)
     return model
+
+
+def too_large(size: int, *choices: str) -> str:
+    """What to do where a device has no room for weights of so many bytes."""
+    instead = ", ".join((*choices, "a device with more memory"))
+    return f"the model's weights take {size / GB:.3g} GB; choose {instead}, or model.device=cpu"
 
 
 def skeleton(arch: Architecture) -> MaskedDiffusionTransformer:

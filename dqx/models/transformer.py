@@ -154,6 +154,8 @@ class MaskedDiffusionTransformer(nn.Module):
     """A bidirectional mask predictor: token ids in, one row of logits per position out; row i always predicts token i,
     so that samplers and likelihoods need not know of the logit shift (Dream)."""
 
+    unfinished = False  # whether it is being quantized, or an attempt has failed on the way
+
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch

@@ -39,6 +39,9 @@ class Batch(Protocol):
     def ids(self) -> Tensor: ...
 
 
+#: What to do where the model and its quantization do not fit into a device together.
+IN_MEMORY = "take fewer or shorter calibration windows, or dqx.quant.quantize_checkpoint: one block in memory at a time"
+
 #: Calibration batches, or their token ids alone: tensors [B, T] or [T], or lists of ids.
 Batches = Tensor | Sequence[Batch | Tensor | Sequence[int]]
 
@@ -78,9 +81,12 @@ def quantize(
 
     Raises:
         ValueError: for a method and bits that cannot work together, for batches that are missing or no token ids, for
-            weights or activations that are not finite, and for a model that is quantized already.
+            weights or activations that are not finite, and for a model that is quantized already, or in part by an
+            attempt that failed.
+        torch.OutOfMemoryError: where the device is too small, with what to change.
     """
-    return quantize_blocks(Home(model, model.device), Assignment(method, bits, token_ids(batches), seed, progress))
+    with accelerator.advising(IN_MEMORY):
+        return quantize_blocks(Home(model, model.device), Assignment(method, bits, token_ids(batches), seed, progress))
 
 
 def token_ids(batches: Batches) -> list[Tensor]:
@@ -109,6 +115,8 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     problems = method.problems(bits, arch)
     if home.progress is None and any(isinstance(module, QuantLinear) for module in home.model.modules()):
         problems.append("the model is quantized already; load its weights again")
+    elif home.model.unfinished:
+        problems.append("an attempt to quantize the model has failed on the way; load its weights again")
     widths = bits.resolve(arch)
     needed = method.streams(widths)
     if needed and not asked.ids:
@@ -118,6 +126,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     if problems:
         raise ValueError("\n".join(problems))
 
+    home.model.unfinished = True
     ids = [rows.to(device) for rows in asked.ids] if needed else []
     done = home.progress or Progress()
     report = QuantReport(
@@ -170,6 +179,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
             report.linears += _one_block(home, method, changes, streams, work, advance)
             note(index + 1)
     report.kept = kept_rows(home.model, method, bits)
+    home.model.unfinished = False
     return report
 
 

@@ -25,7 +25,10 @@ KILLED = "it was killed"  # or is still running, where another launch has starte
 AGAIN = "the same command goes on from here"
 
 #: Settings with which less memory is taken when they are lower.
-SMALLER = "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers)"
+SMALLER = (
+    "memory.gpu_gb or memory.ram_gb (quantization), likelihood.batch_tokens, batch_size of a task (answers), "
+    "calib.length or fidelity.length (windows of text)"
+)
 MEMORY = f"usually because the machine ran out of memory: lower {SMALLER}, or run fewer processes at a time"
 FREE = (
     "free some space on it (`dqx cache` lists what runs keep, `dqx cache prune --older-than DAYS` removes it), or put "
@@ -180,7 +183,8 @@ def why(error: BaseException) -> str:
     first = f"{type(error).__name__}: {told.partition(': ')[2] or 'no message'}".splitlines()[0]
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)):
-        return f"out of memory ({first}); lower {SMALLER}"
+        advice = next(iter(getattr(error, "__notes__", ())), f"lower {SMALLER}")
+        return f"out of memory ({first}); {advice}"
     if disk_is_full(error):
         return f"the disk is full ({first}); {FREE}: what was kept before stays, and {AGAIN}"
     return told

@@ -4,9 +4,9 @@ A quantized model is known from the cache without its weights: what was done (it
 of the model, of which its results are kept). The weights are kept too where calibration text was read to make them.
 Other methods (rtn) make them again in little more time than reading takes.
 
-A model that does not fit into memory together with what quantizing it needs is quantized from disk, block by block,
-straight into the folder of the cache. When a run was killed meanwhile, the next one goes on after the last finished
-block. The numbers are the same.
+A model that does not fit into memory together with what quantizing it needs, by estimate or as it turns out, is
+quantized from disk, block by block, straight into the folder of the cache. When a run was killed meanwhile, the next
+one goes on after the last finished block. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dqx.api import DiffusionLM
 from dqx.common import accelerator
@@ -39,6 +42,8 @@ from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.key import Key
 from dqx.study.estimate.memory import room_for_activations, streams_from_disk, weight_bytes
 from dqx.study.experiment import Experiment
+
+TOO_SMALL = "the model was quantized from disk, block by block: the device's memory was too small to do it in one piece"
 
 log = logging.getLogger(__name__)
 
@@ -185,15 +190,25 @@ class Subjects:
 
     def _make(self) -> Quantized:
         """Quantize, and keep the weights if they are worth it. The main process holds the lock."""
-        from_disk = processes().broadcast(streams_from_disk(self.experiment.pools))
-        report, notes = self._quantize_from_disk() if from_disk else self._quantize_in_memory()
+        begun = self.cache.reuse and partial(self.cache.store.folder_of(self.key)).is_dir()
+        report, notes = None, list[str]()
+        if not processes().broadcast(begun or streams_from_disk(self.experiment.pools)):
+            report, notes = self._quantize_in_memory()
+        if report is None:
+            report = self._quantize_from_disk()
         return Quantized(report, facts.model_digest(self.lm.model), notes)
 
-    def _quantize_in_memory(self) -> tuple[QuantReport, list[str]]:
+    def _quantize_in_memory(self) -> tuple[QuantReport | None, list[str]]:
+        """The report, None where the device of any process is too small for it, and notes."""
         config, lm, main = self.config, self.full_precision(), processes().main
         self._say("quantizing")
         self._loaded = "quantized"
-        report = quantize(lm.model, self.method, config.bits, self.seen, seed=config.seed, progress=main)
+        report = None
+        with suppress(torch.OutOfMemoryError):
+            report = quantize(lm.model, self.method, config.bits, self.seen, seed=config.seed, progress=main)
+        if not all(processes().gather(report is not None)):
+            return None, [TOO_SMALL]
+        assert report is not None
         notes = one_model(lm.model, facts.model_digest)
         if main and report.changed and self._is_kept():
             self.cache.store.write_folder(self.key, lambda folder: self._write(report, folder))
@@ -202,7 +217,7 @@ class Subjects:
     def _write(self, report: QuantReport, folder: Path) -> None:
         save_quantized(self.lm.model, report, folder, method=self.method, bits=self.config.bits)
 
-    def _quantize_from_disk(self) -> tuple[QuantReport, list[str]]:
+    def _quantize_from_disk(self) -> QuantReport:
         """The main process writes the folder of the quantized model, from which all load it."""
         store, team = self.cache.store, processes()
         folder, kept = store.folder_of(self.key), team.main and self._is_kept()
@@ -217,7 +232,7 @@ class Subjects:
         team.gather(None)
         if team.main and not kept:
             store.remove_folder(self.key)
-        return report, []
+        return report
 
     def _write_quantized(self, folder: Path) -> None:
         """Quantize block by block, from where an earlier run stopped."""

@@ -22,16 +22,28 @@ from pretend.device import STATES, State, accelerator
 
 SMALL = [
     *("method=gptq", "bits=3", "bits.weight.group_size=16", "wandb.mode=disabled", "likelihood.batch_tokens=400"),
-    *("task.limit=2", "task.suite.nano_facts.mc_samples=4", "task.suite.nano_sums.batch_size=1"),
-    *("task.suite.nano_sums.gen_length=8", "task.suite.nano_sums.steps=4", "model.dtype=float32"),
-    *("calib.samples=2", "calib.length=16"),
+    *("task.limit=2", "model.dtype=float32", "calib.samples=2", "calib.length=16"),
 ]
-MORE = [
-    *("task=[nano_facts,nano_sums,nano_text]", "task.suite.nano_text.mc_samples=4", "task.suite.nano_text.length=32"),
+TASKS = {
+    "nano_facts": ["mc_samples=4"],
+    "nano_sums": ["batch_size=1", "gen_length=8", "steps=4"],
+    "nano_text": ["mc_samples=4", "length=32"],
+}
+
+
+def evaluated(*names: str) -> list[str]:
+    """The settings of small tasks."""
+    return [f"task=[{','.join(names)}]", *(f"task.suite.{name}.{own}" for name in names for own in TASKS[name])]
+
+
+MEASURED = [
     *("outliers.samples=1", "outliers.steps=2"),
     *("fidelity.samples=1", "fidelity.length=16", "fidelity.gen_length=8"),
 ]
-LESS = ["task=[nano_facts,nano_sums]", "outliers.samples=0", "fidelity.samples=0"]
+UNMEASURED = ["outliers.samples=0", "fidelity.samples=0"]
+MORE = [*evaluated(*TASKS), *MEASURED]
+LESS = [*evaluated("nano_facts", "nano_sums"), *UNMEASURED]
+FACTS, SUMS = ([*evaluated(name), *UNMEASURED] for name in ("nano_facts", "nano_sums"))
 
 
 def ran(folder: Path, checkpoint: Path, family: str, device: str, asked: list[str]) -> Record:

@@ -32,12 +32,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dqx.common import accelerator
 from dqx.common.files import write_json
 from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.floats import FP8, MXFP4, NVFP4
 from dqx.formats.integers import Grid
-from dqx.models.checkpoint import CheckpointError, assign, skeleton
+from dqx.models.checkpoint import CheckpointError, assign, skeleton, too_large
 from dqx.models.family import family_of
 from dqx.models.hub_config import QUANTIZED
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, block_of
@@ -85,9 +86,10 @@ def load_quantized(
     shape["end_token_ids"] = tuple(shape.get("end_token_ids", ()))
     arch = family_of(shape["family"]).architecture_class(**shape)
     model = skeleton(arch)
-    read_outer(folder, model, device)
-    for index in range(arch.n_blocks):
-        model.blocks[index] = read_block(folder, index, arch, device)
+    with accelerator.advising(too_large(sum(shard["bytes"] for shard in recipe["shards"].values()))):
+        read_outer(folder, model, device)
+        for index in range(arch.n_blocks):
+            model.blocks[index] = read_block(folder, index, arch, device)
     return model, QuantReport.from_dict(recipe["report"])
 
 
@@ -262,12 +264,16 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], structure: Any = None
 def read_shard(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and structure of a file. Raises CheckpointError where it cannot be read.
 
-    Tensors are copied out of the mapped file: the last bits of a product depend on where in memory a matrix begins.
+    On the CPU they are copied out of the mapped file: the last bits of a product depend on where a matrix begins.
     """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.device.type == "cpu" else tensor
+
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             names = f.keys()  # the file object itself cannot be iterated
-            return {name: f.get_tensor(name).clone() for name in names}, json.loads(f.metadata()["structure"]) or {}
+            return {name: own(f.get_tensor(name)) for name in names}, json.loads(f.metadata()["structure"]) or {}
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
