@@ -11,8 +11,9 @@ The result of a task depends on
 - the model, and the content of the checkpoint's other data files (tokenizer, chat template);
 - the task's whole spec, how likelihoods are estimated or the number of denoising steps, the sampler, the seed, the
   limit, chat template use;
-- data_root by relative path and content of its files. Without data_root the data come from the hub's cache, of which
-  nothing is checked: set reuse=false after a dataset has changed;
+- data_root by relative path and content of its files. Without data_root, the datasets it reads by the commit that is
+  read: the hub's newest, or where the hub cannot be reached that of the newest copy in the cache of `datasets`. (That
+  cache itself is taken at its word: whoever edits its files in place sets reuse=false.);
 - the sources of dqx that evaluate (models, diffusion, evaluate, data, assets), and the versions of torch,
   transformers, tokenizers, datasets and lm-eval.
 
@@ -38,6 +39,9 @@ from dqx.common.digest import code_version, digest, files_digest
 from dqx.common.environment import package_version
 from dqx.common.files import jsonable
 from dqx.common.tensors import tensor_digest
+from dqx.data.hub import revisions
+from dqx.data.texts import LOCAL_SUFFIXES, find_text
+from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.study.experiment import Experiment
@@ -136,9 +140,23 @@ def task_facts(name: str, spec: TaskSpec, steps: int | None, likelihood: Likelih
     facts: dict[str, Any] = jsonable(spec) | {"name": name, "steps": steps_of(spec, steps)}
     if spec.kind == "likelihood":
         facts["likelihood"] = likelihood.deciding()
-    if spec.text is not None and Path(spec.text).expanduser().is_file():
-        facts["content"] = files_digest([Path(spec.text).expanduser()])
+    if spec.text is not None:
+        text = Path(spec.text).expanduser()
+        if text.is_file():
+            facts["content"] = files_digest([text])
+        elif text.is_dir():
+            facts["content"] = files_digest(text.rglob("*"), text)
     return facts
+
+
+def hub_facts(spec: TaskSpec, *, chat: bool, limit: int | None) -> dict[str, str | None]:
+    """The commits of the hub's datasets that a task reads; empty where it reads none."""
+    if spec.kind == "text":
+        text = find_text(spec.text or "", config=spec.config)
+        here = Path(text.path).suffix in LOCAL_SUFFIXES or Path(text.path).is_dir()
+        return {} if here else revisions([(text.path, text.config)])
+    read = ((leaf.dataset, leaf.raw.get("dataset_name")) for leaf in leaves(spec.harness, chat=chat)[:limit])
+    return revisions((dataset, config) for dataset, config in read if dataset is not None)
 
 
 def model_digest(model: nn.Module) -> str:

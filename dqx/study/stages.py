@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from dqx.common.files import jsonable
 from dqx.config.schema import ConfigProblems
 from dqx.data.calibration import CalibBatch, calibration_windows
+from dqx.data.hub import look_again
 from dqx.data.masking import calibration_states
 from dqx.diagnostics import activations, fidelity
 from dqx.diffusion.rollout import Rollout, State, schedule, spread, write
@@ -82,6 +84,7 @@ class Stages:
         What it and the tasks need from the hub is fetched here, before any weight is read. Raises ConfigProblems for
         what cannot be had.
         """
+        look_again()
         config, tokenizer = self.config, self.subjects.lm.tokenizer
         windows, problems = None, []
 
@@ -270,7 +273,8 @@ class Results:
 
     Task by task, so that runs with different suites share the tasks they have in common, and none is lost later.
     `model` has what all of them depend on (`dqx.study.facts.evaluation_facts`), `steps` is the run's own number of
-    denoising steps, None the task's.
+    denoising steps, None the task's, `hub` says which datasets a task reads from there, in which version. Keys are
+    asked for by all processes of a run.
     """
 
     def __init__(
@@ -280,19 +284,31 @@ class Results:
         *,
         steps: int | None = None,
         likelihood: LikelihoodSettings | None = None,
+        hub: Callable[[TaskSpec], Mapping[str, str | None]] | None = None,
     ):
-        self.cache, self.model = cache, jsonable(model)
+        self.cache, self.model, self.hub = cache, jsonable(model), hub
         self.steps, self.likelihood = steps, likelihood or LikelihoodSettings()
 
     @classmethod
     def of(cls, experiment: Experiment, cache: ArtifactCache, model: Mapping[str, Any] | None = None) -> Results:
         """Those of a run, at full precision or of the model with these facts."""
         config, own = experiment.config, facts.evaluation_facts(experiment)
-        return cls(cache, own | dict(model or {}), steps=config.steps.count, likelihood=config.likelihood)
+        hub = partial(facts.hub_facts, chat=config.model.chat, limit=config.task.limit)
+        return cls(
+            cache,
+            own | dict(model or {}),
+            steps=config.steps.count,
+            likelihood=config.likelihood,
+            hub=hub if config.data_root is None else None,
+        )
 
     def key(self, name: str, spec: TaskSpec) -> Key:
         """What the result of a task depends on."""
         task = facts.task_facts(name, spec, self.steps, self.likelihood)
+        if self.hub is not None:
+            team = self.cache.processes
+            if commits := team.broadcast(self.hub(spec) if team.main else None):
+                task["hub"] = commits
         return Key("results", name, self.model | {"task": task})
 
     def get(self, name: str, spec: TaskSpec, compute: Compute) -> tuple[TaskResult, str]:
