@@ -79,6 +79,7 @@ class MethodConfig:
     activation: Any = None  # a part; null: a weight-only method
     kv: Any = None  # a part; null: keys and values stay as they are
     corrections: dict[str, Any] = field(default_factory=dict)  # named parts
+    order: list[Any] = field(default_factory=list)  # roles by steps, [[o], [q, k, v], ...]; []: as in the data flow
     quantizes: str = "weights"  # or weights_and_activations: what `bits=4` means with this method
     symmetric_weights: bool = False  # what bits choices take unless they say otherwise
     symmetric_activations: bool = False
@@ -96,7 +97,7 @@ class CalibConfig:
     """The text a method sees while it quantizes, and how much of it is masked (`dqx/data/masking.py`)."""
 
     masking: str = MISSING  # clean, mcs, random_t or trajectory: none, two random shares, the sampler's states
-    text: str = MISSING  # a name (wikitext2, pile, nano), a local .txt/.jsonl/.parquet file, or a dataset id
+    text: str = MISSING  # a name (wikitext2, pile, c4, nano), a local .txt/.jsonl/.parquet file, or a dataset id
     config: str | None = None  # of a dataset id: its configuration, split and text field
     split: str | None = None
     field: str = "text"

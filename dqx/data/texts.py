@@ -22,6 +22,7 @@ class TextSource:
     field: str = "text"
     documents: bool = False
     separator: str = ""  # between documents; "<eos>" is the tokenizer's end token
+    files: str | None = None  # of a hub dataset: the only files that are downloaded
     where: str = "calib"  # the section of the config that names it, for messages
 
 
@@ -29,6 +30,7 @@ TEXTS: dict[str, TextSource] = {
     "nano": TextSource(str(ASSETS / "nano" / "corpus.txt"), documents=True, separator="<eos>"),
     "wikitext2": TextSource("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "pile": TextSource("mit-han-lab/pile-val-backup", split="validation", documents=True),
+    "c4": TextSource("allenai/c4", "en", documents=True, files="en/c4-train.00000-of-01024.json.gz"),
 }
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -148,6 +150,8 @@ def _table(text: TextSource) -> Any:
         return pyarrow.parquet.read_table(text.path)
     import datasets
 
+    if not Path(text.path).is_dir() and text.files is not None:
+        return datasets.load_dataset(text.path, data_files={text.split: text.files}, split=text.split)
     if not Path(text.path).is_dir():
         return datasets.load_dataset(text.path, name=text.config, split=text.split)
     splits = load_local(text.path, text.config)

@@ -47,7 +47,8 @@ class BlockWork:
         self.method, self.widths = method, context.widths
         self.intact = block  # the block before rounding, once its transforms are in
         self.attended = block  # the block with attention rounded and the MLP as it was
-        self.site_maps: list[nn.Module] = []  # the transforms of the site at work
+        self.maps: dict[str, list[nn.Module]] = {}  # the transforms of every site that was reached
+        self.site_maps: list[nn.Module] = []  # those of the site at work
 
     def quantize(self) -> Iterator[list[LinearRow]]:
         """Replace the linears site by site, yielding their rows."""
@@ -60,17 +61,23 @@ class BlockWork:
         self.intact = snapshot(self.block)
         if self.method.kv is not None and self.widths.kv.bits != UNQUANTIZED:
             self.method.kv.install(self.block, self.widths.kv)
-        for site, roles in self.block.arch.sites.items():
-            self.site_maps = []
-            for name, part in self.method.corrections.items():
-                if part.site == site:
-                    stats = self._at(site, part.stream, part.needs, as_is)
-                    part.apply(self.block, stats, self.context.at(name=name))
-            self._transform(site)
-            if site == "mlp_in":
-                self.attended = snapshot(self.block)
+        for site, roles in self.method.steps(self.block.arch):
+            if site not in self.maps:
+                self._reach(site)
+            self.site_maps = self.maps[site]
             rows = {row.role: row for stack in self._stacks(roles) for row in self._round(site, stack)}
             yield [rows[role] for role in roles]
+
+    def _reach(self, site: str) -> None:
+        """Correct and transform the input of a site, before the first of its linears is rounded."""
+        self.maps[site] = self.site_maps = []
+        for name, part in self.method.corrections.items():
+            if part.site == site:
+                stats = self._at(site, part.stream, part.needs, as_is)
+                part.apply(self.block, stats, self.context.at(name=name))
+        self._transform(site)
+        if site == "mlp_in":
+            self.attended = snapshot(self.block)
 
     def _check_weights(self) -> None:
         linears = self.block.linears()
@@ -165,15 +172,19 @@ class BlockWork:
     def _rounded(
         self, stack: StackedLinears, linears: Mapping[str, nn.Linear], stats: Stats, clip: ClipAtSite | None
     ) -> dict[str, QuantizedWeight | None]:
-        """The rounded weights by role: of all linears in one call, or one by one where the rounding asks for it."""
+        """The rounded weights by role: of all linears in one call, or one by one where the rounding asks for it.
+
+        It is told then how many linears were `rounded_before` with the same statistics.
+        """
         assert stack.rounding is not None
         one_by_one = getattr(stack.rounding, "one_by_one", False)
         calls = [[role] for role in stack.roles] if one_by_one else [stack.roles]
         rounded: dict[str, QuantizedWeight | None] = {}
-        for roles in calls:
+        for i, roles in enumerate(calls):
             stacked = torch.cat([linears[role].weight for role in roles])
+            seen = {**stats, "rounded_before": i} if one_by_one else stats
             try:
-                result = stack.rounding(stacked, stack.weight_bits, stats, clip)
+                result = stack.rounding(stacked, stack.weight_bits, seen, clip)
             except ValueError as error:
                 raise ValueError(f"blocks.{self.context.index}, {', '.join(roles)}: {error}") from error
             split = result.split([linears[role].out_features for role in roles])

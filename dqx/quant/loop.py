@@ -163,9 +163,9 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         home.note(Progress(blocks, report.linears, inputs, report.seconds, report.peak_ram, report.peak_gpu))
 
     with _progress_bar(asked.progress) as bar:
-        sites = len(arch.sites)
+        steps = len(method.steps(arch))
         name = f"{method.name} {bits.name}"
-        task = bar.add_task(name, total=arch.n_blocks * sites, completed=done.blocks * sites)
+        task = bar.add_task(name, total=arch.n_blocks * steps, completed=done.blocks * steps)
         note(done.blocks)
 
         def advance() -> None:
@@ -206,7 +206,7 @@ def _one_block(
         for name, stream in streams.items():
             stream.advance(work.intact if name == "fp" else block)
     home.put(context.index, block)
-    return rows
+    return sorted(rows, key=lambda row: context.arch.roles.index(row.role))
 
 
 def _progress_bar(enabled: bool) -> bars.Progress:

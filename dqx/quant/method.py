@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -38,9 +38,10 @@ class Method:
 
     `rounding` None: weights stay as they are (fp16). `activation` None: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; None leaves the role in 16 bit, its input too).
-    `transforms` are applied in their order, `corrections` at their sites. `variant` tells settings apart that share a
-    name, such as "as_published". `quantizes` decides what `bits=N` means: "weights" is N-bit weights in groups of 128
-    with 16-bit activations, "weights_and_activations" is N bits for both.
+    `transforms` are applied in their order, `corrections` at their sites. `order` lists the steps in which the linears
+    of a block are rounded, in each some roles of one site, which see the same statistics; none: site by site. `variant`
+    tells settings apart that share a name, such as "as_published". `quantizes` decides what `bits=N` means: "weights"
+    is N-bit weights in groups of 128 and 16-bit activations, "weights_and_activations" N bits for both.
     """
 
     name: str
@@ -51,12 +52,18 @@ class Method:
     clip: Clip | None = None
     kv: KeysValues | None = None
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    order: Sequence[Sequence[str]] = ()
     variant: str = ""
     quantizes: str = "weights"
 
     def rounding_of(self, role: str) -> Rounding | None:
         """The rounding part of a role, or None where the role's linear stays in 16 bit."""
         return self.rounding_by_role.get(role, self.rounding)
+
+    def steps(self, arch: Architecture) -> list[tuple[str, Sequence[str]]]:
+        """Site and roles of every step of a block, in their order."""
+        sites = {role: site for site, roles in arch.sites.items() for role in roles}
+        return [(sites[roles[0]], roles) for roles in self.order] if self.order else list(arch.sites.items())
 
     def clip_of(self, role: str) -> Clip | None:
         """The clip of a role's weights, or None where their whole range is represented."""
@@ -132,6 +139,7 @@ class Method:
             yield f"method.rounding_by_role has {', '.join(unknown)}; the roles are {', '.join(arch.roles)}"
         if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in arch.roles]):
             yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(arch.roles)}"
+        yield from self._order_problems(arch)
         for name, part in self.corrections.items():
             if part.site not in (*arch.sites, FINAL):
                 sites = ", ".join((*arch.sites, FINAL))
@@ -140,6 +148,24 @@ class Method:
             stream = getattr(streamed, "stream", "quantized")
             if stream not in STREAMS:
                 yield f"{where}.stream={stream} is unknown; write {', '.join(STREAMS)}"
+
+    def _order_problems(self, arch: Architecture) -> Iterator[str]:
+        sites = {role: site for site, roles in arch.sites.items() for role in roles}
+        listed = [role for roles in self.order for role in roles]
+        usual = [list(roles) for roles in arch.sites.values()]
+        if self.order and sorted(listed) != sorted(arch.roles):
+            yield f"method.order={self._told()} must have every role once; [] is that of the data flow: {usual}"
+        elif any(not roles or len({sites[role] for role in roles}) > 1 for roles in self.order):
+            yield f"method.order={self._told()} has a step whose roles read different inputs; split it, as in {usual}"
+        elif self.order and self.corrections:
+            first = next(iter(self.corrections))
+            yield (
+                f"method.order={self._told()}: method.corrections.{first} repairs what the linears before it have "
+                f"shifted, which must be rounded by then; write method.order=[], or ~method.corrections.{first}"
+            )
+
+    def _told(self) -> list[list[str]]:
+        return [list(roles) for roles in self.order]
 
     def _part_problems(self, context: Context) -> list[str]:
         return [problem for where, part in self._parts().items() for problem in part.problems(where, context)]

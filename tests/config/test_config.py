@@ -110,17 +110,18 @@ def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: st
         assert problem.startswith(f"bits={config.bits.name}: fp16 quantizes nothing; bits must be w16a16")
     else:
         others = [problem for problem in problems if ".levels" not in problem]
-        assert bool(problems[len(others) :]) == (method.startswith("d2quant") and not few_integers(config.bits.weight))
-        if method.startswith(("awq", "d2quant")) and config.bits.activation.bits < 16:
+        most = 4 if method.startswith("d2quant") else 3 if method.startswith("quant_dllm") else 16
+        assert (len(problems) > len(others)) == (most < 16 and not few_integers(config.bits.weight, most))
+        if method.startswith(("awq", "d2quant", "quant_dllm")) and config.bits.activation.bits < 16:
             (problem,) = others
             assert "quantizes weights only; write bits=" in problem
         else:
             assert others == []
 
 
-def few_integers(weight: WeightBits) -> bool:
+def few_integers(weight: WeightBits, most: int) -> bool:
     """Whether binary matrices can take the place of the grid."""
-    return weight.bits == 16 or (weight.format == "int" and weight.bits <= 4)
+    return weight.bits == 16 or (weight.format == "int" and weight.bits <= most)
 
 
 @pytest.mark.parametrize(

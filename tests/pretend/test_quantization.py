@@ -35,6 +35,7 @@ METHODS = {
         "method.clip.n_grid=4",
         "method.rounding_by_role.down.levels.iterations=2",
     ),
+    "quant_dllm": ("quant_dllm", "w2a16", GROUPS, "method.rounding.levels.iterations=2"),
 }
 FORMATS = {
     "static": ("rtn", "w8a8", "method.activation=static"),

@@ -45,6 +45,8 @@ REFUSED = {
     "awq_as_published": WITH_ACTIVATIONS,
     "d2quant": WITH_ACTIVATIONS | NOT_FEW_INTEGERS,
     "d2quant_as_published": WITH_ACTIVATIONS | NOT_FEW_INTEGERS,
+    "quant_dllm": WITH_ACTIVATIONS | NOT_FEW_INTEGERS | {"w4", "w4a16"},  # some groups have a matrix more
+    "quant_dllm_as_published": WITH_ACTIVATIONS | NOT_FEW_INTEGERS | {"w4", "w4a16"},
 }
 WIDTHS = ["w8a8", "w4a8", "w4a4", "w4a16", "w3a16", "w2a16", "fp8", "mxfp4_w4a16", "nvfp4"]
 slow = pytest.mark.slow

@@ -94,7 +94,8 @@ FAMILY = register(
         example="llada_8b_base",
         published=("LLaDA-8B", PUBLISHED),  # of the paper and its config.json
         # Of the code of arXiv 2508.14896, on LLaDA alone: its GPTQ misnames q, k and v, which stay in 16 bit, and
-        # its AWQ judges a scale by the whole block.
-        traits=frozenset({"gptq_leaves_out_qkv", "awq_judges_block"}),
+        # its AWQ judges a scale by the whole block. Of the code of Quant-dLLM (arXiv 2510.03274): a smaller share of
+        # the blocks of columns has its order changed than on Dream, and o and down are rounded before the others.
+        traits=frozenset({"gptq_leaves_out_qkv", "awq_judges_block", "quant_dllm_reallocates_less"}),
     )
 )

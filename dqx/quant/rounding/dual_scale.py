@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ EPS = 1e-8
 class DualScale(BinaryLevels):
     """Row scales per term, one column scale; see `dual_scale`."""
 
+    shared_columns: ClassVar[bool] = True
     fold: bool = True  # the column scales go into the linear before; false: they stay, at 16 bits per column
 
     def fit(self, w_OW: Tensor, u_W: Tensor, terms: int) -> tuple[Tensor, Tensor]:

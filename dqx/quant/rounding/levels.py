@@ -10,7 +10,7 @@ O = outputs, I = inputs, W = columns of a group, G groups, K terms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Allocation(Protocol):
 class BinaryLevels:
     """What the parts have in common. `fit` gives scales [O, K] and column scales [W, 1 or K], which multiply them."""
 
+    shared_columns: ClassVar[bool]  # all terms have one column scale, else each its own
     iterations: int = 15  # alternations of scales and signs
     allocation: Allocation | None = None  # groups with more and with fewer terms; null: as many as bits everywhere
 
@@ -65,7 +66,7 @@ class BinaryLevels:
         row, column = self.fit(w_OW, u_W, terms)
         missing = grid.bits - terms
         pad = torch.nn.functional.pad
-        return pad(row, (0, missing)), column if column.shape[1] == 1 else pad(column, (0, missing))
+        return pad(row, (0, missing)), column if self.shared_columns else pad(column, (0, missing))
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = [] if self.allocation is None else self.allocation.problems(f"{where}.allocation", context)
@@ -99,21 +100,28 @@ class BinaryLevels:
 class FittedLevels:
     """The levels of a weight's groups [G], fitted one after the other in the order that a rounding chooses.
 
-    Scales [G, O, K]; column scales [I, 1 or K] in the order of the inputs.
+    Scales [G, O, K]; column scales [I, 1 or K] in the order of the inputs. `u_I` is what the fits see of U; None for
+    `scored_u_I`: the scores of groups see the same.
     """
 
-    def __init__(self, levels: BinaryLevels, grid: Grid, w_OI: Tensor, u_I: Tensor, group_I: Tensor):
+    def __init__(
+        self,
+        levels: BinaryLevels,
+        grid: Grid,
+        w_OI: Tensor,
+        u_I: Tensor,
+        group_I: Tensor,
+        scored_u_I: Tensor | None = None,
+    ):
         self.levels, self.grid, self.u_I, self.group_I = levels, grid, u_I, group_I
-        self.terms = levels.terms(w_OI, u_I, group_I, grid)
+        self.terms = levels.terms(w_OI, u_I if scored_u_I is None else scored_u_I, group_I, grid)
         self.scale = w_OI.new_zeros(len(self.terms), len(w_OI), grid.bits)
-        self.column = w_OI.new_ones(w_OI.shape[1], 1)
+        self.column = w_OI.new_ones(w_OI.shape[1], 1 if levels.shared_columns else grid.bits)
 
     def fit(self, g: int, w_OW: Tensor, columns_W: Tensor) -> None:
         """Fit group g to its columns as they are now; `columns_W` says which inputs they stand for."""
-        self.scale[g], column = self.levels.fit_group(w_OW, self.u_I[columns_W], self.terms[g], self.grid)
-        if column.shape[1] > self.column.shape[1]:
-            self.column = self.column.repeat(1, column.shape[1])
-        self.column[columns_W] = column
+        fitted = self.levels.fit_group(w_OW, self.u_I[columns_W], self.terms[g], self.grid)
+        self.scale[g], self.column[columns_W] = fitted
 
     def at(self, columns_W: Tensor) -> Tensor:
         """The scales of these inputs' weights [O, W, K]."""
