@@ -171,7 +171,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         def advance() -> None:
             beat()
             bar.advance(task)
-            block = min(int(bar.tasks[task].completed) // sites + 1, arch.n_blocks)
+            block = min(int(bar.tasks[task].completed) // steps + 1, arch.n_blocks)
             bar.update(task, description=f"{name}, block {block} of {arch.n_blocks}")
 
         for index in range(done.blocks, arch.n_blocks):
