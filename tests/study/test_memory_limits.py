@@ -290,9 +290,9 @@ def test_peaks_are_of_what_was_watched() -> None:
 
 def test_what_was_taken_is_printed() -> None:
     taken = {"peak": {"ram": 612_000_000, "gpu": 0}}
-    assert footer(records.record(memory=taken), None)[0] == "Memory:  at most 0.61 GB of RAM"
+    assert footer(records.record(memory=taken), None, None)[0] == "Memory:  at most 0.61 GB of RAM"
     taken["peak"]["gpu"] = 17 * GB
-    (line, _) = footer(records.record(memory=taken, quantization={"from_disk": True}), None)
+    (line, _) = footer(records.record(memory=taken, quantization={"from_disk": True}), None, None)
     assert line.endswith("0.61 GB of RAM, 17.00 GB of the GPU; quantized from disk, block by block")
 
 
