@@ -99,3 +99,15 @@ def record(**changes):
         "command": "python launch.py method=gptq bits=3",
     }
     return Record(**(basics | changes))
+
+
+def contrast(one, other):
+    """Of two colours `#rrggbb`, by WCAG: 1 to 21."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dqx.common.names import enumerated, natural
@@ -32,7 +32,11 @@ def sampling(run: RunSettings) -> str:
 
 def evaluation(run: RunSettings) -> str:
     """A model, and what is not usual in its evaluation: `nano_llada, 64 steps, first 16 documents of each task`."""
-    return sampling(run) + ("" if run.limit is None else f", first {run.limit} documents of each task")
+    return sampling(run) + ("" if run.limit is None else f", {_first(run.limit)} of each task")
+
+
+def _first(limit: int) -> str:
+    return "first document" if limit == 1 else f"first {limit} documents"
 
 
 def quantization(run: RunSettings) -> str:
@@ -49,22 +53,29 @@ def title(record: Record) -> str:
 
 def conditions(record: Record) -> str:
     """Calibration, steps, what makes the sampler approximate, documents and seed."""
-    run, calib, parts = record.settings, record.settings.calibration, []
-    if calib and record.quantization.get("calibration_tokens") != 0:
-        masked = f", {record.mask_ratio:.0%} masked" if record.mask_ratio else ""
-        parts.append(f"calibrated on {calib.text} ({calib.masking}{masked}, {calib.samples} x {calib.length} tokens)")
-    parts.append(f"{run.steps} steps" if run.steps else OWN_STEPS)
-    if run.approximations:
-        parts.append(f"approximate: {', '.join(run.approximations)}")
+    run = record.settings
+    parts = [*_calibration(record), f"{run.steps} steps" if run.steps else OWN_STEPS, *_approximations(run)]
     if run.limit is not None:
-        parts.append(f"first {run.limit} documents{' of each task' if len(record.quantized) > 1 else ''}")
+        parts.append(f"{_first(run.limit)}{' of each task' if len(record.quantized) > 1 else ''}")
     return ", ".join([*parts, f"seed {run.seed}"])
 
 
-def whole_run(record: Record) -> str:
-    """Title, conditions and the number of documents."""
-    documents = sum(result.n for result in record.quantized.values())
-    return f"{title(record)}, {conditions(record)}, {documents} documents in all"
+def _calibration(record: Record) -> Iterator[str]:
+    calib = record.settings.calibration
+    if calib and record.quantization.get("calibration_tokens") != 0:
+        masked = f", {record.mask_ratio:.0%} masked" if record.mask_ratio else ""
+        yield f"calibrated on {calib.text} ({calib.masking}{masked}, {calib.samples} x {calib.length} tokens)"
+
+
+def _approximations(run: RunSettings) -> Iterator[str]:
+    if run.approximations:
+        yield f"approximate: {', '.join(run.approximations)}"
+
+
+def models(record: Record) -> str:
+    """The two models of a run, whatever they were evaluated on: title, calibration, approximations and seed."""
+    run = record.settings
+    return ", ".join([title(record), *_calibration(record), *_approximations(run), f"seed {run.seed}"])
 
 
 def many_runs(name: str, documents: Mapping[str, int], runs: Iterable[RunSettings]) -> str:
@@ -77,9 +88,13 @@ def many_runs(name: str, documents: Mapping[str, int], runs: Iterable[RunSetting
     steps = [str(count) for count in sorted(c for c in counts if c is not None)] + ["own"] * (None in counts)
     texts = sorted({run.calibration.text for run in runs if run.calibration})
     tasks = ", ".join(documents) if len(documents) <= NAMED else f"{len(documents)} tasks"
+    sizes = set(documents.values())
+    count = (
+        f"{max(sizes)} documents each" if len(documents) > len(sizes) == 1 else f"{sum(documents.values())} documents"
+    )
     parts = [
         re.sub(r", \d+ steps", "", name),
-        f"{tasks}: {sum(documents.values())} documents",
+        f"{tasks}: {count}{' in all' if len(sizes) > 1 else ''}",
         OWN_STEPS if counts == {None} else f"{', '.join(steps)} steps",
         *([f"calibrated on {', '.join(texts)}"] if texts else []),
         _seeds(runs),

@@ -17,11 +17,16 @@ from dqx.report.tables import Table
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that was saved as a PNG; `width` is the number of pixels that it has in a page."""
+    """A figure that was saved as a PNG, and beside it as an SVG, which pages show."""
 
     name: str
     path: Path
-    width: int
+    inches: float  # wide
+
+    @property
+    def pixels(self) -> int:
+        """Its width in a page that has room: letters a third larger than in print."""
+        return round(128 * self.inches)
 
     @property
     def title(self) -> str:

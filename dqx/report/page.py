@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from dqx.report.content import Picture, Report
 
 FLIPS_PER_TASK = 3  # documents shown of each task of a run
 LONGEST = 2000  # characters shown of an output
-QUALITY = 72  # of an embedded figure, which is a copy for the screen
 
 
 def page(report: Report) -> str:
@@ -136,15 +134,10 @@ def shortened(text: str | None) -> Markup:
 
 
 def embedded(picture: Picture) -> Markup:
-    """A figure as a data URI, small enough that a page of many stays handy."""
-    from PIL import Image
-
-    with Image.open(picture.path) as image:
-        shown = image.convert("RGB")
-        shown.thumbnail((picture.width, picture.width))
-        buffer = BytesIO()
-        shown.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return Markup("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
+    """A figure as a data URI; its colours are light or dark as the page's are."""
+    return Markup(
+        "data:image/svg+xml;base64," + base64.b64encode(picture.path.with_suffix(".svg").read_bytes()).decode()
+    )
 
 
 def _public(value: Any) -> Any:

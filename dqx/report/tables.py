@@ -335,7 +335,8 @@ def _level(row: Delta) -> Entry:
 
 
 def _p(row: Delta) -> Entry:
-    return Entry(words.probability(row.p_value, row.p_adjusted), number=row.p_adjusted)
+    own, _, corrected = words.probability(row.p_value, row.p_adjusted).partition(" ")
+    return Entry(own, corrected, row.p_adjusted)
 
 
 def _verdict(row: Delta) -> Entry:

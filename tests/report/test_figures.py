@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import rcParams
-from records import record, task_result
+from records import contrast, record, task_result
 from tiny import SITES
 
 from dqx.diagnostics.activations import PartStats
 from dqx.diagnostics.activations.measure import surface as measured_surface
+from dqx.record import words
 from dqx.report import figures
 from dqx.report.figures import sheet, style, surface
 from dqx.report.figures.axes import masked
@@ -207,8 +209,8 @@ def test_predictions_are_those_of_the_record(drawn):
     assert line(kl).tolist() == [1.5, 0.0123]
     assert kl.get_lines()[0].get_xdata().tolist() == [0, 12]
     assert line(top1).tolist() == [50, 96.875]
-    assert line(commits, "another token").tolist() == [25, 0]
-    assert line(commits, "stays masked").tolist() == [50, 0]
+    assert line(commits, "commits: another token").tolist() == [25, 0]
+    assert line(commits, "commits: stay masked").tolist() == [50, 0]
     shares = line(answers)
     assert (shares[0], shares[3], shares[4], shares[9], shares[16]) == pytest.approx(
         (100, 100, 200 / 3, 100 / 3, 100 / 3)
@@ -234,15 +236,99 @@ def test_numbers_that_are_not_there_or_not_finite():
 def test_accuracy_by_bits_is_the_cells():
     figure = figures.of_runs(sweep())["accuracy_by_bits"]
     assert [axes.get_title() for axes in figure.axes] == ["activations of 16 bits", "activations of 4 bits"]
-    bars = {bar.get_label(): bar for bar in figure.axes[0].containers}
-    points = {name: list(zip(*bar.lines[0].get_data(), strict=True)) for name, bar in bars.items()}
-    assert points == {"gptq": [(2.15, 50.0), (4.15, 100.0)], "rtn": [(2.15, 37.5), (4.15, 87.5)]}
+    bars = [(bar.get_label(), bar) for bar in figure.axes[0].containers]
+    points = sorted((name, *point) for name, bar in bars for point in zip(*bar.lines[0].get_data(), strict=True))
+    assert points == [("gptq", 2.15, 50.0), ("gptq", 4.15, 100.0), ("rtn", 2.15, 37.5), ("rtn", 4.15, 87.5)]
     delta = run("rtn", "w2a16", 2.15, [1] * 3 + [0] * 5).deltas[-1]
-    (_, low), (_, high) = bars["rtn"].lines[2][0].get_segments()[0]
+    rtn = [segment for name, bar in bars if name == "rtn" for segment in bar.lines[2][0].get_segments()]
+    (_, low), (_, high) = next(segment for segment in rtn if segment[0, 0] == 2.15)
     assert (low, high) == pytest.approx((100 * (1 + delta.low), 100 * (1 + delta.high)))
     assert line(figure.axes[0], "full precision") == [100, 100]
     best = next(each for each in figure.axes[0].get_lines() if each.get_label() == "Pareto front")
-    assert best.get_xydata().tolist() == [[2.15, 50.0], [4.15, 100.0]]
+    assert best.get_xydata()[:2].tolist() == [[2.15, 50.0], [4.15, 100.0]]
+
+
+def crowded():
+    """Runs at two widths whose scores and intervals lie close together, as those of good methods do."""
+    lost = {"gptq": (1, 4), "rtn": (3, 6), "awq": (1, 5), "quarot": (0, 4), "smoothquant": (2, 4), "duquant": (0, 2)}
+    return [
+        run(method, f"w{bits}a16", bits + 0.15 + 0.0001 * i, [1] * (8 - n) + [0] * n)
+        for i, (method, by_width) in enumerate(lost.items())
+        for bits, n in zip((4, 2), by_width, strict=True)
+    ]
+
+
+def test_the_front_goes_through_markers_and_none_beats_it():
+    """As drawn, in dots: a marker that was moved aside to be seen lies neither above nor left of the front."""
+    for runs in (sweep(), crowded()):
+        figure = figures.of_runs(runs)["accuracy_by_bits"]
+        for axes in figure.axes:
+            best = next(each for each in axes.get_lines() if each.get_label() == "Pareto front")
+            front = best.get_transform().transform(best.get_xydata())
+            bars = [bar.lines for bar in axes.containers]
+            markers = [m for marks, *_ in bars for m in marks.get_transform().transform(marks.get_xydata()).tolist()]
+            middles = [
+                e.mean(axis=0) for _, _, (bar,) in bars for e in map(bar.get_transform().transform, bar.get_segments())
+            ]
+            np.testing.assert_allclose(
+                [x for x, _ in middles], [x for x, _ in markers]
+            )  # an interval goes with its marker
+            for vertex in front[:-1]:
+                assert min(np.hypot(*(vertex - marker)) for marker in markers) < 0.01
+            for x, y in markers:
+                reached = [height for bits, height in front if bits <= x + 0.01]
+                assert reached, "left of the whole front"
+                assert y <= reached[-1] + 0.01
+            assert len({(round(x), round(y)) for x, y in markers}) == len(markers)  # each is seen
+            assert best.get_xydata()[-1, 0] == axes.get_xlim()[1]  # a front of one point is a line, too
+
+
+def test_no_legend_lies_over_data(drawn):
+    for figure in (*drawn.values(), *figures.of_runs(sweep(steps=(16, 32))).values()):
+        assert [axes for axes in figure.axes if axes.get_legend()] == []
+        renderer = figure.canvas.get_renderer()
+        for box in (each.get_window_extent(renderer) for each in figure.legends):
+            assert not [axes for axes in figure.axes if axes.get_tightbbox(renderer).overlaps(box)]
+    names = [text.get_text() for text in drawn["divergence_by_step"].legends[0].get_texts()]
+    assert names == ["commits: another token", "commits: stay masked"]
+
+
+def test_names_of_colours_stand_above_their_bars(drawn):
+    """Beside a bar, on the side of the next panel, they would read as the name of that panel's axis."""
+    figures_of = (*drawn.values(), *figures.of_runs(sweep(steps=(16, 32))).values())
+    bars = [axes for figure in figures_of for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    assert len(bars) == len(SITES) + 3
+    assert [bar.get_ylabel() for bar in bars] == [""] * len(bars)
+    first = [
+        figure.axes[[axes.get_label() for axes in figure.axes].index("<colorbar>")]
+        for figure in figures_of
+        if any(axes.get_label() == "<colorbar>" for axes in figure.axes)
+    ]
+    assert [bar.texts[0].get_text() for bar in first] == ["largest |x|", "tokens, %", "SQNR, dB", "points"]
+    assert drawn["sqnr"].axes[1].get_ylabel() == "block"
+
+
+def test_titles_count_what_was_looked_at(drawn):
+    """Statistics and predictions are of windows and of answers: no document of a task has a part in them."""
+    for name, figure in drawn.items():
+        title, ran, foot = (text.get_text().replace("\n", " ") for text in figure.texts[:3])
+        assert "document" not in f"{title} {ran}", name
+        wanted = (
+            "2 calibration windows"
+            if name == "channel_maxima"
+            else "calibration window"
+            if "surface" in name
+            else "3 answers"
+        )
+        if name != "divergence_by_mask_ratio":
+            assert wanted in foot, name
+    ran = figures.of_runs(sweep())["accuracy_by_bits"].texts[1].get_text()
+    assert "sums: 8 documents" in ran
+    sides = {"a": task_result("a", [1, 0]), "b": task_result("b", [1, 0])}
+    both = record(full_precision=sides, quantized=sides)
+    assert "a, b: 2 documents each" in figures.of_runs([both])["accuracy_by_bits"].texts[1].get_text()
+    both.config["task"]["limit"] = 1
+    assert words.evaluation(record(config=both.config).settings) == "nano_llada, first document of each task"
 
 
 def test_front():
@@ -264,16 +350,34 @@ def test_steps_by_bits_where_there_are_several():
     assert {"100.0", "87.5\n(-12.5)"} <= {text.get_text() for text in maps[1].texts}
 
 
+def test_svg_has_both_palettes(drawn, tmp_path):
+    """Every colour of ink and paper is exchanged on a dark page, and can be read there; those of lines on both."""
+    found = set()
+    for figure in (*drawn.values(), *figures.of_runs(sweep(steps=(16, 32))).values()):
+        figures.save(figure, tmp_path, "one", ["svg"])
+        head, _, body = (tmp_path / "one.svg").read_text().partition("</style>")
+        assert head.count("prefers-color-scheme: dark") == 1
+        assert "<metadata" not in head
+        found |= {colour.upper() for colour in re.findall(r"(?:fill|stroke): (#\w{6})", body)}
+    lines = {each["color"] for each in style.CYCLE} - {style.INK}
+    assert found <= lines | set(style.DARK), found
+    assert {style.INK, style.PAPER, style.GRID, style.QUIET, style.ON_LIGHT} <= found
+    dark = style.DARK[style.PAPER]
+    assert all(contrast(colour, ground) > 2 for colour in lines for ground in (style.PAPER, dark))
+    assert all(contrast(style.DARK[ink], dark) > 4.5 for ink in (style.INK, style.QUIET))
+    assert contrast(style.DARK[style.ON_LIGHT], style.ON_DARK) < 1.3  # as the pictures that they stand on are turned
+
+
 def test_same_record_same_bytes(tmp_path):
     for place in "ab":
         with style.applied():
             (figure,) = surface.surfaces(full()).values()
         figures.save(figure, tmp_path / place, "surface")
-    for name in ("surface.png", "surface.pdf"):
+    for name in ("surface.png", "surface.svg", "surface.pdf"):
         first, second = ((tmp_path / place / name).read_bytes() for place in "ab")
         assert first == second
         assert b"Date" not in first
-        assert b"Matplotlib" not in first
+        assert b"atplotlib.org" not in first
 
 
 def outside(figure):

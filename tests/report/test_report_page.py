@@ -11,16 +11,19 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import records
+from PIL import Image
 
 from dqx import __main__
 from dqx.record.collection import Run
 from dqx.record.folder import RunFolder
 from dqx.record.words import visible
-from dqx.report import compare, content, figures, latex, markdown
+from dqx.report import compare, content, figures, latex, markdown, page
 from dqx.report.command import main
 
 if TYPE_CHECKING:
@@ -163,6 +166,36 @@ def test_nothing_scrolls_sideways_but_tables(opened: tuple[Page, list[str]], wid
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
 
+def test_tables_are_whole_on_a_laptop(opened: tuple[Page, list[str]], tmp_path: Path) -> None:
+    """Those of the three bundled tasks, with the longest names and numbers there are."""
+    base, scores = records.record(outliers={}, fidelity={}), [1] * 20 + [0] * 2
+    full, less = (
+        {f"nano_{name}": records.task_result(f"nano_{name}", part, name) for name in ("facts", "sums", "code")}
+        for part in ([1] * 22, scores[::-1])
+    )
+    config = base.config | {"task": {"limit": 22}, "method": {"name": "smoothquant"}}
+    runs = [Run(Path(), replace(base, config=config, full_precision=full, quantized=less, deltas=[]))]
+    (tmp_path / "report.html").write_text(page.page(content.of_runs(runs * 2)))
+    laptop = opened[0].context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
+    laptop.goto((tmp_path / "report.html").as_uri())
+    laptop.evaluate("document.querySelectorAll('details.run').forEach(details => { details.open = true; })")
+    boxes = laptop.evaluate("[...document.querySelectorAll('.scroll')].map(box => [box.scrollWidth, box.clientWidth])")
+    assert len(boxes) == 5
+    assert [wide - room for wide, room in boxes] == [0] * 5
+    laptop.close()
+
+
+def test_figures_are_as_dark_as_the_page(opened: tuple[Page, list[str]]) -> None:
+    page, _ = opened
+    page.evaluate("document.querySelectorAll('details.run').forEach(details => { details.open = true; })")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        for figure in page.locator("#run-2 .gallery img").all():
+            with Image.open(io.BytesIO(figure.screenshot())) as picture:
+                grey = fmean(np.asarray(picture.convert("L")).ravel().tolist())
+                assert (grey < 110) == (scheme == "dark")
+
+
 def test_colours_can_be_read() -> None:
     """Contrast of at least 4.5 (WCAG AA) of every text on what it stands on, light and dark."""
     light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in STYLE.read_text().split("@media")[:2])
@@ -170,19 +203,9 @@ def test_colours_can_be_read() -> None:
     on |= {tone: ("ground", f"{tone}-ground") for tone in ("good", "fair", "bad")}
     for colours in (light, dark):
         pairs = [(text, ground) for text, grounds in on.items() for ground in grounds]
-        assert {pair: contrast(*(colours[name] for name in pair)) >= 4.5 for pair in pairs} == dict.fromkeys(
+        assert {pair: records.contrast(*(colours[name] for name in pair)) >= 4.5 for pair in pairs} == dict.fromkeys(
             pairs, True
         )
-
-
-def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_the_files_are_whole(folder: Path) -> None:

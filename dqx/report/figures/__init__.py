@@ -17,9 +17,9 @@ What each figure shows: README.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -45,9 +45,13 @@ OF_RUN: tuple[Callable[[Record], dict[str, Figure]], ...] = (
     errors.by_step,
     errors.by_mask_ratio,
 )
-WIDE, NARROW = 1400, 960  # pixels of a figure in a report's page: of all runs together, of one
+FORMATS = ("png", "svg", "pdf")
 BAR = "drawing figures {percentage:3.0f}%|{bar}| {postfix}"
-NO_DATE = {"CreationDate": None, "Creator": None, "Producer": None}
+HOW: dict[str, dict[str, Any]] = {  # each is written, without dates or versions
+    "png": {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": 4}},
+    "svg": {"metadata": {"Date": None, "Creator": None, "Format": None, "Type": None}},
+    "pdf": {"dpi": style.PRINT_DPI, "metadata": {"CreationDate": None, "Creator": None, "Producer": None}},
+}
 
 
 def of_run(record: Record) -> dict[str, Figure]:
@@ -77,41 +81,44 @@ def _named(name: str, title: str, of: int) -> str:
     return name if of == 1 else f"{name}_{re.sub(r'[^0-9A-Za-z]+', '_', title).strip('_')}"
 
 
-def save(figure: Figure, folder: str | Path, name: str, pdf: bool = True) -> None:
-    """Write NAME.png and NAME.pdf into a folder, without dates or versions: the same figure gives the same bytes."""
+def save(figure: Figure, folder: str | Path, name: str, formats: Sequence[str] = FORMATS) -> None:
+    """Write NAME.png, NAME.svg and NAME.pdf, or some of them, into a folder; the same figure gives the same bytes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with style.applied():
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None}, pil_kwargs={"compress_level": 4})
-        if pdf:
-            figure.savefig(folder / f"{name}.pdf", dpi=style.PRINT_DPI, metadata=NO_DATE)
+        for suffix in formats:
+            figure.savefig(folder / f"{name}.{suffix}", **HOW[suffix])
+    if "svg" in formats:
+        path = folder / f"{name}.svg"
+        path.write_text(style.both_palettes(path.read_text("utf-8")), "utf-8")
 
 
 def draw(report: Report, folder: Path) -> None:
     """Draw a report's figures below `folder`, those of each run in a folder of its own, and put their places into it.
 
-    A run that is reported alone gets every figure that its record has the data for, as PNG and PDF. Where there are
-    several, those of single runs are PNG, with one activation surface each: that of the largest value.
+    A run that is reported alone gets every figure that its record has the data for, as PNG, SVG and PDF. Where there
+    are several, those of single runs have no PDF, and one activation surface each: that of the largest value.
     """
     alone = len(report.runs) == 1
     with tqdm(total=1 + len(OF_RUN) * len(report.runs), bar_format=BAR, leave=False, disable=None) as bar:
         bar.set_postfix_str("all runs together")
-        report.pictures = _saved(of_runs(report.records), folder, bar, width=WIDE)
+        report.pictures = _saved(of_runs(report.records), folder, bar)
         for number, run in enumerate(report.runs, 1):
             bar.set_postfix_str(f"run {number} of {len(report.runs)}")
             record = run.record if alone else with_one_surface(run.record)
             place = folder / anchor(number)
-            pictures = [each for kind in OF_RUN for each in _saved(_of_kind(kind, record), place, bar, alone)]
+            formats = FORMATS if alone else FORMATS[:2]
+            pictures = [each for kind in OF_RUN for each in _saved(_of_kind(kind, record), place, bar, formats)]
             report.run_pictures.append(pictures)
 
 
 def _saved(
-    drawn: dict[str, Figure], folder: Path, bar: tqdm[NoReturn], pdf: bool = True, width: int = NARROW
+    drawn: dict[str, Figure], folder: Path, bar: tqdm[NoReturn], formats: Sequence[str] = FORMATS
 ) -> list[Picture]:
     """Save the figures of one step of the bar."""
     before = bar.n
     for number, (name, figure) in enumerate(drawn.items(), 1):
-        save(figure, folder, name, pdf=pdf)
+        save(figure, folder, name, formats)
         bar.update(before + number / len(drawn) - bar.n)
     bar.update(before + 1 - bar.n)
-    return [Picture(name, folder / f"{name}.png", width) for name in drawn]
+    return [Picture(name, folder / f"{name}.png", figure.get_figwidth()) for name, figure in drawn.items()]

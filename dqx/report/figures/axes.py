@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -73,8 +73,8 @@ def heat_map(
     norm: Normalize,
     colours: str = style.LARGE_IS_DARK,
 ) -> AxesImage:
-    """Draw values [R, C], the first row on top; what lies below the colours' range is white."""
-    palette = mpl.colormaps[colours].with_extremes(bad=style.ABSENT, under="white")
+    """Draw values [R, C], the first row on top; what lies below the colours' range is left blank."""
+    palette = mpl.colormaps[colours].with_extremes(bad=style.ABSENT, under=(1, 1, 1, 0))
     image = axes.imshow(values, cmap=palette, norm=norm, aspect="auto", interpolation="nearest")
     axes.grid(False)
     for axis, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
@@ -82,6 +82,21 @@ def heat_map(
     for spine in axes.spines.values():
         spine.set(visible=True, linewidth=0.3)
     return image
+
+
+def colour_bar(figure: Figure, image: AxesImage, of: Iterable[Axes], name: str = "") -> Axes:
+    """What the colours of these axes mean, its name above it: beside it would read as that of the axis behind it."""
+    bar = figure.colorbar(image, ax=list(of), pad=0.01).ax
+    above: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "size": style.TICKS["labelsize"],
+    }
+    bar.annotate(name, (0, 1), (0, 3), va="bottom", **above)  # a title's width would not be given room
+    bar.tick_params(width=0.3)
+    for spine in bar.spines.values():
+        spine.set_linewidth(0.3)
+    return bar
 
 
 def name_ticks(axis: Axis, names: Sequence[str], most: int = MOST_TICKS) -> None:
@@ -97,4 +112,6 @@ def write_numbers(axes: Axes, image: AxesImage, texts: Sequence[Sequence[str]], 
     light = colours @ (0.299, 0.587, 0.114) > 0.5
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
-            axes.text(j, i, text, ha="center", va="center", size=size, color="black" if light[i, j] else "white")
+            axes.text(
+                j, i, text, ha="center", va="center", size=size, color=style.ON_LIGHT if light[i, j] else style.ON_DARK
+            )

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dqx.record.folder import Record
-from dqx.record.words import whole_run
+from dqx.record.words import models
 from dqx.report.figures import style
 from dqx.report.figures.axes import panels, tick_plainly
 from dqx.report.figures.sheet import Caption, legend, sheet, site_name, sites_of, windows
@@ -30,7 +30,7 @@ def channel_maxima(record: Record) -> dict[str, Figure]:
     blocks = first_middle_last({int(name.split("/")[1]) for name in kept})
     caption = Caption(
         "Largest |x| of every channel, before and after",
-        whole_run(record),
+        models(record),
         f"Over {windows(record)}, as the linears read it, after rotations and scalings. Channels sorted by their "
         f"largest |x|; in the corners the numbers of the {NAMED} largest channels.",
     )

@@ -10,10 +10,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from dqx.record.folder import Record
-from dqx.record.words import whole_run
+from dqx.record.words import models
 from dqx.report.figures import style
-from dqx.report.figures.axes import Matrix, heat_map, mask_ratios_on_top, masked, name_ticks
-from dqx.report.figures.sheet import Caption, sheet
+from dqx.report.figures.axes import Matrix, colour_bar, heat_map, mask_ratios_on_top, masked, name_ticks
+from dqx.report.figures.sheet import Caption, answers, sheet
 
 
 def sqnr(record: Record) -> dict[str, Figure]:
@@ -25,9 +25,10 @@ def sqnr(record: Record) -> dict[str, Figure]:
     absent = "; grey: no error at all" if np.ma.is_masked(values) else ""
     caption = Caption(
         "Error of the hidden state behind every block",
-        whole_run(record),
+        models(record),
         "Signal to quantization noise, 10 log10(|x|^2 / |x - y|^2) in dB of the hidden state x at full precision and y "
-        f"quantized, on the same states; 6 dB are one bit{absent}. Right: mean over the steps, and their range.",
+        f"quantized, on the same states{answers(record)}; 6 dB are one bit{absent}. Right: mean over the steps, and "
+        "their range.",
     )
     blocks = [str(i) for i in range(len(values))]
     figure = sheet(caption, max(1.9, min(3.4, 0.8 + 0.16 * len(blocks))))
@@ -37,7 +38,7 @@ def sqnr(record: Record) -> dict[str, Figure]:
     image = heat_map(maps, values, rows=blocks, columns=steps, norm=norm, colours=style.SMALL_IS_DARK)
     maps.set(xlabel="denoising step", ylabel="block")
     mask_ratios_on_top(maps, range(len(steps)), layers["mask_ratios"])
-    figure.colorbar(image, ax=maps, pad=0.01, label="SQNR, dB")
+    colour_bar(figure, image, [maps], "SQNR, dB")
     _profile(profile, values, blocks)
     return {"sqnr": figure}
 
@@ -48,5 +49,5 @@ def _profile(axes: Axes, values: Matrix, blocks: list[str]) -> None:
     mean, low, high = (np.ma.filled(f(values, axis=1), np.nan) for f in (np.ma.mean, np.ma.min, np.ma.max))
     axes.fill_betweenx(depth, low, high, color=style.SIDES[1].line["color"], alpha=0.2, linewidth=0)
     axes.plot(mean, depth, **style.SIDES[1].line | {"marker": "o"})
-    axes.set(xlabel="SQNR, dB", ylim=(len(blocks) - 0.5, -0.5))
+    axes.set(xlabel="SQNR, dB", ylabel="block", ylim=(len(blocks) - 0.5, -0.5))
     name_ticks(axes.yaxis, blocks)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dqx.record.folder import Record
-from dqx.record.words import whole_run
+from dqx.record.words import models
 from dqx.report.figures import style
 from dqx.report.figures.axes import from_zero, mask_ratios_on_top
 from dqx.report.figures.sheet import Caption, legend, sheet
@@ -19,8 +19,8 @@ from dqx.report.figures.sheet import Caption, legend, sheet
 #: Key in the record -> label, factor.
 CURVES = {"divergence": ("KL to full precision, nats", 1.0), "agreement": ("top-1 agreement, %", 100.0)}
 COMMITS = {
-    "commit_flips": {"label": "another token", **style.CYCLE[2]},
-    "commit_delays": {"label": "stays masked", **style.CYCLE[3]},
+    "commit_flips": {"label": "commits: another token", **style.CYCLE[2]},
+    "commit_delays": {"label": "commits: stay masked", **style.CYCLE[3]},
 }
 RANDOM = {"label": "random masks", **style.CYCLE[0]}
 OWN = {"label": "the sampler's states", **style.CYCLE[1]}
@@ -40,10 +40,10 @@ def by_step(record: Record) -> dict[str, Figure]:
         return {}
     caption = Caption(
         "Predictions against full precision, by denoising step",
-        whole_run(record),
+        models(record),
         KL + STATES.format(**rows[0]) + CHANGED + (FREE.format(**answers) if answers else ""),
     )
-    figure = sheet(caption, 3.6 if answers else 2.0)
+    figure = sheet(caption, 3.6 if answers else 2.0, legend_rows=1)
     panels = figure.subplots(2, 2).ravel() if answers else figure.subplots(1, 3)
     steps = [row["step"] for row in rows]
     for axes, key in zip(panels, CURVES, strict=False):
@@ -56,6 +56,7 @@ def by_step(record: Record) -> dict[str, Figure]:
         _same_so_far(panels[3], answers)
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    legend(figure, panels[2:3], columns=2)
     return {"divergence_by_step": figure}
 
 
@@ -66,7 +67,7 @@ def by_mask_ratio(record: Record) -> dict[str, Figure]:
         return {}
     caption = Caption(
         "Predictions against full precision, by mask ratio",
-        whole_run(record),
+        models(record),
         f"{KL} Random masks: {random[0]['positions']} masked tokens per ratio."
         + (f" The sampler's states: those that full precision visits.{CHANGED}" if own else ""),
     )
@@ -79,7 +80,7 @@ def by_mask_ratio(record: Record) -> dict[str, Figure]:
         _commits(panels[-1], [100 * row["mask_ratio"] for row in own], own)
     for axes in panels:
         axes.set(xlabel="masked, %", xlim=(-3, 103))
-    legend(figure, panels[:1], columns=2)
+    legend(figure, panels[:: len(CURVES)], columns=4 if own else 2)
     return {"divergence_by_mask_ratio": figure}
 
 
@@ -98,7 +99,6 @@ def _commits(axes: Axes, x: Sequence[float], rows: Sequence[dict[str, Any]]) -> 
         _line(axes, x, [math.nan if row[key] is None else 100 * row[key] for row in rows], line)
     axes.set_ylabel("commits, %")
     from_zero(axes, SHARES)
-    axes.legend(loc="upper right")
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], line: dict[str, Any]) -> None:

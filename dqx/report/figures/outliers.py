@@ -11,14 +11,14 @@ from matplotlib.ticker import MaxNLocator
 
 from dqx.diagnostics.activations import PartStats
 from dqx.record.folder import Record
-from dqx.record.words import whole_run
+from dqx.record.words import models
 from dqx.report.figures import style
-from dqx.report.figures.axes import from_zero, heat_map, mask_ratios_on_top, masked, panels, tick_plainly
-from dqx.report.figures.sheet import Caption, legend, sheet, site_name
+from dqx.report.figures.axes import colour_bar, from_zero, heat_map, mask_ratios_on_top, masked, panels, tick_plainly
+from dqx.report.figures.sheet import Caption, answers, legend, sheet, site_name
 
 MOST_MARKERS = 12  # of a line
 CLASSES = ("prompt", "committed", "masked")
-STATES = "States that full precision visits while it writes, the same for both sides"
+STATES = "States{} that full precision visits while it writes, the same for both sides"
 NONE = 1e-9  # a share below is none
 
 
@@ -81,9 +81,9 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
     sites = _shown(measure, parts)
     caption = Caption(
         f"{measure.title} by block and denoising step",
-        whole_run(record),
-        f"{STATES}. Colours: {measure.label}, one scale for both sides of a site"
-        f"{'; logarithmic' if measure.log else ', white: none'}. {_definition(record, measure)}",
+        models(record),
+        f"{STATES.format(answers(record))}. Colours: {measure.label}, one scale for both sides of a site"
+        f"{'; logarithmic' if measure.log else ', blank: none'}. {_definition(record, measure)}",
     )
     figure = sheet(caption, 0.6 + 1.05 * len(sites))
     names = [f"{site_name(site)}\nblock" for site in sites]
@@ -96,9 +96,9 @@ def _by_step(record: Record, measure: Measure, parts: Parts) -> Figure:
             cells = {(p.block, p.step): measure.of(p) for p in rows}
             values = masked([[cells.get((block, step)) for step in steps] for block in blocks])
             image = heat_map(axes, values, rows=list(map(str, blocks)), columns=list(map(str, steps)), norm=norm)
-        bar = figure.colorbar(image, ax=list(row), pad=0.01, label=measure.label)
+        bar = colour_bar(figure, image, row, measure.label if site == sites[0] else "")
         if measure.log:
-            tick_plainly(bar.ax.yaxis)
+            tick_plainly(bar.yaxis)
     for axes, rows in zip(grid[0], parts.values(), strict=True):
         ratios = dict(sorted((int(p.step or 0), float(p.mask_ratio or 0)) for p in rows))
         mask_ratios_on_top(axes, range(len(ratios)), list(ratios.values()))
@@ -109,8 +109,8 @@ def _by_class(record: Record, measure: Measure, parts: Parts) -> Figure:
     sites = _shown(measure, parts)
     caption = Caption(
         f"{measure.title} by what a token is: given, committed by now, or masked",
-        whole_run(record),
-        f"{STATES}; all steps together. {_definition(record, measure)}",
+        models(record),
+        f"{STATES.format(answers(record))}; all steps together. {_definition(record, measure)}",
     )
     figure = sheet(caption, 0.35 + 1.3 * len(parts), legend_rows=1)
     names = [f"{side.label}\n{measure.label}" for side in parts]

@@ -22,7 +22,9 @@ from dqx.report.figures import groups, style
 from dqx.report.figures.sheet import Caption, legend, sheet
 from dqx.report.gather import Row, RunGroup
 
-APART = 2.2  # points between methods, which often have the same bits
+APART = 4.0  # points between methods of the same bits whose intervals would lie over each other
+TALL = 0.05  # of all scores' range: what a marker covers
+DIGITS = 2  # of bits that count as the same
 BESIDE = 0.6  # bits of room at the sides
 ACROSS = 3  # panels beside each other
 
@@ -39,8 +41,9 @@ def accuracy_by_bits(group: RunGroup) -> Figure:
         f"{groups.score(group).split(',')[0].capitalize()} against average bits per weight",
         groups.what_ran([group]),
         "Bits of the quantized weights, scales and zero points included. Bars: 95 % interval of the difference from "
-        "full precision, paired by document. Methods of the same bits are drawn side by side. Grey: the Pareto front, "
-        f"nothing has {better} with as few bits.{groups.left_out(group)}",
+        "full precision, paired by document. Of methods with the same bits the best stands there; others that would "
+        f"lie over each other are moved to its right. Grey: the Pareto front, nothing has {better} with as few bits."
+        f"{groups.left_out(group)}",
     )
     width, columns = (style.SINGLE, 3) if across == 1 else (style.DOUBLE, 5)
     legend_rows = math.ceil((len(looks) + 2) / columns)
@@ -48,12 +51,14 @@ def accuracy_by_bits(group: RunGroup) -> Figure:
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes in grid.ravel()[len(panels) :]:
         axes.set_axis_off()
+    low, high = _range(group, rows)
+    tall = TALL * (high - low) or 1.0
     for axes, (name, members) in zip(grid.ravel(), panels.items(), strict=False):
-        _panel(axes, group, members, looks)
+        _panel(axes, group, members, looks, tall)
         axes.set(title=f"activations of {name}", xlabel="average bits per weight")
     for row in grid:
         row[0].set_ylabel(groups.score(group))
-    _limit(grid[0][0], group, rows)
+    grid[0][0].set_ylim(low - tall, high + tall)
     legend(figure, grid.ravel(), columns, legend_rows)
     return figure
 
@@ -79,31 +84,58 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: panels[key] for name, key in zip(named, order, strict=True)}
 
 
-def _panel(axes: Axes, group: RunGroup, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
-    line: dict[str, Any] = {"color": style.BLACK, "linestyle": (0, (4, 2)), "linewidth": 0.7}
+def _panel(axes: Axes, group: RunGroup, rows: Sequence[Row], looks: dict[str, dict[str, Any]], tall: float) -> None:
+    line: dict[str, Any] = {"color": style.INK, "linestyle": (0, (4, 2)), "linewidth": 0.7}
     axes.axhline(groups.full_precision(group), label="full precision", **line)
-    points = [(row.cell.average_bits, groups.quantized(group, row.overall)[0]) for row in rows]
-    best = front(points, groups.nats(group))
-    axes.step(*zip(*best, strict=True), where="post", color="#BBBBBB", linewidth=2.5, zorder=1, label="Pareto front")
-    bits = [row.cell.average_bits for row in rows]
+    bits = [_bits(row) for row in rows]
     axes.set_xlim(min(bits) - BESIDE, max(bits) + BESIDE)
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, min_n_ticks=1))
-    methods = [name for name in looks if any(row.cell.method == name for row in rows)]
-    for i, method in enumerate(methods):
-        cells = sorted((row for row in rows if row.cell.method == method), key=lambda row: row.cell.average_bits)
+    best = front([(_bits(row), _score(group, row)) for row in rows], groups.nats(group))
+    best.append((axes.get_xlim()[1], best[-1][1]))
+    axes.step(*zip(*best, strict=True), where="post", color=style.SOFT, linewidth=2.5, zorder=1, label="Pareto front")
+    placed = _places(group, rows, tall)
+    for method, place in sorted(placed, key=lambda key: (list(looks).index(key[0]), key[1])):
+        cells = placed[method, place]
         values = [groups.quantized(group, row.overall) for row in cells]
-        heights = [value for value, _, _ in values]
         limits = np.maximum(0, [[value - low, high - value] for value, low, high in values]).T
-        aside = ScaledTranslation(APART * (i - (len(methods) - 1) / 2) / 72, 0, axes.figure.dpi_scale_trans)
+        aside = ScaledTranslation(APART * place / 72, 0, axes.figure.dpi_scale_trans)
         axes.errorbar(
-            [row.cell.average_bits for row in cells], heights, yerr=limits, label=method, elinewidth=0.7, capsize=0,
-            transform=axes.transData + aside, **looks[method] | {"linestyle": "none"},
+            [_bits(row) for row in cells], [value for value, _, _ in values], yerr=limits, label=method, elinewidth=0.7,
+            capsize=0, transform=axes.transData + aside, **looks[method] | {"linestyle": "none"},
         )  # fmt: skip
 
 
-def _limit(axes: Axes, group: RunGroup, rows: Sequence[Row]) -> None:
-    """Room for full precision and every interval."""
+def _bits(row: Row) -> float:
+    return round(row.cell.average_bits, DIGITS)
+
+
+def _score(group: RunGroup, row: Row) -> float:
+    return groups.quantized(group, row.overall)[0]
+
+
+def _places(group: RunGroup, rows: Sequence[Row], tall: float) -> dict[tuple[str, int], list[Row]]:
+    """The rows by method and by how many places to the right of its bits each is drawn: where nothing is in its way.
+
+    The best of those with the same bits comes first and stays, and no other moves to the left: none can seem better
+    than it is.
+    """
+    taken: dict[float, list[list[tuple[float, float]]]] = {}  # bits -> place -> the heights that are covered there
+    placed: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: _score(group, row), reverse=not groups.nats(group)):
+        score, *limits = groups.quantized(group, row.overall)
+        heights = [score, *filter(math.isfinite, limits)]
+        low, high = min(heights) - tall / 2, max(heights) + tall / 2
+        places = taken.setdefault(_bits(row), [])
+        fits = (i for i, there in enumerate(places) if all(high < bottom or top < low for bottom, top in there))
+        place = next(fits, len(places))
+        places[place:] = places[place:] or [[]]
+        places[place].append((low, high))
+        placed.setdefault((row.cell.method, place), []).append(row)
+    return placed
+
+
+def _range(group: RunGroup, rows: Sequence[Row]) -> tuple[float, float]:
+    """The lowest and the highest of what is drawn: full precision, and every interval."""
     shown = [groups.full_precision(group), *(x for row in rows for x in groups.quantized(group, row.overall))]
     heights = [x for x in shown if math.isfinite(x)]
-    room = 0.05 * (max(heights) - min(heights)) or 1.0
-    axes.set_ylim(min(heights) - room, max(heights) + room)
+    return min(heights), max(heights)

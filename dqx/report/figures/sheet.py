@@ -58,7 +58,7 @@ def sheet(caption: Caption, height: float, width: float = style.DOUBLE, legend_r
     FigureCanvasAgg(figure)
     tops = (total - MARGIN, total - MARGIN - tall[0], MARGIN + tall[2])
     for broken, (_, size, bold), top in zip(lines, parts, tops, strict=True):
-        weight, colour = ("bold", "black") if bold else ("normal", "#404040")
+        weight, colour = ("bold", style.INK) if bold else ("normal", style.QUIET)
         words = figure.text(MARGIN / width, top / total, "\n".join(broken), size=size, va="top", weight=weight)
         words.set(color=colour, linespacing=1.1, parse_math=False, in_layout=False)
     figure.set_layout_engine("constrained", rect=(0, base / total, 1, height / total), w_pad=0.03, h_pad=0.03)
@@ -143,6 +143,12 @@ def sites_of(record: Record) -> list[str]:
     """The sites that the record's statistics and tensors are of, in their order."""
     measured = [site for stats in record.outliers.values() for site in stats.sites]
     return list(dict.fromkeys([*measured, *(name.split("/")[2] for name in record.activations)]))
+
+
+def answers(record: Record) -> str:
+    """The answers that denoising states were taken from: ` of 4 answers of 16 tokens`; empty where none are."""
+    known = record.fidelity.get("answers")
+    return f" of {known['documents']} answers of {known['tokens']} tokens" if known else ""
 
 
 def windows(record: Record) -> str:

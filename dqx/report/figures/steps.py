@@ -13,7 +13,7 @@ from dqx.common.names import natural
 from dqx.evaluate.spec import NLL
 from dqx.record.words import difference, value
 from dqx.report.figures import groups, style
-from dqx.report.figures.axes import heat_map, masked, write_numbers
+from dqx.report.figures.axes import colour_bar, heat_map, masked, write_numbers
 from dqx.report.figures.sheet import Caption, sheet, shortened
 from dqx.report.gather import Row, RunGroup, settings
 
@@ -64,7 +64,7 @@ def steps_by_bits(members: dict[int | None, RunGroup]) -> Figure:
         axes.set_yticks(range(len(order)), labels=["own" if steps is None else str(steps) for steps in order])
     for row in grid:
         row[0].set_ylabel("denoising steps")
-    figure.colorbar(image, ax=list(grid.ravel()), pad=0.01, label=f"difference, {what}")
+    colour_bar(figure, image, grid.ravel(), what)
     return figure
 
 

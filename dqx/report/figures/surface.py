@@ -27,12 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from dqx.diagnostics.activations.stats import MOST_CELLS
 from dqx.record.folder import Record
-from dqx.record.words import whole_run
+from dqx.record.words import models
 from dqx.report.figures import style
 from dqx.report.figures.sheet import Caption, between, inches, sheet, site_name, sites_of
 
 ONE_SCALE_UP_TO = 8.0  # times the smaller side's largest value
-FLOOR, WALLS, GRID = "#F3F3F3", "#BBBBBB", "#E4E4E4"
 LOWEST = 0.01  # of the scale's upper end: lower bars are the floor
 LENGTHS = np.array([165.0, 121.0, 85.0])  # of the axes of channels, tokens and |x|, points
 ELEVATION, AZIMUTH = np.radians(24.0), np.radians(-58.0)  # of the eye
@@ -141,7 +140,7 @@ def _figure(record: Record, block: int, site: str) -> Figure:
         *(["each side has its own vertical scale"] if own_scales else []),
     ]
     caption = Caption(
-        f"Activations before and after: block {block}, {site_name(site)}", whole_run(record), "; ".join(notes) + "."
+        f"Activations before and after: block {block}, {site_name(site)}", models(record), "; ".join(notes) + "."
     )
     figure = sheet(caption, 2.55)
     left, bottom, width, height = between(figure)
@@ -185,9 +184,9 @@ def _draw(axes: Axes, surface: Surface, view: View, size: tuple[float, float]) -
     grid += [[(0, 0, n), (0, t, n), (c, t, n)] for n in ticks[2]]
     walls: list[ArrayLike] = [[(0, 0, 0), (0, 0, z), (0, t, z), (c, t, z)], [(0, t, 0), (0, t, z)]]
     edges: list[ArrayLike] = [[(0, 0, 0), (c, 0, 0), (c, t, 0), (c, t, z)]]
-    for lines, colour in ((grid, GRID), (walls, WALLS), (edges, style.BLACK)):
+    for lines, colour in ((grid, style.GRID), (walls, style.SOFT), (edges, style.INK)):
         axes.add_collection(LineCollection([view.at(line) for line in lines], colors=colour, linewidths=0.5))
-    axes.add_patch(Polygon(view.at([(0, 0, 0), (c, 0, 0), (c, t, 0), (0, t, 0)]), facecolor=FLOOR))
+    axes.add_patch(Polygon(view.at([(0, 0, 0), (c, 0, 0), (c, t, 0), (0, t, 0)]), facecolor=style.FLOOR))
     painted = view.painted(surface)
     height, width = np.array(painted.shape) / FINE
     extent = (LEFT - WIDE / 2, LEFT - WIDE / 2 + width, BELOW, BELOW + height)
@@ -203,4 +202,4 @@ def _draw(axes: Axes, surface: Surface, view: View, size: tuple[float, float]) -
             axes.text(x, y, f"{n:g}", size=6, ha="center", va="center")
         x, y = view.at(start + (c, t, z) * unit / 2) + 21 * outward
         axes.text(x, y, name, ha="center", va="center", rotation=np.degrees(np.arctan2(up, along)))
-    axes.add_collection(LineCollection(marks, colors=style.BLACK, linewidths=0.5))
+    axes.add_collection(LineCollection(marks, colors=style.INK, linewidths=0.5))

@@ -155,7 +155,7 @@ def _figures(record: Record, place: Path, one_of_many: bool) -> dict[str, Any]:
 
         drawn = figures.of_run(figures.with_one_surface(record) if one_of_many else record)
         for name, figure in drawn.items():
-            figures.save(figure, place, name, pdf=False)
+            figures.save(figure, place, name, ["png"])
         return {f"figures/{name}": wandb.Image(str(place / f"{name}.png")) for name in drawn}
     except Exception as error:
         logger.warning("no figures in W&B: %s", _short(error))
