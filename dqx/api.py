@@ -33,13 +33,15 @@ from dqx.common.devices import DTYPES, device_problems, dtype_of, pick_device
 from dqx.common.files import write_json
 from dqx.common.names import did_you_mean
 from dqx.common.parts import build_part
-from dqx.config.command_line import explain
+from dqx.common.problems import raise_if
 from dqx.config.compose import build, choices, compose, select, suite
+from dqx.config.mistakes import explain
 from dqx.config.schema import CalibConfig, ConfigProblems, ModelConfig
 from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.data.masking import calibration_states
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
+from dqx.diffusion.settings import count_problems
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
@@ -144,6 +146,7 @@ class DiffusionLM:
         if not ids.numel():
             raise ConfigProblems(["the text has no tokens; give at least one"])
         self._check_tokens(ids)
+        self._check_length(ids.shape[1])
         logits: Tensor = self.model(ids)
         return logits
 
@@ -170,9 +173,12 @@ class DiffusionLM:
             chat: put each prompt, a text, through the checkpoint's chat template as what a user says.
 
         Raises:
-            ConfigProblems: settings that the sampler cannot run, an empty prompt, a checkpoint without a template.
+            ConfigProblems: settings that the sampler cannot run, an empty prompt, a prompt that together with the
+                answer is longer than the model, a checkpoint without a template.
         """
-        block_length, steps = block_length or gen_length, steps or gen_length
+        raise_if(count_problems(gen_length=gen_length))
+        block_length = gen_length if block_length is None else block_length
+        steps = gen_length if steps is None else steps
         problems = self.sampler.problems(gen_length, block_length, steps)
         problems += self.sampler.token_problems(self.model.arch.vocab_size)
         if problems:
@@ -184,6 +190,7 @@ class DiffusionLM:
         prompts = [Prompt(self.tokens(text).tolist(), ("generate", self._as_text(text))) for text in texts]
         if not all(each.ids for each in prompts):
             raise ConfigProblems(["a prompt has no tokens; each needs at least one"])
+        self._check_length(max((len(each.ids) for each in prompts), default=0), gen_length)
         engine = Engine(
             self.model, self.sampler, gen_length=gen_length, block_length=block_length, steps=steps, seed=seed
         )
@@ -213,9 +220,12 @@ class DiffusionLM:
             batch_size: sequences that go through the model at a time.
 
         Raises:
-            ConfigProblems: masks of another shape, or a row of them without a mask.
+            ConfigProblems: masks of another shape, or a row of them without a mask; no draws; texts that together
+                are longer than the model.
         """
+        raise_if(count_problems(samples=samples, batch_size=batch_size))
         prefix_ids, target_ids = self.tokens(prefix), self.tokens(target)
+        self._check_length(len(prefix_ids) + len(target_ids))
         if masks is None:
             return log_likelihood(
                 self.model,
@@ -334,6 +344,18 @@ class DiffusionLM:
     def _check_tokens(self, ids: Tensor) -> None:
         if problems := id_problems(ids, self.model.arch.vocab_size):
             raise ConfigProblems(problems)
+
+    def _check_length(self, length: int, gen_length: int = 0) -> None:
+        """Raise ConfigProblems where a text, with what is to be written after it, is longer than the model."""
+        longest = self.model.arch.max_length
+        if length + gen_length <= longest:
+            return
+        if gen_length == 0:
+            raise ConfigProblems([f"{length} tokens are more than the {longest} positions of {self.config.name}"])
+        room = longest - length
+        remedy = f"write gen_length={room} or less" if room > 0 else "shorten the prompt"
+        told = f"a prompt of {length} tokens and gen_length={gen_length} take {length + gen_length} positions"
+        raise ConfigProblems([f"{told}, more than the {longest} of {self.config.name}; {remedy}"])
 
     def _as_text(self, text: Text) -> str:
         return text if isinstance(text, str) else str(self.tokenizer.decode(self.tokens(text)))

@@ -168,6 +168,20 @@ MISTAKES = {
     "dampin is no setting": lambda lm: lm.quantize("gptq", "w3a16", overrides=["method.rounding.dampin=1"]),
     "task=nano_fact is no choice; did you mean nano_facts": lambda lm: lm.evaluate("nano_fact"),
     "block_length=3 ": lambda lm: lm.generate("a", gen_length=8, block_length=3),
+    "^steps=0 is not a positive integer": lambda lm: lm.generate("a", gen_length=8, steps=0),
+    "block_length=0 ": lambda lm: lm.generate("a", gen_length=8, block_length=0),
+    "^gen_length=0 is not a positive": lambda lm: lm.generate("a", gen_length=0),
+    "a prompt of 1000 tokens and gen_length=64 take 1064 positions, .* 1024 of .*; write gen_length=24 or less": (
+        lambda lm: lm.generate(["a", "a" * 1000], gen_length=64)
+    ),
+    "gen_length=8 take 1108 positions, more than the 1024 of .*; shorten the prompt": (
+        lambda lm: lm.generate("a" * 1100, gen_length=8)
+    ),
+    "^1100 tokens are more than the 1024 positions": lambda lm: lm.logits("a" * 1100),
+    "^1101 tokens are more than the 1024 positions": lambda lm: lm.log_likelihood("a" * 1100, "b"),
+    "^samples=0 is not a positive integer": lambda lm: lm.log_likelihood("a", "b", samples=0),
+    "task.suite.nano_sums: steps=0 is not a positive integer": lambda lm: lm.evaluate("nano_sums", steps=0),
+    "task.limit=0 leaves no documents": lambda lm: lm.evaluate("nano_sums", limit=0),
     "each needs at least one": lambda lm: lm.generate(["a", ""], gen_length=8),
     "5000 is no token of the model; ids go from 0 to 319": lambda lm: lm.logits([1, 5000]),
     "320 is no token of the model; ids go from 0 to 319": lambda lm: lm.generate([1, 320], gen_length=8),

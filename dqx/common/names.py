@@ -6,14 +6,38 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+SHOWN = 4  # so many names are offered at the most
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that a mistyped one may stand for, best first; capitals and the kind of dash do not count.
+
+    Those of which it is a part, such as four models for `llada`; else those that are spelled much alike.
+    """
+    spelled = {other: _spelled(other) for other in known}
+    wanted = _spelled(name)
+    same = [other for other, text in spelled.items() if text == wanted]
+    whole = [other for other, text in spelled.items() if len(wanted) > 2 and wanted in text]
+    close = difflib.get_close_matches(wanted, spelled.values(), n=2, cutoff=0.6)
+    alike = sorted((other for other, text in spelled.items() if text in close), key=lambda o: close.index(spelled[o]))
+    return (same or whole or alike)[:SHOWN]
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, or all of them where none is near."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
+    if near := nearest(name, names):
+        return f"did you mean {alternatives(near)}?"
     return f"there are {', '.join(names)}" if names else "there are none"
+
+
+def _spelled(name: str) -> str:
+    return re.sub(r"[-.\s]", "_", name.casefold())
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def enumerated(names: Sequence[str]) -> str:

@@ -22,8 +22,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqx.common.names import approximations, did_you_mean, method_label
+from dqx.common.names import approximations, method_label
 from dqx.common.parts import build_part, part_problems, trust
+from dqx.config.command_line import normalize
+from dqx.config.mistakes import did_you_mean_setting, explain
 from dqx.config.schema import (
     CONF_DIR,
     GROUPS,
@@ -33,6 +35,7 @@ from dqx.config.schema import (
     MethodConfig,
     ModelConfig,
     choices,
+    setting_names,
 )
 from dqx.evaluate.spec import TaskSpec
 from dqx.formats.bits import label
@@ -120,8 +123,6 @@ def compose(overrides: Sequence[str] = (), folder: str | Path = CONF_DIR, *, wit
 
     Raises ConfigProblems for names and values that the configuration does not have.
     """
-    from dqx.config.command_line import explain, normalize
-
     outer = GlobalHydra.instance().hydra  # may be called from inside somebody's Hydra application
     GlobalHydra.instance().clear()
     try:
@@ -146,8 +147,6 @@ def resolve(cfg: DictConfig) -> Config:
             raise ConfigProblems(problems)
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        from dqx.config.command_line import explain
-
         raise ConfigProblems([*problems, *explain(error)]) from error
     assert isinstance(config, Config)
     trust(config.parts)
@@ -212,7 +211,8 @@ def strangers(cfg: DictConfig, path: str = "") -> list[str]:
     for key in map(str, cfg):
         node = cfg._get_node(key)
         if known is not None and key not in known:
-            problems.append(f"{path}{key} is no setting, so nothing would read it; {did_you_mean(key, known)}")
+            near = did_you_mean_setting(path + key, known, setting_names())
+            problems.append(f"{path}{key} is no setting, so nothing would read it; {near}")
         elif isinstance(node, DictConfig):
             problems += strangers(node, f"{path}{key}.")
     return problems

@@ -10,15 +10,17 @@ Nothing here imports torch, so that `--help` and tab completion answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
 from dqx.common.files import PACKAGE
 from dqx.common.names import natural
+from dqx.common.problems import ConfigProblems as ConfigProblems  # told by everything that reads a configuration
 from dqx.evaluate.settings import LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.formats.bits import BitsConfig
@@ -26,15 +28,6 @@ from dqx.formats.bits import BitsConfig
 #: The config groups: inside an installed package, beside it in a clone.
 CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
-
-
-class ConfigProblems(ValueError):
-    """A configuration that cannot run: every problem found, each in plain words with its remedy."""
-
-    def __init__(self, problems: Sequence[str]):
-        self.problems = list(problems)
-        numbered = [f"{i}. {p}" for i, p in enumerate(self.problems, 1)]
-        super().__init__("\n".join(self.problems if len(self.problems) == 1 else numbered))
 
 
 @dataclass
@@ -206,6 +199,20 @@ PLACES = (
     *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
     *("plan", "plan_tflops", "plan_gpu", "bundle", "sweep", "dispatch", "hang_minutes", "verbose"),
 )
+
+
+@cache
+def setting_names() -> tuple[str, ...]:
+    """The settings by their whole names (`task.limit`), without those of parts, whose classes have them."""
+    return tuple(_names_below(Config))
+
+
+def _names_below(schema: type, path: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(schema).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _names_below(kind, f"{path}{name}.")
+        elif not name.startswith("_"):
+            yield f"{path}{name}"
 
 
 def choices(group: str, folders: Sequence[str | Path] = (CONF_DIR,)) -> list[str]:

@@ -36,11 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dqx.common.names import did_you_mean
+from dqx.common.problems import raise_if
 from dqx.data.calibration import CalibBatch
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers import Call, Sampler
-from dqx.diffusion.settings import raise_if
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: The kinds, and the settings of `calib` that each one reads.
@@ -112,7 +112,7 @@ def calibration_states(
 ) -> list[CalibBatch]:
     """The windows [N, T] as `calib.masking` shows them, with the model's mask token, one batch per window.
 
-    Raises ValueError with the `masking_problems`. The model runs for rollouts only.
+    Raises ConfigProblems with the `masking_problems`. The model runs for rollouts only.
     """
     raise_if(masking_problems(calib, sampler))
     mask_id = model.arch.mask_token_id

@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 from dqx.common import accelerator
+from dqx.common.problems import raise_if
 from dqx.diffusion.batches import TokenIds, token_ids, too_long
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import fetched, logits_at, most_confident, write
-from dqx.diffusion.settings import count_problems, raise_if
+from dqx.diffusion.settings import count_problems
 from dqx.models.kv_cache import KVCache
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
@@ -104,7 +105,7 @@ class Engine:
     chooses from free memory. After running out of memory it is halved, which `notes` says. `progress` is told how many
     of the prompts' `steps` are over, whenever some are; an answer that stops early has all of its steps behind it.
 
-    Raises ValueError with the `problems` of the settings.
+    Raises ConfigProblems with the `problems` of the settings.
     """
 
     model: MaskedDiffusionTransformer

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from dqx.common.halving import in_batches
+from dqx.common.problems import raise_if
 from dqx.diffusion.batches import TokenIds, token_ids
 from dqx.diffusion.noise import Key, generator
 from dqx.diffusion.samplers import greedy
 from dqx.diffusion.samplers.base import logits_at
-from dqx.diffusion.settings import count_problems, number_problems, raise_if
+from dqx.diffusion.settings import count_problems, number_problems
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
 

@@ -27,10 +27,11 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 
 from dqx.common import accelerator
+from dqx.common.problems import raise_if
 from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves, too_long
 from dqx.diffusion.likelihood import true_log_probs
 from dqx.diffusion.samplers.base import logits_at
-from dqx.diffusion.settings import count_problems, number_problems, raise_if
+from dqx.diffusion.settings import count_problems, number_problems
 from dqx.diffusion.states import Estimate, make_estimate, n_states
 from dqx.diffusion.stopping import Question, decided, stages
 from dqx.models.transformer import MaskedDiffusionTransformer

@@ -33,9 +33,3 @@ def count_problems(**values: object) -> list[str]:
 def choice_problems(name: str, value: object, choices: Sequence[str]) -> list[str]:
     """Problems of a setting that must be one of `choices`."""
     return [] if value in choices else [f"{name}={value!r} is not one of {', '.join(choices)}"]
-
-
-def raise_if(problems: list[str]) -> None:
-    """Raise ValueError with all problems at once, if there are any."""
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dqx.common.problems import raise_if
 from dqx.common.processes import processes
 from dqx.diffusion.samplers import Sampler
-from dqx.diffusion.settings import raise_if
 from dqx.evaluate.catalogue import leaves
 from dqx.evaluate.harness import Answered, DiffusionHarness, HarnessTask
 from dqx.evaluate.journal import Journal
@@ -56,7 +56,7 @@ def evaluate(
     of likelihoods.
 
     Several processes (`dqx.common.processes`) share the documents, the main one scores, and all get the same results.
-    Raises ValueError with `task_problems` of the suite.
+    Raises ConfigProblems with `task_problems` of the suite.
     """
     settings = settings or EvaluationSettings()
     raise_if(

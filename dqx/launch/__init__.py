@@ -16,7 +16,7 @@ from inspect import isabstract
 
 
 def register() -> None:
-    """Make them known to Hydra, but for those whose engine is not installed (`dqx/config/command_line.py` says so).
+    """Make them known to Hydra, but for those whose engine is not installed (`dqx/config/mistakes.py` says so).
 
     Hydra takes plugins only by names in its own package: in `conf/hydra`, `hydra_plugins.dqx.NAME` is a class of ours.
     """

@@ -32,8 +32,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from dqx.common.devices import ALONE, process_count
 from dqx.common.files import disk_is_full
-from dqx.config.command_line import explain, normalize
+from dqx.config.arguments import arranged
+from dqx.config.command_line import normalize
 from dqx.config.compose import compose, resolve
+from dqx.config.mistakes import explain
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR, Config, ConfigProblems
 from dqx.launch import register
@@ -51,7 +53,7 @@ from dqx.record.outcomes import (
     outcomes,
     why,
 )
-from dqx.sharing.replay import replayed
+from dqx.sharing.replay import FLAG, replayed
 
 RUN = "dqx run"
 HELP = ("-h", "--help")
@@ -176,7 +178,7 @@ def main() -> int:
     logging.raiseExceptions = DEVELOPER  # a run.log that cannot be written, as on a full disk, is told once, by the run
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        sys.argv[1:] = named(sys.argv[0], replayed(normalize(sys.argv[1:])))
+        sys.argv[1:] = named(sys.argv[0], replayed(normalize(arranged(sys.argv[1:], FLAG))))
         if asks_for_help(sys.argv[1:]):
             print(help_text([argument for argument in sys.argv[1:] if argument not in HELP]))
             return 0

@@ -13,7 +13,7 @@ from dqx.launch.runs import announce, ended, vanished
 
 try:
     from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as HydraRayLauncher
-except ImportError:  # whoever chooses it is told (dqx/config/command_line.py)
+except ImportError:  # whoever chooses it is told (dqx/config/mistakes.py)
     from hydra.plugins.launcher import Launcher as HydraRayLauncher
 
 

@@ -24,7 +24,7 @@ from dqx.record.outcomes import failures, launched
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
-except ImportError:  # whoever chooses a launcher that needs it is told (dqx/config/command_line.py)
+except ImportError:  # whoever chooses a launcher that needs it is told (dqx/config/mistakes.py)
     from hydra.plugins.launcher import Launcher as BaseSubmititLauncher
 
 POLL = 0.5  # seconds between two looks at what is running

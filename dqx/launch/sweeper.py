@@ -20,8 +20,8 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dqx.common.names import method_label
-from dqx.config.command_line import explain
 from dqx.config.compose import resolve
+from dqx.config.mistakes import explain
 from dqx.config.schema import Config, ConfigProblems
 from dqx.launch.dispatch import separate
 from dqx.record.outcomes import Failure, expect, launched

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shlex
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,8 @@ from dqx.record.settings import RunSettings
 from dqx.record.words import ABSOLUTE
 
 PACKAGED = "pkg://"
-PLACE = re.compile(rf" [+~]*(?:{'|'.join(PLACES)})(?:\.\w+)?=(?:'[^']*'|\S*)|DQX_CONFIG_PATH=(?:'[^']*'|\S+) ")
+PLACE = re.compile(rf"[+~]*(?:{'|'.join(PLACES)})(?:\.\w+)?=|DQX_CONFIG_PATH=")
+QUOTED = re.compile(r"([^=]+)='(.*)'", re.DOTALL)  # a text with characters that Hydra would not read otherwise
 
 
 def local_paths(config: Mapping[str, Any]) -> dict[str, str]:
@@ -83,7 +85,17 @@ class Cleaner:
 
     def command(self, command: str) -> str:
         """A command line without the settings that only say where things are, and without a team's folder."""
-        return self.text(PLACE.sub("", command))
+        try:
+            words = shlex.split(command)
+        except ValueError:  # no command that dqx has recorded
+            return self.text(command)
+        return " ".join(self._word(word) for word in words if not PLACE.match(word))
+
+    def _word(self, word: str) -> str:
+        quoted = QUOTED.fullmatch(word)
+        plain = f"{quoted[1]}={quoted[2]}".replace("\\'", "'") if quoted else word
+        cleaned = self.text(plain)
+        return shlex.quote(word) if cleaned == plain else cleaned
 
     def value(self, value: Any) -> Any:
         """The same for every string in lists and mappings, keys included."""

@@ -8,13 +8,14 @@ Each part of the project judges its own settings (`Method.problems`, `Sampler.pr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 from dqx.common.devices import DTYPES
 from dqx.common.names import did_you_mean
-from dqx.config.schema import Config
+from dqx.config.schema import Config, WandbConfig
 from dqx.data.calibration import calib_problems
 from dqx.data.masking import masking_problems
 from dqx.diffusion.samplers import Sampler
@@ -27,13 +28,15 @@ from dqx.quant.method import Method
 from dqx.study.cache.owned import cache_problem
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+WANDB_RESERVED = "/\\#?%:"  # characters that W&B lets no project's name have
+WANDB_LENGTHS = {"project": 128, "tags": 64}  # characters at the most
 ABOVE_ZERO = ("model.outliers.gain", "outliers.channel_ratio", "outliers.massive_absolute", "outliers.massive_relative")
 
 
 def setting_problems(config: Config) -> list[str]:
     """Numbers and names that no run can have."""
     empty = ["model.sampler is empty; choose a model, or set its _target_"] if not config.model.sampler else []
-    return [*_number_problems(config), *_name_problems(config), *empty]
+    return [*_number_problems(config), *_name_problems(config), *_wandb_problems(config.wandb), *empty]
 
 
 def data_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
@@ -118,6 +121,25 @@ def _name_problems(config: Config) -> Iterator[str]:
         yield f"cache_dir={config.cache_dir} is a file; give a folder, it is made where it does not exist"
 
 
+def _wandb_problems(wandb: WandbConfig) -> Iterator[str]:
+    """Names that W&B would refuse when the run is finished."""
+    project = wandb.project
+    for key, name in (("project", project), ("entity", wandb.entity or "")):
+        team, slash, rest = name.partition("/")
+        if slash and team and rest and not set(rest) & set(WANDB_RESERVED):
+            yield f"wandb.{key}={name} names a team and a project; write wandb.entity={team} wandb.project={rest}"
+            return
+    reserved = [character for character in WANDB_RESERVED if character in project]
+    if reserved:
+        plain = re.sub(f"[{re.escape(WANDB_RESERVED)}]", "-", project)
+        yield f"wandb.project={project} has a {reserved[0]}, which W&B allows in no project; write for example {plain}"
+    if not 0 < len(project) <= WANDB_LENGTHS["project"]:
+        yield f"wandb.project has {len(project)} characters; W&B takes 1 to {WANDB_LENGTHS['project']}"
+    for tag in wandb.tags:
+        if not 0 < len(tag) <= WANDB_LENGTHS["tags"]:
+            yield f"wandb.tags: {tag!r} has {len(tag)} characters; W&B takes 1 to {WANDB_LENGTHS['tags']}"
+
+
 def checkpoint_problems(config: Config, checkpoint: Checkpoint) -> Iterator[str]:
     """What the folder is not or does not have: another family, no tokenizer, no chat template."""
     model, arch = config.model, checkpoint.arch
@@ -155,6 +177,11 @@ def _architecture_problems(config: Config, arch: Architecture) -> Iterator[str]:
         if spec.kind == "text" and spec.length is not None and spec.length >= arch.max_length:
             yield (
                 f"task.suite.{name}.length={spec.length} and a start token are more than the model's "
+                f"{arch.max_length} positions; choose {arch.max_length - 1} or less"
+            )
+        if spec.kind == "generation" and (spec.gen_length or 0) >= arch.max_length:
+            yield (
+                f"task.suite.{name}.gen_length={spec.gen_length} leaves no room for a prompt in the model's "
                 f"{arch.max_length} positions; choose {arch.max_length - 1} or less"
             )
     channels = min(arch.hidden_size, arch.mlp_size)

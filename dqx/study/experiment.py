@@ -50,7 +50,8 @@ class Experiment(Design):
         try:
             checkpoint = inspect(model.path, model.revision, model.mask_token_id)
         except CheckpointError as error:
-            raise ConfigProblems([*wrong, str(error)]) from error
+            named = "model.path=" if str(error).startswith(model.path) else ""
+            raise ConfigProblems([*wrong, f"{named}{error}"]) from error
         wrong += checks.checkpoint_problems(config, checkpoint)
         wrong += checks.model_problems(config, checkpoint.arch, method)
         _refuse(wrong)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dqx.common.parts import MOVED, RESERVED, build_part, fits, locate, part_problems
-from dqx.config.command_line import normalize
+from dqx.config.command_line import as_typed, normalize
 from dqx.config.compose import as_part, build, compose, resolve, select, suite
 from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, choices
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
@@ -65,10 +65,25 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("data_root=../shared/data", "data_root=../shared/data"),
         ("data_root=~/data", f"data_root={Path.home()}/data"),
         ("+model.path=~/a/b", f"+model.path={Path.home()}/a/b"),
-        ("model.path=a/~/b", "model.path=a/~/b"),
+        ("model.path=a/~/b", "model.path='a/~/b'"),
+        ("model.path=/my(model)=x", "model.path='/my(model)=x'"),
+        ("model.path=/a/{b}[c]#d", "model.path='/a/{b}[c]#d'"),
+        ("model.path=it's", r"model.path='it\'s'"),
+        ("model.path=größe/模型", "model.path='größe/模型'"),
+        ("model.path=~/ä", f"model.path='{Path.home()}/ä'"),
+        ("model.path=a,b(1)", "model.path=a,'b(1)'"),
+        ("model.path='my(model)'", "model.path='my(model)'"),
+        ("model.path=my model", "model.path=my model"),
+        ("model.path=${oc.env:HOME}/x", "model.path=${oc.env:HOME}/x"),
+        ("seed=choice(1,2)", "seed=choice(1,2)"),
+        ("wandb.tags=[a,b]", "wandb.tags=[a,b]"),
+        ("bits=4.5", "bits='4.5'"),
+        ("bits=3,4.5", "bits=w3,'4.5'"),
+        ("task=null", "task='null'"),
+        ("+method=gptq", "method=gptq"),
         ("~model", "~model"),
         ("--cfg", "--cfg"),
-        ("hydra.run.dir=runs/bits=3", "hydra.run.dir=runs/bits=3"),
+        ("hydra.run.dir=runs/bits=3", "hydra.run.dir='runs/bits=3'"),
         ("+experiment=quick", "experiment=quick"),
         ("model.sampler=llada", "model/sampler=llada"),
         ("model.sampler=llada,dream", "model/sampler=llada,dream"),
@@ -78,6 +93,16 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 )
 def test_normalize(typed: str, read: str) -> None:
     assert normalize([typed]) == [read]
+
+
+@pytest.mark.parametrize("path", ["/my(model)=x", "it's", "größe#1", "/plain", "${oc.env:HOME}/(x)", "/a,b(1)"])
+def test_a_path_is_read_and_shown_as_typed(path: str) -> None:
+    """Paths without a comma; one with it is several values."""
+    (read,) = normalize([f"data_root={path}"])
+    assert as_typed(read) == (f"data_root={path}" if "," not in path else read)
+    if "," not in path:
+        root = compose([f"data_root={path}"]).data_root
+        assert root == path.replace("${oc.env:HOME}", os.environ["HOME"])
 
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun"])

@@ -257,7 +257,7 @@ def test_prompts_may_be_lists_or_tensors(models) -> None:
 def test_settings_that_cannot_run(models) -> None:
     model = models["llada"]
     with pytest.raises(
-        ValueError, match=r"block_length=3 does not divide gen_length=8.*batch_size=0 is not a positive"
+        ValueError, match=r"(?s)block_length=3 does not divide gen_length=8.*batch_size=0 is not a positive"
     ):
         Engine(model, LLaDASampler(), gen_length=8, block_length=3, steps=8, batch_size=0)
     with pytest.raises(ValueError, match="eos_token_id=999 is not a token of the model"):

@@ -254,7 +254,7 @@ def test_a_continued_adaptive_run_scores_what_is_missing(models) -> None:
 
 def test_nan_and_bad_settings_are_errors(models, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["llada"]
-    with pytest.raises(ValueError, match=r"samples=0 .*batch_tokens=0 .*error_level=2 is not a number above 0"):
+    with pytest.raises(ValueError, match=r"(?s)samples=0 .*batch_tokens=0 .*error_level=2 is not a number above 0"):
         Scorer(model, samples=0, seed=0, batch_tokens=0, error_level=2)
     nothing = torch.full((1, model.arch.vocab_size), math.nan)
     monkeypatch.setattr(model, "logits_where", lambda ids, where, mask: nothing.expand(int(where.sum()), -1))

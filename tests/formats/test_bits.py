@@ -110,10 +110,10 @@ def test_roles_that_other_models_have_on_the_command_line():
     [
         ("dwn.weight=8", "bits.overrides.dwn is no linear of the model; did you mean down?"),
         ("dwn=8", "bits.overrides.dwn is no linear of the model; did you mean down?"),
-        ("down.wieght=8", "bits.overrides.down.wieght is no setting; did you mean weight?"),
+        ("down.wieght=8", "bits.overrides.down.wieght is no setting; did you mean bits.overrides.down.weight?"),
         (
             "down.weight=four",
-            "bits.overrides.down.weight: Value 'four' of type 'str' could not be converted",
+            "bits.overrides.down.weight=four is no whole number; write one",
         ),
         ("down=8", "bits.overrides.down"),
     ],

@@ -53,7 +53,9 @@ def command(tmp_path: Path, *arguments: str) -> list[str]:
     places = [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
     sweep = arguments[:1] == ("-m",)
     first = arguments[:1] if sweep else (f"hydra.run.dir={tmp_path / 'run'}",)
-    return [sys.executable, "launch.py", *first, *RUN, *arguments[sweep:], *places]
+    names = {argument.partition("=")[0] for argument in arguments}
+    usual = [setting for setting in RUN if setting.partition("=")[0] not in names]
+    return [sys.executable, "launch.py", *first, *usual, *arguments[sweep:], *places]
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
@@ -136,6 +138,7 @@ def failure(folder: Path) -> dict[str, Any]:
 
 def test_shared_runs_are_those_of_one_process_and_one_that_is_killed_takes_no_other_along(tmp_path: Path) -> None:
     done = launch(tmp_path, "-m", "dispatch=2", "+method.rounding.kind=killed,none")
+    assert "Error executing job" not in done.stderr  # Hydra's words behind ours
     assert done.returncode == 1, done.stderr
     killed, finished = (tmp_path / "sweep" / f"{i}-nano_llada-rtn-w3a16" for i in range(2))
     found = RunFolder(finished).read()

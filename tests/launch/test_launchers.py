@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import pytest
 from hydra.errors import MissingConfigException
 
-from dqx.config.command_line import explain
 from dqx.config.compose import compose, resolve
+from dqx.config.mistakes import explain
 from dqx.config.schema import CONF_DIR
 from dqx.record.outcomes import Failure, failures
 from dqx.study.experiment import problems
@@ -36,7 +36,9 @@ FATAL = [
 
 def command(tmp_path: Path, *arguments: str) -> list[str]:
     folders = [f"cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    return [sys.executable, "launch.py", "-m", *arguments, *QUICK, *folders]
+    names = {argument.partition("=")[0] for argument in arguments}
+    quick = [setting for setting in QUICK if setting.partition("=")[0] not in names]
+    return [sys.executable, "launch.py", "-m", *arguments, *quick, *folders]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -65,6 +67,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def check_fatal_sweep(done: subprocess.CompletedProcess[str], tmp_path: Path, *widths: int) -> None:
     """The runs at 3 and 5 bits failed and are told with their reasons, the others finished and are in the table."""
     assert done.returncode == 1, done.stderr
+    assert "Error executing job" not in done.stderr  # Hydra's words behind ours
     folders = {w: tmp_path / "sweep" / f"{i}-nano_llada-rtn-w{w}a16" for i, w in enumerate(widths)}
     finished = [w for w, folder in folders.items() if (folder / "results.json").exists()]
     assert finished == [w for w in widths if w not in (3, 5)]
@@ -168,12 +171,16 @@ def test_slurm_without_slurm(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "group", "more"),
-    [(signal.SIGINT, True, []), (signal.SIGTERM, False, []), (signal.SIGTERM, False, ["dispatch=2", "bits=2,3"])],
+    [
+        (signal.SIGINT, True, ["bits=2,3,4,5,6,8"]),
+        (signal.SIGTERM, False, ["bits=2,3,4,5,6,8"]),
+        (signal.SIGTERM, False, ["dispatch=2", "bits=2,3"]),
+    ],
     ids=["Ctrl-C", "SIGTERM", "SIGTERM, two processes per run"],
 )
 def test_no_process_is_left(tmp_path: Path, number: int, group: bool, more: list[str]) -> None:
     """Ctrl-C reaches the launcher and its runs, SIGTERM the launcher alone."""
-    arguments = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "method=rtn", "bits=2,3,4,5,6,8"]
+    arguments = ["hydra/launcher=local_gpus", "hydra.launcher.cpus_per_task=1", "method=rtn"]
     sweep = command(tmp_path, *arguments, "task.limit=null", *more)
     with launched(sweep, LAUNCHER=str(tmp_path)) as launcher:
         wait_for(lambda: any("evaluate" in log.read_text() for log in (tmp_path / "sweep").glob("*/run.log")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from hydra import initialize_config_dir
 
 from dqx.__main__ import main
 from dqx.common.files import jsonable
+from dqx.config.command_line import normalize
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import CONF_DIR, PLACES, Config, ConfigProblems, choices
 from dqx.record.folder import RunFolder
@@ -145,11 +147,21 @@ def test_nothing_local_is_in_it(tmp_path: Path) -> None:
     assert facts["give_anew"] == ["calib.text", "data_root", "model.path"]
     results = json.loads(members["results.json"])
     assert results["command"] == (
-        "python launch.py --config-dir=<path> data_root=<data_root> 'model.path=<model.path>' method=rtn"
+        "python launch.py --config-dir=<path> data_root=<data_root> model.path=<model.path> method=rtn"
     )
     assert results["warnings"] == ["<path> could not be read", "4 tokens /s in nats/token"]
     assert "data_root was local and is <data_root> in the bundle: it must be given anew" in told
     assert any("<path>" in line for line in told)
+
+
+def test_nothing_of_a_path_with_odd_characters_is_left_in_the_command() -> None:
+    path = "/home/someone/it's (my) llada=größe"
+    typed = [f"model.path={path}", "cache_dir=/scratch/my (own)/x", "bits=w4a16", "hydra.searchpath=[]"]
+    command = shlex.join(["python", "launch.py", *normalize(typed)])
+    assert "\\" in command  # the path is in quotes of Hydra's, inside of those of the shell
+    cleaned = Cleaner({"model.path": path}).command(command)
+    assert cleaned == "python launch.py model.path=<model.path> bits=w4a16 'hydra.searchpath=[]'"
+    assert Cleaner({"model.path": path}).command(shlex.join(["python", "launch.py", *typed])) == cleaned
 
 
 def test_what_must_be_given_anew_is_asked_for_at_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import ConfigProblems
-from dqx.study import experiment, subjects
+from dqx.study import checks, experiment, subjects
 from dqx.study.run import run
 
 DATA = Path(__file__).parents[1] / "data"
@@ -69,6 +69,7 @@ def test_the_good_run_starts(problems: Problems) -> None:
 # ---- configurations ------------------------------------------------------------------------------------------
 
 LENGTHS = ["task.suite.nano_sums.gen_length=64", "task.suite.nano_sums.block_length=32"]
+LONG = ["task.suite.nano_sums.gen_length=1024", "task.suite.nano_sums.block_length=1024"]
 CONFIGURATIONS = [
     # names
     ("unknown method", ["method=gptx"], "method=gptx is no choice; did you mean gptq"),
@@ -79,21 +80,29 @@ CONFIGURATIONS = [
     ("unknown masking", ["calib=mcx"], "calib=mcx is no choice; did you mean mcs"),
     ("unknown experiment", ["experiment=quik"], "experiment=quik is no choice; did you mean quick"),
     ("unknown group", ["bitz=3"], "bitz is no setting; did you mean bits"),
-    ("unknown key", ["method.rounding.dampin=0.1"], "method.rounding.dampin is no setting; did you mean damping"),
+    (
+        "unknown key",
+        ["method.rounding.dampin=0.1"],
+        "method.rounding.dampin is no setting; did you mean method.rounding.damping",
+    ),
     (
         "another sampler's setting",
         ["model=nano_dream", "model.sampler.threshold=0.9"],
         "model.sampler.threshold is no setting of this sampler; model.sampler=llada has it",
     ),
-    ("forced unknown key", ["+model.dtyp=x"], "model.dtyp is no setting, so nothing would read it; did you mean dtype"),
+    (
+        "forced unknown key",
+        ["+model.dtyp=x"],
+        "model.dtyp is no setting, so nothing would read it; did you mean model.dtype",
+    ),
     ("forced unknown group", ["+foo=1"], "foo is no setting"),
     ("forced unknown option", ["+model.sampler.temprature=1"], "no option of LLaDASampler; did you mean temperature"),
     ("a list of widths", ["bits=[w3,w4]"], "write it without brackets"),
     ("several values for one run", ["seed=1,2"], "seed=1,2 gives several values for one run; add -m"),
-    ("no value", ["method"], "method cannot be read, it is not NAME=VALUE"),
+    ("no value", ["method"], "method cannot be read; it is not NAME=VALUE"),
     # types
-    ("text for a number", ["seed=abc"], "seed: Value 'abc' of type 'str' could not be converted to Integer"),
-    ("text for a width", ["bits.weight.bits=four"], "bits.weight.bits: Value 'four'"),
+    ("text for a number", ["seed=abc"], "seed=abc is no whole number; write one"),
+    ("text for a width", ["bits.weight.bits=four"], "bits.weight.bits=four is no whole number; write one"),
     ("null for a number", ["calib.length=null"], "calib.length: it cannot be null"),
     ("text for an option", ["model.sampler.temperature=hot"], "model.sampler.temperature='hot' is not of type float"),
     ("a number for a part", ["method.rounding=5"], "method.rounding=5 is not of type Rounding or null"),
@@ -159,6 +168,44 @@ CONFIGURATIONS = [
         ["task.suite.nano_sums.metric=acc"],
         "task.suite.nano_sums.metric='acc' is no metric of nano_sums",
     ),
+    (
+        "a W&B team in the project",
+        ["wandb.project=team/proj"],
+        "wandb.project=team/proj names a team and a project; write wandb.entity=team wandb.project=proj",
+    ),
+    ("a W&B project's name", ["wandb.project=a#b/"], "wandb.project=a#b/ has a /, .*; write for example a-b-"),
+    ("no W&B project", ["wandb.project="], "wandb.project has 0 characters; W&B takes 1 to 128"),
+    ("a long W&B tag", [f"wandb.tags=[ok,{'x' * 65}]"], "wandb.tags: 'x*' has 65 characters; W&B takes 1 to 64"),
+    (
+        "an answer longer than the model",
+        [*LONG, "steps=default"],
+        "gen_length=1024 leaves no room for a prompt in .* 1024",
+    ),
+    (
+        "a section as a switch",
+        ["wandb=false"],
+        "wandb=false: wandb stands for several settings; .*wandb.mode=disabled",
+    ),
+    ("a setting without its section", ["limit=4"], "limit is no setting; did you mean task.limit"),
+    ("a setting misspelled", ["task.limt=4"], "task.limt is no setting; did you mean task.limit"),
+    (
+        "a part of a model's name",
+        ["model=llada"],
+        "did you mean llada_1_5, llada_8b_base, llada_8b_instruct or nano_llada",
+    ),
+    ("capitals", ["method=GPTQ"], "method=GPTQ is no choice; did you mean gptq"),
+    ("a hub id as a choice", ["model=GSAI-ML/LLaDA-8B-Base"], "for example model=llada_8b_base model.path=GSAI-ML/"),
+    ("a number that is no width", ["bits=4.5"], "bits=4.5 is no choice; there are fp8"),
+    ("text for a limit", ["task.limit=all"], "task.limit=all is no whole number; write one, or null"),
+    ("text for a switch", ["reuse=maybe"], "reuse=maybe is neither true nor false"),
+    ("text for a list", ["parts=mine"], "parts is a list; write its items in brackets"),
+    (
+        "an added setting that is there",
+        ["+seed=1"],
+        r"\+seed adds a setting, but seed is one already; leave out the \+",
+    ),
+    ("a path with odd characters", ["model.path=/no/my(model)=x"], r"/no/my\(model\)=x does not exist"),
+    ("a path beyond ASCII", ["data_root=/größe/#1"], "data_root=/größe/#1 is no folder"),
     # pairs that cannot be
     ("fp16 with a width", ["method=fp16", "bits=w4a16"], "bits=w4a16: fp16 quantizes nothing; bits must be w16a16"),
     (
@@ -240,6 +287,23 @@ def test_a_hub_model_is_not_fetched_for_a_run_that_cannot_start(
     found = problems("model.path=GSAI-ML/LLaDA-8B-Base", "seed=-1")
     assert found[0] == "seed=-1 must be 0 or more"
     assert "was not looked at" in found[1]
+
+
+@pytest.mark.parametrize("name", ["a", "", "a b", "größe", "x" * 128, "x" * 129, *(f"a{c}b" for c in "/\\#?%:-_.(")])
+def test_names_are_refused_that_wandb_refuses(name: str) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def is_refused(**settings: object) -> bool:
+        try:
+            wandb.Settings(**settings)
+        except Exception:  # of several kinds
+            return True
+        return False
+
+    project, tags = resolve(compose()), resolve(compose())
+    project.wandb.project, tags.wandb.tags = name, [name]
+    assert bool(checks.setting_problems(project)) == (is_refused(project=name) or not name)
+    assert bool(checks.setting_problems(tags)) == is_refused(run_tags=[name])
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------

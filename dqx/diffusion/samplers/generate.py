@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dqx.common.problems import raise_if
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.samplers.base import Call, Generation, OnStep, append_masks, logits_at, most_confident, write
-from dqx.diffusion.settings import raise_if
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
 
@@ -71,7 +71,7 @@ class Sampler(ABC):
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer, in order: the most there can be. `random` serves drawn schedules.
 
-        Raises ValueError with the `problems` of the settings.
+        Raises ConfigProblems with the `problems` of the settings.
         """
 
     @abstractmethod

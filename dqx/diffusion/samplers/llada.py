@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from dqx.common.names import approximations
+from dqx.common.problems import raise_if
 from dqx.diffusion.noise import Noise
 from dqx.diffusion.samplers.base import Call, draw, gumbel
 from dqx.diffusion.samplers.generate import Sampler
-from dqx.diffusion.settings import choice_problems, count_problems, number_problems, raise_if
+from dqx.diffusion.settings import choice_problems, count_problems, number_problems
 from dqx.models.transformer import Architecture
 
 REMASKING = ("low_confidence", "random")
