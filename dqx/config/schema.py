@@ -48,6 +48,7 @@ class ModelConfig:
     revision: str | None = None  # of the hub repository
     dtype: str = "bfloat16"  # float32, bfloat16, float16, or auto: as stored
     device: str = "auto"  # auto, cpu, cuda, cuda:1, xpu, ...
+    fused: bool | None = None  # activations rounded by one compiled kernel; null: on GPUs where it can be compiled
     chat: bool = False  # put prompts through the checkpoint's chat template
     mask_token_id: int | None = None  # null: the checkpoint's own
     outliers: OutlierPlanting = field(default_factory=OutlierPlanting)

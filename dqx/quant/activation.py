@@ -22,6 +22,7 @@ from torch import Tensor
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits, block_formats
 from dqx.formats.integers import wide
 from dqx.formats.make import make_grid
+from dqx.quant.fused import fake, in_range
 from dqx.quant.protocols import Context, Stats
 from dqx.quant.registry import storable
 
@@ -52,7 +53,7 @@ class PerToken(Dynamic):
         if grid.identity:
             return x
         groups = x if bits.group_size == -1 else x.unflatten(-1, (-1, bits.group_size))
-        rounded = grid.fake(groups, clip_ratio=self.clip_ratio)
+        rounded = fake(grid, groups, self.clip_ratio)
         return (rescaled(groups, rounded) if self.rescale else rounded).view(x.shape)
 
     def problems(self, where: str, context: Context) -> list[str]:
@@ -126,10 +127,9 @@ class StaticRange:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
         if grid.identity:
             return x
-        lo, hi = (torch.full((), bound, dtype=wide(x[:0]).dtype, device=x.device) for bound in (self.lo, self.hi))
-        if grid.block is not None:
-            return grid.for_tensor(torch.stack((lo, hi))).fake(x)
-        return grid.nearest(x, *grid.from_range(lo, hi)).to(x.dtype)
+        dtype = wide(x[:0]).dtype
+        lo, hi = (torch.full((), bound, dtype=dtype, device=x.device) for bound in (self.lo, self.hi))
+        return in_range(grid, x, torch.stack((lo, hi)))
 
 
 def clip_problems(key: str, clip_ratio: float) -> list[str]:

@@ -20,6 +20,7 @@ from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
+from dqx.quant.fused import fake
 from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
@@ -106,9 +107,9 @@ class HeadQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.share == "head":
-            return self.grid.fake(x, clip_ratio=self.clip_ratio)
+            return fake(self.grid, x, self.clip_ratio)
         tokens = x.transpose(1, 2)  # [B, T, H, E]
-        rounded = self.grid.fake(tokens.flatten(2), clip_ratio=self.clip_ratio)
+        rounded = fake(self.grid, tokens.flatten(2), self.clip_ratio)
         return rounded.view(tokens.shape).transpose(1, 2)
 
     def extra_repr(self) -> str:

@@ -21,7 +21,7 @@ from dqx.sharing.private import placeholder, without_places
 from dqx.sharing.share import conceal
 
 #: What an environment says that no result depends on; and what bundles of earlier versions do not say.
-UNRELATED = ("accelerators", "memory", "hub", "wandb", "slurm")
+UNRELATED = ("accelerators", "fused", "memory", "hub", "wandb", "slurm")
 SINCE = ("bf16", "determinism", "sandbox")
 
 log = logging.getLogger(__name__)

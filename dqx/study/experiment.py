@@ -22,6 +22,7 @@ from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.problems import sandbox_problems
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.quant.fused import fused_problems
 from dqx.study import checks
 from dqx.study.design import Design
 from dqx.study.estimate.memory import Pool, memory_pools, memory_problems
@@ -56,7 +57,9 @@ class Experiment(Design):
         wrong += checks.model_problems(config, checkpoint.arch, method)
         _refuse(wrong)
         dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
-        experiment = cls(config, method, sampler, checkpoint.arch, dtype, pick_device(model.device), checkpoint)
+        device = pick_device(model.device)
+        _refuse(fused_problems(model.fused, device))
+        experiment = cls(config, method, sampler, checkpoint.arch, dtype, device, checkpoint)
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
 

@@ -20,6 +20,7 @@ from dqx.common.tensors import tensor_digest
 from dqx.config.origin import Origin
 from dqx.config.schema import Config
 from dqx.evaluate.results import TaskResult
+from dqx.quant import fused
 from dqx.record.folder import Record, RunFolder
 from dqx.report.terminal import print_copy, print_line, print_run
 from dqx.report.wandb import copy_run
@@ -40,6 +41,11 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
     work.
     """
     experiment = described if isinstance(described, Experiment) else Experiment.of(described)
+    with fused.using(fused.wanted(experiment.config.model.fused, experiment.device)):
+        return _run(experiment, folder, origin)
+
+
+def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> Record:
     config = experiment.config
     gpu_gb = config.memory.gpu_gb
     accelerator.bound_memory(experiment.device, None if gpu_gb is None else gpu_gb * GB)
@@ -75,7 +81,7 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
     statistics = {name: side.outliers for name, side in sides.items() if side.outliers}
     record = Record(
         config=asdict(config),
-        environment=here,
+        environment=here | {"fused": fused.said()},
         model=subjects.described(),
         full_precision=before.results,
         quantized=after.results,

@@ -29,7 +29,6 @@ from dqx.quant.rounding.dual_scale import DualScale
 from dqx.quant.rounding.gptaq import GPTAQ
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN, rtn_round
-from dqx.quant.transforms.awq import AWQScale
 from dqx.quant.transforms.rotate import FoldNorms, ResidualRotation
 from dqx.quant.transforms.smooth import Smooth
 
@@ -339,7 +338,6 @@ def test_calibration_is_masked_unless_asked_otherwise() -> None:
         ({}, bits(size=-1), ["levels.allocation deals", "bits.weight.group_size=128"]),
         ({"rounding": Blockwise(levels=DAQ(allocation=ABMP(0.7)))}, bits(), ["allocation.ratio=0.7"]),
         ({"rounding": Blockwise(levels=DAQ(salient_weight=0))}, bits(), ["levels.salient_weight=0"]),
-        ({"transforms": {"scale": AWQScale()}}, bits(), ["method.transforms.scale searches", "transforms.scale.sites"]),
         ({"rounding": Blockwise(damping=2)}, bits(), ["method.rounding.damping=2"]),
         ({"rounding": Blockwise(stream="both")}, bits(), ["method.rounding.stream=both"]),
         ({"order": [["q", "k"], ["o"]]}, bits(), ["method.order=", "every role once"]),

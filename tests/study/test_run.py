@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR
+from dqx.quant import fused
 from dqx.record.folder import RunFolder
 from dqx.study.run import run
 
@@ -117,6 +119,17 @@ def test_planted_outliers_reach_the_record_and_no_answer(launch):
         plain.full_precision["nano_facts"].documents, planted.full_precision["nano_facts"].documents, strict=True
     ):
         assert new.log_likelihoods == pytest.approx(old.log_likelihoods, abs=1e-3)
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.skipif(fused.missing(torch.device("cpu")) is not None, reason="no C++ compiler")
+def test_activations_rounded_by_one_kernel_change_no_result(launch):
+    how = ("method=smoothquant", "bits=w8a8", "task=nano_facts", "reuse=false")
+    (plain, _), (ours, _) = launch("plain", *how), launch("ours", *how, "model.fused=true")
+    assert plain.environment["fused"] == []
+    assert ours.environment["fused"] == ["int, 8 bits, float32: one kernel, as the plain ones"]
+    assert ours.quantized["nano_facts"].documents == plain.quantized["nano_facts"].documents
+    assert [row.delta for row in ours.deltas] == [row.delta for row in plain.deltas]
 
 
 def test_the_command_to_repeat_a_run_has_a_teams_folder(tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ from dqx.formats.weight import group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, block_rope, choice_problems
-from dqx.quant.rounding.levels import levels_of
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
 
@@ -104,12 +103,6 @@ class AWQScale:
             )
         if self.n_grid < 1:
             problems.append(f"{where}.n_grid={self.n_grid} must be at least 1; 20 is usual")
-        roles = [role for site in self.needs if site in context.arch.sites for role in context.arch.sites[site]]
-        if fitted := [role for role in roles if levels_of(context.method.rounding_of(role)) is not None]:
-            problems.append(
-                f"{where} searches scales for the grid of bits, but {', '.join(fitted)} are rounded to levels that are "
-                f"fitted to them; leave their sites out ({where}.sites), or write levels: null"
-            )
         return problems
 
 
