@@ -1,6 +1,6 @@
 """`dqx report RUNS...`: HTML, Markdown and LaTeX of any finished runs, and their figures.
 
-dqx report runs/2026-11-20                      report/report.html, .md, .tex; then their figures/
+dqx report runs/2026-11-20                      report/report.html, .md, .tex (for a paper); then their figures/
 dqx report runs --preset qdlm_table1            beside the published values of that table
 dqx report runs --out -                         the tables in Markdown, on standard output
 """

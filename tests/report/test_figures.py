@@ -16,8 +16,9 @@ from tiny import SITES
 from dqx.diagnostics.activations import PartStats
 from dqx.diagnostics.activations.measure import surface as measured_surface
 from dqx.record import words
+from dqx.record.significance import t_interval
 from dqx.report import figures
-from dqx.report.figures import sheet, style, surface
+from dqx.report.figures import errors, sheet, style, surface
 from dqx.report.figures.axes import masked
 from dqx.report.figures.pareto import front
 
@@ -217,6 +218,38 @@ def test_predictions_are_those_of_the_record(drawn):
     )
     random = drawn["divergence_by_mask_ratio"].axes[0]
     assert line(random, "random masks").tolist() == [0.0123, 1.5]
+
+
+def test_many_steps_are_points_and_lines_are_means_with_intervals():
+    """A step has a few tokens: a line from one to the next would show chance as if it were a course."""
+    rng, steps = np.random.default_rng(0), 16
+    row = record().fidelity["by_step"][0]
+    shares = {key: rng.integers(0, 5, steps) / 4 for key in ("agreement", "commit_flips", "commit_delays")}
+    rows = [
+        row | {"step": i, "mask_ratio": 1 - i / steps, "divergence": float(rng.exponential())}
+        | {key: float(values[i]) for key, values in shares.items()}
+        for i in range(steps)
+    ]  # fmt: skip
+    rows[15] |= {"commit_flips": None, "commit_delays": None}
+    found = figures.of_run(record(outliers={}, fidelity=record().fidelity | {"by_step": rows}))
+    panels = [(axes, "step", 1) for axes in found["divergence_by_step"].axes[:3]]
+    panels += [(axes, "mask_ratio", 100) for axes in found["divergence_by_mask_ratio"].axes[:3]]
+    for number, (axes, key, unit) in enumerate(panels):
+        drawn = [each for each in axes.get_lines() if each.get_label() != "random masks"]
+        points = [each for each in drawn if each.get_linestyle() == "None"]
+        lines = [each for each in drawn if each.get_linestyle() != "None"]
+        bars = axes.collections
+        assert len(points) == len(lines) == len(bars) == (2 if number % 3 == 2 else 1)
+        for raw, means, intervals in zip(points, lines, bars, strict=True):
+            assert len(raw.get_xdata()) == steps
+            whole = [pair for pair in raw.get_xydata().tolist() if math.isfinite(pair[1])]
+            members = [part.tolist() for part in np.array_split(whole, errors.MOST_MEANS)]
+            np.testing.assert_allclose(means.get_xydata(), [np.mean(part, axis=0) for part in members])
+            for part, (low, high) in zip(members, intervals.get_segments(), strict=True):
+                expected = t_interval([y for _, y in part])
+                most = math.inf if number % 3 == 0 else 100
+                assert (low[1], high[1]) == pytest.approx((max(0, expected[0]), min(most, expected[1])))
+        assert points[0].get_xdata().tolist() == [unit * each[key] for each in rows]
 
 
 def test_numbers_that_are_not_there_or_not_finite():
