@@ -61,6 +61,7 @@ METHODS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("quarot", "w4a4", ("method.clip.n_grid=8",)),
     ("duquant", "w4a4", ("method.transforms.rotate.steps=32",)),
     ("d2quant", "w2a16", ("method.clip.n_grid=4",)),
+    ("quant_dllm", "w2a16", ()),
 )
 
 SAMPLERS: dict[str, dict[str, Sampler]] = {
