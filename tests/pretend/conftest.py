@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,13 @@ SMALL = {
 def small_checkpoint(tiny_checkpoint: TinyCheckpoint, family: str) -> Path:
     """The folder of a random checkpoint of two blocks; tests give the `family`."""
     return tiny_checkpoint(family, **SMALL[family])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Memory is counted after collecting garbage, which without this looks through all libraries every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ run takes follows from `memory.ram_gb` and `memory.gpu_gb`.
 
 These are estimates. LLaDA-8B from disk: 3.9 GB with RTN and 5.1 GB with GPTQ, where 3.54 and 3.59 GB were measured.
 D2Quant's search for dual scales holds more than is counted: twice as much, on a block a quarter as wide. A run
-that has taken more than a setting allows says so in its record; on a GPU it ends with torch's OutOfMemoryError.
+that has taken more than a setting allows says so in its record. On a GPU tensors cannot take more: quantizing goes from
+memory to disk where the estimate was too low (`dqx/study/subjects.py`), batches are halved, and what does not fit alone
+ends the run with what to change; blocks and documents that are finished are kept.
 """
 
 from __future__ import annotations
