@@ -63,6 +63,8 @@ class KVBits:
     """Width of keys and values, for methods that quantize them (`method.kv`)."""
 
     bits: int | None = None  # None: as the activations, in methods that quantize keys and values
+    keys: int | None = None  # another width for keys alone; None: that of both
+    values: int | None = None  # likewise
 
 
 @dataclass
@@ -108,11 +110,12 @@ class Linears(Protocol):
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """The grids of a block, by role: of every linear's weight and input, and of keys and values."""
+    """The grids of a block: of every linear's weight and input, by role, and of keys and values."""
 
     weight: Mapping[str, WeightBits]
     activation: Mapping[str, ActivationBits]
-    kv: ActivationBits  # in methods that quantize keys and values
+    keys: ActivationBits  # in methods that quantize keys and values
+    values: ActivationBits
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,12 @@ class BitsConfig:
         return Widths(by_entry[None], tuple(by_entry[entries.get(index)] for index in range(linears.n_blocks)))
 
     def _grids(self, roles: Sequence[str]) -> BlockWidths:
-        kv_bits = self.activation.bits if self.kv.bits is None else self.kv.bits
+        keys, values = self.kv_widths()
         return BlockWidths(
             {role: self.override(role).of_weight(self.weight) for role in roles},
             {role: self.override(role).of_activation(self.activation) for role in roles},
-            replace(self.activation, bits=kv_bits, group_size=-1),
+            replace(self.activation, bits=keys, group_size=-1),
+            replace(self.activation, bits=values, group_size=-1),
         )
 
     def of_entry(self, name: str | None) -> BitsConfig:
@@ -189,6 +193,16 @@ class BitsConfig:
             widths |= {f"bits.blocks.{name}{role}.{part}": _mapping(said).get(part) for role, said in own.items()}
         return widths
 
+    def kv_widths(self) -> tuple[int, int]:
+        """The widths of keys and of values, in methods that quantize them."""
+        both = self.activation.bits if self.kv.bits is None else self.kv.bits
+        keys, values = (both if own is None else own for own in (self.kv.keys, self.kv.values))
+        return keys, values
+
+    def settings_of_kv(self) -> dict[str, int | None]:
+        """The widths of keys and values by the keys that set them; None where not set."""
+        return {f"bits.kv.{name}": width for name, width in vars(self.kv).items()}
+
 
 SETTINGS = tuple(f.name for f in fields(RoleBits))
 
@@ -201,7 +215,7 @@ def block_formats(grids: Iterable[WeightBits | ActivationBits]) -> list[str]:
 
 def _mapping(entry: Any) -> Mapping[str, Any]:
     """What an entry of `blocks`, or a role's part of it, says; nothing where it is none (`entry_problems` tells)."""
-    return vars(entry) if isinstance(entry, RoleBits) else entry if isinstance(entry, Mapping) else {}
+    return vars(entry) if isinstance(entry, RoleBits | KVBits) else entry if isinstance(entry, Mapping) else {}
 
 
 def _roles_of(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +237,8 @@ def block_range(name: str) -> range:
 def label(bits: BitsConfig) -> str:
     """A short name that tells settings apart: w4a16, w8a8_fp8, w4a16-down8, w4a4kv16-v8a8-down8a8, w4a16-b0-3w8.
 
+    `kv` is the width of keys and values, `k` and `v` that of one of them alone: w16a16kv4, w16a16k4v2.
+
     Formats follow the widths, those of weights first. An override is the role with its weight's width, `a` and its
     input's width, `g` and its group size, `_` and its format; of a block, the block before them and `w` before the
     width that is for all its roles. `g` behind the width of the activations is their group size: w4a4g128. Group size
@@ -230,7 +246,9 @@ def label(bits: BitsConfig) -> str:
     """
     size = bits.activation.group_size
     groups = f"g{size}" if size != -1 and bits.activation.bits != UNQUANTIZED else ""
-    kv = "" if bits.kv.bits is None else f"kv{bits.kv.bits}"
+    said = _mapping(bits.kv)  # of a DictConfig, `keys` and `values` are methods
+    named = {"kv": said.get("bits"), "k": said.get("keys"), "v": said.get("values")}
+    kv = "".join(f"{whose}{width}" for whose, width in named.items() if width is not None)
     formats = [part.format for part in (bits.weight, bits.activation) if part.bits != UNQUANTIZED]
     suffix = "" if set(formats) <= {"int"} else "_" + "_".join(dict.fromkeys(formats))
     overrides = [_changes(role, "", own) for role, own in bits.overrides.items()]

@@ -1,8 +1,9 @@
 """Keys and values kept from one forward to the next, so that a forward of some columns can attend to all of them.
 
 What is kept are those of an earlier state of the sequence: with bidirectional attention an approximation, which
-samplers offer as a choice (`dqx/diffusion/samplers/llada.py`). Everything that quantization puts into a block acts on
-each token by itself, so it acts here as it does without: what is kept is rounded and rotated already.
+samplers offer as a choice (`dqx/diffusion/samplers/llada.py`). What quantization puts into a block acts on each token
+by itself, so it acts here as it does without: what is kept is rounded and rotated already. What looks at all tokens
+(`Block.sequence`) is refused.
 
 Shapes: N blocks, B rows, K key/value heads, T columns, E head width, W columns of a window.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every block for B rows of T columns.
 
-    store: [N, 2, B, K, T, E], keys after rope and values, both as `Block.heads` leaves them.
+    store: [N, 2, B, K, T, E], keys after rope and values, both as `Block.sequence` leaves them.
     columns: [B, W], those that the next forward computes; None: all of them, which fills the cache.
     """
 

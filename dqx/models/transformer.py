@@ -61,12 +61,23 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+class Unchanged(nn.Identity):
+    """An empty place of `Block.sequence`."""
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return x
+
+
 class Block(nn.Module):
     """One transformer block. Its linears are attributes named by role; here those of a dense transformer.
 
-    Quantization methods may put modules of their own in two places, which hold nothing in a checkpoint:
+    Quantization methods may put modules of their own in three places, which hold nothing in a checkpoint:
     `inputs[site]` transforms the input [B, T, I] of a site's linears, and `heads` the queries, keys and values
     [B, H, T, E] (`heads["q"]`, `["k"]` after rope, `["v"]`) before keys and values are repeated for grouped heads.
+    Both act on each token by itself. `sequence` may look at all of them: its modules are called with the keys before
+    rope (`sequence["projected"]`), or with keys and values behind `heads` (`["k"]`, `["v"]`), and with `real` [B, T],
+    which is False at padding (None: nowhere). One that does look at other tokens says so, `whole_sequence = True`, for
+    a forward with a cache that names columns has not all of them at hand.
     """
 
     q: nn.Linear
@@ -87,18 +98,30 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.inputs = nn.ModuleDict({site: nn.Identity() for site in arch.sites})
         self.heads = nn.ModuleDict({part: nn.Identity() for part in ("q", "k", "v")})
+        self.sequence = nn.ModuleDict({part: Unchanged() for part in ("projected", "k", "v")})
 
     def linears(self) -> dict[str, nn.Module]:
         """The block's linears by role, in data-flow order."""
         return {role: getattr(self, role) for role in self.arch.roles}
 
+    @property
+    def whole_sequence(self) -> bool:
+        """Whether anything here looks at all tokens of a sequence besides attention."""
+        return any(getattr(module, "whole_sequence", False) for module in self.sequence.values())
+
     def attention(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, reuse: Reuse | None = None, read: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        reuse: Reuse | None = None,
+        read: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
-        output is that of these columns alone [B, R, D].
+        output is that of these columns alone [B, R, D]. `real` is for `sequence`.
         """
         batch, head = len(x), self.arch.head_size
         x = self.inputs["attn_in"](x)
@@ -108,7 +131,9 @@ class Block(nn.Module):
             for role, columns in (("q", asked), ("k", x), ("v", x))
         )
         own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
+        k = self.sequence["projected"](k, real)
         q, k, v = self.heads["q"](apply_rope(q, *own)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
+        k, v = self.sequence["k"](k, real), self.sequence["v"](v, real)
         if reuse is not None:
             k, v = reuse(k, v)
         if read is not None and mask is not None:
@@ -125,10 +150,16 @@ class Block(nn.Module):
         return self.down(self.inputs["mlp_out"](F.silu(self.gate(x)) * self.up(x)))
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None = None, reuse: Reuse | None = None, read: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        reuse: Reuse | None = None,
+        read: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         beat()
-        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read)
+        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read, real)
         x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -209,14 +240,21 @@ class MaskedDiffusionTransformer(nn.Module):
         """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
         With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
+        Raises ValueError where a block's `sequence` needs all columns and the cache names some.
         """
         columns = None if cache is None else cache.columns
+        if columns is not None and any(block.whole_sequence for block in self.blocks):
+            raise ValueError(
+                "keys or values are rounded by what all tokens of a sequence are, but a forward with a cache computes "
+                "some of them; generate without a cache (model.sampler.cache=null)"
+            )
+        real = None if attention_mask is None else attention_mask.bool()
         rope, mask = self.context(ids, attention_mask, columns)
         x = self.embed(ids if columns is None else ids.gather(1, columns))
         for i, block in enumerate(self.blocks):
             yield x
             reuse = None if cache is None else partial(cache.update, i)
-            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None)
+            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None, real)
         yield x
 
     def empty_cache(self, rows: int, length: int) -> KVCache:

@@ -101,8 +101,7 @@ def _width_problems(bits: BitsConfig, widths: BlockWidths) -> Iterator[str]:
         "bits.weight.bits": (weight.bits, weight.format),
         "bits.activation.bits": (activation.bits, activation.format),
     }
-    if bits.kv.bits is not None:
-        asked["bits.kv.bits"] = (bits.kv.bits, activation.format)
+    asked |= {key: (width, activation.format) for key, width in bits.settings_of_kv().items() if width is not None}
     for role in widths.weight:
         own, of_weight, of_input = bits.override(role), widths.weight[role], widths.activation[role]
         if own.weight is not None or own.format is not None:

@@ -59,8 +59,8 @@ class BlockWork:
             stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
             transform.apply(self.block, stats, self.context.at(name=name))
         self.intact = snapshot(self.block)
-        if self.method.kv is not None and self.widths.kv.bits != UNQUANTIZED:
-            self.method.kv.install(self.block, self.widths.kv)
+        if self.method.kv is not None:
+            self.method.kv.install(self.block, self.widths.keys, self.widths.values)
         for site, roles in self.method.steps(self.block.arch):
             if site not in self.maps:
                 self._reach(site)

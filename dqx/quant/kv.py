@@ -6,6 +6,10 @@ and spreads a key's outlier channels before it is rounded (Ashkboos et al. 2024,
 code does it in tiles). Queries stay in 16 bit by default, as in QuaRot; the published codes of SmoothQuant and DuQuant
 for diffusion models round them like keys.
 
+Attention does not notice a vector that all keys of a sequence have in common: it adds the same number to all scores of
+a query, which softmax ignores. So their mean need not be stored, and a few bits are spent on what tells keys apart
+(`center`). No result depends on padding or on what else is in the batch.
+
 B batch, T tokens, H heads, E head width.
 """
 
@@ -13,10 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
-from dqx.formats.integers import Grid
+from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
@@ -32,7 +37,8 @@ SHARES = ("token", "head")
 class KeysValues:
     """Which of keys, values and queries are rounded, and which numbers share a scale.
 
-    Width, symmetry and format come from `bits.kv` and `bits.activation`. Symmetric: `scale = absmax / (2^(b-1) - 1)`.
+    Widths come from `bits.kv`, symmetry and format from `bits.activation`. Queries have the width of keys. Symmetric:
+    `scale = absmax / (2^(b-1) - 1)`.
     """
 
     keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; None: 16 bit
@@ -41,22 +47,33 @@ class KeysValues:
     key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
     value_clip_ratio: float = 1.0
     include_zero: bool = True  # asymmetric ranges hold zero
+    center: str | None = None  # mean: keys without their mean over the sequence's tokens, by head and channel
     rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
     tile: int | None = None  # channels per transform; None: the head's width
 
-    def install(self, block: Block, bits: ActivationBits) -> None:
-        """Put the quantizers behind what `block.heads` holds already."""
-        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
-        if grid.identity:
-            return
-        if self.keys is not None:
-            for part in ("q", "k"):
-                if self.rotate:
-                    compose(block.heads, part, OnlineHadamard(self.tile))
-                if part == "k" or self.queries:
-                    compose(block.heads, part, HeadQuantizer(grid, self.keys, self.key_clip_ratio))
-        if self.values is not None:
-            compose(block.heads, "v", HeadQuantizer(grid, self.values, self.value_clip_ratio))
+    @property
+    def whole_sequence(self) -> bool:
+        """Whether a token's keys and values are rounded by what other tokens' are."""
+        return self.center is not None
+
+    def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
+        """Put the quantizers behind what `block.heads` holds, those of whole sequences into `block.sequence`."""
+        key_grid, value_grid = (
+            make_grid(bits, include_zero=self.include_zero, exact_absmax=True) for bits in (keys, values)
+        )
+        if self.keys is not None and not key_grid.identity:
+            quantizer = HeadQuantizer(key_grid, self.keys, self.key_clip_ratio)
+            if self.rotate:
+                compose(block.heads, "q", OnlineHadamard(self.tile))
+                compose(block.heads, "k", OnlineHadamard(self.tile))
+            if self.queries:
+                compose(block.heads, "q", HeadQuantizer(key_grid, self.keys, self.key_clip_ratio))
+            if self.center is None:
+                compose(block.heads, "k", quantizer)
+            else:
+                block.sequence["k"] = Centered(quantizer)
+        if self.values is not None and not value_grid.identity:
+            compose(block.heads, "v", HeadQuantizer(value_grid, self.values, self.value_clip_ratio))
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = []
@@ -65,34 +82,44 @@ class KeysValues:
                 problems.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
         problems += clip_problems(f"{where}.key_clip_ratio", self.key_clip_ratio)
         problems += clip_problems(f"{where}.value_clip_ratio", self.value_clip_ratio)
+        if self.center not in (None, "mean"):
+            problems.append(f"{where}.center={self.center} is unknown; write mean, or null to leave the mean in keys")
+        elif self.center is not None and self.keys is None:
+            problems.append(
+                f"{where}.center={self.center} is for keys that are rounded, but {where}.keys=null leaves them alone; "
+                f"write {where}.keys=token, or {where}.center=null"
+            )
         if self.queries and self.keys is None:
             problems.append(
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=null leaves keys alone; "
                 f"write {where}.keys=head, or {where}.queries=false"
             )
-        if self.rotate and self.keys is not None and context.widths.kv.bits != UNQUANTIZED:
+        if self.rotate and self.keys is not None and context.widths.keys.bits != UNQUANTIZED:
             problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
         return problems + self._format_problems(where, context)
 
     def _format_problems(self, where: str, context: Context) -> list[str]:
         """What keeps the format of the activations, which keys and values share, from being theirs."""
-        bits, arch = context.widths.kv, context.arch
-        if bits.bits == UNQUANTIZED or bits.format not in FORMATS:
-            return []
-        problems, known = [], FORMATS[bits.format]
-        if bits.bits not in known.widths:
-            widths = ", ".join(map(str, known.widths))
-            problems.append(
-                f"bits.kv.bits={bits.bits}: keys and values have the format of the activations, "
-                f"bits.activation.format={bits.format}, which has {widths} bits; write bits.kv.bits={known.widths[-1]} "
-                "or bits.kv.bits=16"
-            )
-        for name, share in (("keys", self.keys), ("values", self.values)):
-            width = arch.head_size if share == "head" else arch.n_kv_heads * arch.head_size
-            if share is not None and known.block and width % known.block:
+        problems, widths = list[str](), context.widths
+        parts = [("keys", self.keys, widths.keys), ("values", self.values, widths.values)]
+        parts = [part for part in parts if part[1] is not None and part[2].bits != UNQUANTIZED]
+        parts = [part for part in parts if part[2].format in FORMATS]
+        told = {"bits" if widths.keys == widths.values else name: bits for name, _, bits in parts}
+        for name, bits in told.items():
+            known = FORMATS[bits.format].widths
+            if bits.format != "int" and bits.bits not in known:
                 problems.append(
-                    f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {known.block} in which "
-                    f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.bits=16"
+                    f"bits.kv.{name}={bits.bits}: keys and values have the format of the activations, "
+                    f"bits.activation.format={bits.format}, which has {', '.join(map(str, known))} bits; write "
+                    f"bits.kv.{name}={known[-1]} or bits.kv.{name}=16"
+                )
+        for name, share, bits in parts:
+            width = context.arch.head_size if share == "head" else context.arch.n_kv_heads * context.arch.head_size
+            block = FORMATS[bits.format].block
+            if block and width % block:
+                problems.append(
+                    f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {block} in which "
+                    f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.{name}=16"
                 )
         return problems
 
@@ -114,3 +141,29 @@ class HeadQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"
+
+
+@storable
+class Centered(nn.Module):
+    """Takes from keys [B, H, T, E] their mean over the tokens of their sequence [B, H, 1, E], and rounds what is left.
+
+    The mean is not added again: softmax ignores it.
+    """
+
+    whole_sequence = True
+
+    def __init__(self, quantizer: nn.Module):
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        rounded: Tensor = self.quantizer((wide(x) - token_mean(x, real)).to(x.dtype))
+        return rounded
+
+
+def token_mean(x: Tensor, real: Tensor | None) -> Tensor:
+    """The mean [B, H, 1, E] of x [B, H, T, E] over the tokens where `real` [B, T] is True (None: all); `wide`."""
+    if real is None:
+        return wide(x).mean(2, keepdim=True)
+    counted = real[:, None, :, None]
+    return torch.where(counted, wide(x), 0).sum(2, keepdim=True) / counted.sum(2, keepdim=True).clamp(min=1)

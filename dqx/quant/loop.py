@@ -134,7 +134,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         bits.name,
         asked.seed,
         variant=method.variant,
-        kv_bits=UNQUANTIZED if method.kv is None else widths.usual.kv.bits,
+        kv_bits=UNQUANTIZED if method.kv is None else min(widths.usual.keys.bits, widths.usual.values.bits),
         transforms=list(method.transforms),
         linears=list(done.rows),
         calibration_sequences=sum(len(rows) for rows in ids),

@@ -187,7 +187,8 @@ class Method:
         """Widths that this method cannot be asked for."""
         rounds_weights = any(self.rounding_of(role) is not None for role in arch.roles)
         widths, input_widths = bits.settings("weight"), bits.settings("activation")
-        asked = {**widths, **input_widths, "bits.kv.bits": bits.kv.bits}
+        kv_widths = bits.settings_of_kv()
+        asked = {**widths, **input_widths, **kv_widths}
         asked = {key: width for key, width in asked.items() if width not in (None, UNQUANTIZED)}
         if not rounds_weights and self.activation is None:
             if asked:
@@ -209,9 +210,11 @@ class Method:
                 for key in input_widths
                 if key in asked
             ]
-        if self.kv is None and "bits.kv.bits" in asked:
-            problems.append(
-                f"bits.kv.bits={bits.kv.bits}, but method {self.name} leaves keys and values in 16 bit; "
-                "add a part (method.kv=per_head), or write bits.kv.bits=null"
-            )
+        if self.kv is None:
+            problems += [
+                f"{key}={asked[key]}, but method {self.name} leaves keys and values in 16 bit; "
+                f"add a part (method.kv=per_head), or write {key}=null"
+                for key in kv_widths
+                if key in asked
+            ]
         return problems

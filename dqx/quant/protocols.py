@@ -202,9 +202,15 @@ class Activation(Part, Protocol):
 
 
 class KeysValues(Part, Protocol):
-    """Puts quantizers of keys and values [B, H, T, E] into `block.heads`."""
+    """Puts quantizers of keys and values [B, H, T, E] into `block.heads` and `block.sequence`; none for 16 bits.
 
-    def install(self, block: Block, bits: ActivationBits) -> None: ...
+    `whole_sequence` says whether they look at all tokens of a sequence, which a sampler's cache keeps them from.
+    """
+
+    @property
+    def whole_sequence(self) -> bool: ...
+
+    def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None: ...
 
 
 class Correction(Part, Protocol):

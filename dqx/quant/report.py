@@ -97,7 +97,7 @@ class QuantReport:
     bits: str
     seed: int
     variant: str = ""
-    kv_bits: int = UNQUANTIZED  # keys and values
+    kv_bits: int = UNQUANTIZED  # keys and values, the fewer of the two
     transforms: list[str] = field(default_factory=list)  # by name, in order
     linears: list[LinearRow] = field(default_factory=list)
     kept: list[KeptRow] = field(default_factory=list)

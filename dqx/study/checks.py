@@ -20,6 +20,7 @@ from dqx.data.calibration import calib_problems
 from dqx.data.masking import masking_problems
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.problems import task_problems
+from dqx.formats.bits import UNQUANTIZED
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import PACKAGED, Checkpoint
 from dqx.models.family import families, family_of
@@ -54,6 +55,18 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
     if method is None or method.needs_data or config.outliers.samples > 0:
         told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
     return told
+
+
+def reuse_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
+    """A sampler's cache of keys and values beside a rounding of these that needs all of a sequence's tokens."""
+    cache, kv = getattr(sampler, "cache", None), None if method is None else method.kv
+    if cache is None or kv is None or not kv.whole_sequence or min(config.bits.kv_widths()) == UNQUANTIZED:
+        return []
+    return [
+        f"model.sampler.cache={cache} computes the keys and values of some tokens at a time, but method.kv rounds them "
+        "by what all tokens of a sequence are (method.kv.center); write model.sampler.cache=null, or "
+        "method.kv.center=null"
+    ]
 
 
 def model_problems(config: Config, arch: Architecture, method: Method | None) -> list[str]:

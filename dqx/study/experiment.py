@@ -117,6 +117,7 @@ def _parts(config: Config, *, here: bool = True) -> tuple[Any, Any, list[str]]:
     sampler, method = (None if unfit[where] or not part else build_part(part) for where, part in parts.items())
     wrong += [problem for told in unfit.values() for problem in told]
     wrong += checks.data_problems(config, method, sampler)
+    wrong += checks.reuse_problems(config, method, sampler)
     wrong += sandbox_problems(config.task.suite) if here else ()
     return method, sampler, wrong
 

@@ -41,6 +41,8 @@ def composed(*overrides: str) -> BitsConfig:
         (w4(), "w4a16"),
         (BitsConfig("", WeightBits(4), ActivationBits(8)), "w4a8"),
         (BitsConfig("", WeightBits(4), ActivationBits(4), KVBits(16)), "w4a4kv16"),
+        (BitsConfig("", kv=KVBits(8, keys=4)), "w16a16kv8k4"),
+        (BitsConfig("", kv=KVBits(keys=4, values=2)), "w16a16k4v2"),
         (BitsConfig("", WeightBits(4), ActivationBits(4, group_size=128), KVBits(8)), "w4a4g128kv8"),
         (BitsConfig("", WeightBits(4), ActivationBits(group_size=128)), "w4a16"),
         (FP8, "w8a8_fp8"),

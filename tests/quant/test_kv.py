@@ -7,14 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import apply_rope
 from dqx.quant.activation import PerToken
-from dqx.quant.kv import KeysValues
+from dqx.quant.checkpoint.folder import load_quantized, save_quantized
+from dqx.quant.kv import Centered, KeysValues
+from dqx.quant.loop import quantize
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
+from dqx.quant.rounding.rtn import RTN
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -27,6 +31,10 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def install(part, block, bits):
+    part.install(block, bits, bits)
+
+
 @pytest.mark.parametrize("tile", [None, 16], ids=["head", "tile_16"])
 def test_queries_and_keys_equal_official(tile):
     """QuaRot, 4 bits symmetric: rope, Hadamard, keys per token over all heads; queries stay."""
@@ -35,7 +43,7 @@ def test_queries_and_keys_equal_official(tile):
     model = load_weights(inspect(str(GOLDEN / "llada_tiny")))
     rope, _ = model.context(torch.zeros(1, q.shape[2], dtype=torch.long))
     block = model.blocks[0]
-    KeysValues(keys="token", rotate=True, tile=tile).install(block, ActivationBits(4, symmetric=True))
+    install(KeysValues(keys="token", rotate=True, tile=tile), block, ActivationBits(4, symmetric=True))
     torch.testing.assert_close(block.heads["q"](apply_rope(q, *rope)), q_out, atol=1e-5, rtol=0)
     torch.testing.assert_close(block.heads["k"](apply_rope(k, *rope)), k_out, atol=1e-5, rtol=0)
 
@@ -47,7 +55,7 @@ def test_one_scale_per(share, symmetric, include_zero):
     """Every group of numbers that shares a scale lies on its own grid, which the ratio shrinks."""
     block = fresh("dream").blocks[0]
     part = KeysValues(keys=share, values=share, include_zero=include_zero, key_clip_ratio=0.5)
-    part.install(block, ActivationBits(3, symmetric))
+    install(part, block, ActivationBits(3, symmetric))
     x = random(2, 2, 5, 8) + 0.7
     for name, ratio in (("k", 0.5), ("v", 1.0)):
         y = block.heads[name](x)
@@ -73,7 +81,7 @@ def test_which_tensors_are_rounded():
         (KeysValues(values=None), "k"),
     ):
         block = fresh("dream").blocks[0]
-        part.install(block, ActivationBits(4))
+        install(part, block, ActivationBits(4))
         assert {name for name in "qkv" if not torch.equal(block.heads[name](x), x)} == set(rounded)
 
 
@@ -83,7 +91,7 @@ def test_16_bits_change_nothing(family):
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
     for block in model.blocks:
-        KeysValues(queries=True, rotate=True).install(block, ActivationBits(16))
+        install(KeysValues(queries=True, rotate=True), block, ActivationBits(16))
     assert torch.equal(model(ids), before)
 
 
@@ -96,7 +104,7 @@ def test_rotation_leaves_attention_alone_and_helps_outliers(tile):
     errors = []
     for rotate in (True, False):
         block = fresh("dream").blocks[0]
-        KeysValues(keys="head", rotate=rotate, tile=tile).install(block, ActivationBits(8))
+        install(KeysValues(keys="head", rotate=rotate, tile=tile), block, ActivationBits(8))
         scores = block.heads["q"](q) @ block.heads["k"](k).transpose(-1, -2)
         errors.append(F.mse_loss(scores, exact) / exact.square().mean())
     assert errors[0] < 1e-4
@@ -118,6 +126,8 @@ def test_problems_say_what_to_write():
         (KeysValues(key_clip_ratio=0.0), "method.kv.key_clip_ratio=0.0 must lie above 0"),
         (KeysValues(value_clip_ratio=1.5), "method.kv.value_clip_ratio=1.5 must lie above 0"),
         (KeysValues(keys=None, queries=True), "write method.kv.keys=head, or method.kv.queries=false"),
+        (KeysValues(center="median"), "method.kv.center=median is unknown; write mean, or null"),
+        (KeysValues(keys=None, center="mean"), "write method.kv.keys=token, or method.kv.center=null"),
         (KeysValues(rotate=True, tile=3), "method.kv.tile=3 does not divide 8, the width of a head"),
     ):
         (problem,) = problems(part)
@@ -127,7 +137,7 @@ def test_problems_say_what_to_write():
     assert problems(KeysValues(rotate=True), kv=16, head_size=6) == []
     assert problems(KeysValues(keys="head", values="token"), format="nvfp4") == [
         "method.kv.keys=head: 8 channels cannot be cut into the blocks of 16 in which nvfp4 shares a scale; "
-        "write method.kv.keys=null, or bits.kv.bits=16"
+        "write method.kv.keys=null, or bits.kv.keys=16"
     ]
     assert problems(KeysValues(), format="nvfp4") == problems(KeysValues(keys="head"), kv=16, format="nvfp4") == []
     (problem,) = problems(KeysValues(), bits=8, format="fp8")
@@ -139,8 +149,95 @@ def test_block_formats_round_keys_and_values():
     """nvfp4 cuts the channels of a token into blocks of 16, here two heads each."""
     block = fresh("dream").blocks[0]
     bits = ActivationBits(4, format="nvfp4")
-    KeysValues().install(block, bits)
+    install(KeysValues(), block, bits)
     x = random(2, 2, 5, 8)
     expected = PerToken()(x.transpose(1, 2).flatten(2), bits).view(2, 5, 2, 8).transpose(1, 2)
     assert torch.equal(block.heads["k"](x), expected)
     assert not torch.equal(expected, x)
+
+
+def padded(ids, left, right=0):
+    """Ids [B, T] with padding of token 0 beside them, and what marks the real ones."""
+    real = F.pad(torch.ones_like(ids), (left, right))
+    return F.pad(ids, (left, right)), real
+
+
+SEQUENCE_PARTS = {
+    "centered": KeysValues(keys="head", center="mean"),
+    "centered, rotated": KeysValues(center="mean", rotate=True),
+}
+
+
+@pytest.mark.parametrize("part", SEQUENCE_PARTS.values(), ids=SEQUENCE_PARTS)
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_a_row_depends_neither_on_padding_nor_on_other_rows(family, part):
+    model = fresh(family)
+    for block in model.blocks:
+        install(part, block, ActivationBits(3))
+    ids = torch.arange(14).view(2, 7) + 3
+    expected = torch.cat([model(row[None]) for row in ids])
+    torch.testing.assert_close(model(ids), expected)
+    both, marks = zip(padded(ids[:1], 3), padded(ids[1:], 1, 2), strict=True)
+    logits = model(torch.cat(both), torch.cat(marks))
+    first = 1 if model.arch.logit_shift else 0  # what a first token is predicted by may be padding
+    torch.testing.assert_close(logits[0, 3 + first :], expected[0, first:])
+    torch.testing.assert_close(logits[1, 1 + first : 8], expected[1, first:])
+    where = torch.cat(marks).bool()
+    where[:, :5] = False
+    torch.testing.assert_close(model.logits_where(torch.cat(both), where, torch.cat(marks)), logits[where])
+
+
+def test_keys_without_their_mean():
+    """Softmax ignores the mean, so taking it off changes nothing by itself; and it takes no part of the grid."""
+    model = fresh("dream")
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids)
+    for block in model.blocks:
+        block.sequence["k"] = Centered(nn.Identity())
+    torch.testing.assert_close(model(ids), before)
+    x = random(2, 2, 5, 8)
+    real = torch.tensor([[False, True, True, True, True], [True, True, True, False, False]])
+    left = Centered(nn.Identity())(x, real)
+    for row in range(2):
+        torch.testing.assert_close(left[row], x[row] - x[row][:, real[row]].mean(1, keepdim=True))
+    install(KeysValues(keys="head", center="mean"), block, ActivationBits(4))
+    large = x + 100 * random(2, 1, 8, seed=1)[None]
+    torch.testing.assert_close(block.sequence["k"](large, real), block.sequence["k"](x, real))
+
+
+def test_a_cache_that_names_columns_is_refused():
+    """What is rounded by all tokens of a sequence cannot be rounded from some of them."""
+    model = fresh()
+    ids = torch.arange(12).view(2, 6)
+    install(KeysValues(center="mean"), model.blocks[1], ActivationBits(4))
+    cache = model.empty_cache(*ids.shape)
+    where = torch.ones_like(ids, dtype=torch.bool)
+    assert torch.equal(model.logits_where(ids, where, cache=cache), model.logits_where(ids, where))
+    with pytest.raises(ValueError, match="a cache computes some of them; generate without a cache"):
+        model.logits_where(ids, where, cache=cache.window(2, 4))
+
+
+def test_keys_and_values_have_widths_of_their_own():
+    ids = torch.arange(12).view(2, 6)
+    expected, found = fresh("dream"), fresh("dream")
+    for block in expected.blocks:
+        KeysValues(values=None).install(block, ActivationBits(4), ActivationBits(4))
+        KeysValues(keys=None).install(block, ActivationBits(2), ActivationBits(2))
+    bits = BitsConfig(kv=KVBits(bits=8, keys=4, values=2))
+    report = quantize(found, Method(name="m", rounding=RTN(), kv=KeysValues()), bits, progress=False)
+    assert torch.equal(found(ids), expected(ids))
+    assert report.kv_bits == 2
+    assert report.changed
+
+
+def test_saved_models_keep_what_rounds_sequences(tmp_path):
+    ids = torch.arange(12).view(2, 6)
+    for i, part in enumerate(SEQUENCE_PARTS.values()):
+        model, method = fresh("dream"), Method(name="m", rounding=RTN(), kv=part)
+        bits = BitsConfig(kv=KVBits(3))
+        report = quantize(model, method, bits, progress=False)
+        save_quantized(model, report, tmp_path / str(i), method=method, bits=bits)
+        again, _ = load_quantized(tmp_path / str(i))
+        mask = padded(ids, 0)[1]
+        mask[0, :2] = 0
+        assert torch.equal(again(ids, mask), model(ids, mask))

@@ -219,6 +219,13 @@ CONFIGURATIONS = [
         "group_size=256 does not divide 128, the inputs of q, k, v, o, gate, up",
     ),
     ("group size of zero", ["bits.weight.group_size=0"], "group_size=0 is no number of inputs; for this model 128"),
+    (
+        "a sampler's cache beside keys that are rounded by all tokens",
+        ["method.kv=per_head", "method.kv.center=mean", "bits.kv.bits=4", "model.sampler.cache=dual"],
+        "model.sampler.cache=dual computes .* some tokens at a time, but method.kv .* write model.sampler.cache=null",
+    ),
+    ("width of keys", ["method.kv=per_head", "bits.kv.keys=1"], "bits.kv.keys=1 is no width dqx has"),
+    ("width of values", ["bits.kv.values=4"], "bits.kv.values=4, but method .* leaves keys and values in 16 bit"),
     ("steps that blocks do not divide", ["steps=63", *LENGTHS], "steps=63 cannot be shared equally by"),
     (
         "blocks that the answer does not hold",
