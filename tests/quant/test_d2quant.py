@@ -189,11 +189,14 @@ def test_from_disk_saved_and_loaded(method: str, tmp_path, tiny_checkpoint) -> N
 
 @torch.no_grad()
 def test_folding_changes_no_logit() -> None:
+    exact = torch.float64  # in float32 its rounding turns single codes of the next block
     kept, folded = (
-        quantized("llada", *small("llada", "d2quant", "w2a16", f"method.rounding_by_role.down.levels.fold={fold}"))
+        quantized(
+            "llada", *small("llada", "d2quant", "w2a16", f"method.rounding_by_role.down.levels.fold={fold}"), exact
+        )
         for fold in ("false", "true")
     )
-    torch.testing.assert_close(kept[0](IDS), folded[0](IDS), atol=1e-3, rtol=0)
+    torch.testing.assert_close(kept[0](IDS), folded[0](IDS), atol=1e-6, rtol=0)
     assert folded[1].average_bits < kept[1].average_bits
 
 
