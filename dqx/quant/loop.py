@@ -179,7 +179,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
             report.linears += _one_block(home, method, changes, streams, work, advance)
             note(index + 1)
     report.kept = kept_rows(home.model, method, bits)
-    home.model.unfinished = False
+    del home.model.unfinished  # back to the class's False: a model that was stored and loaded is the same
     return report
 
 

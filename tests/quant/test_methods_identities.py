@@ -37,7 +37,7 @@ KEPT = {
         "head.weight",
     ],
 }
-WITH_ACTIVATIONS = {"w8a8", "w6a6", "w4a8", "w4a4", "fp8", "mxfp4", "nvfp4"}
+WITH_ACTIVATIONS = {"w8a8", "w6a6", "w4a8", "w4a4", "w4a4g128", "fp8", "mxfp4", "nvfp4"}
 NOT_FEW_INTEGERS = {"w5", "w6", "w8", "w8a16", "fp8_w8a16", "mxfp4_w4a16", "nvfp4_w4a16"}  # no binary matrices
 REFUSED = {
     "fp16": set(choices("bits")) - {"w16a16"},
