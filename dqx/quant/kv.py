@@ -8,7 +8,9 @@ for diffusion models round them like keys.
 
 Attention does not notice a vector that all keys of a sequence have in common: it adds the same number to all scores of
 a query, which softmax ignores. So their mean need not be stored, and a few bits are spent on what tells keys apart
-(`center`). No result depends on padding or on what else is in the batch.
+(`center`). Keys have a few large channels, the same for all tokens, so that a grid per channel over the tokens suits
+them (Liu et al. 2024, KIVI, arXiv:2402.02750), and one before their bias, which is the largest part of these channels
+where there is one (`before_bias`). No result depends on padding or on what else is in the batch.
 
 B batch, T tokens, H heads, E head width.
 """
@@ -30,7 +32,7 @@ from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
-SHARES = ("token", "head")
+SHARES = {"keys": ("token", "head", "channel"), "values": ("token", "head")}
 
 
 @dataclass(frozen=True)
@@ -41,20 +43,24 @@ class KeysValues:
     `scale = absmax / (2^(b-1) - 1)`.
     """
 
-    keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; None: 16 bit
-    values: str | None = "token"  # likewise
+    keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; channel: per
+    # channel, over `token_group` tokens; None: 16 bit
+    values: str | None = "token"  # token, head or None
     queries: bool = False  # round queries too, like keys
     key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
     value_clip_ratio: float = 1.0
     include_zero: bool = True  # asymmetric ranges hold zero
     center: str | None = None  # mean: keys without their mean over the sequence's tokens, by head and channel
+    token_group: int | None = None  # channel: neighbouring tokens that share a scale; None: all of the sequence
+    recent: int = 0  # the last tokens of a sequence, whose keys and values stay as they are
+    before_bias: bool = False  # keys are rounded before their bias is added and before rope
     rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
     tile: int | None = None  # channels per transform; None: the head's width
 
     @property
     def whole_sequence(self) -> bool:
         """Whether a token's keys and values are rounded by what other tokens' are."""
-        return self.center is not None
+        return self.center is not None or self.keys == "channel" or self.recent > 0
 
     def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
         """Put the quantizers behind what `block.heads` holds, those of whole sequences into `block.sequence`."""
@@ -62,24 +68,43 @@ class KeysValues:
             make_grid(bits, include_zero=self.include_zero, exact_absmax=True) for bits in (keys, values)
         )
         if self.keys is not None and not key_grid.identity:
-            quantizer = HeadQuantizer(key_grid, self.keys, self.key_clip_ratio)
             if self.rotate:
                 compose(block.heads, "q", OnlineHadamard(self.tile))
                 compose(block.heads, "k", OnlineHadamard(self.tile))
             if self.queries:
                 compose(block.heads, "q", HeadQuantizer(key_grid, self.keys, self.key_clip_ratio))
-            if self.center is None:
-                compose(block.heads, "k", quantizer)
+            quantizer = self._of_keys(key_grid, self.keys)
+            if self.before_bias:
+                bias = block.k.bias.detach()
+                block.sequence["projected"] = BeforeBias(quantizer, bias.view(-1, 1, block.arch.head_size))
+                block.k.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+            elif self.whole_sequence:
+                block.sequence["k"] = quantizer
             else:
-                block.sequence["k"] = Centered(quantizer)
+                compose(block.heads, "k", quantizer)
         if self.values is not None and not value_grid.identity:
-            compose(block.heads, "v", HeadQuantizer(value_grid, self.values, self.value_clip_ratio))
+            of_values = HeadQuantizer(value_grid, self.values, self.value_clip_ratio)
+            if self.recent:
+                block.sequence["v"] = AllButRecent(of_values, self.recent)
+            else:
+                compose(block.heads, "v", of_values)
+
+    def _of_keys(self, grid: Grid, share: str) -> nn.Module:
+        quantizer: nn.Module
+        if share == "channel":
+            quantizer = ChannelQuantizer(grid, self.token_group, self.key_clip_ratio)
+        else:
+            quantizer = HeadQuantizer(grid, share, self.key_clip_ratio)
+        if self.recent:
+            quantizer = AllButRecent(quantizer, self.recent)
+        return quantizer if self.center is None else Centered(quantizer, restore=self.before_bias)
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = []
         for name, share in (("keys", self.keys), ("values", self.values)):
-            if share is not None and share not in SHARES:
-                problems.append(f"{where}.{name}={share} is unknown; write token, head, or null for 16 bit")
+            if share is not None and share not in SHARES[name]:
+                known = ", ".join(SHARES[name])
+                problems.append(f"{where}.{name}={share} is unknown; write {known}, or null for 16 bit")
         problems += clip_problems(f"{where}.key_clip_ratio", self.key_clip_ratio)
         problems += clip_problems(f"{where}.value_clip_ratio", self.value_clip_ratio)
         if self.center not in (None, "mean"):
@@ -96,7 +121,50 @@ class KeysValues:
             )
         if self.rotate and self.keys is not None and context.widths.keys.bits != UNQUANTIZED:
             problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
+        problems += self._sequence_problems(where)
+        if self.before_bias and context.widths.keys.bits != UNQUANTIZED:
+            problems += self._bias_problems(where, context)
         return problems + self._format_problems(where, context)
+
+    def _sequence_problems(self, where: str) -> list[str]:
+        """What is wrong with the options that are about all tokens of a sequence."""
+        problems = []
+        if self.recent < 0:
+            problems.append(f"{where}.recent={self.recent} must be 0 (all tokens are rounded) or more")
+        if self.token_group is not None and self.keys != "channel":
+            problems.append(
+                f"{where}.token_group={self.token_group} is for keys with a grid per channel; write "
+                f"{where}.keys=channel, or {where}.token_group=null"
+            )
+        elif self.token_group is not None and self.token_group < 1:
+            problems.append(
+                f"{where}.token_group={self.token_group} must be 1 or more, or null for all tokens of a sequence"
+            )
+        if self.queries and self.keys == "channel":
+            problems.append(
+                f"{where}.queries=true rounds queries like keys, but {where}.keys=channel has grids over the tokens of "
+                f"a cache, in which there are no queries; write {where}.queries=false, or {where}.keys=head"
+            )
+        return problems
+
+    def _bias_problems(self, where: str, context: Context) -> list[str]:
+        problems = []
+        if self.keys is None:
+            problems.append(
+                f"{where}.before_bias=true is for keys that are rounded, but {where}.keys=null leaves them alone; "
+                f"write {where}.keys=token, or {where}.before_bias=false"
+            )
+        if not context.arch.qkv_bias:
+            problems.append(
+                f"{where}.before_bias=true rounds keys before their bias is added, but this model, of family "
+                f"{context.arch.family}, has no bias there; write {where}.before_bias=false"
+            )
+        if self.rotate:
+            problems.append(
+                f"{where}.before_bias=true rounds keys before rope, but {where}.rotate=true rotates them after it; "
+                f"write {where}.rotate=false, or {where}.before_bias=false"
+            )
+        return problems
 
     def _format_problems(self, where: str, context: Context) -> list[str]:
         """What keeps the format of the activations, which keys and values share, from being theirs."""
@@ -116,7 +184,12 @@ class KeysValues:
         for name, share, bits in parts:
             width = context.arch.head_size if share == "head" else context.arch.n_kv_heads * context.arch.head_size
             block = FORMATS[bits.format].block
-            if block and width % block:
+            if block and share == "channel":
+                problems.append(
+                    f"{where}.keys=channel has a scale per channel, but {bits.format} shares one among {block} "
+                    f"channels; write {where}.keys=token, or bits.activation.format=int"
+                )
+            elif block and width % block:
                 problems.append(
                     f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {block} in which "
                     f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.{name}=16"
@@ -132,7 +205,7 @@ class HeadQuantizer(nn.Module):
         super().__init__()
         self.grid, self.share, self.clip_ratio = grid, share, clip_ratio
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         if self.share == "head":
             return fake(self.grid, x, self.clip_ratio)
         tokens = x.transpose(1, 2)  # [B, T, H, E]
@@ -144,21 +217,96 @@ class HeadQuantizer(nn.Module):
 
 
 @storable
-class Centered(nn.Module):
-    """Takes from keys [B, H, T, E] their mean over the tokens of their sequence [B, H, 1, E], and rounds what is left.
+class ChannelQuantizer(nn.Module):
+    """Rounds [B, H, T, E] to one grid per head and channel and `group` neighbouring tokens (None: all).
 
-    The mean is not added again: softmax ignores it.
+    Groups are counted from the first token where `real` [B, T] is True; the last one may hold fewer. What is not real
+    enters no range and stays as it is.
     """
 
     whole_sequence = True
 
-    def __init__(self, quantizer: nn.Module):
+    def __init__(self, grid: Grid, group: int | None, clip_ratio: float):
         super().__init__()
-        self.quantizer = quantizer
+        self.grid, self.group, self.clip_ratio = grid, group, clip_ratio
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        rounded: Tensor = self.quantizer((wide(x) - token_mean(x, real)).to(x.dtype))
-        return rounded
+        rows, heads, tokens, width = x.shape
+        if real is None:
+            real = torch.ones((rows, tokens), dtype=torch.bool, device=x.device)
+        size = tokens if self.group is None else self.group
+        groups = (real.long().cumsum(-1) - 1).clamp(min=0) // size
+        index = groups[:, None, :, None].expand_as(x)
+        counted, z = real[:, None, :, None], wide(x)
+
+        def extreme(how: str, worst: float) -> Tensor:
+            empty = z.new_zeros((rows, heads, -(-tokens // size), width))
+            return empty.scatter_reduce(2, index, z.masked_fill(~counted, worst), how, include_self=False)
+
+        lo, hi = extreme("amin", torch.inf), extreme("amax", -torch.inf)
+        grids = self.grid.from_range(lo * self.clip_ratio, hi * self.clip_ratio)
+        rounded = self.grid.nearest(z, *(numbers.gather(2, index) for numbers in grids))
+        return torch.where(counted, rounded.to(x.dtype), x)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.bits} bits per channel, group={self.group}, clip_ratio={self.clip_ratio}"
+
+
+@storable
+class AllButRecent(nn.Module):
+    """Leaves the last `tokens` real ones of each sequence alone, as KIVI does, and shows `quantizer` the others."""
+
+    whole_sequence = True
+
+    def __init__(self, quantizer: nn.Module, tokens: int):
+        super().__init__()
+        self.quantizer, self.tokens = quantizer, tokens
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        if real is None:
+            real = torch.ones((len(x), x.shape[2]), dtype=torch.bool, device=x.device)
+        left = real.long().flip(-1).cumsum(-1).flip(-1)  # how many real tokens there are from this one on
+        older = real & (left > self.tokens)
+        return torch.where(older[:, None, :, None], self.quantizer(x, older), x)
+
+
+@storable
+class Centered(nn.Module):
+    """Takes from keys [B, H, T, E] their mean over the tokens of their sequence [B, H, 1, E], and rounds what is left.
+
+    The mean is not added again, as softmax ignores it; `restore` adds it, for keys that rope is still to turn.
+    """
+
+    whole_sequence = True
+
+    def __init__(self, quantizer: nn.Module, restore: bool = False):
+        super().__init__()
+        self.quantizer, self.restore = quantizer, restore
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        mean = token_mean(x, real)
+        rounded: Tensor = self.quantizer((wide(x) - mean).to(x.dtype), real)
+        return (wide(rounded) + mean).to(x.dtype) if self.restore else rounded
+
+
+@storable
+class BeforeBias(nn.Module):
+    """Rounds keys [B, H, T, E] that have no bias yet, and adds it [H, 1, E]."""
+
+    bias: Tensor
+
+    def __init__(self, quantizer: nn.Module, bias: Tensor):
+        super().__init__()
+        self.quantizer = quantizer
+        self.register_buffer("bias", bias)
+
+    @property
+    def whole_sequence(self) -> bool:
+        return getattr(self.quantizer, "whole_sequence", False)
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        rounded: Tensor = self.quantizer(x, real)
+        return rounded + self.bias
 
 
 def token_mean(x: Tensor, real: Tensor | None) -> Tensor:

@@ -64,8 +64,8 @@ def reuse_problems(config: Config, method: Method | None, sampler: Sampler | Non
         return []
     return [
         f"model.sampler.cache={cache} computes the keys and values of some tokens at a time, but method.kv rounds them "
-        "by what all tokens of a sequence are (method.kv.center); write model.sampler.cache=null, or "
-        "method.kv.center=null"
+        "by what all tokens of a sequence are (method.kv.center, keys=channel or recent); write "
+        "model.sampler.cache=null, or method.kv=per_head without them"
     ]
 
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
 
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits
+from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
-from dqx.models.transformer import apply_rope
+from dqx.models.transformer import Unchanged, apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.checkpoint.folder import load_quantized, save_quantized
-from dqx.quant.kv import Centered, KeysValues
+from dqx.quant.kv import AllButRecent, Centered, ChannelQuantizer, KeysValues
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
@@ -86,12 +86,14 @@ def test_which_tensors_are_rounded():
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_16_bits_change_nothing(family):
+@pytest.mark.parametrize("share", ["token", "channel"])
+def test_16_bits_change_nothing(family, share):
     model = fresh(family)
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
     for block in model.blocks:
-        install(KeysValues(queries=True, rotate=True), block, ActivationBits(16))
+        install(KeysValues(share, queries=True, rotate=True), block, ActivationBits(16))
+        install(KeysValues(share, center="mean", recent=1, before_bias=True), block, ActivationBits(16))
     assert torch.equal(model(ids), before)
 
 
@@ -114,15 +116,21 @@ def test_rotation_leaves_attention_alone_and_helps_outliers(tile):
 def test_problems_say_what_to_write():
     arch = inspect(str(GOLDEN / "dream_tiny")).arch  # two key/value heads of width 8
 
-    def problems(part, kv=4, head_size=8, **activation):
+    def problems(part, kv=4, head_size=8, qkv_bias=True, **activation):
         bits = BitsConfig(activation=ActivationBits(**({"bits": 4} | activation)), kv=KVBits(kv))
-        shape = replace(arch, hidden_size=head_size * arch.n_heads)
+        shape = replace(arch, hidden_size=head_size * arch.n_heads, qkv_bias=qkv_bias)
         return part.problems("method.kv", Context(shape, bits.resolve(shape).usual, Method(name="m", kv=part)))
 
     assert problems(KeysValues(keys="head", queries=True, rotate=True)) == []
     for part, expected in (
-        (KeysValues(keys="channel"), "method.kv.keys=channel is unknown; write token, head, or null for 16 bit"),
-        (KeysValues(values="all"), "method.kv.values=all is unknown"),
+        (KeysValues(keys="row"), "method.kv.keys=row is unknown; write token, head, channel, or null for 16 bit"),
+        (KeysValues(values="channel"), "method.kv.values=channel is unknown; write token, head, or null"),
+        (KeysValues(keys="channel", queries=True), "write method.kv.queries=false, or method.kv.keys=head"),
+        (KeysValues(token_group=32), "write method.kv.keys=channel, or method.kv.token_group=null"),
+        (KeysValues(keys="channel", token_group=0), "method.kv.token_group=0 must be 1 or more, or null"),
+        (KeysValues(recent=-1), "method.kv.recent=-1 must be 0"),
+        (KeysValues(keys=None, before_bias=True), "write method.kv.keys=token, or method.kv.before_bias=false"),
+        (KeysValues(rotate=True, before_bias=True), "write method.kv.rotate=false, or method.kv.before_bias=false"),
         (KeysValues(key_clip_ratio=0.0), "method.kv.key_clip_ratio=0.0 must lie above 0"),
         (KeysValues(value_clip_ratio=1.5), "method.kv.value_clip_ratio=1.5 must lie above 0"),
         (KeysValues(keys=None, queries=True), "write method.kv.keys=head, or method.kv.queries=false"),
@@ -132,6 +140,11 @@ def test_problems_say_what_to_write():
     ):
         (problem,) = problems(part)
         assert expected in problem
+    (problem,) = problems(KeysValues(before_bias=True), qkv_bias=False)
+    assert "this model, of family dream, has no bias there; write method.kv.before_bias=false" in problem
+    assert problems(KeysValues(before_bias=True), kv=16, qkv_bias=False) == []
+    (problem,) = problems(KeysValues(keys="channel", values=None), format="mxfp4")
+    assert "method.kv.keys=channel has a scale per channel, but mxfp4 shares one among 32 channels" in problem
     (problem,) = problems(KeysValues(rotate=True), head_size=6)
     assert "method.kv.tile=null: the width of a head" in problem
     assert problems(KeysValues(rotate=True), kv=16, head_size=6) == []
@@ -165,13 +178,24 @@ def padded(ids, left, right=0):
 SEQUENCE_PARTS = {
     "centered": KeysValues(keys="head", center="mean"),
     "centered, rotated": KeysValues(center="mean", rotate=True),
+    "channel": KeysValues(keys="channel", rotate=True, include_zero=False),
+    "channel, groups": KeysValues(keys="channel", center="mean", token_group=3, recent=2),
+    "recent": KeysValues(keys="head", recent=3),
+}
+BIAS_PARTS = {
+    "bias": KeysValues(before_bias=True),
+    "bias, centered": KeysValues(before_bias=True, keys="head", center="mean"),
+    "bias, channel": KeysValues(before_bias=True, keys="channel", token_group=4, recent=1),
 }
 
 
-@pytest.mark.parametrize("part", SEQUENCE_PARTS.values(), ids=SEQUENCE_PARTS)
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_a_row_depends_neither_on_padding_nor_on_other_rows(family, part):
-    model = fresh(family)
+CASES = [(family, name) for family in ("llada", "dream") for name in SEQUENCE_PARTS]
+CASES += [("dream", name) for name in BIAS_PARTS]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_row_depends_neither_on_padding_nor_on_other_rows(family, name):
+    model, part = fresh(family), (SEQUENCE_PARTS | BIAS_PARTS)[name]
     for block in model.blocks:
         install(part, block, ActivationBits(3))
     ids = torch.arange(14).view(2, 7) + 3
@@ -193,11 +217,11 @@ def test_keys_without_their_mean():
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
     for block in model.blocks:
-        block.sequence["k"] = Centered(nn.Identity())
+        block.sequence["k"] = Centered(Unchanged())
     torch.testing.assert_close(model(ids), before)
     x = random(2, 2, 5, 8)
     real = torch.tensor([[False, True, True, True, True], [True, True, True, False, False]])
-    left = Centered(nn.Identity())(x, real)
+    left = Centered(Unchanged())(x, real)
     for row in range(2):
         torch.testing.assert_close(left[row], x[row] - x[row][:, real[row]].mean(1, keepdim=True))
     install(KeysValues(keys="head", center="mean"), block, ActivationBits(4))
@@ -217,6 +241,69 @@ def test_a_cache_that_names_columns_is_refused():
         model.logits_where(ids, where, cache=cache.window(2, 4))
 
 
+def test_a_grid_per_channel():
+    """By hand, token by token: groups begin with the first real token, the last ones stay, padding stays."""
+    x, real = random(2, 2, 9, 4), torch.ones(2, 9, dtype=torch.bool)
+    real[0, :2] = False
+    real[1, 7:] = False
+    block = fresh("dream").blocks[0]
+    install(KeysValues(keys="channel", token_group=3, recent=1, include_zero=False), block, ActivationBits(2))
+    keys, values = block.sequence["k"](x, real), block.sequence["v"](x, real)
+    for row, groups, left in ((0, ([2, 3, 4], [5, 6, 7]), [0, 1, 8]), (1, ([0, 1, 2], [3, 4, 5]), [6, 7, 8])):
+        for group in groups:
+            tokens = x[row][:, group]
+            lo, hi = tokens.amin(1, keepdim=True), tokens.amax(1, keepdim=True)
+            scale = (hi - lo) / 3
+            zero = torch.round(-lo / scale)
+            expected = (torch.round(tokens / scale + zero).clamp(0, 3) - zero) * scale
+            torch.testing.assert_close(keys[row][:, group], expected)
+            assert not torch.equal(values[row][:, group], tokens)
+        assert torch.equal(keys[row][:, left], x[row][:, left])
+    assert torch.equal(values[0][:, 8], x[0][:, 8])
+    all_at_once = ChannelQuantizer(Grid(2), None, 1.0)
+    torch.testing.assert_close(all_at_once(x), Grid(2).fake(x, dim=2))
+
+
+def test_fewer_tokens_than_stay():
+    """Nothing is rounded, and nothing that is not a number appears, be it at padding."""
+    x, real = random(1, 2, 4, 8), torch.tensor([[False, True, True, True]])
+    block = fresh("dream").blocks[0]
+    install(KeysValues(keys="channel", recent=128, token_group=32), block, ActivationBits(2))
+    for marks in (real, None):
+        assert torch.equal(block.sequence["k"](x, marks), x)
+
+
+def test_keys_before_their_bias():
+    """A large bias takes no part of the grid; and it is added once, so that nothing changes without rounding."""
+    ids = torch.arange(12).view(2, 6)
+    model, plain = fresh("dream"), fresh("dream")
+    with torch.no_grad():
+        for block in (*model.blocks, *plain.blocks):
+            block.k.bias.copy_(100 * random(len(block.k.bias)))
+    exact, errors = plain(ids), []
+    for block in model.blocks:
+        install(KeysValues(values=None, before_bias=True), block, ActivationBits(8))
+    errors.append(F.mse_loss(model(ids), exact))
+    for block in model.blocks:
+        block.sequence["projected"].quantizer = Centered(AllButRecent(Unchanged(), 6), restore=True)
+    torch.testing.assert_close(model(ids), exact)
+    for block in plain.blocks:
+        install(KeysValues(values=None), block, ActivationBits(8))
+    errors.append(F.mse_loss(plain(ids), exact))
+    assert errors[0] < errors[1] / 10
+
+
+def test_a_bias_is_added_token_by_token_beside_a_cache():
+    model, ids = fresh("dream"), torch.arange(12).view(2, 6)
+    for block in model.blocks:
+        install(KeysValues(before_bias=True), block, ActivationBits(8))
+    where, cache = torch.ones_like(ids, dtype=torch.bool), model.empty_cache(*ids.shape)
+    before = model.logits_where(ids, where, cache=cache)
+    where[:, :3], where[:, 5:] = False, False
+    again = model.logits_where(ids, where, cache=cache.window(2, 5))
+    torch.testing.assert_close(again, before.view(2, 6, -1)[:, 3:5].flatten(0, 1))
+
+
 def test_keys_and_values_have_widths_of_their_own():
     ids = torch.arange(12).view(2, 6)
     expected, found = fresh("dream"), fresh("dream")
@@ -232,7 +319,7 @@ def test_keys_and_values_have_widths_of_their_own():
 
 def test_saved_models_keep_what_rounds_sequences(tmp_path):
     ids = torch.arange(12).view(2, 6)
-    for i, part in enumerate(SEQUENCE_PARTS.values()):
+    for i, part in enumerate((SEQUENCE_PARTS | BIAS_PARTS).values()):
         model, method = fresh("dream"), Method(name="m", rounding=RTN(), kv=part)
         bits = BitsConfig(kv=KVBits(3))
         report = quantize(model, method, bits, progress=False)
