@@ -148,10 +148,13 @@ def test_quantizing_a_block(method: str, pretend: State) -> None:
     assert waited == [len(model.blocks) * BLOCKS[method]]
 
 
-@pytest.mark.parametrize("method", ["rtn", "duquant", "quarot"])
-def test_a_forward_of_a_quantized_model_never_waits(method: str, pretend: State) -> None:
+KEYS = ("method.kv=per_channel", "method.kv.center=mean", "method.kv.recent=2", "method.kv.before_bias=true")
+
+
+@pytest.mark.parametrize(("method", "kv"), [("rtn", ()), ("duquant", ()), ("quarot", ()), ("rtn", KEYS)])
+def test_a_forward_of_a_quantized_model_never_waits(method: str, kv: tuple[str, ...], pretend: State) -> None:
     """Rounding activations, keys and values, and rotating them, asks nothing of the device."""
-    config = configured("dream", (METHODS[method][0], "w4a4", *METHODS[method][2:]))
+    config = configured("dream", (METHODS[method][0], "w4a4", *METHODS[method][2:], *kv))
     model = on("pretend", "dream")
     batch = torch.tensor([ids(8, 1)])
     quantize(model, build(config.method), config.bits, [Batch(batch)], progress=False)

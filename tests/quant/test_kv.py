@@ -8,16 +8,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dqx.formats.bits import ActivationBits, BitsConfig, KVBits
+from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.transformer import Unchanged, apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.checkpoint.folder import load_quantized, save_quantized
+from dqx.quant.checkpoint.on_disk import quantize_checkpoint
 from dqx.quant.kv import AllButRecent, Centered, ChannelQuantizer, KeysValues
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
+from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -328,3 +330,18 @@ def test_saved_models_keep_what_rounds_sequences(tmp_path):
         mask = padded(ids, 0)[1]
         mask[0, :2] = 0
         assert torch.equal(again(ids, mask), model(ids, mask))
+
+
+def test_from_disk_as_in_memory(tmp_path):
+    """The bias that is added after rounding travels with the block."""
+    source, ids = inspect(str(GOLDEN / "dream_tiny")), torch.arange(48).view(2, 24)
+    part = KeysValues(keys="channel", center="mean", recent=2, before_bias=True)
+    method, bits = (
+        Method(name="m", rounding=GPTQ(), kv=part),
+        BitsConfig(weight=WeightBits(4, group_size=-1), kv=KVBits(3)),
+    )
+    model = load_weights(source)
+    quantize(model, method, bits, [ids], progress=False)
+    quantize_checkpoint(source, tmp_path / "out", method, bits, [ids], progress=False)
+    again, _ = load_quantized(tmp_path / "out")
+    assert torch.equal(again(ids), model(ids))
