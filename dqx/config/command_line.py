@@ -39,7 +39,8 @@ HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
 PART = re.compile(r"(\+{0,2})(method|model)\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 INNER = re.compile(r"(\+{0,2})method\.([\w.]+\.(levels|allocation))=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
-PARTS = ("method.rounding", "method.clip", "method.activation", "method.kv", "model.sampler")
+SLOTS = ("rounding", "clip", "activation", "kv", "token_weight")
+PARTS = (*(f"method.{slot}" for slot in SLOTS), "model.sampler")
 VALUES = {"null", "true", "false"}
 SINGLE = re.compile(r"\+{0,2}(model|method|bits|calib|steps)=\[")
 CHOICE = re.compile(rf"\+{{0,2}}(({'|'.join(GROUPS)})=.*)", re.DOTALL)

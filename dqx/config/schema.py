@@ -73,6 +73,7 @@ class MethodConfig:
     activation: Any = None  # a part; null: a weight-only method
     kv: Any = None  # a part; null: keys and values stay as they are
     corrections: dict[str, Any] = field(default_factory=dict)  # named parts
+    token_weight: Any = None  # a part; null: all calibration tokens count alike
     order: list[Any] = field(default_factory=list)  # roles by steps, [[o], [q, k, v], ...]; []: as in the data flow
     quantizes: str = "weights"  # or weights_and_activations: what `bits=4` means with this method
     symmetric_weights: bool = False  # what bits choices take unless they say otherwise

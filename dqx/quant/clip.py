@@ -72,12 +72,12 @@ class OutputMSE:
     max_shrink: float = 0.5  # i < max_shrink * n_grid
     skip_roles: list[str] = field(default_factory=lambda: ["q", "k"])  # weights that keep their whole range
     stream: str = "fp"
-    needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    needs: ClassVar[frozenset[str]] = frozenset({"weighted_tokens"})
     clamps: ClassVar[bool] = True
 
     def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
         return output_mse_range(
-            w_OGW, grid, stats["tokens"], columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink
+            w_OGW, grid, stats["weighted_tokens"], columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink
         )
 
     def problems(self, where: str, context: Context) -> list[str]:

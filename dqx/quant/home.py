@@ -21,6 +21,7 @@ class Progress:
     blocks: int = 0  # that are done
     rows: Sequence[LinearRow] = ()  # of the report, for these
     inputs: Mapping[str, Row] = field(default_factory=dict)  # of the next block, by stream
+    weights: Row | None = None  # of the calibration tokens [1, T], by sequence
     seconds: float = 0.0
     peak_ram: int = 0
     peak_gpu: int = 0

@@ -30,6 +30,7 @@ from dqx.quant.method import Method
 from dqx.quant.protocols import Context, ModelChange
 from dqx.quant.report import LinearRow, QuantReport, kept_rows
 from dqx.quant.stream import Stream
+from dqx.quant.token_weight import token_weights
 
 
 class Batch(Protocol):
@@ -144,11 +145,15 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     context = Context(arch, widths.usual, method, asked.seed, store=home.store)
     changes = method.changes(context, device)
 
+    weights = done.weights
+
     def stream(name: str, inputs: Row | None = None) -> Stream:
-        return Stream(home.model, ids, mean=name == "mean", store=home.store, inputs=inputs)
+        return Stream(home.model, ids, mean=name == "mean", store=home.store, inputs=inputs, weights=weights)
 
     if home.progress is None:
         with home.outer():
+            if method.token_weight is not None and needed:
+                weights = token_weights(method.token_weight, home, ids)
             for change in changes:
                 change.outer(home.model)
             streams = {name: stream(name) for name in sorted(needed)}
@@ -160,7 +165,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
         report.seconds = done.seconds + time.perf_counter() - started
         report.peak_ram = max(done.peak_ram, peak_ram())
         report.peak_gpu = max(done.peak_gpu, accelerator.peak_memory(device))
-        home.note(Progress(blocks, report.linears, inputs, report.seconds, report.peak_ram, report.peak_gpu))
+        home.note(Progress(blocks, report.linears, inputs, weights, report.seconds, report.peak_ram, report.peak_gpu))
 
     with _progress_bar(asked.progress) as bar:
         steps = len(method.steps(arch))

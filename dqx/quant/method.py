@@ -25,9 +25,11 @@ from dqx.quant.protocols import (
     ModelChange,
     Rounding,
     SiteTransform,
+    TokenWeight,
     Transform,
     choice_problems,
 )
+from dqx.quant.stats import COLLECTORS
 
 QUANTIZES = ("weights", "weights_and_activations")
 
@@ -39,7 +41,8 @@ class Method:
     `rounding` None: weights stay as they are (fp16). `activation` None: a weight-only method. `rounding_by_role`
     replaces the rounding of single roles (`down: {_target_: ...}`; None leaves the role in 16 bit, its input too).
     `transforms` are applied in their order, `corrections` at their sites. `order` lists the steps in which the linears
-    of a block are rounded, in each some roles of one site, which see the same statistics; none: site by site. `variant`
+    of a block are rounded, in each some roles of one site, which see the same statistics; none: site by site.
+    `token_weight` None: all calibration tokens count alike. `variant`
     tells settings apart that share a name, such as "as_published". `quantizes` decides what `bits=N` means: "weights"
     is N-bit weights in groups of 128 and 16-bit activations, "weights_and_activations" N bits for both.
     """
@@ -53,6 +56,7 @@ class Method:
     kv: KeysValues | None = None
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     order: Sequence[Sequence[str]] = ()
+    token_weight: TokenWeight | None = None
     variant: str = ""
     quantizes: str = "weights"
 
@@ -140,6 +144,7 @@ class Method:
         if self.clip is not None and (strange := [role for role in self.clip.skip_roles if role not in arch.roles]):
             yield f"method.clip.skip_roles has {', '.join(strange)}; the roles are {', '.join(arch.roles)}"
         yield from self._order_problems(arch)
+        yield from self._weight_problems()
         for name, part in self.corrections.items():
             if part.site not in (*arch.sites, FINAL):
                 sites = ", ".join((*arch.sites, FINAL))
@@ -164,6 +169,17 @@ class Method:
                 f"shifted, which must be rounded by then; write method.order=[], or ~method.corrections.{first}"
             )
 
+    def _weight_problems(self) -> Iterator[str]:
+        if self.token_weight is None:
+            return
+        weighted = {name for name, statistic in COLLECTORS.items() if statistic.weighted}
+        if not any(weighted & _statistics(part) for part in self._parts().values()):
+            yield (
+                f"method.token_weight={type(self.token_weight).__name__} weighs the calibration tokens in statistics "
+                f"that are averages over them, but method {self.name} has no part that looks at one; write "
+                "method.token_weight=null, or take a part that does (method.rounding=gptq)"
+            )
+
     def _told(self) -> list[list[str]]:
         return [list(roles) for roles in self.order]
 
@@ -179,6 +195,7 @@ class Method:
             **{f"method.rounding_by_role.{role}": part for role, part in self.rounding_by_role.items()},
             "method.activation": self.activation,
             "method.kv": self.kv,
+            "method.token_weight": self.token_weight,
             **{f"method.corrections.{name}": part for name, part in self.corrections.items()},
         }
         return {where: part for where, part in named.items() if part is not None}
@@ -218,3 +235,9 @@ class Method:
                 if key in asked
             ]
         return problems
+
+
+def _statistics(part: Any) -> set[str]:
+    """The statistics that a part asks for, at whatever site."""
+    needs = getattr(part, "needs", ())
+    return set().union(*needs.values()) if isinstance(needs, Mapping) else set(needs)

@@ -213,6 +213,24 @@ class KeysValues(Part, Protocol):
     def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None: ...
 
 
+class TokenWeight(Part, Protocol):
+    """How much each calibration token counts where a statistic is an average over tokens, as ratios to the others.
+
+    `facts` are "masked" [1, T] (bool) and, where `needs` names it, "confidence" [1, T]: the probability that the
+    full-precision model gives to its first choice at each masked token, 0 elsewhere. Weights [1, T] must be finite and
+    not negative. The loop divides them by their mean over all tokens; before that by the mean over each sequence, with
+    `per_sequence`.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+
+    @property
+    def per_sequence(self) -> bool: ...
+
+    def __call__(self, facts: Mapping[str, Tensor]) -> Tensor: ...
+
+
 class Correction(Part, Protocol):
     """Repairs the full-precision side of a site after the linears before it were rounded.
 

@@ -1,6 +1,7 @@
 """Statistics of a linear's input, gathered sequence by sequence and shared by all linears of one site.
 
-T tokens of one sequence, N of all, I = inputs.
+T tokens of one sequence, N of all, I = inputs. Tokens may have weights, whose mean over all of them is 1
+(`token_weight.py`): averages are then weighted ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dqx.quant.registry import register
 
 CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
+NO_WEIGHT = 1e-30  # stands for a sum of weights that is 0, to divide by
 PANEL = 512  # columns of a symmetric product that are computed at a time
 
 #: Every statistic by the name that a part's `needs` says.
@@ -33,6 +35,9 @@ class Collector:
 
     factors: ClassVar[int] = 0  # matrices [I, I] of float32 held at a time by it and by who uses it, for estimates
     averaged: ClassVar[bool] = True  # over tokens
+    weighted: ClassVar[bool] = False  # whether `add` looks at `weight`
+
+    weight: Tensor | None = None  # [1, T], of the tokens that are added; None: all count alike
 
     def __init_subclass__(cls, *, statistic: str = "") -> None:
         if statistic:
@@ -43,8 +48,16 @@ class Collector:
         self.n_tokens = 0  # seen so far
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
-        """See x [1, T, I], and for parts that follow both streams the same sequence in the full-precision model."""
+        """See x [1, T, I], and for parts that follow both streams the same sequence in the full-precision model.
+
+        `weight` has their weights.
+        """
         raise NotImplementedError
+
+    def see(self, x: Tensor, intact: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """`add` a sequence whose tokens have these weights [1, T]."""
+        self.weight = weight
+        self.add(x, intact)
 
     def value(self) -> Any:
         """The statistic. Raises ValueError if no token was seen."""
@@ -60,13 +73,14 @@ class Hessian(Collector, statistic="hessian"):
     """
 
     factors: ClassVar[int] = 3  # the sum, its factor, and room to factor
+    weighted: ClassVar[bool] = True  # X^T diag(weights) X / N
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1])
         if self.total is None:
             self.total = wide(x.new_zeros(x.shape[-1], x.shape[-1]))
-        for chunk in rows.split(CHUNK_TOKENS):
-            chunk = wide(chunk)
+        for part in _chunks(len(rows)):
+            chunk = scaled(wide(rows[part]), self.weight, part)
             for left, right in _panels(len(self.total)):
                 self.total[:right, left:right].addmm_(chunk[:, :right].T, chunk[:, left:right])
         self.n_tokens += len(rows)
@@ -78,6 +92,15 @@ class Hessian(Collector, statistic="hessian"):
         return mean
 
 
+def _chunks(n_rows: int) -> list[slice]:
+    return [slice(start, start + CHUNK_TOKENS) for start in range(0, n_rows, CHUNK_TOKENS)]
+
+
+def scaled(rows: Tensor, weight: Tensor | None, part: slice = slice(None)) -> Tensor:
+    """Rows, a `part` of a sequence's tokens, times the root of their weights [1, T]: squares then are weighted."""
+    return rows if weight is None else rows * weight[:, part].reshape(-1, 1).sqrt().to(rows.dtype)
+
+
 def _panels(n_columns: int) -> list[tuple[int, int]]:
     return [(left, min(left + PANEL, n_columns)) for left in range(0, n_columns, PANEL)]
 
@@ -86,24 +109,35 @@ class Cross(Collector, statistic="cross"):
     """`(X_fp - X_q)^T X_q / N` [I, I]: row = a channel of the difference, column = one of the quantized model."""
 
     factors: ClassVar[int] = 4
+    weighted: ClassVar[bool] = True
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         rows, wanted = x.reshape(-1, x.shape[-1]), _paired(intact).reshape(-1, x.shape[-1])
         if self.total is None:
             self.total = wide(x.new_zeros(x.shape[-1], x.shape[-1]))
-        for quantized, fp in zip(rows.split(CHUNK_TOKENS), wanted.split(CHUNK_TOKENS), strict=True):
-            quantized = wide(quantized)
-            self.total.addmm_((wide(fp) - quantized).T, quantized)
+        for part in _chunks(len(rows)):
+            quantized = wide(rows[part])
+            difference = scaled(wide(wanted[part]) - quantized, self.weight, part)
+            self.total.addmm_(difference.T, scaled(quantized, self.weight, part))
         self.n_tokens += len(rows)
 
 
 class Shift(Collector, statistic="shift"):
     """Mean and variance over tokens [2, I] of `x_fp - x_q`, in float64."""
 
+    weighted: ClassVar[bool] = True
+
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         change = (_paired(intact).double() - x.double()).reshape(-1, x.shape[-1])
-        n, mean = len(change), change.mean(0)
-        squares = (change - mean).square().sum(0)
+        n: Any  # the sum of their weights
+        if self.weight is None:
+            n, mean = len(change), change.mean(0)
+            squares = (change - mean).square().sum(0)
+        else:
+            heavy = self.weight.double().reshape(-1, 1)
+            n = heavy.sum().clamp(min=NO_WEIGHT)  # a sequence whose tokens all have weight 0 adds nothing
+            mean = (heavy * change).sum(0) / n
+            squares = (heavy * (change - mean).square()).sum(0)
         if self.total is None:  # the mean so far, and the sum of squared deviations from it
             self.n_tokens, self.total = n, torch.stack((mean, squares))
             return
@@ -144,9 +178,12 @@ class AbsMax(Collector, statistic="absmax"):
 class AbsMean(Collector, statistic="absmean"):
     """The mean |x| of every channel [I], summed in float64."""
 
+    weighted: ClassVar[bool] = True
+
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        total = rows.abs().sum(0, dtype=torch.float64)
+        heavy = rows.abs() if self.weight is None else rows.abs() * self.weight.reshape(-1, 1)
+        total = heavy.sum(0, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         self.n_tokens += len(rows)
 
@@ -164,7 +201,7 @@ class MinMax(Collector, statistic="minmax"):
 
 
 class Tokens(Collector, statistic="tokens"):
-    """Every (N // 512)-th token [n, I], from the first: at least 512 where there are so many (AWQ's clip search)."""
+    """Every (N // 512)-th token [n, I], from the first: at least 512 where there are so many."""
 
     def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
         self.stride = max(1, n_tokens // SAMPLED_TOKENS)
@@ -178,6 +215,31 @@ class Tokens(Collector, statistic="tokens"):
 
     def value(self) -> Tensor:
         return torch.cat(self.kept)
+
+
+class WeightedTokens(Tokens, statistic="weighted_tokens"):
+    """As `Tokens`, times the root of their weights, for errors that are quadratic in the input (AWQ's clip search)."""
+
+    weighted: ClassVar[bool] = True
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        super().add(x if self.weight is None else scaled(wide(x[0]), self.weight)[None])
+
+
+class Weights(Collector, statistic="weights"):
+    """The weights of all tokens, a list of [1, T] with one entry per sequence; None where tokens have none."""
+
+    weighted: ClassVar[bool] = True
+
+    def __init__(self, n_tokens: int = 0, store: ActivationStore | None = None) -> None:
+        self.kept: list[Tensor] = []
+
+    def add(self, x: Tensor, intact: Tensor | None = None) -> None:
+        if self.weight is not None:
+            self.kept.append(self.weight)
+
+    def value(self) -> list[Tensor] | None:
+        return self.kept or None
 
 
 class Inputs(Collector, statistic="inputs"):

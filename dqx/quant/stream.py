@@ -33,8 +33,9 @@ class Stream:
     """The inputs of the current block [1, T, D], one per calibration sequence, in one version of the model.
 
     Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
-    With `mean` there is one sequence, the mean of the others position by position; they must be equally long. Inputs
-    lie where `store` has room for them; those of a later block than the first may be given.
+    With `mean` there is one sequence, the mean of the others position by position; they must be equally long, and its
+    tokens have no weights. Inputs lie where `store` has room for them; those of a later block than the first may be
+    given. `weights` are those of each sequence's tokens [1, T], for statistics that are averages.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Stream:
         mean: bool = False,
         store: ActivationStore | None = None,
         inputs: Row | None = None,
+        weights: Row | None = None,
     ):
         self.model, self.store = model, store or ActivationStore()
         self.ids = [row for batch in ids for row in batch.split(1)]
@@ -59,11 +61,16 @@ class Stream:
         self.ids = self.ids[: len(inputs)]
         self.n_tokens = sum(row.shape[1] for row in self.ids)
         self.inputs = inputs
+        self.weights = None if mean else weights
         self.outputs: Row | None = None
 
     def forward(self, block: nn.Module, i: int) -> Tensor:
         """The output of `block` for sequence i."""
         return block(self.inputs[i], *self.model.context(self.ids[i]))
+
+    def weight(self, i: int) -> Tensor | None:
+        """The weights [1, T] of sequence i's tokens."""
+        return None if self.weights is None else self.weights[i]
 
     def advance(self, block: nn.Module) -> None:
         """Move on to the input of the next block."""
@@ -85,14 +92,17 @@ class Stream:
         if not wanted:
             return {}
 
+        weight: Tensor | None = None  # of the sequence on its way
+
         def add(site: str, x: Tensor) -> None:
             for collector in wanted[site].values():
-                collector.add(seen(x))
+                collector.see(seen(x), weight=weight)
 
         stop_at = None if keep_outputs else [site for site in block.arch.sites if site in wanted][-1]
         outputs = self.store.row(keep=True) if keep_outputs else []
         with listening(block, wanted, add, stop_at):
             for i in range(len(self.inputs)):
+                weight = self.weight(i)
                 if (output := self._forward_to(block, i)) is not None:
                     outputs.append(output)
         if keep_outputs:
@@ -129,7 +139,7 @@ def collect_paired(
         x = seen(quantized.input_at(block, i, site))
         wanted = intact_seen(intact.input_at(intact_block, i, site))
         for collector in by_name.values():
-            collector.add(x, wanted)
+            collector.see(x, wanted, quantized.weight(i))
     return values(by_name)
 
 
@@ -141,7 +151,7 @@ def collect_outputs(
     for i in range(len(stream.inputs)):
         x, wanted = (after(stream.forward(version, i)) for version in (block, intact_block))
         for collector in by_name.values():
-            collector.add(x, wanted)
+            collector.see(x, wanted, stream.weight(i))
     return values(by_name)
 
 

@@ -54,6 +54,11 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
     told = [f"model.{p}" if p.startswith("sampler.") else p for p in told]
     if method is None or method.needs_data or config.outliers.samples > 0:
         told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
+    if method is not None and method.token_weight is not None and config.calib.masking == "clean":
+        told.append(
+            "calib=clean masks no token, so method.token_weight, which tells masked tokens from visible ones, does "
+            "nothing; calibrate on masked text (calib=mcs, random_t or trajectory), or write method.token_weight=null"
+        )
     return told
 
 

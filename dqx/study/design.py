@@ -44,6 +44,12 @@ class Design:
         return self.method.streams(self.widths)
 
     @property
+    def asks_confidence(self) -> bool:
+        """Whether the unquantized model runs over the calibration text, for the weights of its tokens."""
+        weight = self.method.token_weight
+        return bool(self.streams) and weight is not None and "confidence" in weight.needs
+
+    @property
     def changes_model(self) -> bool:
         """Whether the method, at these bits, quantizes or transforms anything."""
         method, widths = self.method, self.widths

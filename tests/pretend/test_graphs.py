@@ -58,7 +58,7 @@ def inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
 def rounded(device: str, name: str) -> QuantizedWeight:
     grid, group_size, settings = CASES[name]
     w, x, change = inputs(device)
-    clip: BoundClip | None = ClipAtSite(OutputMSE(n_grid=4), {"tokens": x}) if name == "clamped" else None
+    clip: BoundClip | None = ClipAtSite(OutputMSE(n_grid=4), {"weighted_tokens": x}) if name == "clamped" else None
     if isinstance(settings, GPTAQ):
         return gptaq_round(w, x.T @ x, change.T @ x, grid, group_size, clip, settings)
     return gptq_round(w, x.T @ x, grid, group_size, clip, settings)

@@ -36,6 +36,7 @@ METHODS = {
         "method.rounding_by_role.down.levels.iterations=2",
     ),
     "quant_dllm": ("quant_dllm", "w2a16", GROUPS, "method.rounding.levels.iterations=2"),
+    "weighted tokens": ("gptaq", "w2a16", GROUPS, "method.token_weight=confidence"),
 }
 FORMATS = {
     "static": ("rtn", "w8a8", "method.activation=static"),
@@ -45,6 +46,7 @@ FORMATS = {
     "nvfp4": ("rtn", "nvfp4", "method.activation=static"),
 }
 IDS = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
+IDS[:, ::3] = 257  # the mask token of small checkpoints
 BATCHES = [Batch(IDS)]
 DEVICE = "pretend:0"
 families = pytest.mark.parametrize("family", ["llada", "dream"])

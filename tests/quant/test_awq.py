@@ -63,9 +63,9 @@ def test_equals_official(name, case):
     transform.apply(block, stats, context)  # searches again, and gives up hopeless candidates
     assert torch.equal(block.attn_norm.weight, gains[0])
     assert torch.equal(block.mlp_norm.weight, gains[1])
-    stats, scaled = statistics(block, hidden, dict.fromkeys(SITES, frozenset({"tokens"})))
+    stats, scaled = statistics(block, hidden, dict.fromkeys(SITES, frozenset({"weighted_tokens"})))
     torch.testing.assert_close(scaled, outputs, atol=2e-4, rtol=0)
-    assert len(stats["attn_in"]["tokens"]) == 600
+    assert len(stats["attn_in"]["weighted_tokens"]) == 600
     clip, grid = OutputMSE(), Grid(case["w_bit"], include_zero=False)
     for site, roles in SITES.items():
         for role in roles:

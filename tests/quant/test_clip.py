@@ -111,7 +111,7 @@ def test_fixed_ratio_shrinks_both_ends():
 def test_weights_on_the_grid_keep_their_range(clip):
     grid, w = Grid(3), weights()
     on_grid = rounded(grid, w, w.amin(-1, keepdim=True), w.amax(-1, keepdim=True))
-    stats = {"tokens": torch.randn(64, 48, dtype=torch.float64)}
+    stats = {"weighted_tokens": torch.randn(64, 48, dtype=torch.float64)}
     lo, hi = clip(on_grid, grid, stats, torch.arange(48).view(3, 16))
     torch.testing.assert_close(lo, on_grid.amin(-1, keepdim=True))
     torch.testing.assert_close(hi, on_grid.amax(-1, keepdim=True))

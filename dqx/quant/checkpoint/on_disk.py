@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.checkpoint import Checkpoint, load_block, load_outer, skeleton
 from dqx.models.plant import plant_in_block
 from dqx.models.transformer import Block
-from dqx.quant.activations_store import ActivationStore, Shelf
+from dqx.quant.activations_store import ActivationStore, Row, Shelf
 from dqx.quant.checkpoint import PARTIAL
 from dqx.quant.checkpoint import folder as saved
 from dqx.quant.home import Home, Progress
@@ -142,11 +142,11 @@ class OnDisk(Home):
         self.model.blocks[index] = block.to("meta")
 
     def note(self, progress: Progress) -> None:
-        rows = {name: row for name, row in progress.inputs.items() if isinstance(row, Shelf)}
-        inputs = {name: {"row": row.folder.name, "length": len(row)} for name, row in rows.items()}
-        state = {"job": self.settings, **vars(progress), "inputs": inputs, "shards": self.shards}
+        inputs = {name: _entry(row) for name, row in progress.inputs.items()}
+        weights = None if progress.weights is None else _entry(progress.weights)
+        state = {"job": self.settings, **vars(progress), "inputs": inputs, "weights": weights, "shards": self.shards}
         write_json(self.folder / PROGRESS, state)
-        self._remove_rows({row.folder.name for row in rows.values()})
+        self._remove_rows(_named(state))
         trim()
 
     def finish(self, output: Path, report: QuantReport) -> None:
@@ -176,13 +176,16 @@ class OnDisk(Home):
         self._free_outer()
         for index in range(state["blocks"]):
             self.model.blocks[index] = saved.read_block(self.folder, index, self.source.arch, "cpu").to("meta")
-        self._remove_rows({entry["row"] for entry in state["inputs"].values()})
-        inputs = {
-            name: Shelf(self.store, self.rows / entry["row"], keep=True, device=self.device, length=entry["length"])
-            for name, entry in state["inputs"].items()
-        }
+        self._remove_rows(_named(state))
+        inputs = {name: self._shelf(entry) for name, entry in state["inputs"].items()}
+        weights = None if state["weights"] is None else self._shelf(state["weights"])
         rows = [LinearRow.from_dict(row) for row in state["rows"]]
-        return Progress(state["blocks"], rows, inputs, state["seconds"], state["peak_ram"], state["peak_gpu"])
+        return Progress(state["blocks"], rows, inputs, weights, state["seconds"], state["peak_ram"], state["peak_gpu"])
+
+    def _shelf(self, entry: Mapping[str, Any]) -> Shelf:
+        """The row that `_entry` tells of."""
+        folder = self.rows / entry["row"]
+        return Shelf(self.store, folder, keep=True, device=self.device, length=entry["length"])
 
     def _remove_rows(self, wanted: set[str]) -> None:
         """Delete all activations on disk but these rows."""
@@ -198,6 +201,17 @@ class OnDisk(Home):
             module.to("meta")
         if tied:
             self.model.head.weight = self.model.embed.weight
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    """Where a row lies, for `progress.json`."""
+    assert isinstance(row, Shelf)
+    return {"row": row.folder.name, "length": len(row)}
+
+
+def _named(state: Mapping[str, Any]) -> set[str]:
+    """The folders of all rows that a state of progress needs."""
+    return {entry["row"] for entry in (*state["inputs"].values(), state["weights"]) if entry is not None}
 
 
 def _digest(ids: Sequence[Tensor]) -> str:

@@ -10,6 +10,8 @@ The code of the study judges LLaDA's attn_in and mlp_in by the whole block, fed 
 normalised already, as if it were the residual stream (`judge: block`); the default follows the paper. Where heads are
 grouped, v cannot take over a factor per query head and attn_out is left alone, as in the authors' code.
 
+Where calibration tokens have weights (`token_weight.py`), the mean and the judges' squared errors are weighted by them.
+
 Work is saved where that is exact: a linear's own error needs only X^T X once there are more tokens than inputs, and a
 candidate is given up when the part of its error found so far exceeds the best whole one.
 
@@ -18,7 +20,7 @@ R = candidates, O = outputs, I = inputs, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,6 +34,7 @@ from dqx.formats.weight import group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, block_rope, choice_problems
+from dqx.quant.stats import scaled
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
 
@@ -44,6 +47,7 @@ MLP_TOKENS = 256  # tokens that the MLP judges at a time
 #: Squared output error of a channel scale [I]; a part of it that exceeds the second argument may be returned instead.
 Judge = Callable[[Tensor, float], float]
 Grids = Mapping[str, tuple[Grid, int]]  # by role: grid and group size
+Weights = Sequence[Tensor] | None  # of the tokens [1, T] of each sequence; None: all alike
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class AWQScale:
 
     @property
     def needs(self) -> Mapping[str, frozenset[str]]:
-        return {site: frozenset({"inputs", "absmean"}) for site in scaled_sites(self.sites)}
+        return {site: frozenset({"inputs", "absmean", "weights"}) for site in scaled_sites(self.sites)}
 
     @torch.no_grad()
     def apply(self, block: Block, stats: Mapping[str, Mapping[str, Any]], context: Context) -> None:
@@ -84,12 +88,13 @@ class AWQScale:
         With `give_up` the errors of candidates worse than the best may be too small, but stay larger than the best.
         """
         inputs: Row = stats["inputs"]
+        weights: Weights = stats.get("weights")
         weight: Tensor = getattr(block, block.arch.sites[site][0]).weight
         candidates = channel_scales(stats["absmean"].to(wide(weight).dtype), self.n_grid)
         if site in ("attn_out", "mlp_out"):
-            judge = linear_judge(weight, *grids[block.arch.sites[site][0]], inputs)
+            judge = linear_judge(weight, *grids[block.arch.sites[site][0]], inputs, weights)
         else:
-            judge = module_judge(block, site, grids, self.judge, inputs, context)
+            judge = module_judge(block, site, grids, self.judge, inputs, context, weights)
         losses = try_all(judge, candidates, give_up=give_up)
         n_outputs = block.arch.hidden_size * sum(x.shape[:-1].numel() for x in inputs)
         best = min(range(len(losses)), key=losses.__getitem__)  # the first of equals
@@ -133,12 +138,12 @@ def try_all(judge: Judge, candidates: Tensor, *, give_up: bool = True) -> list[f
     return losses
 
 
-def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row) -> Judge:
+def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row, weights: Weights = None) -> Judge:
     """Judges a linear by its own output on inputs [1, T, I]."""
     n_in = w_OI.shape[1]
     n_tokens = sum(x.shape[:-1].numel() for x in inputs)
-    square = doubled_upper_half(gram(inputs)) if n_tokens > (n_in + TILE) / 2 else None
-    rows_NI = None if square is not None else torch.cat([wide(x).reshape(-1, n_in) for x in inputs])
+    square = doubled_upper_half(gram(inputs, weights)) if n_tokens > (n_in + TILE) / 2 else None
+    rows_NI = None if square is not None else torch.cat(list(_weighted_rows(inputs, weights)))
     top_I = column_absmax([w_OI])  # what grids with a scale per tensor go by
 
     def loss(scale_I: Tensor, bound: float) -> float:
@@ -156,12 +161,17 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row) -> Judg
     return loss
 
 
-def gram(inputs: Row) -> Tensor:
-    """`X^T X` [I, I] of inputs [1, T, I]."""
+def _weighted_rows(inputs: Row, weights: Weights) -> Iterator[Tensor]:
+    """Inputs [1, T, I] as rows [T, I], times the root of their tokens' weights."""
+    for i, x in enumerate(inputs):
+        yield scaled(wide(x).reshape(-1, x.shape[-1]), None if weights is None else weights[i])
+
+
+def gram(inputs: Row, weights: Weights = None) -> Tensor:
+    """`X^T X` [I, I] of inputs [1, T, I], their tokens weighted."""
     n_in = inputs[0].shape[-1]
     total = torch.zeros(n_in, n_in, dtype=wide(inputs[0]).dtype, device=inputs[0].device)
-    for x in inputs:
-        rows = wide(x).reshape(-1, n_in)
+    for rows in _weighted_rows(inputs, weights):
         total.addmm_(rows.T, rows)
     return total
 
@@ -183,7 +193,9 @@ def quadratic_form(change_OI: Tensor, doubled_II: Tensor) -> float:
     return total
 
 
-def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row, context: Context) -> Judge:
+def module_judge(
+    block: Block, site: str, grids: Grids, judge: str, inputs: Row, context: Context, weights: Weights = None
+) -> Judge:
     """Judges the linears at attn_in or mlp_in by the output of their sublayer, or of the whole block."""
 
     def kept(tensors: Iterable[Tensor]) -> Row:
@@ -204,22 +216,24 @@ def module_judge(block: Block, site: str, grids: Grids, judge: str, inputs: Row,
     elif judge == "block":  # what comes before the MLP is the same for all candidates
         inputs = kept(block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs)
 
-    def parts() -> Iterator[Tensor]:
-        for x in inputs:  # tokens do not see each other in the MLP: there a candidate can be given up in between
+    def parts(row: Iterable[Tensor]) -> Iterator[Tensor]:
+        for x in row:  # tokens do not see each other in the MLP: there a candidate can be given up in between
             yield from x.split(MLP_TOKENS, dim=1) if site == "mlp_in" else (x,)
 
-    weights = {role: getattr(block, role).weight for role in grids}
-    top_I = column_absmax(list(weights.values()))
+    matrices = {role: getattr(block, role).weight for role in grids}
+    top_I = column_absmax(list(matrices.values()))
     with _replaced(block, {}, site if transformed else None):
-        targets = kept(forward(x) for x in parts())
+        targets = kept(forward(x) for x in parts(inputs))
+    heavy = [None] * len(targets) if weights is None else [part[..., None] for part in parts(weights)]
 
     def loss(scale_I: Tensor, bound: float) -> float:
         total = 0.0
         scaled_grids = {role: (grid.for_tensor(top_I * scale_I), size) for role, (grid, size) in grids.items()}
-        rounded = {role: rescaled_rounding(w, scale_I, *scaled_grids[role]) for role, w in weights.items()}
+        rounded = {role: rescaled_rounding(w, scale_I, *scaled_grids[role]) for role, w in matrices.items()}
         with _replaced(block, rounded, site if transformed else None):
-            for x, target in zip(parts(), targets, strict=True):
-                total += (wide(forward(x)) - wide(target)).square().sum(dtype=torch.float64).item()
+            for x, target, weight in zip(parts(inputs), targets, heavy, strict=True):
+                error = (wide(forward(x)) - wide(target)).square()
+                total += (error if weight is None else error * weight).sum(dtype=torch.float64).item()
                 if total > bound:
                     break
         return total

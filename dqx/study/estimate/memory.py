@@ -31,6 +31,7 @@ from dqx.diffusion.engine import row_bytes
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.stats import COLLECTORS
+from dqx.quant.token_weight import HEAD_TOKENS
 from dqx.study.design import Design
 from dqx.study.estimate.speed import batch_rows, block_parameters
 from dqx.study.estimate.work import Work, fidelity_work, outlier_work, work_of_tasks
@@ -81,6 +82,8 @@ def memory_pools(design: Design, gpu_bytes: int | None = None) -> list[Pool]:
     needs, settings = memory_needs(design, smallest=True), config.memory
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
     working = block + _working_bytes(design)
+    if design.asks_confidence:  # embedding and head stay beside the blocks, until all are passed
+        working = max(working, sum(outer) + block + row_bytes(arch, config.calib.length, HEAD_TOKENS))
     evaluating, in_memory = needs.weights + needs.evaluating, needs.weights + needs.quantizing
     count = (
         1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)

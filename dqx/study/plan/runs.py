@@ -268,6 +268,8 @@ def calibration_work(design: Design) -> list[Work]:
     sequences = sum(PASSES_PER_STREAM * (1 if stream == "mean" else calib.samples) for stream in design.streams)
     searched = sum(transform.candidates for transform in design.method.block_transforms.values())
     sequences += round(PASSES_PER_CANDIDATE * searched * calib.samples)
+    if design.asks_confidence:
+        sequences += calib.samples
     work = [Work("plain", sequences, sequences, calib.length)] if sequences else []
     if calib.rollout and design.reads_text:  # half a generation for each window
         steps = calib.samples * (calib.steps or calib.gen_length or 0) // 2

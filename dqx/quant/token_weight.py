@@ -1,0 +1,136 @@
+"""How much each calibration token counts in statistics that are averages over tokens: `method.token_weight`.
+
+A mask predictor reads tokens of two kinds, masked and visible, and only what it says at masked ones is ever used, that
+of which it is sure first. DLLMQuant (Xu and Yang 2025, arXiv:2508.14090, certainty-guided quantization) therefore gives
+every token a weight in GPTQ's Hessian, `H = X^T diag(w) X / N`, by whether it is masked and by the model's confidence
+in it. There is no code of the authors; the constants are those of a community's re-implementation (visible 0.5, masked
+0.5 + p, divided by the mean of each sequence). Here the weights go into every average over tokens: the Hessian, GPTAQ's
+cross term, AWQ's mean |x|, its judges' and its clip search's errors, and the mean shift.
+
+Weights are divided by their mean over all tokens, so that GPTQ's damping keeps its meaning. Equal weights change
+nothing, to the bit; weight 0 leaves tokens out.
+
+B sequences of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dqx.formats.integers import wide
+from dqx.models.transformer import shift_logits
+from dqx.quant.activations_store import Row
+from dqx.quant.home import Home
+from dqx.quant.protocols import Context, TokenWeight
+
+HEAD_TOKENS = 256  # tokens whose logits are looked at a time
+
+
+@dataclass(frozen=True)
+class MaskState:
+    """One weight for masked tokens, another for visible ones."""
+
+    masked: float = 2.0
+    visible: float = 1.0
+    per_sequence: bool = False  # the mean of every sequence is 1, not only that of all
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, facts: Mapping[str, Tensor]) -> Tensor:
+        return torch.where(facts["masked"], self.masked, self.visible)
+
+    def problems(self, where: str, context: Context) -> list[str]:
+        return _number_problems(where, masked=self.masked, visible=self.visible)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Masked tokens count `base + p^power`, p the full-precision model's probability of its first choice there."""
+
+    base: float = 0.5
+    power: float = 1.0
+    visible: float = 0.5  # the weight of visible tokens
+    per_sequence: bool = True  # the mean of every sequence is 1, not only that of all
+    needs: ClassVar[frozenset[str]] = frozenset({"confidence"})
+
+    def __call__(self, facts: Mapping[str, Tensor]) -> Tensor:
+        return torch.where(facts["masked"], self.base + facts["confidence"].pow(self.power), self.visible)
+
+    def problems(self, where: str, context: Context) -> list[str]:
+        return _number_problems(where, base=self.base, power=self.power, visible=self.visible)
+
+
+def _number_problems(where: str, **numbers: float) -> list[str]:
+    problems = [
+        f"{where}.{name}={number} must be a number of at least 0"
+        for name, number in numbers.items()
+        if not (number >= 0 and math.isfinite(number))
+    ]
+    if not problems and not any(numbers.values()):
+        problems = [f"{where}: {' and '.join(numbers)} are all 0, so no token would count; give one of them above 0"]
+    return problems
+
+
+def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor]) -> Row:
+    """The weights [1, T] in float32 of each calibration sequence among `ids` [B, T], their mean over all tokens 1.
+
+    The model must not have been changed yet, its embedding and head loaded. Raises ValueError where no token is masked
+    and where the weights are not finite, negative, or all 0.
+    """
+    rows = [row for batch in ids for row in batch.split(1)]
+    masked = [row == home.model.arch.mask_token_id for row in rows]
+    if not any(row.any() for row in masked):
+        raise ValueError(
+            "method.token_weight tells masked calibration tokens from visible ones, but none is masked; calibrate on "
+            "masked text (calib=mcs, random_t or trajectory), or write method.token_weight=null"
+        )
+    facts = [{"masked": row} for row in masked]
+    if "confidence" in part.needs:
+        confident = zip(facts, confidences(home, rows), strict=True)
+        facts = [{**known, "confidence": seen.where(known["masked"], 0.0)} for known, seen in confident]
+    weights = [part(known).double() for known in facts]
+    if any(not row.isfinite().all() or (row < 0).any() for row in weights):
+        raise ValueError(f"method.token_weight={type(part).__name__} gave weights that are negative or not finite")
+    if part.per_sequence:
+        weights = [row / row.mean().clamp(min=torch.finfo(row.dtype).tiny) for row in weights]
+    mean = torch.cat(weights, dim=1).mean()
+    if mean == 0:
+        raise ValueError(f"method.token_weight={type(part).__name__} gives weight 0 to every calibration token")
+    kept = home.store.row(keep=True)
+    for row in weights:
+        kept.append((row / mean).float())
+    return kept
+
+
+def confidences(home: Home, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The probability [1, T] of the model's first choice at every token of each sequence [1, T], as the model is now.
+
+    Blocks come one at a time, as from disk, and nothing is changed.
+    """
+    model = home.model
+    states = _kept(home, (model.embed(row) for row in rows))
+    for index in range(model.arch.n_blocks):
+        states = _outputs(home, index, states, rows)
+    for x in states:
+        x = model.norm(x)
+        x = shift_logits(x) if model.arch.logit_shift else x  # the head sees tokens one by one
+        chosen = [wide(model.head(part)).softmax(-1).amax(-1) for part in x.split(HEAD_TOKENS, dim=1)]
+        yield torch.cat(chosen, dim=1).float()
+
+
+def _outputs(home: Home, index: int, states: Row, rows: Sequence[Tensor]) -> Row:
+    """What a block makes of its inputs; it is let go before the next one comes."""
+    block = home.take(index)
+    return _kept(home, (block(x, *home.model.context(row)) for x, row in zip(states, rows, strict=True)))
+
+
+def _kept(home: Home, tensors: Iterator[Tensor]) -> Row:
+    row = home.store.row()
+    for x in tensors:
+        row.append(x)
+    return row
