@@ -173,12 +173,13 @@ def fitted(table: Table) -> list[Table]:
     if not table.apart:
         return [narrow]
     pieces = fitted(replace(table, apart=()).only([name for name in table.columns if name not in table.apart]))
-    columns = [table.columns[0]]
-    for name in table.apart:
-        if len(columns) > 1 and _width(table.only([*columns, name])) > WIDTH:
+    names = list(table.columns[: table.left])  # of the rows, in each piece
+    columns = names
+    for name in (name for name in table.columns if name in table.apart):
+        if columns != names and _width(table.only([*columns, name])) > WIDTH:
             pieces.append(table.only(columns))
-            columns = [table.columns[0]]
-        columns.append(name)
+            columns = names
+        columns = [*columns, name]
     return [*pieces, table.only(columns)]
 
 

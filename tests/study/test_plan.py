@@ -260,8 +260,10 @@ def test_what_the_cache_has_is_found(tmp_path: Path) -> None:
     assert plan.cached == {"nano_facts": None}
     assert plan.cost(set())["full precision"].flops == 0
     assert plan.cost(set())["evaluate"].flops == whole
-    (row,) = (line for line in listing(overrides).splitlines() if " nano_facts " in line)
+    printed = listing(overrides)
+    row, *_ = (line for line in printed.splitlines() if " nano_facts " in line)
     assert row.split()[-1] == "all"
+    assert max(map(len, printed.splitlines())) <= 80
     assert plan_run(compose([*overrides, "seed=1"])).cached == {}
     assert plan_run(compose([*overrides, "reuse=false"])).cached == {}
 

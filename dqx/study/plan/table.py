@@ -12,7 +12,7 @@ from rich.console import Console
 from dqx.common import accelerator
 from dqx.common.memory import gigabytes
 from dqx.report.tables import Entry, Table
-from dqx.report.terminal import print_lines, show
+from dqx.report.terminal import WIDTH, print_lines, show
 from dqx.study.estimate.gpus import GPUS
 from dqx.study.plan.runs import Cost, PlannedRun
 
@@ -29,7 +29,6 @@ candidate of a scale search; solving, clipping and searching rotations are not c
 the first run that needs it, less the documents in the cache; a quantized model is known by its tensors, so that
 results of it are found only once it is made.
 """
-WIDTH = 118
 LONG = 1000 * 3600.0  # seconds after which another machine is suggested
 
 
@@ -43,7 +42,10 @@ def print_plan(runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
     if any(run.work for run in counted):
         console.print()
         show(_task_table(counted), console)
-    print_lines(console, ("", *_total(counted, costs), *_notes(runs), "", fill(ASSUMPTIONS.strip(), WIDTH)))
+    print_lines(
+        console,
+        ("", *_total(counted, costs), *_notes(runs), "", fill(ASSUMPTIONS.strip(), WIDTH, break_on_hyphens=False)),
+    )
 
 
 def _costs(runs: Iterable[PlannedRun]) -> list[dict[str, Cost]]:
@@ -70,7 +72,8 @@ def _run_table(runs: Sequence[PlannedRun], costs: Sequence[dict[str, Cost]]) -> 
     if len(costs) > 1:
         sums = [sum((parts[name] for parts in costs), Cost()) for name in costs[0]]
         rows.append(["all", "", "", "", *_cost_cells(sums, "", beside)])
-    return Table("Runs", (*columns, "total", *["total here"] * beside), _entries(rows), [], left=3, rules=(len(runs),))
+    names = (*columns, "total", *["total here"] * beside)
+    return Table("Runs", names, _entries(rows), left=3, rules=(len(runs),), apart=columns[4:])
 
 
 def _cost_cells(parts: Sequence[Cost], memory: str, beside: bool) -> list[str]:
@@ -91,7 +94,8 @@ def _task_table(runs: Iterable[PlannedRun]) -> Table:
         cells = [model, name, str(work.documents), work.each, amount(work.forwards), amount(work.at_most)]
         cells += [str(work.length), amount(work.tokens), amount(cost.flops), duration(cost.seconds), in_cache]
         rows.append(cells)
-    return Table("Tasks", (*columns, "one evaluation", "in the cache"), _entries(rows), [], left=2)
+    names = (*columns, "one evaluation", "in the cache")
+    return Table("Tasks", names, _entries(rows), left=2, apart=columns[3:])
 
 
 def _entries(rows: Iterable[Iterable[str]]) -> list[list[Entry]]:
@@ -136,7 +140,10 @@ def _notes(runs: Sequence[PlannedRun]) -> list[str]:
         for names, told in ((by_problem, run.problems), (by_note, run.notes)):
             for text in told:
                 names.setdefault(text, []).append(run.name)
-    lines = [f"Cannot run: {', '.join(dict.fromkeys(names))}: {problem}" for problem, names in by_problem.items()]
+    lines = []
+    for problem, whom in by_problem.items():
+        whose = "all runs" if len(whom) == len(runs) > 1 else ", ".join(dict.fromkeys(whom))
+        lines.append(f"Cannot run: {whose}: {problem}")
     unknown = dict.fromkeys(n for run in runs if not run.problems for n in run.tasks if n not in run.work)
     if unknown:
         lines.append(f"Not counted, for their sizes are not known: {', '.join(unknown)}.")
