@@ -448,5 +448,5 @@ def test_another_copy_of_the_data_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_evaluate_refuses_a_suite_with_problems(parts: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"fewshot=-1 is negative.*; .*mc_samples=0"):
+    with pytest.raises(ValueError, match=r"fewshot=-1 is negative.*\n2\. .*mc_samples=0"):
         evaluate(**parts, suite={"arc_easy": short("arc_easy", fewshot=-1, mc_samples=0)})

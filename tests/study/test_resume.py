@@ -218,7 +218,7 @@ def logging_to(path: Path) -> None:
     """Append what runs say to a file, in this process from now on."""
     handler = logging.FileHandler(path)
     logging.getLogger("dqx").addHandler(handler)
-    logging.getLogger("dqx").setLevel(logging.INFO)
+    logging.getLogger("dqx").setLevel(logging.DEBUG)  # what the cache has is said with verbose=2
 
 
 def assert_nothing_finished_is_computed(log: str) -> None:
