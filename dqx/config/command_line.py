@@ -70,6 +70,8 @@ def as_typed(override: str) -> str:
 def _normalize(argument: str, sweep: bool) -> str:
     if choice := CHOICE.fullmatch(argument):
         argument = choice[1]
+    if re.fullmatch(r"plan=(yes|on|y|1|true)", argument, re.IGNORECASE):
+        return "plan=true"  # which launch.py looks for itself
     override = OVERRIDE.match(argument)
     if argument.startswith(("bits.blocks.", "bits.blocks=")) or (override and override[1] not in DENSE_ROLES):
         return f"++{argument}"

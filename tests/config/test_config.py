@@ -55,6 +55,7 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("steps=default,48", "steps.count=null,48"),
         ("steps=0", "steps.count=0"),
         ("steps=s64", "steps=s64"),
+        ("plan=Yes", "plan=true"),
         ("task=gsm8k", "task=gsm8k"),
         ("task=gsm8k,mmlu", "task=[gsm8k,mmlu]"),
         ("task=[gsm8k,mmlu]", "task=[gsm8k,mmlu]"),

@@ -112,6 +112,7 @@ def test_the_same_run_again_loads_no_weights(
 ) -> None:
     first = launch(*CASES[case])
     made.clear()
+    caplog.clear()
     with caplog.at_level(logging.DEBUG, "dqx"):
         second = launch(*CASES[case])
     assert made == []
