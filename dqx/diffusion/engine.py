@@ -149,11 +149,12 @@ class Engine:
         over = [0] * len(prompts)  # steps, of each prompt
 
         def tell(rows: Sequence[Row], steps: int | None = None) -> None:
-            before = sum(over)
+            passed = 0
             for row in rows:
-                over[row.index] = max(over[row.index], row.step + 1 if steps is None else steps)
+                now = max(over[row.index], row.step + 1 if steps is None else steps)
+                passed, over[row.index] = passed + now - over[row.index], now
             if self.progress:
-                self.progress(sum(over) - before)
+                self.progress(passed)
 
         while waiting or batch:
             while waiting and len(batch) < min(largest, self.room([*batch, waiting[0]], free)):

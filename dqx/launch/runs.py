@@ -13,9 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def announce(number: int, overrides: Sequence[str]) -> None:
-    """Say what is started: only with `verbose=2`, since every run has a line when it ends."""
-    if "verbose=2" in overrides:
-        log.info(f"{launched[number].name}: {' '.join(filter_overrides(overrides))}")
+    """Say what is started, where `verbose` asks for it: every run has a line when it ends."""
+    log.debug(f"{launched[number].name}: {' '.join(filter_overrides(overrides))}")
 
 
 def vanished(number: int, details: str) -> JobReturn:
@@ -42,8 +41,8 @@ def ended(number: int, returned: JobReturn) -> JobReturn:
         try:
             print_line(RunFolder(folder).read(documents=False), folder.name)
         except (OSError, ValueError) as error:
-            log.info(f"{folder.name}: no results here ({error})")
+            log.warning(f"{folder.name}: no results here ({error})")
     else:
         reason = next((failure.reason for failure in failures([folder]).values()), "failed")
-        log.info(f"{folder.name}: {reason}")
+        log.warning(f"{folder.name}: {reason}")
     return returned
