@@ -3,26 +3,28 @@
 What is kept are those of an earlier state of the sequence: with bidirectional attention an approximation, which
 samplers offer as a choice (`dqx/diffusion/samplers/llada.py`). What quantization puts into a block acts on each token
 by itself, so it acts here as it does without: what is kept is rounded and rotated already. What looks at all tokens
-(`Block.sequence`) is refused.
+(`Block.sequence`) is refused. What is put into `Block.stored` acts where a forward stores, and nowhere else.
 
 Shapes: N blocks, B rows, K key/value heads, T columns, E head width, W columns of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]  # keys and values [B, K, W, E]
+
 
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of every block for B rows of T columns.
 
-    store: [N, 2, B, K, T, E], keys after rope and values, both as `Block.sequence` leaves them.
+    store: [N, 2, B, K, T, E], keys after rope and values, as `Block.stored` leaves them.
     columns: [B, W], those that the next forward computes; None: all of them, which fills the cache.
     """
 
@@ -39,15 +41,21 @@ class KVCache:
         columns = torch.minimum(begin + torch.arange(int((end - begin).max())), end - 1)
         return replace(self, columns=columns.to(self.store.device))
 
-    def update(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the keys and values [B, K, W, E] of the computed columns in their place, and give those of all."""
-        for kept, new in zip(self.store[block], (k, v), strict=True):
-            if self.columns is None:
-                kept.copy_(new)
-            else:
-                kept.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
-        keys, values = self.store[block]
-        return keys, values
+    def update(self, block: int, k: Tensor, v: Tensor, stored: Callable[[], Pair] | None = None) -> Pair:
+        """The keys and values of all columns [B, K, T, E], from those of the computed ones, k and v [B, K, W, E].
+
+        A forward of all columns stores k and v or, where it is given, what `stored` makes of them, and reads none of
+        it. One of a window puts its own into the store, or beside `stored` in a copy, so that what was stored stays.
+        """
+        kept = self.store[block]
+        if self.columns is None:
+            for place, new in zip(kept, (k, v) if stored is None else stored(), strict=True):
+                place.copy_(new)
+            return k, v
+        kept = kept if stored is None else kept.clone()
+        for place, new in zip(kept, (k, v), strict=True):
+            place.scatter_(2, self.columns[:, None, :, None].expand_as(new), new)
+        return kept[0], kept[1]
 
     def take(self, rows: Sequence[int], length: int) -> KVCache:
         """The cache of some rows, the last `length` columns of each. Nothing is copied where that is all of it."""

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, E head width, F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pkgutil import resolve_name
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from dqx.common.heartbeat import beat
 from dqx.models.architecture import Architecture
-from dqx.models.kv_cache import KVCache
+from dqx.models.kv_cache import KVCache, Pair
 
 Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E]
 
-#: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E].
-Reuse = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+#: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E]; with what gives
+#: those that a cache stores in their place, where these are others.
+Reuse = Callable[[Tensor, Tensor, Callable[[], Pair] | None], Pair]
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +78,9 @@ class Block(nn.Module):
     Both act on each token by itself. `sequence` may look at all of them: its modules are called with the keys before
     rope (`sequence["projected"]`), or with keys and values behind `heads` (`["k"]`, `["v"]`), and with `real` [B, T],
     which is False at padding (None: nowhere). One that does look at other tokens says so, `whole_sequence = True`, for
-    a forward with a cache that names columns has not all of them at hand.
+    a forward with a cache that names columns has not all of them at hand. `stored` may hold modules for the same three
+    parts: what a cache stores passes through them in place of those in `sequence`, what attention reads of the columns
+    computed does not.
     """
 
     q: nn.Linear
@@ -99,6 +102,7 @@ class Block(nn.Module):
         self.inputs = nn.ModuleDict({site: nn.Identity() for site in arch.sites})
         self.heads = nn.ModuleDict({part: nn.Identity() for part in ("q", "k", "v")})
         self.sequence = nn.ModuleDict({part: Unchanged() for part in ("projected", "k", "v")})
+        self.stored = nn.ModuleDict()
 
     def linears(self) -> dict[str, nn.Module]:
         """The block's linears by role, in data-flow order."""
@@ -131,11 +135,11 @@ class Block(nn.Module):
             for role, columns in (("q", asked), ("k", x), ("v", x))
         )
         own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
-        k = self.sequence["projected"](k, real)
-        q, k, v = self.heads["q"](apply_rope(q, *own)), self.heads["k"](apply_rope(k, *rope)), self.heads["v"](v)
-        k, v = self.sequence["k"](k, real), self.sequence["v"](v, real)
+        q, fresh = self.heads["q"](apply_rope(q, *own)), (k, v, rope, real)
+        k, v = self.keys_values(self.sequence, *fresh)
         if reuse is not None:
-            k, v = reuse(k, v)
+            stored = partial(self.keys_values, {**self.sequence, **self.stored}, *fresh) if self.stored else None
+            k, v = reuse(k, v, stored)
         if read is not None and mask is not None:
             mask = pick(mask, read[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads
@@ -143,6 +147,14 @@ class Block(nn.Module):
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=False)
         return self.o(self.inputs["attn_out"](mixed.transpose(1, 2).flatten(2)))
+
+    def keys_values(
+        self, through: nn.ModuleDict | Mapping[str, nn.Module], k: Tensor, v: Tensor, rope: Rope, real: Tensor | None
+    ) -> Pair:
+        """Keys after rope and values [B, K, T, E], from those that the linears give, through the modules of
+        `sequence` or `stored`."""
+        k = self.heads["k"](apply_rope(through["projected"](k, real), *rope))
+        return through["k"](k, real), through["v"](self.heads["v"](v), real)
 
     def mlp(self, x: Tensor) -> Tensor:
         """The gated MLP on its normalised input x [B, T, D]."""

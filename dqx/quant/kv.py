@@ -12,6 +12,11 @@ a query, which softmax ignores. So their mean need not be stored, and a few bits
 them (Liu et al. 2024, KIVI, arXiv:2402.02750), and one before their bias, which is the largest part of these channels
 where there is one (`before_bias`). No result depends on padding or on what else is in the batch.
 
+`when` says where all of this happens: in every forward, as if its keys and values came out of a cache (`always`), or
+where a sampler's cache stores them (`commit`). Then what a forward reads from the cache is rounded, while the tokens it
+computes attend to each other in full precision; a forward without a cache, as likelihoods and calibration make them,
+rounds nothing.
+
 B batch, T tokens, H heads, E head width.
 """
 
@@ -32,6 +37,7 @@ from dqx.quant.protocols import Context
 from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
+WHEN = ("always", "commit")
 SHARES = {"keys": ("token", "head", "channel"), "values": ("token", "head")}
 
 
@@ -54,19 +60,39 @@ class KeysValues:
     token_group: int | None = None  # channel: neighbouring tokens that share a scale; None: all of the sequence
     recent: int = 0  # the last tokens of a sequence, whose keys and values stay as they are
     before_bias: bool = False  # keys are rounded before their bias is added and before rope
+    when: str = "always"  # keys and values are rounded in every forward; commit: where a sampler's cache stores them
     rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
     tile: int | None = None  # channels per transform; None: the head's width
 
     @property
+    def stored_only(self) -> bool:
+        """Whether a forward without a cache rounds nothing."""
+        return self.when == "commit"
+
+    @property
     def whole_sequence(self) -> bool:
-        """Whether a token's keys and values are rounded by what other tokens' are."""
+        """Whether a token's keys and values are rounded by what other tokens' are, in forwards of a few tokens too."""
+        return self._by_others and not self.stored_only
+
+    @property
+    def _by_others(self) -> bool:
         return self.center is not None or self.keys == "channel" or self.recent > 0
 
     def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
-        """Put the quantizers behind what `block.heads` holds, those of whole sequences into `block.sequence`."""
+        """Put quantizers of each token behind what `block.heads` holds, those of whole sequences into `block.sequence`,
+        and all of them into `block.stored` where only what a cache stores is rounded."""
         key_grid, value_grid = (
             make_grid(bits, include_zero=self.include_zero, exact_absmax=True) for bits in (keys, values)
         )
+
+        def put(part: str, quantizer: nn.Module, by_others: bool) -> None:
+            if self.stored_only:
+                block.stored[part] = quantizer
+            elif by_others:
+                block.sequence[part] = quantizer
+            else:
+                compose(block.heads, part, quantizer)
+
         if self.keys is not None and not key_grid.identity:
             if self.rotate:
                 compose(block.heads, "q", OnlineHadamard(self.tile))
@@ -76,18 +102,17 @@ class KeysValues:
             quantizer = self._of_keys(key_grid, self.keys)
             if self.before_bias:
                 bias = block.k.bias.detach()
-                block.sequence["projected"] = BeforeBias(quantizer, bias.view(-1, 1, block.arch.head_size))
                 block.k.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
-            elif self.whole_sequence:
-                block.sequence["k"] = quantizer
+                bias = bias.view(-1, 1, block.arch.head_size)
+                block.sequence["projected"] = BeforeBias(None, bias)
+                put("projected", BeforeBias(quantizer, bias), True)
             else:
-                compose(block.heads, "k", quantizer)
+                put("k", quantizer, self._by_others)
         if self.values is not None and not value_grid.identity:
-            of_values = HeadQuantizer(value_grid, self.values, self.value_clip_ratio)
+            of_values: nn.Module = HeadQuantizer(value_grid, self.values, self.value_clip_ratio)
             if self.recent:
-                block.sequence["v"] = AllButRecent(of_values, self.recent)
-            else:
-                compose(block.heads, "v", of_values)
+                of_values = AllButRecent(of_values, self.recent)
+            put("v", of_values, self.recent > 0)
 
     def _of_keys(self, grid: Grid, share: str) -> nn.Module:
         quantizer: nn.Module
@@ -97,7 +122,7 @@ class KeysValues:
             quantizer = HeadQuantizer(grid, share, self.key_clip_ratio)
         if self.recent:
             quantizer = AllButRecent(quantizer, self.recent)
-        return quantizer if self.center is None else Centered(quantizer, restore=self.before_bias)
+        return quantizer if self.center is None else Centered(quantizer, self.before_bias or self.stored_only)
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = []
@@ -121,7 +146,7 @@ class KeysValues:
             )
         if self.rotate and self.keys is not None and context.widths.keys.bits != UNQUANTIZED:
             problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
-        problems += self._sequence_problems(where)
+        problems += self._sequence_problems(where) + self._when_problems(where)
         if self.before_bias and context.widths.keys.bits != UNQUANTIZED:
             problems += self._bias_problems(where, context)
         return problems + self._format_problems(where, context)
@@ -144,6 +169,17 @@ class KeysValues:
             problems.append(
                 f"{where}.queries=true rounds queries like keys, but {where}.keys=channel has grids over the tokens of "
                 f"a cache, in which there are no queries; write {where}.queries=false, or {where}.keys=head"
+            )
+        return problems
+
+    def _when_problems(self, where: str) -> list[str]:
+        problems = []
+        if self.when not in WHEN:
+            problems.append(f"{where}.when={self.when} is unknown; write {' or '.join(WHEN)}")
+        if self.queries and self.stored_only:
+            problems.append(
+                f"{where}.queries=true rounds queries, but {where}.when=commit rounds what a cache stores, in which "
+                f"there are no queries; write {where}.queries=false, or {where}.when=always"
             )
         return problems
 
@@ -274,7 +310,8 @@ class AllButRecent(nn.Module):
 class Centered(nn.Module):
     """Takes from keys [B, H, T, E] their mean over the tokens of their sequence [B, H, 1, E], and rounds what is left.
 
-    The mean is not added again, as softmax ignores it; `restore` adds it, for keys that rope is still to turn.
+    The mean is not added again, as softmax ignores it; `restore` adds it, for keys that rope is still to turn, and for
+    those of a cache, beside which attention sees others with their mean.
     """
 
     whole_sequence = True
@@ -291,11 +328,11 @@ class Centered(nn.Module):
 
 @storable
 class BeforeBias(nn.Module):
-    """Rounds keys [B, H, T, E] that have no bias yet, and adds it [H, 1, E]."""
+    """Rounds keys [B, H, T, E] that have no bias yet (a quantizer of None does not), and adds it [H, 1, E]."""
 
     bias: Tensor
 
-    def __init__(self, quantizer: nn.Module, bias: Tensor):
+    def __init__(self, quantizer: nn.Module | None, bias: Tensor):
         super().__init__()
         self.quantizer = quantizer
         self.register_buffer("bias", bias)
@@ -305,7 +342,7 @@ class BeforeBias(nn.Module):
         return getattr(self.quantizer, "whole_sequence", False)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        rounded: Tensor = self.quantizer(x, real)
+        rounded: Tensor = x if self.quantizer is None else self.quantizer(x, real)
         return rounded + self.bias
 
 

@@ -202,10 +202,14 @@ class Activation(Part, Protocol):
 
 
 class KeysValues(Part, Protocol):
-    """Puts quantizers of keys and values [B, H, T, E] into `block.heads` and `block.sequence`; none for 16 bits.
+    """Puts quantizers of keys and values [B, H, T, E] into `block.heads`, `sequence` and `stored`; none for 16 bits.
 
-    `whole_sequence` says whether they look at all tokens of a sequence, which a sampler's cache keeps them from.
+    `whole_sequence` says whether they look at all tokens of a sequence, which a sampler's cache keeps them from;
+    `stored_only` whether they act on nothing but what such a cache stores.
     """
+
+    @property
+    def stored_only(self) -> bool: ...
 
     @property
     def whole_sequence(self) -> bool: ...

@@ -63,14 +63,39 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
 
 
 def reuse_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
-    """A sampler's cache of keys and values beside a rounding of these that needs all of a sequence's tokens."""
-    cache, kv = getattr(sampler, "cache", None), None if method is None else method.kv
-    if cache is None or kv is None or not kv.whole_sequence or min(config.bits.kv_widths()) == UNQUANTIZED:
+    """A rounding of keys and values that needs all of a sequence's tokens beside a sampler's cache, which computes some
+    at a time; one that acts on what such a cache stores where there is none."""
+    kv = None if method is None else method.kv
+    if sampler is None or kv is None or min(config.bits.kv_widths()) == UNQUANTIZED:
+        return []
+    if sampler.has_cache and kv.whole_sequence:
+        return [
+            f"model.sampler.cache={getattr(sampler, 'cache', None)} computes the keys and values of some tokens at a "
+            "time, but method.kv rounds them by what all tokens of a sequence are (method.kv.center, keys=channel or "
+            "recent); write method.kv.when=commit, which does it where the cache stores them, or "
+            "model.sampler.cache=null, or method.kv=per_head without them"
+        ]
+    if not kv.stored_only:
+        return []
+    rounds = "method.kv.when=commit rounds keys and values where a sampler's cache stores them"
+    if not sampler.has_cache:
+        cache = "cache=prefix" if hasattr(sampler, "cache") else "cache=prefix model.sampler=llada"
+        return [f"{rounds}, but this sampler has none; write model.sampler.{cache}, or method.kv.when=always"]
+    if all(spec.kind != "generation" for spec in config.task.suite.values()):
+        return [
+            f"{rounds}, but none of the tasks ({', '.join(config.task.suite)}) has answers written by it; add one that "
+            "has (task=gsm8k), or write method.kv.when=always"
+        ]
+    return []
+
+
+def reuse_notes(config: Config, method: Method) -> list[str]:
+    """What a reader of results should know where only what a sampler's cache stores is rounded."""
+    if method.kv is None or not method.kv.stored_only or min(config.bits.kv_widths()) == UNQUANTIZED:
         return []
     return [
-        f"model.sampler.cache={cache} computes the keys and values of some tokens at a time, but method.kv rounds them "
-        "by what all tokens of a sequence are (method.kv.center, keys=channel or recent); write "
-        "model.sampler.cache=null, or method.kv=per_head without them"
+        "method.kv.when=commit: keys and values are rounded where the sampler's cache stores them; calibration, "
+        "likelihoods, outlier statistics and fidelity are of forwards without a cache, which round none"
     ]
 
 

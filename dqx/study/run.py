@@ -26,6 +26,7 @@ from dqx.report.terminal import print_copy, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study.cache.space import make_room
+from dqx.study.checks import reuse_notes
 from dqx.study.costs import Costs
 from dqx.study.estimate.memory import exceeded
 from dqx.study.experiment import Experiment
@@ -107,6 +108,7 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
             *_notes(after.results),
             *quantization.report.notes,
             *quantization.notes,
+            *reuse_notes(config, experiment.method),
             *exceeded(experiment.pools, costs.peak),
         ],
     )

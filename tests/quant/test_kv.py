@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dqx.diffusion.engine import Engine, Prompt
+from dqx.diffusion.samplers import LLaDASampler
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
@@ -138,6 +140,11 @@ def test_problems_say_what_to_write():
         (KeysValues(keys=None, queries=True), "write method.kv.keys=head, or method.kv.queries=false"),
         (KeysValues(center="median"), "method.kv.center=median is unknown; write mean, or null"),
         (KeysValues(keys=None, center="mean"), "write method.kv.keys=token, or method.kv.center=null"),
+        (KeysValues(when="never"), "method.kv.when=never is unknown; write always or commit"),
+        (
+            KeysValues(keys="head", queries=True, when="commit"),
+            "write method.kv.queries=false, or method.kv.when=always",
+        ),
         (KeysValues(rotate=True, tile=3), "method.kv.tile=3 does not divide 8, the width of a head"),
     ):
         (problem,) = problems(part)
@@ -306,6 +313,55 @@ def test_a_bias_is_added_token_by_token_beside_a_cache():
     torch.testing.assert_close(again, before.view(2, 6, -1)[:, 3:5].flatten(0, 1))
 
 
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_what_a_cache_stores_is_rounded(family, name):
+    """By hand: whole forwards as without rounding; windows read other columns as `always` rounds them there, and their
+    own in full. Batches of rows at different lengths and places write what one at a time writes."""
+    part = replace((SEQUENCE_PARTS | BIAS_PARTS)[name], when="commit")
+    plain, model = fresh(family), fresh(family)
+    for block in model.blocks:
+        install(part, block, ActivationBits(3))
+    ids, where = torch.arange(14).view(2, 7) + 3, torch.ones(2, 7, dtype=torch.bool)
+    kept = model.empty_cache(*ids.shape)
+    torch.testing.assert_close(model.logits_where(ids, where, cache=kept), plain.logits_where(ids, where))
+    exact, before = plain.empty_cache(*ids.shape), kept.store.clone()
+    plain.logits_where(ids, where, cache=exact)
+    assert not torch.equal(exact.store, before)
+
+    where[:, :4], where[:, 6:] = False, False
+    found = model.logits_where(ids, where, cache=kept.window(3, 6))
+    assert torch.equal(kept.store, before)
+    exact.store.copy_(before)
+    if part.rotate:  # the store has rotated keys; in float64 a rotation of both leaves scores alone
+        for block, rotated in zip(plain.blocks, model.blocks, strict=True):
+            block.heads.update({side: rotated.heads[side] for side in "qk"})
+    torch.testing.assert_close(found, plain.logits_where(ids, where, cache=exact.window(3, 6)))
+
+    sampler = LLaDASampler(threshold=0.2, cache={"llada": "prefix", "dream": "dual"}[family])
+    schedule = {"gen_length": 8, "block_length": 4, "steps": 8}
+    prompts = [Prompt([*range(3 + n, 8 + 2 * n)], ("task", n)) for n in range(4)]
+    alone = [Engine(model, sampler, batch_size=1, **schedule).generate([prompt])[0] for prompt in prompts]
+    assert Engine(model, sampler, batch_size=3, **schedule).generate(prompts) == alone
+
+
+def test_what_is_stored_is_what_always_rounds():
+    """Of the first block, whose input no rounding has touched: to the mean of keys, which a cache keeps."""
+    ids = torch.arange(14).view(2, 7) + 3
+    for name, part in ({"token": KeysValues()} | SEQUENCE_PARTS | BIAS_PARTS).items():
+        stores = []
+        for when in ("always", "commit"):
+            model = fresh("dream")
+            install(replace(part, when=when), model.blocks[0], ActivationBits(3))
+            stores.append(model.empty_cache(*ids.shape))
+            model.logits_where(ids, torch.ones_like(ids, dtype=torch.bool), cache=stores[-1])
+        always, commit = (cache.store[0] for cache in stores)
+        torch.testing.assert_close(commit[1], always[1])
+        difference = commit[0] - always[0]
+        if part.center and not part.before_bias:  # the mean, which all keys of a row share
+            difference = difference - difference[:, :, :1]
+        torch.testing.assert_close(difference, torch.zeros_like(difference), msg=name)
+
+
 def test_keys_and_values_have_widths_of_their_own():
     ids = torch.arange(12).view(2, 6)
     expected, found = fresh("dream"), fresh("dream")
@@ -321,7 +377,8 @@ def test_keys_and_values_have_widths_of_their_own():
 
 def test_saved_models_keep_what_rounds_sequences(tmp_path):
     ids = torch.arange(12).view(2, 6)
-    for i, part in enumerate((SEQUENCE_PARTS | BIAS_PARTS).values()):
+    parts = [*(SEQUENCE_PARTS | BIAS_PARTS).values()]
+    for i, part in enumerate([*parts, *(replace(part, when="commit") for part in parts)]):
         model, method = fresh("dream"), Method(name="m", rounding=RTN(), kv=part)
         bits = BitsConfig(kv=KVBits(3))
         report = quantize(model, method, bits, progress=False)
@@ -330,6 +387,10 @@ def test_saved_models_keep_what_rounds_sequences(tmp_path):
         mask = padded(ids, 0)[1]
         mask[0, :2] = 0
         assert torch.equal(again(ids, mask), model(ids, mask))
+        stores = [one.empty_cache(*ids.shape) for one in (again, model)]
+        for one, cache in zip((again, model), stores, strict=True):
+            one.logits_where(ids, mask.bool(), mask, cache)
+        assert torch.equal(stores[0].store, stores[1].store)
 
 
 def test_from_disk_as_in_memory(tmp_path):

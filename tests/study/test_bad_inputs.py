@@ -222,7 +222,28 @@ CONFIGURATIONS = [
     (
         "a sampler's cache beside keys that are rounded by all tokens",
         ["method.kv=per_head", "method.kv.center=mean", "bits.kv.bits=4", "model.sampler.cache=dual"],
-        "model.sampler.cache=dual computes .* some tokens at a time, but method.kv .* write model.sampler.cache=null",
+        "model.sampler.cache=dual computes .* some tokens at a time, but method.kv .* write method.kv.when=commit",
+    ),
+    (
+        "what a sampler's cache stores, without one",
+        ["method.kv=per_head", "method.kv.when=commit", "bits.kv.bits=4"],
+        "this sampler has none; write model.sampler.cache=prefix, or method.kv.when=always",
+    ),
+    (
+        "what a sampler's cache stores, of a sampler that has no such setting",
+        ["method.kv=per_head", "method.kv.when=commit", "bits.kv.bits=4", "model.sampler=dream"],
+        "write model.sampler.cache=prefix model.sampler=llada, or",
+    ),
+    (
+        "what a sampler's cache stores, and no answers",
+        [
+            "method.kv=per_head",
+            "method.kv.when=commit",
+            "bits.kv.bits=4",
+            "model.sampler.cache=dual",
+            "task=nano_facts",
+        ],
+        r"none of the tasks \(nano_facts\) has answers written by it",
     ),
     ("width of keys", ["method.kv=per_head", "bits.kv.keys=1"], "bits.kv.keys=1 is no width dqx has"),
     ("width of values", ["bits.kv.values=4"], "bits.kv.values=4, but method .* leaves keys and values in 16 bit"),

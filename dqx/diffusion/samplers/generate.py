@@ -47,6 +47,11 @@ class Sampler(ABC):
         """The confidence from which tokens are written that are not due; None: no token is."""
         return None
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values are kept from one forward to another."""
+        return False
+
     def exact(self) -> Sampler:
         """The same sampler without approximations."""
         return self

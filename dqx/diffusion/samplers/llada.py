@@ -69,6 +69,10 @@ class LLaDASampler(Sampler):
         """What makes the sampler another one than the authors', in short names; empty by default."""
         return approximations(self.threshold, self.cache)
 
+    @property
+    def has_cache(self) -> bool:
+        return self.cache is not None
+
     def exact(self) -> LLaDASampler:
         return replace(self, threshold=None, cache=None)
 

@@ -167,7 +167,8 @@ def write_block(folder: Path, index: int, block: Block) -> dict[str, Any]:
     sites = {f"inputs.{site}": module for site, module in block.inputs.items()}
     heads = {f"heads.{part}": module for part, module in block.heads.items()}
     sequence = {f"sequence.{part}": module for part, module in block.sequence.items()}
-    places = {**block.linears(), **sites, **heads, **sequence}
+    stored = {f"stored.{part}": module for part, module in block.stored.items()}
+    places = {**block.linears(), **sites, **heads, **sequence, **stored}
     added = {path: module for path, module in places.items() if not isinstance(module, nn.Identity | nn.Linear)}
     structure = {path: encode(module, tensors, path) for path, module in added.items()}
     for name, parameter in block.named_parameters():
