@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dqx.common.heartbeat import beat
 from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache, Pair
+from dqx.models.tokens import Tokens
 
 Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E]
 
@@ -65,7 +66,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Unchanged(nn.Identity):
     """An empty place of `Block.sequence`."""
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
         return x
 
 
@@ -76,9 +77,9 @@ class Block(nn.Module):
     `inputs[site]` transforms the input [B, T, I] of a site's linears, and `heads` the queries, keys and values
     [B, H, T, E] (`heads["q"]`, `["k"]` after rope, `["v"]`) before keys and values are repeated for grouped heads.
     Both act on each token by itself. `sequence` may look at all of them: its modules are called with the keys before
-    rope (`sequence["projected"]`), or with keys and values behind `heads` (`["k"]`, `["v"]`), and with `real` [B, T],
-    which is False at padding (None: nowhere). One that does look at other tokens says so, `whole_sequence = True`, for
-    a forward with a cache that names columns has not all of them at hand. `stored` may hold modules for the same three
+    rope (`sequence["projected"]`), or with keys and values behind `heads` (`["k"]`, `["v"]`), and with the `Tokens`
+    computed (None: all columns, none of them padding). One that does look at other tokens says so, `whole_sequence =
+    True`: what it finds in a forward of all columns serves those of some. `stored` may hold modules for the same three
     parts: what a cache stores passes through them in place of those in `sequence`, what attention reads of the columns
     computed does not.
     """
@@ -120,12 +121,12 @@ class Block(nn.Module):
         mask: Tensor | None,
         reuse: Reuse | None = None,
         read: Tensor | None = None,
-        real: Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
-        output is that of these columns alone [B, R, D]. `real` is for `sequence`.
+        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`.
         """
         batch, head = len(x), self.arch.head_size
         x = self.inputs["attn_in"](x)
@@ -135,7 +136,7 @@ class Block(nn.Module):
             for role, columns in (("q", asked), ("k", x), ("v", x))
         )
         own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
-        q, fresh = self.heads["q"](apply_rope(q, *own)), (k, v, rope, real)
+        q, fresh = self.heads["q"](apply_rope(q, *own)), (k, v, rope, tokens)
         k, v = self.keys_values(self.sequence, *fresh)
         if reuse is not None:
             stored = partial(self.keys_values, {**self.sequence, **self.stored}, *fresh) if self.stored else None
@@ -149,12 +150,12 @@ class Block(nn.Module):
         return self.o(self.inputs["attn_out"](mixed.transpose(1, 2).flatten(2)))
 
     def keys_values(
-        self, through: nn.ModuleDict | Mapping[str, nn.Module], k: Tensor, v: Tensor, rope: Rope, real: Tensor | None
+        self, through: nn.ModuleDict | Mapping[str, nn.Module], k: Tensor, v: Tensor, rope: Rope, tokens: Tokens | None
     ) -> Pair:
         """Keys after rope and values [B, K, T, E], from those that the linears give, through the modules of
         `sequence` or `stored`."""
-        k = self.heads["k"](apply_rope(through["projected"](k, real), *rope))
-        return through["k"](k, real), through["v"](self.heads["v"](v), real)
+        k = self.heads["k"](apply_rope(through["projected"](k, tokens), *rope))
+        return through["k"](k, tokens), through["v"](self.heads["v"](v), tokens)
 
     def mlp(self, x: Tensor) -> Tensor:
         """The gated MLP on its normalised input x [B, T, D]."""
@@ -168,10 +169,10 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         reuse: Reuse | None = None,
         read: Tensor | None = None,
-        real: Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         beat()
-        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read, real)
+        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read, tokens)
         x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -252,28 +253,24 @@ class MaskedDiffusionTransformer(nn.Module):
         """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
         With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
-        Raises ValueError where a block's `sequence` needs all columns and the cache names some.
         """
         columns = None if cache is None else cache.columns
-        if columns is not None and any(block.whole_sequence for block in self.blocks):
-            raise ValueError(
-                "keys or values are rounded by what all tokens of a sequence are, but a forward with a cache computes "
-                "some of them; generate without a cache (model.sampler.cache=null)"
-            )
-        real = None if attention_mask is None else attention_mask.bool()
+        real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rope, mask = self.context(ids, attention_mask, columns)
         x = self.embed(ids if columns is None else ids.gather(1, columns))
         for i, block in enumerate(self.blocks):
             yield x
             reuse = None if cache is None else partial(cache.update, i)
-            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None, real)
+            tokens = Tokens(real, columns, None if cache is None else cache.statistics[i])
+            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None, tokens)
         yield x
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
         """A cache for `rows` sequences of `length` tokens, to be filled by a forward."""
         arch = self.arch
         shape = (arch.n_blocks, 2, rows, arch.n_kv_heads, length, arch.head_size)
-        return KVCache(torch.empty(shape, dtype=self.dtype, device=self.device))
+        store = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return KVCache(store, tuple(dict[str, Tensor]() for _ in range(arch.n_blocks)))
 
     def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the final norm."""

@@ -17,7 +17,11 @@ where a sampler's cache stores them (`commit`). Then what a forward reads from t
 computes attend to each other in full precision; a forward without a cache, as likelihoods and calibration make them,
 rounds nothing.
 
-B batch, T tokens, H heads, E head width.
+Beside a sampler's cache the forward that fills it has all tokens of a sequence at hand: there means and ranges are
+found. With `always` the block's later forwards, of a window alone, use them again: they take the same mean off the new
+keys and round them on the grids of the groups in which their tokens lie, whose ends cut what exceeds them; which tokens
+are the last ones follows from their places. With `commit` a window's own keys are not rounded, and stored ones have
+their mean again.
 """
 
 from __future__ import annotations
@@ -25,16 +29,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
-from dqx.formats.integers import Grid, wide
+from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
-from dqx.quant.fused import fake
+from dqx.quant.kv_quantizers import AllButRecent, BeforeBias, Centered, ChannelQuantizer, HeadQuantizer
 from dqx.quant.protocols import Context
-from dqx.quant.registry import storable
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
 
 WHEN = ("always", "commit")
@@ -71,11 +74,7 @@ class KeysValues:
 
     @property
     def whole_sequence(self) -> bool:
-        """Whether a token's keys and values are rounded by what other tokens' are, in forwards of a few tokens too."""
-        return self._by_others and not self.stored_only
-
-    @property
-    def _by_others(self) -> bool:
+        """Whether a token's keys and values are rounded by what other tokens' are."""
         return self.center is not None or self.keys == "channel" or self.recent > 0
 
     def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
@@ -85,10 +84,10 @@ class KeysValues:
             make_grid(bits, include_zero=self.include_zero, exact_absmax=True) for bits in (keys, values)
         )
 
-        def put(part: str, quantizer: nn.Module, by_others: bool) -> None:
+        def put(part: str, quantizer: nn.Module, sequence: bool) -> None:
             if self.stored_only:
                 block.stored[part] = quantizer
-            elif by_others:
+            elif sequence:
                 block.sequence[part] = quantizer
             else:
                 compose(block.heads, part, quantizer)
@@ -107,7 +106,7 @@ class KeysValues:
                 block.sequence["projected"] = BeforeBias(None, bias)
                 put("projected", BeforeBias(quantizer, bias), True)
             else:
-                put("k", quantizer, self._by_others)
+                put("k", quantizer, self.whole_sequence)
         if self.values is not None and not value_grid.identity:
             of_values: nn.Module = HeadQuantizer(value_grid, self.values, self.value_clip_ratio)
             if self.recent:
@@ -231,124 +230,3 @@ class KeysValues:
                     f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.{name}=16"
                 )
         return problems
-
-
-@storable
-class HeadQuantizer(nn.Module):
-    """Rounds [B, H, T, E] to one grid per token (`share` "token") or per token and head ("head")."""
-
-    def __init__(self, grid: Grid, share: str, clip_ratio: float):
-        super().__init__()
-        self.grid, self.share, self.clip_ratio = grid, share, clip_ratio
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        if self.share == "head":
-            return fake(self.grid, x, self.clip_ratio)
-        tokens = x.transpose(1, 2)  # [B, T, H, E]
-        rounded = fake(self.grid, tokens.flatten(2), self.clip_ratio)
-        return rounded.view(tokens.shape).transpose(1, 2)
-
-    def extra_repr(self) -> str:
-        return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"
-
-
-@storable
-class ChannelQuantizer(nn.Module):
-    """Rounds [B, H, T, E] to one grid per head and channel and `group` neighbouring tokens (None: all).
-
-    Groups are counted from the first token where `real` [B, T] is True; the last one may hold fewer. What is not real
-    enters no range and stays as it is.
-    """
-
-    whole_sequence = True
-
-    def __init__(self, grid: Grid, group: int | None, clip_ratio: float):
-        super().__init__()
-        self.grid, self.group, self.clip_ratio = grid, group, clip_ratio
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        rows, heads, tokens, width = x.shape
-        if real is None:
-            real = torch.ones((rows, tokens), dtype=torch.bool, device=x.device)
-        size = tokens if self.group is None else self.group
-        groups = (real.long().cumsum(-1) - 1).clamp(min=0) // size
-        index = groups[:, None, :, None].expand_as(x)
-        counted, z = real[:, None, :, None], wide(x)
-
-        def extreme(how: str, worst: float) -> Tensor:
-            empty = z.new_zeros((rows, heads, -(-tokens // size), width))
-            return empty.scatter_reduce(2, index, z.masked_fill(~counted, worst), how, include_self=False)
-
-        lo, hi = extreme("amin", torch.inf), extreme("amax", -torch.inf)
-        grids = self.grid.from_range(lo * self.clip_ratio, hi * self.clip_ratio)
-        rounded = self.grid.nearest(z, *(numbers.gather(2, index) for numbers in grids))
-        return torch.where(counted, rounded.to(x.dtype), x)
-
-    def extra_repr(self) -> str:
-        return f"{self.grid.bits} bits per channel, group={self.group}, clip_ratio={self.clip_ratio}"
-
-
-@storable
-class AllButRecent(nn.Module):
-    """Leaves the last `tokens` real ones of each sequence alone, as KIVI does, and shows `quantizer` the others."""
-
-    whole_sequence = True
-
-    def __init__(self, quantizer: nn.Module, tokens: int):
-        super().__init__()
-        self.quantizer, self.tokens = quantizer, tokens
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        if real is None:
-            real = torch.ones((len(x), x.shape[2]), dtype=torch.bool, device=x.device)
-        left = real.long().flip(-1).cumsum(-1).flip(-1)  # how many real tokens there are from this one on
-        older = real & (left > self.tokens)
-        return torch.where(older[:, None, :, None], self.quantizer(x, older), x)
-
-
-@storable
-class Centered(nn.Module):
-    """Takes from keys [B, H, T, E] their mean over the tokens of their sequence [B, H, 1, E], and rounds what is left.
-
-    The mean is not added again, as softmax ignores it; `restore` adds it, for keys that rope is still to turn, and for
-    those of a cache, beside which attention sees others with their mean.
-    """
-
-    whole_sequence = True
-
-    def __init__(self, quantizer: nn.Module, restore: bool = False):
-        super().__init__()
-        self.quantizer, self.restore = quantizer, restore
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        mean = token_mean(x, real)
-        rounded: Tensor = self.quantizer((wide(x) - mean).to(x.dtype), real)
-        return (wide(rounded) + mean).to(x.dtype) if self.restore else rounded
-
-
-@storable
-class BeforeBias(nn.Module):
-    """Rounds keys [B, H, T, E] that have no bias yet (a quantizer of None does not), and adds it [H, 1, E]."""
-
-    bias: Tensor
-
-    def __init__(self, quantizer: nn.Module | None, bias: Tensor):
-        super().__init__()
-        self.quantizer = quantizer
-        self.register_buffer("bias", bias)
-
-    @property
-    def whole_sequence(self) -> bool:
-        return getattr(self.quantizer, "whole_sequence", False)
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        rounded: Tensor = x if self.quantizer is None else self.quantizer(x, real)
-        return rounded + self.bias
-
-
-def token_mean(x: Tensor, real: Tensor | None) -> Tensor:
-    """The mean [B, H, 1, E] of x [B, H, T, E] over the tokens where `real` [B, T] is True (None: all); `wide`."""
-    if real is None:
-        return wide(x).mean(2, keepdim=True)
-    counted = real[:, None, :, None]
-    return torch.where(counted, wide(x), 0).sum(2, keepdim=True) / counted.sum(2, keepdim=True).clamp(min=1)

@@ -204,8 +204,8 @@ class Activation(Part, Protocol):
 class KeysValues(Part, Protocol):
     """Puts quantizers of keys and values [B, H, T, E] into `block.heads`, `sequence` and `stored`; none for 16 bits.
 
-    `whole_sequence` says whether they look at all tokens of a sequence, which a sampler's cache keeps them from;
-    `stored_only` whether they act on nothing but what such a cache stores.
+    `whole_sequence` says whether they look at all tokens of a sequence; `stored_only` whether they act on nothing but
+    what a sampler's cache stores.
     """
 
     @property

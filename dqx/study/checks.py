@@ -63,19 +63,9 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
 
 
 def reuse_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
-    """A rounding of keys and values that needs all of a sequence's tokens beside a sampler's cache, which computes some
-    at a time; one that acts on what such a cache stores where there is none."""
+    """A rounding of what a sampler's cache stores, where nothing is stored."""
     kv = None if method is None else method.kv
-    if sampler is None or kv is None or min(config.bits.kv_widths()) == UNQUANTIZED:
-        return []
-    if sampler.has_cache and kv.whole_sequence:
-        return [
-            f"model.sampler.cache={getattr(sampler, 'cache', None)} computes the keys and values of some tokens at a "
-            "time, but method.kv rounds them by what all tokens of a sequence are (method.kv.center, keys=channel or "
-            "recent); write method.kv.when=commit, which does it where the cache stores them, or "
-            "model.sampler.cache=null, or method.kv=per_head without them"
-        ]
-    if not kv.stored_only:
+    if sampler is None or kv is None or not kv.stored_only or min(config.bits.kv_widths()) == UNQUANTIZED:
         return []
     rounds = "method.kv.when=commit rounds keys and values where a sampler's cache stores them"
     if not sampler.has_cache:
@@ -95,7 +85,7 @@ def reuse_notes(config: Config, method: Method) -> list[str]:
         return []
     return [
         "method.kv.when=commit: keys and values are rounded where the sampler's cache stores them; calibration, "
-        "likelihoods, outlier statistics and fidelity are of forwards without a cache, which round none"
+        "likelihoods, outlier statistics and divergences are of forwards without a cache, which round none"
     ]
 
 

@@ -13,11 +13,13 @@ from dqx.diffusion.samplers import LLaDASampler
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
+from dqx.models.tokens import Tokens
 from dqx.models.transformer import Unchanged, apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.checkpoint.folder import load_quantized, save_quantized
 from dqx.quant.checkpoint.on_disk import quantize_checkpoint
-from dqx.quant.kv import AllButRecent, Centered, ChannelQuantizer, KeysValues
+from dqx.quant.kv import KeysValues
+from dqx.quant.kv_quantizers import AllButRecent, Centered, ChannelQuantizer
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context
@@ -230,24 +232,54 @@ def test_keys_without_their_mean():
     torch.testing.assert_close(model(ids), before)
     x = random(2, 2, 5, 8)
     real = torch.tensor([[False, True, True, True, True], [True, True, True, False, False]])
-    left = Centered(Unchanged())(x, real)
+    left = Centered(Unchanged())(x, Tokens(real))
     for row in range(2):
         torch.testing.assert_close(left[row], x[row] - x[row][:, real[row]].mean(1, keepdim=True))
     install(KeysValues(keys="head", center="mean"), block, ActivationBits(4))
     large = x + 100 * random(2, 1, 8, seed=1)[None]
-    torch.testing.assert_close(block.sequence["k"](large, real), block.sequence["k"](x, real))
+    torch.testing.assert_close(block.sequence["k"](large, Tokens(real)), block.sequence["k"](x, Tokens(real)))
 
 
-def test_a_cache_that_names_columns_is_refused():
-    """What is rounded by all tokens of a sequence cannot be rounded from some of them."""
-    model = fresh()
-    ids = torch.arange(12).view(2, 6)
-    install(KeysValues(center="mean"), model.blocks[1], ActivationBits(4))
-    cache = model.empty_cache(*ids.shape)
-    where = torch.ones_like(ids, dtype=torch.bool)
-    assert torch.equal(model.logits_where(ids, where, cache=cache), model.logits_where(ids, where))
-    with pytest.raises(ValueError, match="a cache computes some of them; generate without a cache"):
-        model.logits_where(ids, where, cache=cache.window(2, 4))
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_windows_beside_a_cache_use_its_means_and_grids(family, name):
+    """A window of an unchanged sequence changes nothing; batches of rows at different lengths and places write what one
+    at a time writes."""
+    model, part = fresh(family), (SEQUENCE_PARTS | BIAS_PARTS)[name]
+    for block in model.blocks:
+        install(part, block, ActivationBits(3))
+    both, marks = zip(padded(torch.arange(7)[None] + 3, 3), padded(torch.arange(10)[None] + 9, 0), strict=True)
+    ids, real = torch.cat(both), torch.cat(marks)
+    where = real.bool()
+    where[:, :5] = False
+    expected, cache = model.logits_where(ids, where, real), model.empty_cache(*ids.shape)
+    torch.testing.assert_close(model.logits_where(ids, where, real, cache), expected)
+    stored = cache.store.clone()
+    for first in ([3, 0], [4, 4]):
+        torch.testing.assert_close(model.logits_where(ids, where, real, cache.window(first, 10)), expected)
+        torch.testing.assert_close(cache.store, stored)
+
+    sampler = LLaDASampler(threshold=0.2, cache={"llada": "prefix", "dream": "dual"}[family])
+    schedule = {"gen_length": 8, "block_length": 4, "steps": 8}
+    prompts = [Prompt([*range(3 + n, 8 + 2 * n)], ("task", n)) for n in range(4)]
+    alone = [Engine(model, sampler, batch_size=1, **schedule).generate([prompt])[0] for prompt in prompts]
+    assert Engine(model, sampler, batch_size=3, **schedule).generate(prompts) == alone
+
+
+def test_a_window_by_hand():
+    """Keys that the cache has not seen lose the mean of those it has, and are cut to their range."""
+    block = fresh("dream").blocks[0]
+    install(KeysValues(keys="channel", center="mean", token_group=3, recent=1), block, ActivationBits(2))
+    x, new, found = random(1, 2, 8, 4), 3 * random(1, 2, 4, 4, seed=1), dict[str, torch.Tensor]()
+    real = torch.ones(1, 8, dtype=torch.bool)
+    block.sequence["k"](x, Tokens(real, statistics=found))
+    keys = block.sequence["k"](new, Tokens(real, torch.tensor([[4, 5, 6, 7]]), found))
+    mean = x.mean(2, keepdim=True)
+    for column, group in ((0, [3, 4, 5]), (1, [3, 4, 5]), (2, [6])):
+        stored = (x - mean)[:, :, group]
+        scale, zero = Grid(2).fit(stored, dim=2)
+        expected = Grid(2).nearest(new[:, :, [column]] - mean, scale, zero)
+        torch.testing.assert_close(keys[:, :, [column]], expected)
+    torch.testing.assert_close(keys[:, :, [3]], new[:, :, [3]] - mean)
 
 
 def test_a_grid_per_channel():
@@ -257,7 +289,7 @@ def test_a_grid_per_channel():
     real[1, 7:] = False
     block = fresh("dream").blocks[0]
     install(KeysValues(keys="channel", token_group=3, recent=1, include_zero=False), block, ActivationBits(2))
-    keys, values = block.sequence["k"](x, real), block.sequence["v"](x, real)
+    keys, values = block.sequence["k"](x, Tokens(real)), block.sequence["v"](x, Tokens(real))
     for row, groups, left in ((0, ([2, 3, 4], [5, 6, 7]), [0, 1, 8]), (1, ([0, 1, 2], [3, 4, 5]), [6, 7, 8])):
         for group in groups:
             tokens = x[row][:, group]
@@ -278,7 +310,7 @@ def test_fewer_tokens_than_stay():
     x, real = random(1, 2, 4, 8), torch.tensor([[False, True, True, True]])
     block = fresh("dream").blocks[0]
     install(KeysValues(keys="channel", recent=128, token_group=32), block, ActivationBits(2))
-    for marks in (real, None):
+    for marks in (Tokens(real), None):
         assert torch.equal(block.sequence["k"](x, marks), x)
 
 

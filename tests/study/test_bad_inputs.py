@@ -220,11 +220,6 @@ CONFIGURATIONS = [
     ),
     ("group size of zero", ["bits.weight.group_size=0"], "group_size=0 is no number of inputs; for this model 128"),
     (
-        "a sampler's cache beside keys that are rounded by all tokens",
-        ["method.kv=per_head", "method.kv.center=mean", "bits.kv.bits=4", "model.sampler.cache=dual"],
-        "model.sampler.cache=dual computes .* some tokens at a time, but method.kv .* write method.kv.when=commit",
-    ),
-    (
         "what a sampler's cache stores, without one",
         ["method.kv=per_head", "method.kv.when=commit", "bits.kv.bits=4"],
         "this sampler has none; write model.sampler.cache=prefix, or method.kv.when=always",
