@@ -14,7 +14,7 @@ import torch
 
 from dqx.common import accelerator, heartbeat
 from dqx.common.environment import environment
-from dqx.common.memory import GB
+from dqx.common.memory import GB, keep_freed
 from dqx.common.processes import main_first, processes
 from dqx.common.tensors import tensor_digest
 from dqx.config.origin import Origin
@@ -48,6 +48,7 @@ def run(described: Config | Experiment, folder: str | Path, origin: Origin | Non
 
 def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> Record:
     config = experiment.config
+    keep_freed()
     gpu_gb = config.memory.gpu_gb
     accelerator.bound_memory(experiment.device, None if gpu_gb is None else gpu_gb * GB)
     main, origin, output = processes().main, origin or Origin(), RunFolder(folder)

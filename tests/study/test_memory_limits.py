@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from test_stages import SMALL, shown
 
 from dqx.benchmarks.cases import MODELS
 from dqx.common import accelerator
-from dqx.common.memory import GB, gigabytes, group_limit, peak_ram, watch_peaks
+from dqx.common.memory import GB, gigabytes, group_limit, keep_freed, peak_ram, trim, watch_peaks
 from dqx.common.processes import processes
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import Config, ConfigProblems, MemoryConfig
@@ -286,6 +288,21 @@ def test_peaks_are_of_what_was_watched() -> None:
     del large
     watch_peaks(CPU)
     assert peak_ram() - before < 100_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept_for_the_next_forward_and_can_be_given_back() -> None:
+    def faults(rounds: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(rounds):
+            del [torch.ones(2**18) for _ in range(20)][:]  # 20 tensors of 1 MiB: 5120 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed()
+    faults(1)
+    assert faults(10) < 5120
+    trim()
+    assert faults(1) > 2560
 
 
 def test_what_was_taken_is_printed() -> None:
