@@ -103,6 +103,7 @@ class CalibConfig:
     block_length: int | None = None  # trajectory: tokens per block; Dream's sampler has none; null: one block
     steps: int | None = None  # trajectory: denoising steps over the whole answer; null: one per token
     rollout: bool = False  # trajectory: the model writes the answer, half a generation per window
+    buckets: list[float] | None = None  # trajectory: shares of the windows, from masked answers to written ones
 
 
 @dataclass

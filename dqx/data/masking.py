@@ -15,6 +15,11 @@ on the same windows of text:
   spread evenly over the calls, so every call has the same weight. (Dream's sampler has one block; truncation is in its
   counts. With guidance, every second call has masks in place of the prompt. With a threshold, a rollout shows fewer
   masks than the scheduled calls say.)
+  With `buckets`, calls have other weights (Xu and Yang 2025, DLLMQuant, arXiv:2508.14090, temporal-mask adaptive
+  sampling): calls are sorted into so many buckets by the share of the answer that is still masked, 1 to 0 in equal
+  steps, the earliest first, and each bucket gets its share of the windows, spread evenly over its calls. The paper's
+  shares are 0.3, 0.2, 0.2, 0.3: more of the first and last steps. Its code is not public; it draws states within a
+  bucket at random, where these are spread.
   Which positions are still masked is drawn uniformly, and written ones hold the text's own tokens. With `rollout`, the
   model as it is before quantization continues the prompt with its sampler, and the state at that call is taken: the
   states really visited, at the cost of half a generation per window.
@@ -27,7 +32,9 @@ Random numbers are a function of (seed, window). N windows, T tokens per window,
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -48,7 +55,7 @@ MASKINGS: dict[str, tuple[str, ...]] = {
     "clean": (),
     "mcs": ("visible",),
     "random_t": ("visible",),
-    "trajectory": ("gen_length", "block_length", "steps", "rollout"),
+    "trajectory": ("gen_length", "block_length", "steps", "rollout", "buckets"),
 }
 
 
@@ -62,6 +69,7 @@ class MaskingSettings(Protocol):
     block_length: int | None
     steps: int | None
     rollout: bool
+    buckets: list[float] | None
 
 
 def masking_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[str]:
@@ -98,7 +106,34 @@ def _schedule_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[
         steps = length if calib.steps is None else calib.steps
         for problem in sampler.problems(length, sampler.block_length(calib.block_length), steps):
             problems.append(f"model.{problem}" if problem.startswith("sampler.") else f"calib.{problem}")
+    if calib.buckets is not None:
+        problems += _bucket_problems(calib, None if problems else sampler)
     return problems
+
+
+def _bucket_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[str]:
+    """What is wrong with `calib.buckets`; without a sampler, its schedule is not judged."""
+    shares = list(calib.buckets or ())
+    where = f"calib.buckets=[{','.join(map(str, shares))}]"
+    if not shares or not all(share >= 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        return [f"{where} must be the shares of the windows by bucket, which sum up to 1, such as [0.3,0.2,0.2,0.3]"]
+    if sampler is None:
+        return []
+    drawn = [_calls(calib, sampler, generator(i, "calib", "schedule")) for i in range(2)]
+    if drawn[0] != drawn[1]:
+        return [
+            f"{where}: the schedule of model.sampler ({sampler.name}) is drawn anew for every window, and may skip a "
+            "bucket; write model.sampler.alg=entropy, or calib.buckets=null"
+        ]
+    by_bucket = _by_bucket(drawn[0], len(shares), calib.gen_length or 0)
+    for i, (share, calls) in enumerate(zip(shares, by_bucket, strict=True)):
+        if share and not calls:
+            high, low = (1 - edge / len(shares) for edge in (i, i + 1))
+            return [
+                f"{where}: no call of the sampler leaves {low:.0%} to {high:.0%} of the answer masked, which is bucket "
+                f"{i + 1}; write more steps (calib.steps={calib.steps or calib.gen_length}), or fewer buckets"
+            ]
+    return []
 
 
 def calibration_states(
@@ -139,14 +174,41 @@ def masks(calib: MaskingSettings, sampler: Sampler, samples: int, length: int, *
 
 
 def shown_calls(calib: MaskingSettings, sampler: Sampler, samples: int, *, seed: int) -> list[Call]:
-    """The call of the model that each of N windows shows, spread evenly over the calls of a generation."""
-    gen_length = calib.gen_length or 0
-    blocks, steps = sampler.block_length(calib.block_length), calib.steps or gen_length
+    """The call of the model that each of N windows shows, spread evenly over the calls of a generation or a bucket."""
+    if calib.buckets is not None:
+        calls = _calls(calib, sampler, generator(seed, "calib", "schedule"))
+        by_bucket = _by_bucket(calls, len(calib.buckets), calib.gen_length or 0)
+        counts = allotted(samples, calib.buckets)
+        return [some[at] for some, n in zip(by_bucket, counts, strict=True) for at in spread(n, len(some))]
     shown = []
     for i in range(samples):  # the schedule of Dream's `origin` is random: each window draws its own
-        calls = sampler.calls(gen_length, blocks, steps, generator(seed, "calib", "schedule", i))
+        calls = _calls(calib, sampler, generator(seed, "calib", "schedule", i))
         shown.append(calls[spread(samples, len(calls))[i]])
     return shown
+
+
+def _calls(calib: MaskingSettings, sampler: Sampler, random: torch.Generator) -> list[Call]:
+    gen_length = calib.gen_length or 0
+    return sampler.calls(gen_length, sampler.block_length(calib.block_length), calib.steps or gen_length, random)
+
+
+def _by_bucket(calls: Sequence[Call], buckets: int, gen_length: int) -> list[list[Call]]:
+    """Calls by the share of the answer that is written before them, in `buckets` equal parts of 0 to 1."""
+    sorted_calls: list[list[Call]] = [[] for _ in range(buckets)]
+    for call in calls:
+        written = call.stop - call.masked
+        sorted_calls[written * buckets // gen_length].append(call)
+    return sorted_calls
+
+
+def allotted(total: int, shares: Sequence[float]) -> list[int]:
+    """`total` by `shares`, which sum up to 1: rounded down, and one more for those that lost most, the first first."""
+    exact = [total * share for share in shares]
+    counts = [math.floor(part + 1e-9) for part in exact]  # 10 * 0.3 is 3
+    lost = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in lost[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def _mask_of(call: Call, calib: MaskingSettings, uniforms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 import dqx
 from dqx.config.compose import build, compose, resolve, run_name
-from dqx.data.masking import MASKINGS, calibration_states, masking_problems, masks, rollouts, shown_calls
+from dqx.data.masking import MASKINGS, allotted, calibration_states, masking_problems, masks, rollouts, shown_calls
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers.dream import DreamSampler
@@ -35,6 +35,7 @@ class Calib:
     block_length: int | None = None
     steps: int | None = None
     rollout: bool = False
+    buckets: list[float] | None = None
 
 
 def calib(kind, **changes):
@@ -250,6 +251,51 @@ def test_the_prompt_is_visible_and_the_text_stays_where_it_is_not_masked(model):
     assert 0.2 < ratios.mean() < 0.35  # half of the tokens are the answer, half of those masked on average
 
 
+# ---- buckets -------------------------------------------------------------------------------------------------
+
+PAPER = [0.3, 0.2, 0.2, 0.3]  # DLLMQuant's
+
+
+def test_shares_are_rounded_to_windows():
+    assert allotted(10, PAPER) == [3, 2, 2, 3]
+    assert allotted(128, PAPER) == [38, 26, 26, 38]  # 38.4, 25.6
+    assert allotted(3, [0.5, 0.5]) == [2, 1]
+    assert allotted(2, [0.2] * 5) == [1, 1, 0, 0, 0]
+    assert allotted(0, PAPER) == [0, 0, 0, 0]
+
+
+def test_buckets_by_hand():
+    """An answer of 8 tokens, one per call: two calls in each quarter of the way."""
+    settings = calib("trajectory", gen_length=8, block_length=4, steps=8, buckets=PAPER)
+    left = masks(settings, LLaDASampler(), 10, 24, seed=0).sum(1)
+    assert left.tolist() == [8, 7, 7, 6, 5, 4, 3, 2, 1, 1]
+    assert [c.step for c in shown_calls(settings, LLaDASampler(), 10, seed=0)] == [0, 1, 1, 2, 3, 4, 5, 6, 7, 7]
+    only_last = calib("trajectory", gen_length=8, block_length=4, steps=8, buckets=[0, 0, 0, 1])
+    assert masks(only_last, LLaDASampler(), 4, 24, seed=0).sum(1).tolist() == [2, 2, 1, 1]
+
+
+def test_equal_buckets_are_no_buckets_where_calls_are_equally_many(llada):
+    for plain in (calib("trajectory"), calib("trajectory", rollout=True)):
+        pair = (plain, replace(plain, buckets=[0.25] * 4))
+        shown = [calibration_states(llada, sampler_of(llada), text(), c, seed=3, progress=False) for c in pair]
+        for before, after in zip(*shown, strict=True):
+            assert torch.equal(before.ids, after.ids)
+
+
+def test_every_bucket_has_its_share_of_the_windows(model):
+    settings = calib("trajectory", gen_length=16, block_length=8, steps=16, buckets=PAPER)
+    left = masks(settings, sampler_of(model), 64, 24, seed=1).sum(1)
+    buckets = Counter(((16 - left) * 4 // 16).tolist())
+    assert [buckets[i] for i in range(4)] == [19, 13, 13, 19]
+
+
+def test_buckets_with_guidance_show_both_passes():
+    sampler = LLaDASampler(cfg_scale=1.0)
+    settings = calib("trajectory", buckets=PAPER)
+    blind = masks(settings, sampler, 40, 24, seed=0)[:, :12].all(1)
+    assert blind.sum() == 20
+
+
 # ---- rollouts ------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +453,14 @@ def test_a_sweep_over_the_kinds_has_a_name_for_each():
         ),
         (calib("trajectory", steps=13), ["calib.steps=13 cannot be shared equally by 2 blocks.*; 12 or 14 can"]),
         (calib("trajectory", gen_length=0), ["calib.gen_length=0 is not a positive integer"]),
+        (calib("mcs", buckets=PAPER), ["calib.buckets=.* does nothing .* it belongs to calib=trajectory"]),
+        (calib("trajectory", buckets=[0.5, 0.4]), [r"calib.buckets=\[0.5,0.4\] must be the shares .* sum up to 1"]),
+        (calib("trajectory", buckets=[]), [r"calib.buckets=\[\] must be the shares"]),
+        (calib("trajectory", buckets=[1.5, -0.5]), ["must be the shares"]),
+        (
+            calib("trajectory", steps=2, buckets=PAPER),
+            ["no call of the sampler leaves 50% to 75% of the answer masked, which is bucket 2; write more steps"],
+        ),
         (Calib("masked"), ["calib.masking=masked is unknown; there are clean, mcs"]),
     ],
 )
@@ -417,6 +471,20 @@ def test_problems_are_told_at_once(settings, messages, llada):
         assert any(re.search(message, problem) for problem in found), found
     with pytest.raises(ValueError, match="calib"):
         calibration_states(llada, LLaDASampler(), text(), settings, seed=0)
+
+
+def test_buckets_need_a_schedule_that_is_not_drawn():
+    settings = calib("trajectory", block_length=None, buckets=PAPER)
+    assert masking_problems(settings, DreamSampler()) == []
+    (problem,) = masking_problems(settings, DreamSampler("origin"))
+    assert "drawn anew for every window" in problem
+    assert "write model.sampler.alg=entropy, or calib.buckets=null" in problem
+
+
+def test_buckets_from_the_command_line():
+    config = resolve(compose(["model=nano_llada", "calib=trajectory", "calib.buckets=[0.3,0.2,0.2,0.3]"]))
+    assert config.calib.buckets == PAPER
+    assert masking_problems(config.calib, build(config.model.sampler)) == []
 
 
 def test_dreams_sampler_takes_no_blocks():
