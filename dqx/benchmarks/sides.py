@@ -201,10 +201,15 @@ def rotation_part(run: SideRun) -> tuple[str, BlockRotate]:
     return name, part
 
 
+def _tile(part: BlockRotate) -> int:
+    assert isinstance(part.tile, int)
+    return part.tile
+
+
 def bases(run: SideRun, site: str) -> list[Tensor]:
     """The random matrices that both sides start from."""
     name, part = rotation_part(run)
-    return [base_rotation(part.tile, run.context.at(name=name).generator(site, i)) for i in range(2)]
+    return [base_rotation(_tile(part), run.context.at(name=name).generator(site, i)) for i in range(2)]
 
 
 def dqx_duquant(run: SideRun) -> None:
@@ -246,9 +251,9 @@ def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, flo
     ours: dict[str, Tensor] = {}
     for site, x in smoothed(run).items():
         order, matrices = theirs[f"order.{site}"], [theirs[f"matrix.{site}.{i}"] for i in range(2)]
-        turned = x[0].unflatten(-1, (-1, part.tile)) @ matrices[0]
+        turned = x[0].unflatten(-1, (-1, _tile(part))) @ matrices[0]
         run.say(f"checking: {site}")
-        ours[f"order.{site}"] = zigzag_permutation(turned.flatten(1).abs().amax(0), part.tile)
+        ours[f"order.{site}"] = zigzag_permutation(turned.flatten(1).abs().amax(0), _tile(part))
         for i, matrix in enumerate((x[0], turned.flatten(1)[:, order])):
             search = greedy_rotation(matrix, bases(run, site)[i], part.steps, part.index)
             ours[f"channels.{site}.{i}"] = torch.tensor(search.indices, dtype=torch.long)

@@ -28,6 +28,7 @@ from dqx.formats.integers import wide
 from dqx.quant.protocols import Context, choice_problems
 from dqx.quant.registry import storable
 from dqx.quant.transforms.greedy_rotation import INDICES, base_rotation, greedy_rotation
+from dqx.quant.transforms.tiles import group_problems, tile_of
 
 STREAMS = ("mean", "quantized", "fp")
 
@@ -36,7 +37,8 @@ STREAMS = ("mean", "quantized", "fp")
 class BlockRotate:
     """One orthogonal map per site: block rotation, then permutation and block rotation `permutations` times."""
 
-    tile: int = 128  # neighbouring channels that are rotated together; must divide the inputs of every linear
+    tile: int | str = 128  # neighbouring channels that are rotated together; must divide the inputs of every linear.
+    # group: those that share a scale, see `tiles.py`
     steps: int = 256  # of the greedy search; the best prefix of them is kept
     permutations: int = 1  # each is followed by a rotation of its own
     index: str = "channel"  # the greedy step looks at an outlier's channel; row: at its tile's position (as published)
@@ -49,14 +51,18 @@ class BlockRotate:
 
     def fit(self, w_OI: Tensor, stats: Mapping[str, Any], context: Context, site: str) -> BlockRotation:
         x_NC = torch.cat([x.flatten(0, 1) for x in stats["inputs"]]) if self.stream == "mean" else stats["tokens"]
-        bases = [base_rotation(self.tile, context.generator(site, i)) for i in range(self.permutations + 1)]
+        tile = tile_of(self.tile, context, context.arch.sites[site]) or x_NC.shape[1]
+        bases = [base_rotation(tile, context.generator(site, i)) for i in range(self.permutations + 1)]
         rotation = find_rotation(x_NC, bases, self.steps, self.index)
         return rotation.to(device=w_OI.device, dtype=wide(w_OI[:0]).dtype)
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = choice_problems(f"{where}.index", self.index, INDICES)
         problems += choice_problems(f"{where}.stream", self.stream, STREAMS)
-        if self.tile < 2:
+        if isinstance(self.tile, str):
+            told = [group_problems(f"{where}.tile", self.tile, context, roles) for roles in context.arch.sites.values()]
+            problems += dict.fromkeys(problem for site in told for problem in site)
+        elif self.tile < 2:
             problems.append(f"{where}.tile={self.tile} leaves nothing to rotate; 128 is usual")
         else:
             problems += tile_problems(f"{where}.tile", self.tile, context)

@@ -28,6 +28,7 @@ from dqx.quant.transforms.hadamard import (
     transform_heads,
 )
 from dqx.quant.transforms.rotate import map_outputs, map_rows
+from dqx.quant.transforms.tiles import group_problems, tile_of
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,20 @@ class HeadRotation:
 class OnlineDown:
     """Hadamard transform of the input of down at run time, undone in its weight."""
 
-    tile: int | None = None  # transform every `tile` neighbouring channels by themselves; None: all channels together
+    tile: int | str | None = None  # transform every `tile` neighbouring channels by themselves; None: all channels
+    # together; group: those that share a scale, see `tiles.py`
     scope: ClassVar[str] = "model"
 
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
-        return ModelChange(lambda model: None, lambda block: rotate_down(block, self.tile))
+        tile = tile_of(self.tile, context, context.arch.sites["mlp_out"])
+        return ModelChange(lambda model: None, lambda block: rotate_down(block, tile))
 
     def problems(self, where: str, context: Context) -> list[str]:
-        return tile_problems(f"{where}.tile", context.arch.mlp_size, self.tile, "the inputs of down")
+        roles = context.arch.sites["mlp_out"]
+        if problems := group_problems(f"{where}.tile", self.tile, context, roles):
+            return problems
+        tile = tile_of(self.tile, context, roles)
+        return tile_problems(f"{where}.tile", context.arch.mlp_size, tile, "the inputs of down")
 
 
 @torch.no_grad()

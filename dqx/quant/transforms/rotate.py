@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dqx.models.transformer import Block, MaskedDiffusionTransformer, RMSNorm
 from dqx.quant.protocols import Context, ModelChange, Part, choice_problems
 from dqx.quant.transforms.hadamard import tile_problems, transform
+from dqx.quant.transforms.tiles import group_problems, tile_of
 
 #: x [..., D] -> x Q for an orthogonal Q, in the dtype of x
 Rotation = Callable[[Tensor], Tensor]
@@ -52,22 +53,28 @@ class ResidualRotation:
     """Multiply the residual stream by one random orthogonal matrix, the same before every block."""
 
     kind: str = "random_hadamard"  # Hadamard with random signs; hadamard: without; orthogonal: uniformly random
-    tile: int | None = None  # rotate every `tile` neighbouring channels by themselves; None: all channels together
+    tile: int | str | None = (
+        None  # rotate every `tile` neighbouring channels by themselves; None: all channels together;
+    )
+    # group: those that share a scale, see `tiles.py`
     equal_tiles: bool = False  # what is random is drawn once and the same in every tile
     scope: ClassVar[str] = "model"
 
     def prepare(self, context: Context, device: torch.device) -> ModelChange:
-        width = context.arch.hidden_size
-        rotation = make_rotation(self.kind, width, self.tile, context.generator(), device, equal_tiles=self.equal_tiles)
+        width, tile = context.arch.hidden_size, tile_of(self.tile, context, _readers(context))
+        rotation = make_rotation(self.kind, width, tile, context.generator(), device, equal_tiles=self.equal_tiles)
         return residual_rotation(rotation)
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = choice_problems(f"{where}.kind", self.kind, KINDS)
         width = context.arch.hidden_size
-        if self.kind == "orthogonal" and self.tile is not None and (self.tile < 1 or width % self.tile):
-            problems.append(f"{where}.tile={self.tile} does not divide {width}, the width of the residual stream")
-        elif self.kind in ("hadamard", "random_hadamard"):
-            problems += tile_problems(f"{where}.tile", width, self.tile, "the width of the residual stream")
+        ungrouped = group_problems(f"{where}.tile", self.tile, context, _readers(context))
+        problems += ungrouped
+        tile = None if ungrouped else tile_of(self.tile, context, _readers(context))
+        if self.kind == "orthogonal" and tile is not None and (tile < 1 or width % tile):
+            problems.append(f"{where}.tile={tile} does not divide {width}, the width of the residual stream")
+        elif self.kind in ("hadamard", "random_hadamard") and not ungrouped:
+            problems += tile_problems(f"{where}.tile", width, tile, "the width of the residual stream")
         earlier = list(context.method.transforms.values())
         earlier = earlier[: earlier.index(self)] if self in earlier else earlier
         if not any(isinstance(part, FoldNorms) for part in earlier):
@@ -76,6 +83,11 @@ class ResidualRotation:
                 "(+method.transforms.fold=fold_norms, then +method.transforms.rotate=residual_rotation)"
             )
         return problems
+
+
+def _readers(context: Context) -> tuple[str, ...]:
+    """The linears that read the residual stream."""
+    return (*context.arch.sites["attn_in"], *context.arch.sites["mlp_in"])
 
 
 @torch.no_grad()
