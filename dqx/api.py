@@ -247,11 +247,15 @@ class DiffusionLM:
         return log_likelihood_given(self.model, perturbed, tokens, masks.double().mean(1), batch_size=batch_size)
 
     def calibration(
-        self, calib: CalibConfig, *, seed: int = 0, data_root: str | Path | None = None
+        self, calib: CalibConfig, *, seed: int = 0, data_root: str | Path | None = None, commitments: bool = False
     ) -> list[CalibBatch]:
-        """Calibration batches of the settings in `calib`, from the text to the masks."""
+        """Calibration batches of the settings in `calib`, from the text to the masks.
+
+        With `commitments`, which `method.token_weight=frontier` needs, those of a trajectory say when each token is
+        written.
+        """
         windows = calibration_windows(calib, self.tokenizer, seed=seed, data_root=_path(data_root))
-        return calibration_states(self.model, self.sampler, windows, calib, seed=seed)
+        return calibration_states(self.model, self.sampler, windows, calib, seed=seed, commitments=commitments)
 
     @told_plainly
     def quantize(
@@ -279,7 +283,10 @@ class DiffusionLM:
         """
         part, widths, text = _chosen(method, bits, self.config, self.model.arch, overrides)
         if calib is None:
-            calib = self.calibration(text, seed=seed, data_root=data_root) if part.needs_data else ()
+            committed = part.weighs_by("committed")
+            calib = ()
+            if part.needs_data:
+                calib = self.calibration(text, seed=seed, data_root=data_root, commitments=committed)
         batches = [self.tokens(each) if isinstance(each, str) else each for each in calib]
         report = quantize_model(self.model, part, widths, batches, seed=seed)
         self.quantization = Quantization(part, widths, report)

@@ -21,10 +21,15 @@ from dqx.models.vocabulary import text_ids
 
 @dataclass(frozen=True)
 class CalibBatch:
-    """`ids` [B, T] int64 as the model sees them, and the share of masked tokens of each row `mask_ratio` [B]."""
+    """`ids` [B, T] int64 as the model sees them, and the share of masked tokens of each row `mask_ratio` [B].
+
+    `committed` [B, T]: of states on a sampler's way, the share of the steps that have passed when each token is
+    written, 0 at the first; -1 for tokens that are given. None where there is no such way, or nobody has asked.
+    """
 
     ids: Tensor
     mask_ratio: Tensor
+    committed: Tensor | None = None
 
 
 class CalibSettings(Protocol):

@@ -23,6 +23,9 @@ on the same windows of text:
   Which positions are still masked is drawn uniformly, and written ones hold the text's own tokens. With `rollout`, the
   model as it is before quantization continues the prompt with its sampler, and the state at that call is taken: the
   states really visited, at the cost of half a generation per window.
+  Every window knows at which step each token of its answer is written (`CalibBatch.committed`): in the order in which
+  its positions were drawn, so that a random order of commitments belongs to every state; with `rollout` in that of the
+  generation, which then runs to its end.
 
 `gen_length`, `block_length` and `steps` belong to `calib`, not to a task: a quantized model depends on model (with
 its sampler), method, bits, calibration and seed, and is the same whatever is evaluated afterwards.
@@ -144,18 +147,26 @@ def calibration_states(
     *,
     seed: int,
     progress: bool = True,
+    commitments: bool = False,
 ) -> list[CalibBatch]:
     """The windows [N, T] as `calib.masking` shows them, with the model's mask token, one batch per window.
 
-    Raises ConfigProblems with the `masking_problems`. The model runs for rollouts only.
+    With `commitments` those of a trajectory say at which step each token is written. Raises ConfigProblems with the
+    `masking_problems`. The model runs for rollouts only.
     """
     raise_if(masking_problems(calib, sampler))
     mask_id = model.arch.mask_token_id
+    committed = None
     if calib.rollout:
-        ids = rollouts(model, sampler, windows, calib, seed=seed, progress=progress)
+        ids, committed = rollouts(model, sampler, windows, calib, seed=seed, progress=progress, whole=commitments)
     else:
         ids = windows.masked_fill(masks(calib, sampler, *windows.shape, seed=seed), mask_id)
-    return [CalibBatch(row[None], (row[None] == mask_id).float().mean(1)) for row in ids]
+        if commitments and calib.masking == "trajectory":
+            committed = commitment_times(calib, sampler, *windows.shape, seed=seed)
+    return [
+        CalibBatch(row[None], (row[None] == mask_id).float().mean(1), None if committed is None else committed[i][None])
+        for i, row in enumerate(ids)
+    ]
 
 
 def masks(calib: MaskingSettings, sampler: Sampler, samples: int, length: int, *, seed: int) -> Tensor:
@@ -176,15 +187,35 @@ def masks(calib: MaskingSettings, sampler: Sampler, samples: int, length: int, *
 def shown_calls(calib: MaskingSettings, sampler: Sampler, samples: int, *, seed: int) -> list[Call]:
     """The call of the model that each of N windows shows, spread evenly over the calls of a generation or a bucket."""
     if calib.buckets is not None:
-        calls = _calls(calib, sampler, generator(seed, "calib", "schedule"))
+        calls = _schedule(calib, sampler, seed, 0)
         by_bucket = _by_bucket(calls, len(calib.buckets), calib.gen_length or 0)
         counts = allotted(samples, calib.buckets)
         return [some[at] for some, n in zip(by_bucket, counts, strict=True) for at in spread(n, len(some))]
     shown = []
-    for i in range(samples):  # the schedule of Dream's `origin` is random: each window draws its own
-        calls = _calls(calib, sampler, generator(seed, "calib", "schedule", i))
+    for i in range(samples):
+        calls = _schedule(calib, sampler, seed, i)
         shown.append(calls[spread(samples, len(calls))[i]])
     return shown
+
+
+def commitment_times(calib: MaskingSettings, sampler: Sampler, samples: int, length: int, *, seed: int) -> Tensor:
+    """The share of the steps that have passed when each token of N windows is written [N, T]; -1 in the prompt.
+
+    A token is written at the last call at which it is masked, if `masks` at all calls drew the same numbers.
+    """
+    gen_length = calib.gen_length or 0
+    times = torch.full((samples, length), -1.0)
+    for i in range(samples):
+        answer, uniforms = times[i, -gen_length:], _uniforms(seed, "mask", i, length)[-gen_length:]
+        for call in _schedule(calib, sampler, seed, i):
+            open_ones = uniforms[call.start : call.stop].argsort(stable=True)[: call.masked]
+            answer[call.start + open_ones] = call.step / (calib.steps or gen_length)
+    return times
+
+
+def _schedule(calib: MaskingSettings, sampler: Sampler, seed: int, window: int) -> list[Call]:
+    """The calls of a window's generation; the schedule of Dream's `origin` is random, each window draws its own."""
+    return _calls(calib, sampler, generator(seed, "calib", "schedule", window))
 
 
 def _calls(calib: MaskingSettings, sampler: Sampler, random: torch.Generator) -> list[Call]:
@@ -234,48 +265,56 @@ def rollouts(
     *,
     seed: int,
     progress: bool = True,
-) -> Tensor:
+    whole: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """States [N, T] that `sampler` really visits when it continues the first P tokens of each window with `model`.
 
     Each window is taken at the step of its call in `shown_calls`. (For Dream's `origin` that step may write nothing in
-    this very generation; the state then is that of the next call.)
+    this very generation; the state then is that of the next call.) With `whole` generations run to their ends, and the
+    second result has the times at which tokens are written [N, T], as `commitment_times`; a mask that the model writes
+    counts as written last.
     """
     gen_length = calib.gen_length or 0
-    states = windows.clone()
+    steps, mask_id = calib.steps or gen_length, model.arch.mask_token_id
+    states, times = windows.clone(), torch.full(windows.shape, -1.0)
     shown = shown_calls(calib, sampler, len(windows), seed=seed)
     seconds = 1.0 if sys.stderr.isatty() else 60.0  # a log file keeps every update
     bar = tqdm(shown, desc="rollouts", unit=" windows", disable=not progress, mininterval=seconds)
     for i, call in enumerate(bar):
-        states[i] = _state_before(
-            call.step,
+        seen = _states(
+            None if whole else call.step,
             sampler,
             model,
             windows[i : i + 1, :-gen_length],
             gen_length=gen_length,
             block_length=sampler.block_length(calib.block_length),
-            steps=calib.steps or gen_length,
+            steps=steps,
             noise=SeededNoise(seed, [("calib", i)]),
-        )[0].cpu()
+        )
+        states[i] = seen[min(call.step, len(seen) - 1)].cpu()
+        if whole:
+            answers = torch.stack([state[-gen_length:] for state in seen]) == mask_id
+            times[i, -gen_length:] = (answers.sum(0).cpu() - 1) / steps
         if call.blind:
-            states[i, :-gen_length] = model.arch.mask_token_id
-    return states
+            states[i, :-gen_length] = mask_id
+    return states, times if whole else None
 
 
 class _Reached(Exception):
     """Ends a generation at the step that was asked for."""
 
 
-def _state_before(
-    step: int, sampler: Sampler, model: MaskedDiffusionTransformer, prompt: Tensor, **settings: Any
-) -> Tensor:
-    """The sequences [B, P + G] before a step of a generation, which ends there."""
+def _states(
+    last: int | None, sampler: Sampler, model: MaskedDiffusionTransformer, prompt: Tensor, **settings: Any
+) -> list[Tensor]:
+    """A sequence [P + G] before every step of a generation; those after step `last` are not made, with None all are."""
     seen: list[Tensor] = []
 
     def on_step(ids: Tensor) -> None:
-        seen.append(ids)
-        if len(seen) > step:
+        seen.append(ids[0])
+        if last is not None and len(seen) > last:
             raise _Reached
 
     with suppress(_Reached):
         sampler.generate(model, prompt, on_step=on_step, **settings)
-    return seen[-1]
+    return seen

@@ -56,6 +56,7 @@ class Assignment:
     ids: Sequence[Tensor] = ()  # [B, T], of the calibration batches
     seed: int = 0  # for parts that draw random numbers
     progress: bool = True  # show a bar
+    committed: Sequence[Tensor] = ()  # [B, T], when each token is written, if the batches say so (`CalibBatch`)
 
 
 def quantize(
@@ -87,7 +88,8 @@ def quantize(
         torch.OutOfMemoryError: where the device is too small, with what to change.
     """
     with accelerator.advising(IN_MEMORY):
-        return quantize_blocks(Home(model, model.device), Assignment(method, bits, token_ids(batches), seed, progress))
+        asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches))
+        return quantize_blocks(Home(model, model.device), asked)
 
 
 def token_ids(batches: Batches) -> list[Tensor]:
@@ -106,6 +108,12 @@ def token_ids(batches: Batches) -> list[Tensor]:
             )
         rows.append(ids if ids.dim() == 2 else ids[None])
     return rows
+
+
+def commitments(batches: Batches) -> list[Tensor]:
+    """When the tokens of calibration batches are written, their `committed` [B, T]; [] where one does not say."""
+    times = [getattr(batch, "committed", None) for batch in batches]
+    return [time for time in times if time is not None] if all(time is not None for time in times) else []
 
 
 @torch.no_grad()
@@ -153,7 +161,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     if home.progress is None:
         with home.outer():
             if method.token_weight is not None and needed:
-                weights = token_weights(method.token_weight, home, ids)
+                weights = token_weights(method.token_weight, home, ids, asked.committed)
             for change in changes:
                 change.outer(home.model)
             streams = {name: stream(name) for name in sorted(needed)}

@@ -117,6 +117,10 @@ class Method:
         pairs = {"both": {"quantized", "fp"}, "block": {"quantized"}}
         return frozenset(named - pairs.keys()).union(*(pairs[name] for name in named & pairs.keys()))
 
+    def weighs_by(self, fact: str) -> bool:
+        """Whether calibration tokens have weights that depend on a fact: "confidence", "committed"."""
+        return self.token_weight is not None and fact in self.token_weight.needs
+
     @property
     def needs_data(self) -> bool:
         return bool(self.streams())

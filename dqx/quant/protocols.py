@@ -221,9 +221,11 @@ class TokenWeight(Part, Protocol):
     """How much each calibration token counts where a statistic is an average over tokens, as ratios to the others.
 
     `facts` are "masked" [1, T] (bool) and, where `needs` names it, "confidence" [1, T]: the probability that the
-    full-precision model gives to its first choice at each masked token, 0 elsewhere. Weights [1, T] must be finite and
-    not negative. The loop divides them by their mean over all tokens; before that by the mean over each sequence, with
-    `per_sequence`.
+    full-precision model gives to its first choice at each masked token, 0 elsewhere; and "committed" [1, T]: the share
+    of the sampler's steps that have passed when the token is written, -1 for those that are given. Weights [1, T] must
+    be finite and not negative. With a property `by_position` that is true, the loop takes their mean over all
+    sequences, position by position. It divides them by their mean over all tokens; before that by the mean over each
+    sequence, with `per_sequence`.
     """
 
     @property

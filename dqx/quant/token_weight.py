@@ -7,6 +7,15 @@ in it. There is no code of the authors; the constants are those of a community's
 0.5 + p, divided by the mean of each sequence). Here the weights go into every average over tokens: the Hessian, GPTAQ's
 cross term, AWQ's mean |x|, its judges' and its clip search's errors, and the mean shift.
 
+A sampler never takes back a token that it has written, right or wrong. FAIR-Calib (Huang et al. 2026, arXiv:2606.06547)
+weighs the positions of an answer by what an error there does: at every step of a generation of the full-precision
+model with a random order of commitments, a position gains lambda_0(t) if it is written then, more at early steps, and
+while it is masked lambda_1 times the model's confidence in it, normalised over the masked positions; tokens outside
+the answer have a small floor (`Frontier`). There is no code of the authors either: shape and constants of lambda_0, the
+floor and the confidence's norm are ours. Theirs is a mean over 512 such generations. Here the windows of
+`calib=trajectory` each know a whole order of commitments and show one of its states, so that the mean over windows
+estimates the same sum in one pass over them; and the weights act on these states, where theirs act on visible text.
+
 Weights are divided by their mean over all tokens, so that GPTQ's damping keeps its meaning. Equal weights change
 nothing, to the bit; weight 0 leaves tokens out.
 
@@ -30,6 +39,7 @@ from dqx.quant.home import Home
 from dqx.quant.protocols import Context, TokenWeight
 
 HEAD_TOKENS = 256  # tokens whose logits are looked at a time
+NOTHING = 1e-30  # stands for a sum of confidences that is 0, to divide by
 
 
 @dataclass(frozen=True)
@@ -65,22 +75,57 @@ class Confidence:
         return _number_problems(where, base=self.base, power=self.power, visible=self.visible)
 
 
-def _number_problems(where: str, **numbers: float) -> list[str]:
-    problems = [
+@dataclass(frozen=True)
+class Frontier:
+    """Tokens of an answer count by when they are written and how sure the model is of them while they are masked."""
+
+    commit: float = 1.0  # weight of a token that is written in the last step
+    early: float = 1.0  # in the first step it is 1 + early times that, in between linear
+    reliability: float = 1.0  # mean weight by confidence of the answer's tokens: of masked ones, as they share it
+    floor: float = 0.1  # weight of a token outside the answer, as a share of the mean weight inside
+    by_position: bool = True  # the mean over windows, by position; false: of every window its own
+    per_sequence: bool = False  # the mean of every sequence is 1, not only that of all
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"committed"} | ({"confidence"} if self.reliability else set()))
+
+    def __call__(self, facts: Mapping[str, Tensor]) -> Tensor:
+        time = facts["committed"].double()
+        answer = time >= 0
+        weight = self.commit * (1 + self.early * (1 - time))
+        if self.reliability:
+            sure = torch.where(answer, facts["confidence"].double(), 0)
+            weight = weight + self.reliability * sure * (answer.sum() / sure.sum().clamp(min=NOTHING))
+        inside = weight[answer].mean()
+        return torch.where(answer, weight, self.floor * inside)
+
+    def problems(self, where: str, context: Context) -> list[str]:
+        problems = _number_problems(where, commit=self.commit, reliability=self.reliability)
+        return problems + _at_least_0(where, early=self.early, floor=self.floor)
+
+
+def _at_least_0(where: str, **numbers: float) -> list[str]:
+    return [
         f"{where}.{name}={number} must be a number of at least 0"
         for name, number in numbers.items()
         if not (number >= 0 and math.isfinite(number))
     ]
+
+
+def _number_problems(where: str, **numbers: float) -> list[str]:
+    problems = _at_least_0(where, **numbers)
     if not problems and not any(numbers.values()):
         problems = [f"{where}: {' and '.join(numbers)} are all 0, so no token would count; give one of them above 0"]
     return problems
 
 
-def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor]) -> Row:
+def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor], committed: Sequence[Tensor] = ()) -> Row:
     """The weights [1, T] in float32 of each calibration sequence among `ids` [B, T], their mean over all tokens 1.
 
-    The model must not have been changed yet, its embedding and head loaded. Raises ValueError where no token is masked
-    and where the weights are not finite, negative, or all 0.
+    `committed` are as in `CalibBatch`, none where the sequences are on no sampler's way. The model must not have been
+    changed yet, its embedding and head loaded. Raises ValueError where no token is masked, where `committed` is needed
+    and missing, and where the weights are not finite, negative, or all 0.
     """
     rows = [row for batch in ids for row in batch.split(1)]
     masked = [row == home.model.arch.mask_token_id for row in rows]
@@ -90,10 +135,21 @@ def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor]) -> Row:
             "masked text (calib=mcs, random_t or trajectory), or write method.token_weight=null"
         )
     facts = [{"masked": row} for row in masked]
+    if "committed" in part.needs:
+        times = [row for batch in committed for row in batch.split(1)]
+        if len(times) != len(rows) or any((row < 0).all() for row in times):
+            raise ValueError(
+                f"method.token_weight={type(part).__name__} needs the step at which each calibration token is written, "
+                "which batches of calib=trajectory have (calibration_states with commitments=True); give those, or "
+                "take method.token_weight=mask_state or confidence"
+            )
+        facts = [{**known, "committed": time.to(home.device)} for known, time in zip(facts, times, strict=True)]
     if "confidence" in part.needs:
         confident = zip(facts, confidences(home, rows), strict=True)
         facts = [{**known, "confidence": seen.where(known["masked"], 0.0)} for known, seen in confident]
     weights = [part(known).double() for known in facts]
+    if getattr(part, "by_position", False):
+        weights = _means_by_position(weights)
     if any(not row.isfinite().all() or (row < 0).any() for row in weights):
         raise ValueError(f"method.token_weight={type(part).__name__} gave weights that are negative or not finite")
     if part.per_sequence:
@@ -105,6 +161,15 @@ def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor]) -> Row:
     for row in weights:
         kept.append((row / mean).float())
     return kept
+
+
+def _means_by_position(weights: Sequence[Tensor]) -> list[Tensor]:
+    if len({row.shape for row in weights}) > 1:
+        raise ValueError(
+            "method.token_weight.by_position=true averages over calibration sequences position by position, but they "
+            "differ in length; make them equal, or write method.token_weight.by_position=false"
+        )
+    return [torch.stack(list(weights)).mean(0)] * len(weights)
 
 
 def confidences(home: Home, rows: Sequence[Tensor]) -> Iterator[Tensor]:

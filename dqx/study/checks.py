@@ -54,7 +54,13 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
     told = [f"model.{p}" if p.startswith("sampler.") else p for p in told]
     if method is None or method.needs_data or config.outliers.samples > 0:
         told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
-    if method is not None and method.token_weight is not None and config.calib.masking == "clean":
+    if method is not None and method.weighs_by("committed") and config.calib.masking != "trajectory":
+        told.append(
+            f"calib={config.calib.masking} has no steps of a sampler, but method.token_weight weighs calibration "
+            "tokens by the step at which they are written; write calib=trajectory, or "
+            "method.token_weight=mask_state or confidence"
+        )
+    elif method is not None and method.token_weight is not None and config.calib.masking == "clean":
         told.append(
             "calib=clean masks no token, so method.token_weight, which tells masked tokens from visible ones, does "
             "nothing; calibrate on masked text (calib=mcs, random_t or trajectory), or write method.token_weight=null"

@@ -46,8 +46,12 @@ class Design:
     @property
     def asks_confidence(self) -> bool:
         """Whether the unquantized model runs over the calibration text, for the weights of its tokens."""
-        weight = self.method.token_weight
-        return bool(self.streams) and weight is not None and "confidence" in weight.needs
+        return bool(self.streams) and self.method.weighs_by("confidence")
+
+    @property
+    def asks_commitments(self) -> bool:
+        """Whether the method wants to know when each calibration token is written."""
+        return bool(self.streams) and self.method.weighs_by("committed")
 
     @property
     def changes_model(self) -> bool:

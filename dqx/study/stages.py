@@ -113,24 +113,26 @@ class Stages:
         """The calibration states of the text. Only rollouts need the model's weights, and are kept."""
         if windows is None:
             return []
-        config, lm = self.config, self.subjects.lm
+        config, lm, commitments = self.config, self.subjects.lm, self.experiment.asks_commitments
 
         def states() -> list[CalibBatch]:
-            return calibration_states(lm.model, lm.sampler, windows, config.calib, seed=config.seed)
+            given = lm.model, lm.sampler, windows, config.calib
+            return calibration_states(*given, seed=config.seed, commitments=commitments)
 
         def compute() -> dict[str, Tensor]:
             self.subjects.full_precision()
             batches = states()
-            return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("ids", "mask_ratio")}
+            return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
 
+        names = ["ids", "mask_ratio", *(["committed"] if commitments else [])]
         with self.costs.stage("make the calibration states"):
             if not config.calib.rollout:
                 return states()
-            how = {"sampler": config.model.sampler, "calib": config.calib, "seed": config.seed}
+            how = {"sampler": config.model.sampler, "calib": config.calib, "seed": config.seed, "kept": names}
             written = facts.measurement_facts(self.subjects.facts, tokens=windows, **how)
             tensors, _ = self.cache.tensors(self._key("calibration", written), compute)
-        rows = zip(tensors["ids"], tensors["mask_ratio"], strict=True)
-        return [CalibBatch(ids[None], share[None]) for ids, share in rows]
+        rows = zip(*(tensors[name].split(1) for name in names), strict=True)
+        return [CalibBatch(*row) for row in rows]
 
     def reference(self) -> Asked | None:
         """What full precision says, for the quantized model to be compared with; None where nothing is compared.

@@ -11,7 +11,16 @@ import torch
 
 import dqx
 from dqx.config.compose import build, compose, resolve, run_name
-from dqx.data.masking import MASKINGS, allotted, calibration_states, masking_problems, masks, rollouts, shown_calls
+from dqx.data.masking import (
+    MASKINGS,
+    allotted,
+    calibration_states,
+    commitment_times,
+    masking_problems,
+    masks,
+    rollouts,
+    shown_calls,
+)
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers.dream import DreamSampler
@@ -332,10 +341,59 @@ def test_rollouts_stop_at_the_state_they_are_after(llada):
 
 def test_rollouts_with_guidance_hide_the_prompt(llada):
     sampler = LLaDASampler(cfg_scale=1.0, suppress_mask=True)
-    states = rollouts(llada, sampler, text(n=4), calib("trajectory"), seed=0, progress=False)
+    states, _ = rollouts(llada, sampler, text(n=4), calib("trajectory"), seed=0, progress=False)
     blind = [call.blind for call in shown_calls(calib("trajectory"), sampler, 4, seed=0)]
     assert ((states[:, :12] == llada.arch.mask_token_id).all(1)).tolist() == blind
     assert any(blind) or len(set(blind)) == 1
+
+
+# ---- when tokens are written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 6}, {"buckets": PAPER}])
+def test_times_are_those_of_the_masks(changes, model):
+    """A token of a window's answer is masked exactly if it is written at the step of the state or later."""
+    settings, sampler = calib("trajectory", **changes), sampler_of(model)
+    batches = calibration_states(model, sampler, text(), settings, seed=4, commitments=True)
+    shown = shown_calls(settings, sampler, 8, seed=4)
+    for batch, call in zip(batches, shown, strict=True):
+        assert batch.committed.shape == batch.ids.shape
+        assert (batch.committed[:, :12] == -1).all()
+        masked = batch.ids[:, 12:] == model.arch.mask_token_id
+        assert torch.equal(masked, batch.committed[:, 12:] >= call.step / settings.steps - 1e-6)
+
+
+def test_times_by_hand():
+    """Two blocks of two tokens, three steps each (the third writes nothing): one token in each of two steps."""
+    settings = calib("trajectory", gen_length=4, block_length=2, steps=6)
+    times = commitment_times(settings, LLaDASampler(), 3, 24, seed=0)
+    assert (times[:, :20] == -1).all()
+    for row in times:
+        assert sorted((row[20:22] * 6).round().tolist()) == [0, 1]
+        assert sorted((row[22:24] * 6).round().tolist()) == [3, 4]
+
+
+def test_times_of_rollouts_are_those_of_the_generation(model):
+    sampler, windows, settings = sampler_of(model), text(n=3), calib("trajectory", rollout=True)
+    batches = calibration_states(model, sampler, windows, settings, seed=2, progress=False, commitments=True)
+    plain = calibration_states(model, sampler, windows, settings, seed=2, progress=False)
+    for i, (batch, before) in enumerate(zip(batches, plain, strict=True)):
+        assert torch.equal(batch.ids, before.ids)
+        assert before.committed is None
+        states = []
+        block = 6 if model.arch.family == "llada" else None
+        noise = SeededNoise(2, [("calib", i)])
+        how = {"gen_length": 12, "block_length": block, "steps": 12, "noise": noise, "on_step": states.append}
+        answer = sampler.generate(model, windows[i : i + 1, :12], **how).ids
+        states = [*(state[0, 12:] for state in states), answer[0]]
+        for j, time in enumerate((batch.committed[0, 12:] * 12).round().int().tolist()):
+            assert states[time][j] == model.arch.mask_token_id != states[time + 1][j]
+
+
+@pytest.mark.parametrize("kind", ["clean", "mcs", "random_t"])
+def test_other_kinds_have_no_times(kind, llada):
+    batches = calibration_states(llada, LLaDASampler(), text(), calib(kind), seed=0, commitments=True)
+    assert all(batch.committed is None for batch in batches)
 
 
 # ---- seeds, text, mask token ---------------------------------------------------------------------------------

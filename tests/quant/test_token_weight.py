@@ -14,6 +14,7 @@ from test_saved import assert_same
 from tiny import PLAIN, TOY, ids, toy
 
 from dqx.config.compose import build, compose, resolve, select
+from dqx.data.calibration import CalibBatch
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.quant import load_quantized, quantize, quantize_checkpoint
@@ -21,12 +22,12 @@ from dqx.quant.checkpoint.on_disk import Loading, OnDisk
 from dqx.quant.home import Home
 from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.stats import COLLECTORS
-from dqx.quant.token_weight import Confidence, MaskState, confidences, token_weights
+from dqx.quant.token_weight import Confidence, Frontier, MaskState, confidences, token_weights
 from dqx.quant.transforms.awq import linear_judge
 from dqx.study.checks import data_problems
 
 WEIGHTED = ["hessian", "cross", "shift", "absmean", "weighted_tokens"]
-PARTS = {"mask_state": MaskState(), "confidence": Confidence(power=2.0)}
+PARTS = {"mask_state": MaskState(), "confidence": Confidence(power=2.0), "frontier": Frontier()}
 METHODS = [
     ("gptq", "dream"), ("gptaq", "llada"), ("awq", "dream"), ("quarot", "llada"), ("d2quant", "dream"),
     ("quant_dllm", "llada"),
@@ -48,6 +49,17 @@ def configured(name, bits):
     return select(method=name, bits=bits, overrides=["model=nano_llada", "bits.weight.group_size=32", *quick])
 
 
+def on_the_way(rows, prompt=8):
+    """The rows as batches whose tokens behind a prompt are written one after the other, visible ones first."""
+    batches = []
+    for row in rows:
+        masked = row[prompt:] == row.max()  # the mask token, which is the largest
+        order = torch.argsort(masked.int(), stable=True).argsort()
+        times = torch.cat((torch.full((prompt,), -1.0), order / len(order)))
+        batches.append(CalibBatch(row[None], (row == row.max()).float().mean()[None], times[None]))
+    return batches
+
+
 def method_of(name, part=None, **options):
     return replace(build(configured(name, "2").method), token_weight=part, **options)
 
@@ -60,7 +72,8 @@ def bits_of(name, bits="2"):
 def quantized(name, part=None, family="dream"):
     """A model of 3 blocks in 2 bit, and the report."""
     model = tiny(family)
-    return model, quantize(model, method_of(name, part), bits_of(name), masked_ids(model.arch), progress=False)
+    batches = on_the_way(masked_ids(model.arch))
+    return model, quantize(model, method_of(name, part), bits_of(name), batches, progress=False)
 
 
 def statistic(name, sequences, weights=None):
@@ -149,6 +162,48 @@ def test_weights_have_mean_1_whatever_their_unit():
     assert set((weights[0] / weights[0].min()).round(decimals=5).flatten().tolist()) == {1.0, 3.0}
 
 
+def test_the_frontier_by_hand():
+    """An answer of 4 tokens behind a prompt of 2, written one after the other; the last two are masked."""
+    facts = {
+        "masked": torch.tensor([[False, True, False, False, True, True]]),
+        "committed": torch.tensor([[-1.0, -1, 0, 0.25, 0.5, 0.75]]),
+        "confidence": torch.tensor([[0.0, 0.9, 0, 0, 0.6, 0.2]]),
+    }
+    commit = torch.tensor([2 * 2.0, 2 * 1.75, 2 * 1.5, 2 * 1.25], dtype=torch.float64)
+    sure = torch.tensor([0, 0, 0.75, 0.25], dtype=torch.float64) * 4 * 3
+    found = Frontier(commit=2, reliability=3, floor=0.5)(facts)[0]
+    torch.testing.assert_close(found[2:], commit + sure, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[:2], (0.5 * (commit + sure).mean()).expand(2), atol=1e-6, rtol=0)
+    alone = Frontier(reliability=0, early=3)
+    assert alone.needs == {"committed"}
+    torch.testing.assert_close(alone(facts)[0, 2:], torch.tensor([4.0, 3.25, 2.5, 1.75], dtype=torch.float64))
+    visible = facts | {"confidence": torch.zeros(1, 6)}
+    assert torch.equal(Frontier()(visible)[0, 2:], Frontier(reliability=0)(facts)[0, 2:])
+    flat = Frontier(early=0, reliability=0, floor=1)(facts)
+    assert torch.equal(flat, torch.ones_like(flat))
+
+
+@torch.no_grad()
+def test_the_frontier_is_a_mean_over_windows():
+    model, batches = toy(), on_the_way(masked_ids())
+    home, rows, times = Home(model, model.device), *([getattr(b, n) for b in batches] for n in ("ids", "committed"))
+    pooled = list(token_weights(Frontier(), home, rows, times))
+    assert all(torch.equal(row, pooled[0]) for row in pooled)
+    own = torch.cat(list(token_weights(Frontier(by_position=False), home, rows, times)))
+    torch.testing.assert_close(pooled[0][0], own.mean(0))
+    assert own.std(0).max() > 0.1
+    assert pooled[0].mean().item() == pytest.approx(1)
+    assert (pooled[0][0, :8] < pooled[0][0, 8:].min()).all()
+    with pytest.raises(ValueError, match=r"position by position, but they differ in length; make them equal, or write"):
+        token_weights(Frontier(), home, [rows[0], rows[1][:, :20]], [times[0], times[1][:, :20]])
+
+
+def test_equal_frontier_weights_change_nothing():
+    plain, _ = quantized("gptq")
+    equal, _ = quantized("gptq", Frontier(early=0, reliability=0, floor=1))
+    assert_same(plain, equal)
+
+
 @pytest.mark.parametrize(("name", "family"), METHODS)
 def test_equal_weights_change_nothing_and_others_do(name, family):
     """To the bit; and a weighted model is another one, with finite numbers."""
@@ -156,10 +211,11 @@ def test_equal_weights_change_nothing_and_others_do(name, family):
     equal, same = quantized(name, MaskState(0.3, 0.3), family)
     assert_same(plain, equal)
     assert replace(report, seconds=0, peak_ram=0) == replace(same, seconds=0, peak_ram=0)
-    weighted, _ = quantized(name, PARTS["confidence"], family)
-    before, after = plain.state_dict(), weighted.state_dict()
-    assert any(not torch.equal(after[name], before[name]) for name in after)
-    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    for part in ("confidence", "frontier"):
+        weighted, _ = quantized(name, PARTS[part], family)
+        before, after = plain.state_dict(), weighted.state_dict()
+        assert any(not torch.equal(after[name], before[name]) for name in after)
+        assert all(torch.isfinite(tensor).all() for tensor in after.values())
 
 
 @torch.no_grad()
@@ -183,14 +239,16 @@ def test_16_bits_stay_a_no_op():
     assert torch.equal(model(rows), before)
 
 
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("stop_at", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("part", "stop_at"),
+    [*((part, block) for part in ("mask_state", "confidence") for block in (None, 0, 1)), ("frontier", 0)],
+)
 @torch.no_grad()
 def test_from_disk_is_as_in_memory(part, stop_at, tmp_path, monkeypatch):
     """Also where the first attempt ended after a block, and no activation fits into memory."""
     source = inspect(str(GOLDEN / "dream_tiny"))
     model, bits, method = load_weights(source), bits_of("gptq"), method_of("gptq", PARTS[part])
-    rows = masked_ids(source.arch)
+    rows = on_the_way(masked_ids(source.arch))
     report = quantize(model, method, bits, rows, progress=False)
     loading = Loading(activations_gb=0.0)
     put = OnDisk.put
@@ -235,6 +293,12 @@ def test_other_refusals():
     assert "method.token_weight.masked=-1 must be a number of at least 0" in problem(MaskState(masked=-1))
     assert "method.token_weight.power=inf must be" in problem(Confidence(power=float("inf")))
     assert "are all 0, so no token would count" in problem(MaskState(0, 0))
+    assert "method.token_weight.floor=-1 must be a number" in problem(Frontier(floor=-1))
+    assert "commit and reliability are all 0" in problem(Frontier(commit=0, reliability=0))
+    with pytest.raises(
+        ValueError, match=r"needs the step at which each calibration token is written, which batches of"
+    ):
+        quantize(toy(), method_of("gptq", Frontier()), bits, masked_ids(), progress=False)
     with pytest.raises(ValueError, match=r"but none is masked; calibrate on masked text \(calib=mcs"):
         quantize(toy(), method_of("gptq", MaskState()), bits, ids(vocab=90), progress=False)
 
@@ -247,6 +311,16 @@ def test_clean_text_is_refused_before_weights_load():
     assert found.startswith("calib=clean masks no token, so method.token_weight")
     config.calib.masking, config.calib.visible = "mcs", 0.25
     assert data_problems(config, method, None) == []
+
+
+@pytest.mark.parametrize("kind", ["clean", "mcs", "random_t"])
+def test_text_without_steps_is_refused_before_weights_load(kind):
+    config = resolve(compose(["model=nano_llada", "method=gptq", f"calib={kind}", "method.token_weight=frontier"]))
+    (found,) = data_problems(config, build(config.method), None)
+    assert found.startswith(f"calib={kind} has no steps of a sampler, but method.token_weight weighs")
+    assert found.endswith("write calib=trajectory, or method.token_weight=mask_state or confidence")
+    config = resolve(compose(["model=nano_llada", "method=gptq", "calib=trajectory", "method.token_weight=frontier"]))
+    assert data_problems(config, build(config.method), build(config.model.sampler)) == []
 
 
 @pytest.mark.parametrize("part", PARTS)

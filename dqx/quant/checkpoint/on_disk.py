@@ -34,7 +34,7 @@ from dqx.quant.activations_store import ActivationStore, Row, Shelf
 from dqx.quant.checkpoint import PARTIAL
 from dqx.quant.checkpoint import folder as saved
 from dqx.quant.home import Home, Progress
-from dqx.quant.loop import Assignment, Batches, quantize_blocks, token_ids
+from dqx.quant.loop import Assignment, Batches, commitments, quantize_blocks, token_ids
 from dqx.quant.method import Method
 from dqx.quant.report import LinearRow, QuantReport
 
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already; remove it, or write elsewhere")
-    asked = Assignment(method, bits, token_ids(batches), seed, progress)
+    asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches))
     home = OnDisk(source, partial(output), asked, loading or Loading())
     report = quantize_blocks(home, asked)
     home.finish(output, report)
@@ -115,7 +115,7 @@ class OnDisk(Home):
             "architecture": asdict(self.source.arch),
             "method": saved.described(self.asked.method),
             "bits": asdict(self.asked.bits),
-            "calibration": _digest(self.asked.ids),
+            "calibration": _digest([*self.asked.ids, *self.asked.committed]),
             "seed": self.asked.seed,
             "dtype": str(self.loading.dtype),
             "device": self.device.type,

@@ -272,7 +272,7 @@ def calibration_work(design: Design) -> list[Work]:
         sequences += calib.samples
     work = [Work("plain", sequences, sequences, calib.length)] if sequences else []
     if calib.rollout and design.reads_text:  # half a generation for each window
-        steps = calib.samples * (calib.steps or calib.gen_length or 0) // 2
+        steps = calib.samples * (calib.steps or calib.gen_length or 0) // (1 if design.asks_commitments else 2)
         work.append(Work("plain", steps, steps, calib.length))
     return work
 
