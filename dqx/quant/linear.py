@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input the matmul really sees."""
-        return x if self.activation is None else self.activation(x, self.activation_bits)
+        return x if self.activation is None else _rounded(x, self.activation, self.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.quantize_input(x), self.weight, self.bias)
@@ -126,6 +126,17 @@ class QuantLinear(nn.Module):
         w, a = self.weight_bits, self.activation_bits
         bits = UNQUANTIZED if self.scale is None else w.bits
         return f"{self.in_features}, {self.out_features}, w{bits}a{a.bits}, group_size={w.group_size}"
+
+
+def _rounded(x: Tensor, activation: Quantizer, bits: ActivationBits) -> Tensor:
+    """What the quantizer makes of x. It is kept at x, as long as that lives, for the next linear that reads it."""
+    by = (activation, bits, None if x.is_inference() else x._version)
+    known, rounded = getattr(x, "_rounded", (None, x))
+    if known != by:
+        rounded = activation(x, bits)
+        if rounded is not x:  # which would keep itself alive
+            x._rounded = by, rounded  # type: ignore[attr-defined]
+    return rounded
 
 
 @torch.no_grad()

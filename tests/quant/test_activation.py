@@ -1,5 +1,7 @@
 """Activation quantizers: which values share a grid, symmetry, clipping, formats, static ranges from calibration."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import TOY, Batch, ids, linears, logits, toy
@@ -10,6 +12,7 @@ from dqx.formats.floats import E4M3, MXFP4, NVFP4
 from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits
 from dqx.quant.activation import PerGroup, PerToken, Static, StaticRange, rescaled
+from dqx.quant.linear import QuantLinear
 from dqx.quant.loop import quantize
 from dqx.quant.protocols import Context
 from dqx.quant.rounding.rtn import RTN
@@ -52,6 +55,41 @@ def test_dtype_and_shape_stay(quantizer, bits, dtype):
 def test_sixteen_bits_returns_the_input(quantizer):
     assert quantizer(X, ActivationBits(16)) is X
     assert quantizer(X, ActivationBits(16, True, "fp8")) is X
+
+
+class Counted:
+    """Rounds per token and counts how often."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __call__(self, x, bits):
+        self.times += 1
+        return PerToken()(x, bits)
+
+
+def test_linears_that_read_one_input_round_it_once():
+    counted, bits = Counted(), ActivationBits(bits=4)
+    q, k, v = (
+        QuantLinear(torch.nn.Linear(16, 8), WeightBits(bits=16), activation=counted, activation_bits=bits)
+        for _ in range(3)
+    )
+    v.activation_bits = ActivationBits(bits=8)
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        for linear in (q, k, v, q, v):
+            expected = torch.nn.functional.linear(PerToken()(x, linear.activation_bits), linear.weight, linear.bias)
+            assert linear(x).equal(expected)
+        assert counted.times == 4  # q and k together, v by itself; each of them anew after the other
+        x.mul_(2)
+        assert v(x).equal(torch.nn.functional.linear(PerToken()(x, v.activation_bits), v.weight, v.bias))
+    with torch.inference_mode():
+        q(torch.randn(2, 16))
+    q.activation_bits = ActivationBits()
+    alive = weakref.ref(x := torch.randn(2, 16))
+    q(x)
+    del x
+    assert alive() is None
 
 
 def test_an_outlier_costs_its_token_its_group_or_everything():

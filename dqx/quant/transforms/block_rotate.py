@@ -105,7 +105,7 @@ class BlockRotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values = _rotate_tiles(x.to(self.rotations.dtype), self.rotations[0])
         for permutation, rotation in zip(self.permutations, self.rotations[1:], strict=True):
-            values = _rotate_tiles(values[..., permutation], rotation)
+            values = _rotate_tiles(permuted(values, permutation), rotation)
         return values.to(x.dtype)
 
     @property
@@ -131,7 +131,7 @@ def find_rotation(x_NC: Tensor, bases: Sequence[Tensor], steps: int, index: str 
         base = base.to(x_NC.device)
         if rotations:
             permutations.append(zigzag_permutation(x_NC.abs().amax(0), len(base)))
-            x_NC = x_NC[:, permutations[-1]]
+            x_NC = permuted(x_NC, permutations[-1])
         rotations.append(greedy_rotation(x_NC, base, steps, index).rotation_BB)
         x_NC = _rotate_tiles(x_NC, rotations[-1].float())
     no_permutations = torch.empty(0, x_NC.shape[1], dtype=torch.long, device=x_NC.device)
@@ -144,6 +144,11 @@ def zigzag_permutation(absmax_C: Tensor, tile: int) -> Tensor:
     rounds = torch.cat((there, there.flip(0))).repeat((tile + 1) // 2)[: len(absmax_C)]
     by_size = torch.argsort(absmax_C, descending=True, stable=True)
     return by_size[torch.argsort(rounds, stable=True)]
+
+
+def permuted(x: Tensor, order_C: Tensor) -> Tensor:
+    """`x[..., order_C]` of x [..., C]; `index_select` is six times as fast, but only of a matrix."""
+    return x.reshape(-1, x.shape[-1]).index_select(-1, order_C).view(x.shape)
 
 
 def _rotate_tiles(x: Tensor, rotation_BB: Tensor) -> Tensor:
