@@ -13,7 +13,8 @@ leaves everything else alone:
     +experiment=NAME    ->  experiment=NAME       the group has a place already, where + adds one
     method.rounding=rtn ->  method/rounding=rtn   a part by its name: a file in conf/method/rounding
     +method.transforms.x=smooth  ->  +method/transforms@method.transforms.x=smooth
-    method.rounding.levels=daq   ->  method/levels@method.rounding.levels=daq    a part inside a part
+    method.rounding.levels=daq   ->  method/levels@method.rounding.levels=daq    a part inside a part; likewise
+    method.kv.value_clip=NAME, method.rounding.levels.allocation=NAME
     model.sampler=llada ->  model/sampler=llada   likewise: a file in conf/model/sampler
     bits.blocks.b0-3.weight=8    ->  ++bits.blocks.b0-3.weight=8    no block has widths of its own before
     bits.overrides.router.weight=8  ->  ++bits.overrides.router.weight=8    likewise, of a role that few models have
@@ -37,7 +38,7 @@ LIST = re.compile(r"(\+{0,2})(bits|steps|task)=([\w,\-. ]+)")
 OVERRIDE = re.compile(r"bits\.overrides\.(\w+)[.=]")
 HOME = re.compile(r"(\+{0,2}[\w.]+=)(~/.*)")
 PART = re.compile(r"(\+{0,2})(method|model)\.(\w+)(\.\w+)?=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
-INNER = re.compile(r"(\+{0,2})method\.([\w.]+\.(levels|allocation))=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
+INNER = re.compile(r"(\+{0,2})method\.([\w.]+\.(levels|allocation|value_clip))=([A-Za-z]\w*(?:,[A-Za-z]\w*)*)")
 NAMED_PARTS = {"transforms": "transforms", "corrections": "corrections", "rounding_by_role": "rounding"}
 SLOTS = ("rounding", "clip", "activation", "kv", "token_weight")
 PARTS = (*(f"method.{slot}" for slot in SLOTS), "model.sampler")

@@ -131,6 +131,11 @@ class Widths:
     def rounds_input(self, role: str) -> bool:
         return any(block.activation[role].bits != UNQUANTIZED for block in self.blocks)
 
+    @property
+    def rounds_values(self) -> bool:
+        """In methods that quantize keys and values."""
+        return any(block.values.bits != UNQUANTIZED for block in self.blocks)
+
 
 @dataclass
 class BitsConfig:

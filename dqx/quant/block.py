@@ -59,8 +59,10 @@ class BlockWork:
             stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
             transform.apply(self.block, stats, self.context.at(name=name))
         self.intact = snapshot(self.block)
-        if self.method.kv is not None:
-            self.method.kv.install(self.block, self.widths.keys, self.widths.values)
+        if (kv := self.method.kv) is not None:
+            if kv.needs and self.widths.values.bits != UNQUANTIZED:
+                kv = kv.fit(self.block, self.streams["quantized"], self.widths.values)
+            kv.install(self.block, self.widths.keys, self.widths.values)
         for site, roles in self.method.steps(self.block.arch):
             if site not in self.maps:
                 self._reach(site)

@@ -55,7 +55,7 @@ class WeightMSE:
         return weight_mse_range(w_OGW, grid, n_grid=self.n_grid, max_shrink=self.max_shrink, power=self.power)
 
     def problems(self, where: str, context: Context) -> list[str]:
-        problems = _search_problems(where, self.n_grid, self.max_shrink)
+        problems = search_problems(where, self.n_grid, self.max_shrink)
         if self.power <= 0:
             problems.append(f"{where}.power={self.power} must be positive; 2.4 is usual, 2 is the squared error")
         return problems
@@ -81,7 +81,7 @@ class OutputMSE:
         )
 
     def problems(self, where: str, context: Context) -> list[str]:
-        return _search_problems(where, self.n_grid, self.max_shrink)
+        return search_problems(where, self.n_grid, self.max_shrink)
 
 
 def weight_mse_range(
@@ -150,7 +150,8 @@ def triangle(x_NW: Tensor) -> Tensor:
     return x_NW if len(x_NW) <= x_NW.shape[1] else torch.linalg.qr(x_NW, mode="r").R
 
 
-def _search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:
+def search_problems(where: str, n_grid: int, max_shrink: float) -> list[str]:
+    """What is wrong with a search over the shares `1 - i/n_grid`, `i < max_shrink * n_grid`."""
     problems = []
     if n_grid < 1:
         problems.append(f"{where}.n_grid={n_grid} must be at least 1")

@@ -17,6 +17,8 @@ where a sampler's cache stores them (`commit`). Then what a forward reads from t
 computes attend to each other in full precision; a forward without a cache, as likelihoods and calibration make them,
 rounds nothing.
 
+How much of the values' range is kept is set (`value_clip_ratio`) or found on calibration text (`value_clip.py`).
+
 Beside a sampler's cache the forward that fills it has all tokens of a sequence at hand: there means and ranges are
 found. With `always` the block's later forwards, of a window alone, use them again: they take the same mean off the new
 keys and round them on the grids of the groups in which their tokens lie, whose ends cut what exceeds them; which tokens
@@ -26,19 +28,24 @@ their mean again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
 from dqx.formats.integers import Grid
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
-from dqx.quant.kv_quantizers import AllButRecent, BeforeBias, Centered, ChannelQuantizer, HeadQuantizer
+from dqx.quant.kv_quantizers import AllButRecent, BeforeBias, Centered, ChannelQuantizer, HeadQuantizer, shared
 from dqx.quant.protocols import Context
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
+from dqx.quant.value_clip import ValueClip
+
+if TYPE_CHECKING:
+    from dqx.quant.stream import Stream
 
 WHEN = ("always", "commit")
 SHARES = {"keys": ("token", "head", "channel"), "values": ("token", "head")}
@@ -58,6 +65,7 @@ class KeysValues:
     queries: bool = False  # round queries too, like keys
     key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
     value_clip_ratio: float = 1.0
+    value_clip: ValueClip | None = None  # finds that share for each block on calibration text
     include_zero: bool = True  # asymmetric ranges hold zero
     center: str | None = None  # mean: keys without their mean over the sequence's tokens, by head and channel
     token_group: int | None = None  # channel: neighbouring tokens that share a scale; None: all of the sequence
@@ -76,6 +84,22 @@ class KeysValues:
     def whole_sequence(self) -> bool:
         """Whether a token's keys and values are rounded by what other tokens' are."""
         return self.center is not None or self.keys == "channel" or self.recent > 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it looks at in calibration; empty without a search."""
+        return frozenset() if self.value_clip is None or self.values is None else frozenset({"weights"})
+
+    def fit(self, block: Block, stream: Stream, values: ActivationBits) -> KeysValues:
+        """This with the share of the values' range that suits a block, of which nothing is rounded yet."""
+        grid, share = make_grid(values, include_zero=self.include_zero, exact_absmax=True), self.values
+        if self.value_clip is None or share is None or grid.identity:
+            return self
+
+        def rounds(v: Tensor, ratio: float) -> Tensor:
+            return shared(share, v, lambda rows: grid.fake(rows, clip_ratio=ratio))
+
+        return replace(self, value_clip=None, value_clip_ratio=self.value_clip.share(block, stream, rounds))
 
     def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
         """Put quantizers of each token behind what `block.heads` holds, those of whole sequences into `block.sequence`,
@@ -131,6 +155,7 @@ class KeysValues:
                 problems.append(f"{where}.{name}={share} is unknown; write {known}, or null for 16 bit")
         problems += clip_problems(f"{where}.key_clip_ratio", self.key_clip_ratio)
         problems += clip_problems(f"{where}.value_clip_ratio", self.value_clip_ratio)
+        problems += self._clip_problems(where, context)
         if self.center not in (None, "mean"):
             problems.append(f"{where}.center={self.center} is unknown; write mean, or null to leave the mean in keys")
         elif self.center is not None and self.keys is None:
@@ -149,6 +174,23 @@ class KeysValues:
         if self.before_bias and context.widths.keys.bits != UNQUANTIZED:
             problems += self._bias_problems(where, context)
         return problems + self._format_problems(where, context)
+
+    def _clip_problems(self, where: str, context: Context) -> list[str]:
+        if self.value_clip is None:
+            return []
+        problems = self.value_clip.problems(f"{where}.value_clip", context)
+        if self.values is None:
+            problems.append(
+                f"{where}.value_clip is for values that are rounded, but {where}.values=null leaves them alone; write "
+                f"{where}.values=head, or {where}.value_clip=null"
+            )
+        if self.value_clip_ratio != 1:
+            problems.append(
+                f"{where}.value_clip finds the share of the values' range that is kept, which "
+                f"{where}.value_clip_ratio={self.value_clip_ratio} sets; write {where}.value_clip_ratio=1.0, or "
+                f"{where}.value_clip=null"
+            )
+        return problems
 
     def _sequence_problems(self, where: str) -> list[str]:
         """What is wrong with the options that are about all tokens of a sequence."""

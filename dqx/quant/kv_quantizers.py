@@ -5,6 +5,7 @@ B batch, T tokens, W those computed, H heads, E head width, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,14 @@ from dqx.quant.fused import fake
 from dqx.quant.registry import storable
 
 
+def shared(share: str, x: Tensor, rounds: Callable[[Tensor], Tensor]) -> Tensor:
+    """x [B, H, T, E] through `rounds`, which sees along its last dimension what shares a scale."""
+    if share == "head":
+        return rounds(x)
+    by_token = x.transpose(1, 2)  # [B, T, H, E]
+    return rounds(by_token.flatten(2)).view(by_token.shape).transpose(1, 2)
+
+
 @storable
 class HeadQuantizer(nn.Module):
     """Rounds [B, H, T, E] to one grid per token (`share` "token") or per token and head ("head")."""
@@ -25,11 +34,7 @@ class HeadQuantizer(nn.Module):
         self.grid, self.share, self.clip_ratio = grid, share, clip_ratio
 
     def forward(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
-        if self.share == "head":
-            return fake(self.grid, x, self.clip_ratio)
-        by_token = x.transpose(1, 2)  # [B, T, H, E]
-        rounded = fake(self.grid, by_token.flatten(2), self.clip_ratio)
-        return rounded.view(by_token.shape).transpose(1, 2)
+        return shared(self.share, x, lambda rows: fake(self.grid, rows, self.clip_ratio))
 
     def extra_repr(self) -> str:
         return f"{self.grid.bits} bits per {self.share}, clip_ratio={self.clip_ratio}"

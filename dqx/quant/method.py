@@ -113,6 +113,8 @@ class Method:
             rounds_input = widths is None or widths.rounds_input(role)
             if self.activation is not None and self.activation.needs and self.quantizes_input(role) and rounds_input:
                 named.add("quantized")
+        if self.kv is not None and self.kv.needs and (widths is None or widths.rounds_values):
+            named.add("quantized")
         named |= {part.stream for part in self.corrections.values() if part.needs}
         pairs = {"both": {"quantized", "fp"}, "block": {"quantized"}}
         return frozenset(named - pairs.keys()).union(*(pairs[name] for name in named & pairs.keys()))

@@ -116,6 +116,24 @@ class Stream:
             self._forward_to(block, i)
         return heard[0]
 
+    def heads(self, block: Block, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [1, H, T, E], and keys and values [1, K, T, E] of sequence i, as attention reads them."""
+        heard: dict[str, Tensor] = {}
+
+        def hear(part: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            heard[part] = output
+            if len(heard) == 3:
+                raise _Reached
+
+        places = {"q": block.heads["q"], "k": block.sequence["k"], "v": block.sequence["v"]}
+        hooks = [module.register_forward_hook(partial(hear, part)) for part, module in places.items()]
+        try:
+            self._forward_to(block, i)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return heard["q"], heard["k"], heard["v"]
+
     def _forward_to(self, block: Block, i: int) -> Tensor | None:
         """The block's output, or None where the pass ended at a site."""
         with suppress(_Reached):
