@@ -388,6 +388,8 @@ def test_problems_are_numbered() -> None:
         ("method.kv=null", "method.kv=null"),
         ("+method.transforms.smooth=smooth", "+method/transforms@method.transforms.smooth=smooth"),
         ("+method.rounding_by_role.down=rtn", "+method/rounding@method.rounding_by_role.down=rtn"),
+        ("method.rounding.levels=daq", "method/levels@method.rounding.levels=daq"),
+        ("method.kv.value_clip=attention", "method/value_clip@method.kv.value_clip=attention"),
         ("method.rounding.alpha=1", "method.rounding.alpha=1"),
         ("method.name=mine", "method.name=mine"),
     ],

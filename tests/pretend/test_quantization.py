@@ -44,6 +44,7 @@ FORMATS = {
     "fp8": ("rtn", "fp8"),
     "mxfp4": ("rtn", "mxfp4"),
     "nvfp4": ("rtn", "nvfp4", "method.activation=static"),
+    "values by attention": ("rtn", "w4a4", "method.kv=per_head", "method.kv.value_clip=attention"),
 }
 IDS = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
 IDS[:, ::3] = 257  # the mask token of small checkpoints
