@@ -59,13 +59,17 @@ def rtn(w_OI: Tensor, bits: int, group_size: int, *, include_zero: bool = False,
 def gptq(w_OI: Tensor, x_NI: Tensor, bits: int, group_size: int, damping: float = 0.01, chunk: int = 128) -> Rounded:
     """GPTQ of one linear from its own input, with asymmetric ranges that hold zero."""
     w = w_OI.clone()
-    hessian = 2 * x_NI.T @ x_NI / len(x_NI)
+    hessian = w.new_zeros(w.shape[1], w.shape[1])
+    for x in x_NI.split(chunk):
+        hessian.addmm_(x.T, x, alpha=2 / len(x_NI))
     dead = hessian.diagonal() == 0
     hessian[dead, dead] = 1
     w[:, dead] = 0
-    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=w.dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    u = torch.linalg.cholesky(inverse, upper=True)
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    u = torch.linalg.cholesky(hessian)
+    del hessian
+    u = torch.cholesky_inverse(u)
+    u = torch.linalg.cholesky(u, upper=True)
 
     codes, scales, zeros = torch.zeros_like(w), [], []
     for start in range(0, w.shape[1], chunk):

@@ -29,6 +29,11 @@ def extremes(x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     return x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
 
 
+def finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a copy of x; the host waits for the device once."""
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
 @dataclass(frozen=True)
 class Grid:
     """How a range of real numbers becomes integers.

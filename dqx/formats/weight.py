@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, extremes
 
 
@@ -38,10 +39,13 @@ class QuantizedWeight:
     terms: tuple[int, ...] = ()  # of each group, where groups have more or fewer than others
     fold: bool = False  # the linear before is to take over the column scale [I, 1]
 
-    def dequantize(self) -> Tensor:
-        """The fake-quantized weight [O, I] in the dtype of the scales."""
-        at = at_inputs(self.scale, self.zero_point, self.group_index, self.column_scale)
-        return self.grid.dequantize(self.codes, *at)
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The fake-quantized weight [O, I], computed in the dtype of the scales; given in that one, or in `dtype`."""
+        weight = torch.empty_like(self.codes, dtype=dtype or self.scale.dtype)
+        for rows in row_slices(*weight.shape, weight.device):
+            at = at_inputs(self.scale[rows], self.zero_point[rows], self.group_index, self.column_scale)
+            weight[rows] = self.grid.dequantize(self.codes[rows], *at)
+        return weight
 
     def folded(self) -> tuple[QuantizedWeight, Tensor]:
         """The weight without its column scale, and what the linear before is to multiply its outputs by [I].

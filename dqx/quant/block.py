@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
+from dqx.formats.chunks import row_slices
 from dqx.formats.integers import wide
 from dqx.formats.weight import QuantizedWeight
 from dqx.models.transformer import Block, RMSNorm, compose
@@ -45,8 +46,9 @@ class BlockWork:
     def __init__(self, block: Block, method: Method, streams: Mapping[str, Stream], context: Context):
         self.block, self.streams, self.context = block, streams, context
         self.method, self.widths = method, context.widths
-        self.intact = block  # the block before rounding, once its transforms are in
-        self.attended = block  # the block with attention rounded and the MLP as it was
+        self.compares = method.compares
+        self.intact = block  # where a part looks at it: the block before rounding, once its transforms are in
+        self.attended = block  # likewise: the block with attention rounded and the MLP as it was
         self.maps: dict[str, list[nn.Module]] = {}  # the transforms of every site that was reached
         self.site_maps: list[nn.Module] = []  # those of the site at work
 
@@ -58,7 +60,7 @@ class BlockWork:
             stream = self.streams.get(transform.stream)  # None: no part needs it
             stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
             transform.apply(self.block, stats, self.context.at(name=name))
-        self.intact = snapshot(self.block)
+        self.intact = self._snapshot()
         if (kv := self.method.kv) is not None:
             if kv.needs and self.widths.values.bits != UNQUANTIZED:
                 kv = kv.fit(self.block, self.streams["quantized"], self.widths.values)
@@ -70,6 +72,11 @@ class BlockWork:
             rows = {row.role: row for stack in self._stacks(roles) for row in self._round(site, stack)}
             yield [rows[role] for role in roles]
 
+    def _snapshot(self) -> Block:
+        """The block as it is now; itself where nothing compares, so that weights are let go as they are replaced."""
+        twin: Block = snapshot(self.block) if self.compares else self.block
+        return twin
+
     def _reach(self, site: str) -> None:
         """Correct and transform the input of a site, before the first of its linears is rounded."""
         self.maps[site] = self.site_maps = []
@@ -79,7 +86,7 @@ class BlockWork:
                 part.apply(self.block, stats, self.context.at(name=name))
         self._transform(site)
         if site == "mlp_in":
-            self.attended = snapshot(self.block)
+            self.attended = self._snapshot()
 
     def _check_weights(self) -> None:
         linears = self.block.linears()
@@ -183,7 +190,7 @@ class BlockWork:
         calls = [[role] for role in stack.roles] if one_by_one else [stack.roles]
         rounded: dict[str, QuantizedWeight | None] = {}
         for i, roles in enumerate(calls):
-            stacked = torch.cat([linears[role].weight for role in roles])
+            stacked = linears[roles[0]].weight if len(roles) == 1 else torch.cat([linears[r].weight for r in roles])
             seen = {**stats, "rounded_before": i} if one_by_one else stats
             try:
                 result = stack.rounding(stacked, stack.weight_bits, seen, clip)
@@ -263,16 +270,21 @@ def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tu
 
     The outputs are sampled where there are many: all of them would take longer than the rounding.
     """
-    w, change = wide(w_OI), wide(quantized_OI) - wide(w_OI)
+
+    def parts(rows: slice) -> tuple[Tensor, Tensor]:
+        w = wide(w_OI[rows])
+        return wide(quantized_OI[rows]) - w, w
 
     def ratio(part: Tensor, whole: Tensor) -> Tensor:
         return torch.where(whole > 0, part / whole, 0.0)
 
-    weight_error = ratio(change.square().sum(), w.square().sum())
+    squares = w_OI.new_zeros(2, dtype=torch.float64)
+    for rows in row_slices(*w_OI.shape, w_OI.device):
+        squares += torch.stack([x.square().sum(dtype=torch.float64) for x in parts(rows)])
+    weight_error = ratio(*squares)
     if hessian_II is None:
         return weight_error.item(), None
-    every = max(1, len(w) // JUDGED_OUTPUTS)
-    w, change = w[::every], change[::every]
-    output_error = ratio(((change @ hessian_II) * change).sum(), ((w @ hessian_II) * w).sum())
+    change, w = parts(slice(None, None, max(1, len(w_OI) // JUDGED_OUTPUTS)))
+    output_error = ratio(*(((x @ hessian_II) * x).sum(dtype=torch.float64) for x in (change, w)))
     first, second = torch.stack((weight_error, output_error)).tolist()
     return first, second

@@ -50,7 +50,7 @@ class QuantLinear(nn.Module):
         self.grid: Grid | None = None if rounded is None else rounded.grid
         self.activation = activation
         self.activation_bits = activation_bits or ActivationBits()
-        weight = linear.weight if rounded is None else rounded.dequantize().to(linear.weight.dtype)
+        weight = linear.weight if rounded is None else rounded.dequantize(linear.weight.dtype)
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = linear.bias
         self.register_buffer("scale", None if rounded is None else rounded.scale.clone())

@@ -104,6 +104,16 @@ class Method:
 
     def streams(self, widths: Widths | None = None) -> frozenset[str]:
         """Whose activations the parts look at, at these widths (None: at any): "quantized", "fp", "mean"."""
+        named = self._streams(widths)
+        pairs = {"both": {"quantized", "fp"}, "block": {"quantized"}}
+        return frozenset(named - pairs.keys()).union(*(pairs[name] for name in named & pairs.keys()))
+
+    @property
+    def compares(self) -> bool:
+        """Whether a part looks at a block before rounding when some of it is rounded already."""
+        return not self._streams() <= {"quantized", "mean"}
+
+    def _streams(self, widths: Widths | None = None) -> set[str]:
         named = {part.stream for part in self.block_transforms.values() if any(part.needs.values())}
         named |= {part.stream for part in self.site_transforms.values() if part.needs}
         for role in ("", *self.rounding_by_role) if widths is None else widths.usual.weight:  # "": any other role
@@ -115,9 +125,7 @@ class Method:
                 named.add("quantized")
         if self.kv is not None and self.kv.needs and (widths is None or widths.rounds_values):
             named.add("quantized")
-        named |= {part.stream for part in self.corrections.values() if part.needs}
-        pairs = {"both": {"quantized", "fp"}, "block": {"quantized"}}
-        return frozenset(named - pairs.keys()).union(*(pairs[name] for name in named & pairs.keys()))
+        return named | {part.stream for part in self.corrections.values() if part.needs}
 
     def weighs_by(self, fact: str) -> bool:
         """Whether calibration tokens have weights that depend on a fact: "confidence", "committed"."""

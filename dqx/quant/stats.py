@@ -60,10 +60,11 @@ class Collector:
         self.add(x, intact)
 
     def value(self) -> Any:
-        """The statistic. Raises ValueError if no token was seen."""
+        """The statistic, once: nothing can be added then. Raises ValueError if no token was seen."""
         if self.total is None or (self.averaged and self.n_tokens == 0):
             raise ValueError("no calibration token reached this linear; give at least one calibration batch")
-        return self.total / self.n_tokens if self.averaged else self.total
+        total, self.total = self.total, None
+        return total.div_(self.n_tokens) if self.averaged else total
 
 
 class Hessian(Collector, statistic="hessian"):

@@ -144,7 +144,6 @@ def test_hessian_is_the_mean_outer_product_however_tokens_arrive():
         hessian = Hessian()
         for piece in pieces:
             hessian.add(piece)
-        assert hessian.value().dtype == torch.float32
         torch.testing.assert_close(hessian.value(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -162,7 +161,6 @@ def test_hessian_chunks_and_dtypes():
     hessian.add(x.double())
     torch.testing.assert_close(hessian.value(), x.double().T @ x.double() / len(x))
     low.add(x.bfloat16())
-    assert low.value().dtype == torch.float32
     torch.testing.assert_close(low.value(), (x.bfloat16().double().T @ x.bfloat16().double() / len(x)).float())
     with pytest.raises(ValueError, match="calibration"):
         Hessian().value()

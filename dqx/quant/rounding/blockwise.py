@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dqx.formats.bits import WeightBits
-from dqx.formats.integers import Grid, wide
+from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
@@ -89,7 +89,7 @@ def blockwise_round(
     n_out, n_in = w_OI.shape
     if hessian_II.shape != (n_in, n_in):
         raise ValueError(f"a weight with {n_in} inputs needs a {n_in} x {n_in} Hessian, not {list(hessian_II.shape)}")
-    if not torch.isfinite(hessian_II).all():
+    if not finite(hessian_II):
         raise ValueError("the Hessian holds NaN or infinity: an activation overflowed during calibration")
     w, grid = wide(w_OI).clone(), grid.for_tensor(w_OI)
     hessian = wide(hessian_II).to(w.dtype)

@@ -21,7 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dqx.formats.bits import WeightBits
-from dqx.formats.integers import Grid, wide
+from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.quant.protocols import Context, Stats
 from dqx.quant.rounding.gptq import Carry, ColumnSettings, gptq_round
@@ -69,7 +69,7 @@ def gptaq_round(
     settings = settings or GPTAQ()
     if cross_II.shape != hessian_II.shape:
         raise ValueError(f"the cross term must have the Hessian's shape {list(hessian_II.shape)}")
-    if not cross_II.isfinite().all():
+    if not finite(cross_II):
         raise ValueError("the cross term holds NaN or infinity: an activation overflowed during calibration")
 
     def matrix(order: Tensor, u_II: Tensor) -> Tensor:

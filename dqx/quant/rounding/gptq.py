@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dqx.formats.bits import WeightBits, block_formats
-from dqx.formats.integers import Grid, wide
+from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
@@ -146,7 +146,7 @@ def gptq_round(
     n_out, n_in = w_OI.shape
     if hessian_II.shape != (n_in, n_in):
         raise ValueError(f"a weight with {n_in} inputs needs a {n_in} x {n_in} Hessian, not {list(hessian_II.shape)}")
-    if not torch.isfinite(hessian_II).all():
+    if not finite(hessian_II):
         raise ValueError("the Hessian holds NaN or infinity: an activation overflowed during calibration")
     width = group_width(n_in, group_size)
     group_index = consecutive_groups(n_in, group_size, w_OI.device)
@@ -187,7 +187,7 @@ def gptq_round(
         column_scale = fitted.column[order]
 
     turns = group_of_column[::width].tolist() if settings.group_order else range(n_groups)  # groups as they are reached
-    codes = torch.empty(n_in, n_out, dtype=torch.uint8, device=w.device)
+    codes = torch.empty(n_out, n_in, dtype=torch.uint8, device=w.device)
     loops: dict[tuple[int, int], ColumnLoop] = {}
     for start in range(0, n_in, chunk):
         end = reach = min(start + chunk, n_in)
@@ -230,18 +230,14 @@ def gptq_round(
             for bound, limit in zip(loop.bounds, (lo, hi), strict=False):
                 bound[own] = limit[of]
             loop.run(own.start, own.stop)
-        codes[start:end] = loop.codes
+        codes[:, order[start:end]] = loop.codes.T
         w[start:end] = (w[start:end] if loop.rest is None else loop.rest) - loop.nearest
         if p is not None:
             w[end:].addmm_(p[start:end, end:].T, loop.carried[:inside])
 
-    in_place = torch.empty_like(codes)
-    in_place[order] = codes
     if fitted is not None:
-        return fitted.rounded(in_place.T.contiguous(), notes)
-    return QuantizedWeight(
-        in_place.T.contiguous(), scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes
-    )
+        return fitted.rounded(codes, notes)
+    return QuantizedWeight(codes, scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes)
 
 
 def column_order(diagonal_I: Tensor, width: int, settings: ColumnSettings) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dqx.formats.bits import WeightBits
+from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width
@@ -63,8 +64,11 @@ def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | 
     group_index = consecutive_groups(w_OI.shape[1], group_size, w_OI.device)
     grid = grid.for_tensor(w_OI)
     lo, hi = group_ranges(w_OI, grid, group_size, clip)
-    if clip is not None and clip.clamps:
-        w_OI = torch.clamp(w_OI, lo[:, group_index].to(w_OI.dtype), hi[:, group_index].to(w_OI.dtype))
     scale, zero_point = grid.from_range(lo, hi)
-    codes = grid.codes(w_OI, scale[:, group_index], zero_point[:, group_index])
-    return QuantizedWeight(codes.to(torch.uint8), scale, zero_point, group_index, grid)
+    codes = torch.empty_like(w_OI, dtype=torch.uint8)
+    for rows in row_slices(*w_OI.shape, w_OI.device):
+        w = w_OI[rows]
+        if clip is not None and clip.clamps:
+            w = torch.clamp(w, *(bound[rows][:, group_index].to(w.dtype) for bound in (lo, hi)))
+        codes[rows] = grid.codes(w, scale[rows][:, group_index], zero_point[rows][:, group_index])
+    return QuantizedWeight(codes, scale, zero_point, group_index, grid)
