@@ -10,8 +10,8 @@ from tiny import SITES, Batch
 
 from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, quantize
-from dqx.quant.rounding.factor import triangular_inverse, upper_factor
-from dqx.quant.rounding.gptaq import GPTAQ, carry_matrix, gptaq_round
+from dqx.quant.rounding.factor import Solver, upper_factor
+from dqx.quant.rounding.gptaq import GPTAQ, carry_rows, gptaq_round
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
 from dqx.quant.rounding.rtn import rtn_round
 
@@ -94,14 +94,17 @@ def test_each_row_of_p_is_a_least_squares_solution():
     """P[j, >j] is the combination of later quantized inputs closest to the deviation of input j; D^T would not do."""
     _, x_q, x_fp = problem(n_in=24)
     h, d = statistics(x_q, x_fp)
-    u = triangular_inverse(upper_factor(h, 0.0)[0])
-    p = carry_matrix(d, u, 1.0)
+    solver = Solver(upper_factor(h, 0.0)[0])
+    p = carry_rows(d.clone(), solver, 0, 1.0)
     assert torch.equal(p, p.triu(1))
     for j in range(23):
         best = torch.linalg.lstsq(x_q[j + 1 :].T, (x_fp - x_q)[j]).solution
         torch.testing.assert_close(p[j, j + 1 :], best)
-        assert (carry_matrix(d.T.contiguous(), u, 1.0)[j, j + 1 :] - best).abs().max() > 1e-3
-    torch.testing.assert_close(carry_matrix(d, u, 0.25), p / 4)
+        assert (carry_rows(d.T.contiguous(), solver, 0, 1.0)[j, j + 1 :] - best).abs().max() > 1e-3
+    torch.testing.assert_close(carry_rows(d.clone(), solver, 0, 0.25), p / 4)
+    for start in (1, 7, 23):
+        rows = carry_rows(d[start : start + 5, start:].clone(), solver, start, 1.0)
+        torch.testing.assert_close(rows, p[start : start + 5, start:])
 
 
 def test_columns_left_free_reach_the_least_squares_optimum():

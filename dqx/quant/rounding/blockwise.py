@@ -23,7 +23,7 @@ from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
-from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.factor import Solver, factored, upper_factor
 from dqx.quant.rounding.gptq import STREAMS
 from dqx.quant.rounding.levels import BinaryLevels, FittedLevels
 
@@ -75,7 +75,7 @@ def blockwise_round(
 
     Args:
         w_OI: the weight.
-        hessian_II: H; dead inputs (H_ii = 0) get weight 0.
+        hessian_II: H, symmetric; dead inputs (H_ii = 0) get weight 0. Its upper half is used as room to work in.
         grid: what is rounded to: with levels, theirs.
         group_size: columns of a block; -1: all of them, which is rounding to nearest.
         clip: which range of a group is represented; None: all of it.
@@ -95,30 +95,30 @@ def blockwise_round(
     hessian = wide(hessian_II).to(w.dtype)
     w[:, hessian.diagonal() == 0] = 0
     group_index = consecutive_groups(n_in, group_size, w.device)
-    r, notes = upper_factor(hessian, settings.damping if damping is None else damping)
-    u = triangular_inverse(r)
-    fitted = None
-    if settings.levels is not None:
-        scored = r if damping is None else upper_factor(hessian, settings.damping)[0]
-        fitted = FittedLevels(settings.levels, grid, w, u.diagonal(), group_index, 1 / scored.diagonal())
-    scale, zero_point = (w.new_empty(n_out, int(group_index[-1]) + 1) for _ in range(2))
+    fitted, width = None, group_width(n_in, group_size)
+    scored_u_I = None if damping is None else 1 / upper_factor(hessian, settings.damping)[0].diagonal()
+    scale, zero_point = (w.new_empty(n_out, -(-n_in // width)) for _ in range(2))
     codes = torch.empty_like(w, dtype=torch.uint8)
-    width = group_width(n_in, group_size)
-    for g, start in enumerate(range(0, n_in, width)):
-        end = min(start + width, n_in)
-        live, columns = w[:, start:end], torch.arange(start, end, device=w.device)
-        if fitted is None:
-            bounds = ranges(live[:, None], grid, clip, columns[None])
-            lo, hi = (bound[:, 0, 0] for bound in bounds)
-            scale[:, g], zero_point[:, g] = grid.from_range(lo, hi)
-            at = scale[:, g, None]
-            wanted = live.clamp(lo[:, None], hi[:, None]) if clip is not None and clip.clamps else live
-        else:
-            fitted.fit(g, live, columns)
-            at, wanted, zero_point[:, g] = fitted.at(columns), live, 0
-        codes[:, start:end] = rounded = grid.codes(wanted, at, zero_point[:, g, None])
-        error = (live - grid.dequantize(rounded, at, zero_point[:, g, None])) / u.diagonal()[start:end]
-        w[:, end:].addmm_(error, u[start:end, end:], alpha=-1)
+    with factored(hessian, settings.damping if damping is None else damping) as (r, notes):
+        solver, u_I = Solver(r), 1 / r.diagonal()
+        if settings.levels is not None:
+            fitted = FittedLevels(settings.levels, grid, w, u_I, group_index, scored_u_I)
+        for g, start in enumerate(range(0, n_in, width)):
+            end = min(start + width, n_in)
+            live, columns = w[:, start:end], torch.arange(start, end, device=w.device)
+            if fitted is None:
+                bounds = ranges(live[:, None], grid, clip, columns[None])
+                lo, hi = (bound[:, 0, 0] for bound in bounds)
+                scale[:, g], zero_point[:, g] = grid.from_range(lo, hi)
+                at = scale[:, g, None]
+                wanted = live.clamp(lo[:, None], hi[:, None]) if clip is not None and clip.clamps else live
+            else:
+                fitted.fit(g, live, columns)
+                at, wanted, zero_point[:, g] = fitted.at(columns), live, 0
+            codes[:, start:end] = rounded = grid.codes(wanted, at, zero_point[:, g, None])
+            error = (live - grid.dequantize(rounded, at, zero_point[:, g, None])) / u_I[start:end]
+            u = solver.times_u(torch.eye(end - start, n_in - start, dtype=w.dtype, device=w.device), start)
+            w[:, end:].addmm_(error, u[:, end - start :], alpha=-1)
     if fitted is not None:
         return fitted.rounded(codes, notes)
     return QuantizedWeight(codes, scale, zero_point, group_index, grid, notes)

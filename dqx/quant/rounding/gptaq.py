@@ -24,6 +24,7 @@ from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
 from dqx.quant.protocols import Context, Stats
+from dqx.quant.rounding.factor import Solver
 from dqx.quant.rounding.gptq import Carry, ColumnSettings, gptq_round
 
 
@@ -72,13 +73,16 @@ def gptaq_round(
     if not finite(cross_II):
         raise ValueError("the cross term holds NaN or infinity: an activation overflowed during calibration")
 
-    def matrix(order: Tensor, u_II: Tensor) -> Tensor:
-        return carry_matrix(wide(cross_II)[order][:, order].to(u_II.dtype), u_II, settings.alpha)
+    def rows(solver: Solver, order: Tensor, start: int, end: int) -> Tensor:
+        d = wide(cross_II[order[start:end, None], order[start:]]).to(solver.r.dtype)
+        return carry_rows(d, solver, start, settings.alpha)
 
-    carry = Carry(matrix, settings.carry_rounded)
-    return gptq_round(w_OI, hessian_II, grid, group_size, clip, settings, carry)
+    return gptq_round(w_OI, hessian_II, grid, group_size, clip, settings, Carry(rows, settings.carry_rounded))
 
 
-def carry_matrix(cross_II: Tensor, u_II: Tensor, alpha: float) -> Tensor:
-    """P = alpha * triu(D U^T, 1) U [I, I]: what rounding column j adds to a later column k is w_j P[j, k]."""
-    return ((cross_II @ u_II.T).triu_(1) @ u_II).mul_(alpha)
+def carry_rows(cross_CI: Tensor, solver: Solver, start: int, alpha: float) -> Tensor:
+    """C rows of P = alpha * triu(D U^T, 1) U from column `start` on, given the same part of D, which is overwritten.
+
+    What rounding column j adds to a later column k is w_j P[j, k].
+    """
+    return solver.times_u(solver.times_u_transposed(cross_CI, start).triu_(1), start).mul_(alpha)

@@ -27,7 +27,7 @@ from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
 from dqx.quant.protocols import Context, Stats, choice_problems
 from dqx.quant.rounding.columns import ColumnLoop
-from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.factor import Solver, factored, triangular_inverse
 from dqx.quant.rounding.levels import BinaryLevels, FittedLevels
 
 STREAMS = ("quantized", "fp")
@@ -99,10 +99,12 @@ class GPTQ(ColumnSettings):
 class Carry:
     """A second feedback: after column j is rounded, w_j P[j, k] is added to every later column k.
 
-    w_j is the column as it was just before rounding; for columns beyond the chunk, as `rounded` where that is set.
+    P [I, I] is upper triangular with diagonal 0. `rows(solver, order, start, end)` gives P[start:end, start:], in the
+    columns' order [I]. w_j is the column as it was just before rounding; for columns beyond the chunk, as `rounded`
+    where that is set.
     """
 
-    matrix: Callable[[Tensor, Tensor], Tensor]  # from the columns' order [I] and U [I, I]: P [I, I], upper, diagonal 0
+    rows: Callable[[Solver, Tensor, int, int], Tensor]
     rounded: bool = False
 
 
@@ -127,7 +129,7 @@ def gptq_round(
 
     Args:
         w_OI: the weight.
-        hessian_II: H; dead inputs (H_ii = 0) get weight 0.
+        hessian_II: H, symmetric; dead inputs (H_ii = 0) get weight 0. Its upper half is used as room to work in.
         grid: what is rounded to: with levels, theirs.
         group_size: inputs that share a scale; -1: one group per row.
         clip: which range of a group is represented; None: all of it.
@@ -169,71 +171,74 @@ def gptq_round(
 
     order, in_order = column_order(hessian.diagonal(), width, settings), w
     if settings.act_order or settings.group_order:
-        w, hessian = w[order], hessian[order][:, order]
+        w, hessian = w[order], hessian[order[:, None], order]
     if static_groups or group_size == -1 or settings.group_order:
         group_of_column = group_index[order]
     else:
         group_of_column = group_index
         group_index = torch.empty_like(group_index).scatter_(0, order, group_index)
-    r, notes = upper_factor(hessian, settings.damping)
-    p = None if carry is None else carry.matrix(order, triangular_inverse(r))
-    fitted, column_scale = None, None
-    if levels is not None:
-        u_I = torch.empty_like(w[:, 0]).scatter_(0, order, 1 / r.diagonal())
-        fitted = FittedLevels(levels, grid, in_order.T, u_I, group_index)
-        scale = fitted.scale
-        for g, columns in enumerate(torch.arange(n_in, device=w.device).split(width) if static_groups else ()):
-            fitted.fit(g, in_order[columns].T, columns)
-        column_scale = fitted.column[order]
+    fitted, column_scale, codes = None, None, torch.empty(n_out, n_in, dtype=torch.uint8, device=w.device)
+    with factored(hessian, settings.damping) as (r, notes):
+        solver = None if carry is None else Solver(r)
+        if levels is not None:
+            u_I = torch.empty_like(w[:, 0]).scatter_(0, order, 1 / r.diagonal())
+            fitted = FittedLevels(levels, grid, in_order.T, u_I, group_index)
+            scale = fitted.scale
+            for g, columns in enumerate(torch.arange(n_in, device=w.device).split(width) if static_groups else ()):
+                fitted.fit(g, in_order[columns].T, columns)
+            column_scale = fitted.column[order]
+        del in_order
 
-    turns = group_of_column[::width].tolist() if settings.group_order else range(n_groups)  # groups as they are reached
-    codes = torch.empty(n_out, n_in, dtype=torch.uint8, device=w.device)
-    loops: dict[tuple[int, int], ColumnLoop] = {}
-    for start in range(0, n_in, chunk):
-        end = reach = min(start + chunk, n_in)
-        begun = [j for j in range(start, end) if ranges_on_the_way and j % width == 0]  # groups' first columns
-        if begun:
-            reach = max(end, min(begun[-1] + width, n_in))  # the last one may end in a later chunk
-        inside, known = end - start, reach - start
-        if (inside, known) not in loops:
-            loops[inside, known] = ColumnLoop(
-                w,
-                grid,
-                inside,
-                known,
-                updated=known if fresh_ranges else inside,
-                terms=scale.shape[2:],
-                clamps=clip is not None and clip.clamps,
-                carries=carry is not None,
-                carry_rounded=carry is not None and carry.rounded,
-            )
-        loop = loops[inside, known]
-        u = triangular_inverse(r[start:reach, start:reach])
-        loop.u.copy_(u)
-        loop.live.copy_(torch.addmm(w[start:reach], u.T, r[:start, start:reach].T @ w[:start]))  # w[:start]: W - W_q
-        if p is not None and loop.p is not None and loop.rest is not None:
-            loop.p.copy_(p[start:end, start:reach])
-            loop.rest.copy_(w[start:end])
-        for first, stop in pairwise(sorted({start, end, *(begun if fresh_ranges else ())})):
-            for j in (j for j in begun if first <= j < stop):
-                g, seen = turns[j // width], loop.live[j - start : j - start + width].T
-                if fitted is not None:
-                    fitted.fit(g, seen, order[j : j + width])
-                    column_scale = fitted.column[order]
-                    continue
-                bounds = ranges(seen[:, None], grid, clip, order[None, j : j + width])
-                lo[g], hi[g] = (bound[:, 0, 0] for bound in bounds)
-                scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
-            own, of = slice(first - start, stop - start), group_of_column[first:stop]
-            loop.scale[own] = scale[of] if column_scale is None else scale[of] * column_scale[first:stop, None]
-            loop.zero_point[own] = zero_point[of]
-            for bound, limit in zip(loop.bounds, (lo, hi), strict=False):
-                bound[own] = limit[of]
-            loop.run(own.start, own.stop)
-        codes[:, order[start:end]] = loop.codes.T
-        w[start:end] = (w[start:end] if loop.rest is None else loop.rest) - loop.nearest
-        if p is not None:
-            w[end:].addmm_(p[start:end, end:].T, loop.carried[:inside])
+        # groups as they are reached
+        turns = group_of_column[::width].tolist() if settings.group_order else range(n_groups)
+        loops: dict[tuple[int, int], ColumnLoop] = {}
+        for start in range(0, n_in, chunk):
+            end = reach = min(start + chunk, n_in)
+            begun = [j for j in range(start, end) if ranges_on_the_way and j % width == 0]  # groups' first columns
+            if begun:
+                reach = max(end, min(begun[-1] + width, n_in))  # the last one may end in a later chunk
+            inside, known = end - start, reach - start
+            if (inside, known) not in loops:
+                loops[inside, known] = ColumnLoop(
+                    w,
+                    grid,
+                    inside,
+                    known,
+                    updated=known if fresh_ranges else inside,
+                    terms=scale.shape[2:],
+                    clamps=clip is not None and clip.clamps,
+                    carries=carry is not None,
+                    carry_rounded=carry is not None and carry.rounded,
+                )
+            loop = loops[inside, known]
+            u = triangular_inverse(r[start:reach, start:reach])
+            loop.u.copy_(u)
+            # the columns before are W - W_q
+            loop.live.copy_(torch.addmm(w[start:reach], u.T, r[:start, start:reach].T @ w[:start]))
+            p = None if carry is None or solver is None else carry.rows(solver, order, start, end)
+            if p is not None and loop.p is not None and loop.rest is not None:
+                loop.p.copy_(p[:, :known])
+                loop.rest.copy_(w[start:end])
+            for first, stop in pairwise(sorted({start, end, *(begun if fresh_ranges else ())})):
+                for j in (j for j in begun if first <= j < stop):
+                    g, seen = turns[j // width], loop.live[j - start : j - start + width].T
+                    if fitted is not None:
+                        fitted.fit(g, seen, order[j : j + width])
+                        column_scale = fitted.column[order]
+                        continue
+                    bounds = ranges(seen[:, None], grid, clip, order[None, j : j + width])
+                    lo[g], hi[g] = (bound[:, 0, 0] for bound in bounds)
+                    scale[g], zero_point[g] = grid.from_range(lo[g], hi[g])
+                own, of = slice(first - start, stop - start), group_of_column[first:stop]
+                loop.scale[own] = scale[of] if column_scale is None else scale[of] * column_scale[first:stop, None]
+                loop.zero_point[own] = zero_point[of]
+                for bound, limit in zip(loop.bounds, (lo, hi), strict=False):
+                    bound[own] = limit[of]
+                loop.run(own.start, own.stop)
+            codes[:, order[start:end]] = loop.codes.T
+            w[start:end] = (w[start:end] if loop.rest is None else loop.rest) - loop.nearest
+            if p is not None:
+                w[end:].addmm_(p[:, inside:].T, loop.carried[:inside])
 
     if fitted is not None:
         return fitted.rounded(codes, notes)
