@@ -7,8 +7,8 @@ at +-s_0 +-s_1, which need not be equally far from each other. How the scales ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,15 +28,7 @@ class BinaryGrid(Grid):
 
     def codes(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Codes of the levels nearest to x [...], of the lowest code among equally near ones; scale [..., K]."""
-        x = wide(x)
-        if x.dim() < 2:
-            return self._nearest(x, scale)
-        slices = row_slices(len(x), x[0].numel() << self.bits, x.device)
-        return torch.cat([self._nearest(x[rows], scale[rows]) for rows in slices])
-
-    def _nearest(self, x: Tensor, scale: Tensor) -> Tensor:
-        levels = scale @ signs(self.bits, scale.dtype, scale.device).T
-        return (x[..., None] - levels).abs_().argmin(-1).to(scale.dtype)
+        return nearest(wide(x), scale.unbind(-1))
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """`sum over k of scale_k * B_k`, of codes [...] and scale [..., K]."""
@@ -48,9 +40,32 @@ class BinaryGrid(Grid):
         return total
 
 
-@cache
-def signs(terms: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The signs behind every code [2^K, K]."""
-    codes = torch.arange(2**terms, device=device)[:, None]
-    places = torch.arange(terms - 1, -1, -1, device=device)
-    return (2 * ((codes >> places) & 1) - 1).to(dtype)
+def nearest(x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """`BinaryGrid.codes` of x [...], given the scales of every term, each of a shape that x's first dimensions have."""
+    if x.dim() < 2:
+        return _nearest(x, scales)
+    codes = torch.empty_like(x)
+    for rows in row_slices(len(x), x[0].numel() << len(scales), x.device):
+        codes[rows] = _nearest(x[rows], [scale[rows] for scale in scales])
+    return codes
+
+
+def _nearest(x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    levels = [-scales[0], scales[0]]
+    for scale in scales[1:]:
+        levels = [level for lower in levels for level in (lower - scale, lower + scale)]
+    if x.device.type != "cpu":  # few kernels
+        return (x[..., None] - torch.stack(levels, -1)).abs_().argmin(-1).to(x.dtype)
+    codes, closer, least = torch.zeros_like(x), torch.empty_like(x), (x - levels[0]).abs_()
+    for code, level in enumerate(levels[1:], 1):  # argmin along a dimension this short is several times slower
+        distance = (x - level).abs_()
+        torch.lt(distance, least, out=closer)  # as 0.0 and 1.0
+        torch.maximum(codes, closer.mul_(code), out=codes)
+        torch.minimum(least, distance, out=least)
+    return codes
+
+
+def terms_of(codes: Tensor, terms: int) -> list[Tensor]:
+    """The matrices of -1 and +1 behind codes [...], term by term."""
+    whole = codes.to(torch.uint8)
+    return [((whole >> place) & 1).to(codes.dtype).mul_(2).sub_(1) for place in range(terms - 1, -1, -1)]

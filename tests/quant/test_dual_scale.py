@@ -7,7 +7,7 @@ import torch
 from goldens import FAMILIES, GOLDEN2, cases, golden, tiny
 from tiny import Batch
 
-from dqx.formats.binary import BinaryGrid, signs
+from dqx.formats.binary import BinaryGrid, terms_of
 from dqx.formats.bits import RoleBits
 from dqx.formats.integers import Grid
 from dqx.quant import ActivationBits, BitsConfig, Method, WeightBits, load_quantized, quantize, save_quantized
@@ -100,7 +100,7 @@ def test_recorded_column_loop(case):
 def test_the_grid_of_signs():
     scale = torch.tensor([[4.0, 2.0, 1.0]])
     grid = BinaryGrid(3)
-    assert signs(2, torch.float32, torch.device("cpu")).tolist() == [[-1, -1], [-1, 1], [1, -1], [1, 1]]
+    assert torch.stack(terms_of(torch.arange(4.0), 2), -1).tolist() == [[-1, -1], [-1, 1], [1, -1], [1, 1]]
     codes = torch.arange(8)[None]
     levels = grid.dequantize(codes, scale[:, None], scale[:, :1])
     assert levels.tolist() == [[-7, -5, -3, -1, 1, 3, 5, 7]]
@@ -108,7 +108,7 @@ def test_the_grid_of_signs():
     assert grid.codes(torch.zeros(1, 1), scale[:, None], scale[:, :1]).item() == 3  # -1 and 1 are equally near
     wide = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0))  # more than one slice of rows
     at = torch.rand(300, 1, 3) * torch.ones(300, 2000, 1)
-    nearest = (wide[..., None] - (at[..., None, :] * signs(3, wide.dtype, wide.device)).sum(-1)).abs().argmin(-1)
+    nearest = (wide[..., None] - (at[..., None, :] * torch.stack(terms_of(torch.arange(8.0), 3), -1)).sum(-1)).abs().argmin(-1)
     assert torch.equal(grid.codes(wide, at, at[..., 0]).long(), nearest)
 
 
@@ -299,7 +299,7 @@ def test_stored_bits_are_those_of_the_tensors(role):
         )
         scale = linear.scale[:, linear.group_index.long()]
         scale = scale if linear.column_scale is None else scale * linear.column_scale
-        rebuilt = (scale * signs(2, scale.dtype, scale.device)[linear.codes().long()]).sum(-1)
+        rebuilt = (scale * torch.stack(terms_of(linear.codes().to(scale.dtype), 2), -1)).sum(-1)
         torch.testing.assert_close(rebuilt, linear.weight)
 
 

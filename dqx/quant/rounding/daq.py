@@ -18,12 +18,13 @@ O = outputs, W = columns of a group, K terms.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dqx.formats.binary import BinaryGrid, signs
+from dqx.formats.binary import nearest, terms_of
 from dqx.formats.integers import wide
 from dqx.quant.protocols import Context
 from dqx.quant.rounding.levels import BinaryLevels
@@ -66,8 +67,7 @@ def daq(w_OW: Tensor, importance_OW: Tensor, terms: int, *, iterations: int = 15
 
     `BinaryGrid(terms)` has the codes, with the product of both as scales. With 0 iterations those it starts from.
     """
-    w, e, grid = wide(w_OW), importance_OW, BinaryGrid(terms)
-    pattern = signs(terms, w.dtype, w.device)
+    w, e = wide(w_OW), importance_OW
     rows, columns, matrices, rest = [], [], [], w
     for _ in range(terms):
         r = rest.abs().mean(1)
@@ -79,13 +79,16 @@ def daq(w_OW: Tensor, importance_OW: Tensor, terms: int, *, iterations: int = 15
         matrices.append(b)
     for iteration in range(iterations):
         if iteration and terms > 1:
-            codes = grid.codes(w, torch.stack(rows, -1)[:, None] * torch.stack(columns, -1), w)
-            matrices = list(pattern[codes.long()].unbind(-1))
-        for k in range(terms):
-            summands = [r[:, None] * c * b for r, c, b in zip(rows, columns, matrices, strict=True)]
-            target = (w - sum(summands)) + summands[k]  # what the other terms leave
-            part = columns[k] * matrices[k]
-            rows[k] = (e * part * target).sum(1) / ((e * part.square()).sum(1) + RIDGE)
-            part = rows[k][:, None] * matrices[k]
-            columns[k] = (e * part * target).sum(0) / ((e * part.square()).sum(0) + RIDGE)
+            codes = nearest(w, [r[:, None] * c for r, c in zip(rows, columns, strict=True)])
+            matrices = terms_of(codes, terms)
+        summands = [r[:, None] * c * b for r, c, b in zip(rows, columns, matrices, strict=True)]
+        for k, b in enumerate(matrices):
+            target = (w - reduce(torch.add, summands)).add_(summands[k])  # what the other terms leave
+            part = columns[k] * b
+            heavy = e * part
+            rows[k] = (heavy * target).sum(1) / ((e * part.square_()).sum(1) + RIDGE)
+            part = rows[k][:, None] * b
+            heavy = e * part
+            columns[k] = (heavy * target).sum(0) / ((e * part.square_()).sum(0) + RIDGE)
+            summands[k] = rows[k][:, None] * columns[k] * b
     return torch.stack(rows, -1), torch.stack(columns, -1)

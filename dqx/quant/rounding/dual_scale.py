@@ -16,14 +16,16 @@ O = outputs, W = columns of a group, K terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations_with_replacement
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dqx.formats.binary import BinaryGrid, signs
+from dqx.formats.binary import nearest, terms_of
 from dqx.formats.bits import FORMATS
 from dqx.formats.integers import wide
 from dqx.quant.protocols import Context
@@ -87,8 +89,7 @@ def dual_scale(w_OW: Tensor, terms: int, *, iterations: int = 15) -> tuple[Tenso
 
     `BinaryGrid(terms)` has the codes: the levels of an element are those of its row times the scale of its column.
     """
-    w, grid = wide(w_OW), BinaryGrid(terms)
-    pattern = signs(terms, w.dtype, w.device)
+    w = wide(w_OW)
     column = w.abs().mean(0).clamp(min=EPS)
     matrices, rows, rest = [], [], w
     for _ in range(terms):
@@ -97,17 +98,23 @@ def dual_scale(w_OW: Tensor, terms: int, *, iterations: int = 15) -> tuple[Tenso
         rest = rest - r[:, None] * column * b
         matrices.append(b)
         rows.append(r)
-    b_OWK, row = torch.stack(matrices, -1), torch.stack(rows, -1)
+    row = torch.stack(rows, -1)
     for _ in range(iterations):
-        terms_OWK = [b_OWK[..., k] for k in range(terms)]
-        a = torch.stack([torch.stack([(column.square() * b * c).sum(1) for c in terms_OWK], -1) for b in terms_OWK], -1)
-        row = _least_squares(a, torch.stack([(column * b * w).sum(1) for b in terms_OWK], -1), row)
-        level = (b_OWK * row[:, None]).sum(-1)  # a sign that turns with its scale leaves the product alone
-        row = row.abs().clamp(min=EPS)
-        column = ((w * level).sum(0).abs() / level.square().sum(0).clamp(min=EPS)).clamp(min=EPS)
-        codes = grid.codes(w, row[:, None] * column[:, None], row[:, :1])
-        b_OWK = pattern[codes.long()]
+        squared, weighted = column.square(), column * w
+        a = w.new_empty(len(w), terms, terms)
+        for k, l in combinations_with_replacement(range(terms), 2):
+            product = squared[None] if k == l else squared * matrices[k] * matrices[l]
+            a[:, k, l] = a[:, l, k] = product.sum(1)
+        row = _least_squares(a, torch.stack([(weighted * b).sum(1) for b in matrices], -1), row)
+        level = _sum(b * r[:, None] for b, r in zip(matrices, row.unbind(-1), strict=True))
+        row = row.abs().clamp(min=EPS)  # a sign that turns with its scale leaves the product alone
+        column = ((w * level).sum(0).abs() / level.square_().sum(0).clamp(min=EPS)).clamp(min=EPS)
+        matrices = terms_of(nearest(w, [r[:, None] * column for r in row.unbind(-1)]), terms)
     return row, column
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def _least_squares(a_OKK: Tensor, b_OK: Tensor, last_OK: Tensor) -> Tensor:
