@@ -21,6 +21,9 @@ from dqx.diffusion.scorer import Scorer
 from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid
 from dqx.quant import quantize
+from dqx.quant.rounding.abmp import ABMP
+from dqx.quant.rounding.blockwise import Blockwise, blockwise_round
+from dqx.quant.rounding.daq import DAQ
 from dqx.quant.rounding.dual_scale import DualScale, dual_scale
 from dqx.quant.rounding.gptaq import GPTAQ, gptaq_round
 from dqx.quant.rounding.gptq import ColumnSettings, gptq_round
@@ -104,6 +107,11 @@ def rounding(of: str, columns: int) -> None:
     elif of == "levels":
         levels = ColumnSettings(**settings, group_order=True, levels=DualScale(iterations=columns))
         gptq_round(w, hessian, levels.grid(WeightBits(2)), 8, settings=levels)
+    elif of == "blockwise":
+        blockwise_round(w, hessian, Grid(3), 4)
+    elif of == "blockwise, levels":
+        blockwise = Blockwise(levels=DAQ(allocation=ABMP(0.3)))
+        blockwise_round(w, hessian, blockwise.grid(WeightBits(2)), 4, settings=blockwise)
     elif of == "dual scale":
         dual_scale(w, 2, iterations=columns)
     elif of == "greedy search":
@@ -120,6 +128,8 @@ def rounding(of: str, columns: int) -> None:
         ("gptq", 2),  # is the Hessian finite, and has it been factored
         ("gptaq", 3),  # is the cross term finite
         ("levels", 4),  # which group comes next, how many there are
+        ("blockwise", 2),  # is the Hessian finite, and has it been factored
+        ("blockwise, levels", 4),  # how many groups there are, and which of them get more terms
         ("dual scale", 0),
         ("greedy search", 2),  # are the inputs finite, and what was found
     ],
