@@ -42,7 +42,7 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The fake-quantized weight [O, I], computed in the dtype of the scales; given in that one, or in `dtype`."""
         weight = torch.empty_like(self.codes, dtype=dtype or self.scale.dtype)
-        for rows in row_slices(*weight.shape, weight.device):
+        for rows in row_slices(len(weight), weight.shape[1], weight.device):
             at = at_inputs(self.scale[rows], self.zero_point[rows], self.group_index, self.column_scale)
             weight[rows] = self.grid.dequantize(self.codes[rows], *at)
         return weight

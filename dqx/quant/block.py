@@ -279,7 +279,7 @@ def _errors(w_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor | None) -> tu
         return torch.where(whole > 0, part / whole, 0.0)
 
     squares = w_OI.new_zeros(2, dtype=torch.float64)
-    for rows in row_slices(*w_OI.shape, w_OI.device):
+    for rows in row_slices(len(w_OI), w_OI.shape[1], w_OI.device):
         squares += torch.stack([x.square().sum(dtype=torch.float64) for x in parts(rows)])
     weight_error = ratio(*squares)
     if hessian_II is None:

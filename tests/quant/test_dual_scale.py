@@ -108,7 +108,8 @@ def test_the_grid_of_signs():
     assert grid.codes(torch.zeros(1, 1), scale[:, None], scale[:, :1]).item() == 3  # -1 and 1 are equally near
     wide = torch.randn(300, 2000, generator=torch.Generator().manual_seed(0))  # more than one slice of rows
     at = torch.rand(300, 1, 3) * torch.ones(300, 2000, 1)
-    nearest = (wide[..., None] - (at[..., None, :] * torch.stack(terms_of(torch.arange(8.0), 3), -1)).sum(-1)).abs().argmin(-1)
+    levels = (at[..., None, :] * torch.stack(terms_of(torch.arange(8.0), 3), -1)).sum(-1)
+    nearest = (wide[..., None] - levels).abs().argmin(-1)
     assert torch.equal(grid.codes(wide, at, at[..., 0]).long(), nearest)
 
 

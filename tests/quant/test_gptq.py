@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dqx.common import accelerator
 from dqx.formats.integers import Grid
-from dqx.quant.rounding.factor import triangular_inverse, upper_factor
+from dqx.quant.rounding.factor import Solver, factored, triangular_inverse, upper_factor
 from dqx.quant.rounding.gptq import GPTQ, gptq_round
 from dqx.quant.rounding.rtn import rtn_round
 from dqx.quant.stats import Hessian
@@ -263,6 +263,32 @@ def test_factor(n_in):
     torch.testing.assert_close(r @ r.T, h + 0.01 * h.diagonal().mean() * torch.eye(n_in))
     inverse = triangular_inverse(r, leaf=7 if n_in < 1000 else 256)
     torch.testing.assert_close(inverse @ r, torch.eye(n_in, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("n_in", [5, 300, 1100])
+def test_the_factor_lies_in_the_hessian_itself(n_in):
+    """Sizes at which the blocks of the factorisation and the tiles that are kept end at different columns."""
+    _, h = problem(n_in=n_in, dtype=torch.float64)
+    h = h.tril() + h.tril(-1).T  # to the last bit
+    h[:, 1], h[1] = 0, 0
+    before = h.clone()
+    with factored(h, 0.01) as (r, notes):
+        assert notes == ()
+        assert r.data_ptr() == h.data_ptr()
+        assert torch.equal(r.triu(), upper_factor(before, 0.01)[0])
+        solver, x = Solver(r), torch.randn(3, n_in - 2, dtype=torch.float64)
+        u = triangular_inverse(r)[2:, 2:]
+        torch.testing.assert_close(solver.times_u(x.clone(), 2), x @ u)
+        torch.testing.assert_close(solver.times_u_transposed(x.clone(), 2), x @ u.T)
+    assert torch.equal(h, before)
+    with pytest.raises(RuntimeError, match="interrupted"), factored(h, 0.01):
+        raise RuntimeError("interrupted")
+    assert torch.equal(h, before)
+    h[0, 0] = -2 * h.diagonal().mean()
+    before = h.clone()
+    with pytest.raises(ValueError, match="cannot be factored"), factored(h, 0.0):
+        pass
+    assert torch.equal(h, before)
 
 
 def test_a_failed_factorisation_is_reported():

@@ -16,7 +16,7 @@ O = outputs, W = columns of a group, K terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations_with_replacement
@@ -102,19 +102,15 @@ def dual_scale(w_OW: Tensor, terms: int, *, iterations: int = 15) -> tuple[Tenso
     for _ in range(iterations):
         squared, weighted = column.square(), column * w
         a = w.new_empty(len(w), terms, terms)
-        for k, l in combinations_with_replacement(range(terms), 2):
-            product = squared[None] if k == l else squared * matrices[k] * matrices[l]
-            a[:, k, l] = a[:, l, k] = product.sum(1)
+        for i, j in combinations_with_replacement(range(terms), 2):
+            product = squared[None] if i == j else squared * matrices[i] * matrices[j]
+            a[:, i, j] = a[:, j, i] = product.sum(1)
         row = _least_squares(a, torch.stack([(weighted * b).sum(1) for b in matrices], -1), row)
-        level = _sum(b * r[:, None] for b, r in zip(matrices, row.unbind(-1), strict=True))
+        level = reduce(torch.add, (b * r[:, None] for b, r in zip(matrices, row.unbind(-1), strict=True)))
         row = row.abs().clamp(min=EPS)  # a sign that turns with its scale leaves the product alone
         column = ((w * level).sum(0).abs() / level.square_().sum(0).clamp(min=EPS)).clamp(min=EPS)
         matrices = terms_of(nearest(w, [r[:, None] * column for r in row.unbind(-1)]), terms)
     return row, column
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
 
 
 def _least_squares(a_OKK: Tensor, b_OK: Tensor, last_OK: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | 
     lo, hi = group_ranges(w_OI, grid, group_size, clip)
     scale, zero_point = grid.from_range(lo, hi)
     codes = torch.empty_like(w_OI, dtype=torch.uint8)
-    for rows in row_slices(*w_OI.shape, w_OI.device):
+    for rows in row_slices(len(w_OI), w_OI.shape[1], w_OI.device):
         w = w_OI[rows]
         if clip is not None and clip.clamps:
             w = torch.clamp(w, *(bound[rows][:, group_index].to(w.dtype) for bound in (lo, hi)))
