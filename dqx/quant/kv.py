@@ -10,7 +10,8 @@ Attention does not notice a vector that all keys of a sequence have in common: i
 a query, which softmax ignores. So their mean need not be stored, and a few bits are spent on what tells keys apart
 (`center`). Keys have a few large channels, the same for all tokens, so that a grid per channel over the tokens suits
 them (Liu et al. 2024, KIVI, arXiv:2402.02750), and one before their bias, which is the largest part of these channels
-where there is one (`before_bias`). No result depends on padding or on what else is in the batch.
+where there is one (`before_bias`), or one whose large gains are folded into queries where a norm makes them
+(`fold_gain`). No result depends on padding or on what else is in the batch.
 
 `when` says where all of this happens: in every forward, as if its keys and values came out of a cache (`always`), or
 where a sampler's cache stores them (`commit`). Then what a forward reads from the cache is rounded, while the tokens it
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits
-from dqx.formats.integers import Grid
+from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
@@ -71,6 +72,7 @@ class KeysValues:
     token_group: int | None = None  # channel: neighbouring tokens that share a scale; None: all of the sequence
     recent: int = 0  # the last tokens of a sequence, whose keys and values stay as they are
     before_bias: bool = False  # keys are rounded before their bias is added and before rope
+    fold_gain: bool = False  # channels of keys that their norm makes large are divided, those of queries multiplied
     when: str = "always"  # keys and values are rounded in every forward; commit: where a sampler's cache stores them
     rotate: bool = False  # Hadamard transform of queries and keys before keys are rounded
     tile: int | None = None  # channels per transform; None: the head's width
@@ -117,6 +119,8 @@ class KeysValues:
                 compose(block.heads, part, quantizer)
 
         if self.keys is not None and not key_grid.identity:
+            if self.fold_gain:
+                fold_gain(block)
             if self.rotate:
                 compose(block.heads, "q", OnlineHadamard(self.tile))
                 compose(block.heads, "k", OnlineHadamard(self.tile))
@@ -171,6 +175,8 @@ class KeysValues:
         if self.rotate and self.keys is not None and context.widths.keys.bits != UNQUANTIZED:
             problems += tile_problems(f"{where}.tile", context.arch.head_size, self.tile, "the width of a head")
         problems += self._sequence_problems(where) + self._when_problems(where)
+        if self.fold_gain and context.widths.keys.bits != UNQUANTIZED:
+            problems += self._gain_problems(where, context)
         if self.before_bias and context.widths.keys.bits != UNQUANTIZED:
             problems += self._bias_problems(where, context)
         return problems + self._format_problems(where, context)
@@ -224,6 +230,20 @@ class KeysValues:
             )
         return problems
 
+    def _gain_problems(self, where: str, context: Context) -> list[str]:
+        problems = []
+        if self.keys is None:
+            problems.append(
+                f"{where}.fold_gain=true is for keys that are rounded, but {where}.keys=null leaves them alone; "
+                f"write {where}.keys=token, or {where}.fold_gain=false"
+            )
+        if not getattr(context.arch, "head_norm", False):
+            problems.append(
+                f"{where}.fold_gain=true moves gains from the norm of keys into that of queries, but this model, of "
+                f"family {context.arch.family}, has no such norms; write {where}.fold_gain=false"
+            )
+        return problems
+
     def _bias_problems(self, where: str, context: Context) -> list[str]:
         problems = []
         if self.keys is None:
@@ -235,6 +255,11 @@ class KeysValues:
             problems.append(
                 f"{where}.before_bias=true rounds keys before their bias is added, but this model, of family "
                 f"{context.arch.family}, has no bias there; write {where}.before_bias=false"
+            )
+        if getattr(context.arch, "head_norm", False):
+            problems.append(
+                f"{where}.before_bias=true rounds keys before their bias is added, but this model, of family "
+                f"{context.arch.family}, normalises keys behind it; write {where}.before_bias=false"
             )
         if self.rotate:
             problems.append(
@@ -272,3 +297,21 @@ class KeysValues:
                     f"{bits.format} shares a scale; write {where}.{name}=null, or bits.kv.{name}=16"
                 )
         return problems
+
+
+def fold_gain(block: Block) -> None:
+    """Divide large gains of the norm of keys by a power of two, and multiply those of queries by it.
+
+    Channels i and i + E/2 make a pair, which rope turns together; both are divided by s = max(1, g / median), where g
+    is the larger |gain| of the two and the median (the lower one) that of all E channels, rounded to the nearest power
+    of two in log2. So attention is the same to the bit in every dtype, while a channel that the norm makes large in
+    every key, which takes most of a grid per token, comes down to the others. SmoothAttention (QServe,
+    arXiv:2405.04532) with the factors of DLLMQuaRot (github.com/Eugene13112001/DLLMQuaRot, `smooth_qk.py`), which found
+    the effect in 2-bit keys of LLaDA2.0-mini; its default goes half the way, s^(1/2), ours all of it.
+    """
+    queries, keys = (getattr(block, norm) for norm in ("q_norm", "k_norm"))
+    gains = wide(keys.weight.detach()).abs().clamp(min=1e-8)
+    pairs = gains.view(2, -1).amax(0) / gains.median()
+    s = pairs.clamp(min=1).log2().round().exp2().repeat(2).to(keys.weight.dtype)
+    keys.weight = nn.Parameter(keys.weight.detach() / s, requires_grad=False)
+    queries.weight = nn.Parameter(queries.weight.detach() * s, requires_grad=False)

@@ -14,11 +14,11 @@ from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokens import Tokens
-from dqx.models.transformer import Unchanged, apply_rope
+from dqx.models.transformer import RMSNorm, Unchanged, apply_rope
 from dqx.quant.activation import PerToken
 from dqx.quant.checkpoint.folder import load_quantized, save_quantized
 from dqx.quant.checkpoint.on_disk import quantize_checkpoint
-from dqx.quant.kv import KeysValues
+from dqx.quant.kv import KeysValues, fold_gain
 from dqx.quant.kv_quantizers import AllButRecent, Centered, ChannelQuantizer
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
@@ -154,6 +154,9 @@ def test_problems_say_what_to_write():
     (problem,) = problems(KeysValues(before_bias=True), qkv_bias=False)
     assert "this model, of family dream, has no bias there; write method.kv.before_bias=false" in problem
     assert problems(KeysValues(before_bias=True), kv=16, qkv_bias=False) == []
+    (problem,) = problems(KeysValues(fold_gain=True))
+    assert "this model, of family dream, has no such norms; write method.kv.fold_gain=false" in problem
+    assert problems(KeysValues(fold_gain=True), kv=16) == []
     (problem,) = problems(KeysValues(keys="channel", values=None), format="mxfp4")
     assert "method.kv.keys=channel has a scale per channel, but mxfp4 shares one among 32 channels" in problem
     (problem,) = problems(KeysValues(rotate=True), head_size=6)
@@ -392,6 +395,68 @@ def test_what_is_stored_is_what_always_rounds():
         if part.center and not part.before_bias:  # the mean, which all keys of a row share
             difference = difference - difference[:, :, :1]
         torch.testing.assert_close(difference, torch.zeros_like(difference), msg=name)
+
+
+def with_norms(block, dtype):
+    """The block with norms of queries and keys, whose gains are of all sizes and both signs."""
+    for i, name in enumerate(("q_norm", "k_norm")):
+        norm = RMSNorm(block.arch.head_size, 1e-6)
+        norm.weight = torch.nn.Parameter(random(block.arch.head_size, seed=i), requires_grad=False)
+        setattr(block, name, norm.to(dtype))
+    block.k_norm.weight[3] *= 50
+    return block
+
+
+def scores(block, q, k):
+    """Products of normalised queries and keys, the channels i and i + E/2 of keys turned by angles of their token."""
+    angles = random(q.shape[2], q.shape[3] // 2, seed=9).to(q.dtype)
+
+    def turned(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(
+            (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1
+        )
+
+    q, k = turned(block.q_norm(q)), block.heads["k"](turned(block.k_norm(k)))
+    return q @ k.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_gains_leave_products_alone_to_the_bit(dtype):
+    block, q, k = (
+        with_norms(fresh("dream").blocks[0], dtype),
+        random(1, 2, 6, 8).to(dtype),
+        random(1, 2, 6, 8).to(dtype),
+    )
+    before, old = scores(block, q, k), block.k_norm.weight.clone()
+    fold_gain(block)
+    s = old / block.k_norm.weight
+    assert torch.equal(s[:4], s[4:])
+    assert torch.equal(s.log2(), s.log2().round())
+    assert s.min() == 1
+    assert s[3] >= 16
+    assert torch.equal(scores(block, q, k), before)
+
+
+def test_folded_gains_by_hand():
+    """The largest of a pair over the median of all, to the nearest power of two, and never below 1."""
+    block = with_norms(fresh("dream").blocks[0], torch.float32)
+    block.k_norm.weight[:] = torch.tensor([1.0, -8.0, 0.1, 2.9, 1.0, 1.0, 2.8, 0.5])
+    block.q_norm.weight[:] = 1.0
+    fold_gain(block)
+    s = torch.tensor([1.0, 8.0, 2.0, 4.0])  # 2.8 and 2.9 lie on the two sides of sqrt(8)
+    assert torch.equal(block.q_norm.weight, s.repeat(2))
+    assert torch.equal(block.k_norm.weight[1::4], torch.tensor([-1.0, 0.125]))
+
+
+def test_folded_gains_help_keys_of_few_bits():
+    q, k, errors = random(1, 2, 6, 8).float(), random(1, 2, 6, 8, seed=1).float(), []
+    exact = scores(with_norms(fresh("dream").blocks[0], torch.float32), q, k)
+    for fold in (False, True):
+        block = with_norms(fresh("dream").blocks[0], torch.float32)
+        install(KeysValues(fold_gain=fold), block, ActivationBits(4))
+        errors.append(F.mse_loss(scores(block, q, k), exact))
+    assert errors[1] < errors[0] / 2
 
 
 def test_keys_and_values_have_widths_of_their_own():
