@@ -29,6 +29,10 @@ Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E]
 Reuse = Callable[[Tensor, Tensor, Callable[[], Pair] | None], Pair]
 
 
+#: The different rows of an input [1, U, D], and which of them each of its tokens has [B, T].
+Kinds = tuple[Tensor, Tensor]
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, the statistics in float32 whatever the dtype of x [..., D].
 
@@ -122,19 +126,25 @@ class Block(nn.Module):
         reuse: Reuse | None = None,
         read: Tensor | None = None,
         tokens: Tokens | None = None,
+        kind: Tensor | None = None,
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
-        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`.
+        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`. With `kind` [B, T], x [1, U, D] has
+        the rows that differ, and kind says which of them each token has: up to rope, positions make no difference.
         """
-        batch, head = len(x), self.arch.head_size
         x = self.inputs["attn_in"](x)
-        asked = x if read is None else pick(x, read)
-        q, k, v = (
-            getattr(self, role)(columns).view(batch, columns.shape[1], -1, head).transpose(1, 2)
-            for role, columns in (("q", asked), ("k", x), ("v", x))
-        )
+        batch = len(x if kind is None else kind)
+
+        def heads(role: str, columns: Tensor | None = None) -> Tensor:
+            if kind is None:
+                y = getattr(self, role)(x if columns is None else pick(x, columns))
+            else:
+                y = F.embedding(kind if columns is None else kind.gather(1, columns), getattr(self, role)(x)[0])
+            return y.unflatten(-1, (-1, self.arch.head_size)).transpose(1, 2)
+
+        q, k, v = heads("q", read), heads("k"), heads("v")
         own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
         q, fresh = self.heads["q"](apply_rope(q, *own)), (k, v, rope, tokens)
         k, v = self.keys_values(self.sequence, *fresh)
@@ -170,9 +180,11 @@ class Block(nn.Module):
         reuse: Reuse | None = None,
         read: Tensor | None = None,
         tokens: Tokens | None = None,
+        kinds: Kinds | None = None,
     ) -> Tensor:
         beat()
-        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read, tokens)
+        rows, kind = (x, None) if kinds is None else kinds
+        mixed = self.attention(self.attn_norm(rows), rope, mask, reuse, read, tokens, kind)
         x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -249,21 +261,32 @@ class MaskedDiffusionTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         read: Tensor | None = None,
+        once: bool = False,
     ) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
         With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
+        With `once`, the first block projects equal tokens once, and its linears do not see how many there are.
         """
         columns = None if cache is None else cache.columns
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rope, mask = self.context(ids, attention_mask, columns)
-        x = self.embed(ids if columns is None else ids.gather(1, columns))
+        computed = ids if columns is None else ids.gather(1, columns)
+        x, kinds = self.embed(computed), self._kinds(computed) if once else None
         for i, block in enumerate(self.blocks):
             yield x
             reuse = None if cache is None else partial(cache.update, i)
             tokens = Tokens(real, columns, None if cache is None else cache.statistics[i])
-            x = block(x, rope, mask, reuse, read if i == len(self.blocks) - 1 else None, tokens)
+            last = i == len(self.blocks) - 1
+            x = block(x, rope, mask, reuse, read if last else None, tokens, None if i else kinds)
         yield x
+
+    def _kinds(self, ids: Tensor) -> Kinds | None:
+        """The embeddings of different tokens. None: most are different, or a device would be waited for."""
+        if ids.device.type != "cpu":
+            return None
+        different, kind = ids.unique(return_inverse=True)
+        return (self.embed(different[None]), kind) if 2 * len(different) <= ids.numel() else None
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
         """A cache for `rows` sequences of `length` tokens, to be filled by a forward."""
@@ -292,8 +315,9 @@ class MaskedDiffusionTransformer(nn.Module):
         Where `where` lies on the CPU, nothing waits for the device.
 
         The last block gives its output, but for keys and values, only from the first to the last column that predicts
-        one of these positions in its row; the final norm and the head see only the columns that do. A forward with a
-        cache that names columns computes those alone, adjacent ones, among which must be those that predict `where`.
+        one of these positions in its row; the final norm and the head see only the columns that do. On a CPU the first
+        block projects equal tokens once. A forward with a cache that names columns computes those alone, adjacent ones,
+        among which must be those that predict `where`.
         """
         row, column = where.nonzero(as_tuple=True)
         if self.arch.logit_shift:  # see `shift_logits`
@@ -301,7 +325,8 @@ class MaskedDiffusionTransformer(nn.Module):
         computed = None if cache is None else cache.columns
         read = span(row, column, len(ids)).to(ids.device) if computed is None else None
         row, column = torch.stack((row, column)).to(ids.device)
-        for x in self.residual_states(ids, attention_mask, cache, read):  # noqa: B007  the last one leaves the last block
+        states = self.residual_states(ids, attention_mask, cache, read, once=True)
+        for x in states:  # noqa: B007  the last one leaves the last block
             pass
         first = computed if read is None else read
         assert first is not None
