@@ -97,7 +97,7 @@ def counted(model: MaskedDiffusionTransformer) -> Iterator[Work]:
 
     def enter(block: nn.Module, args: tuple[Any, ...]) -> None:
         rows, length = args[0].shape[:2]
-        read = next((read.shape[1] for read in args[4:] if read is not None), length)
+        read = next((read.shape[1] for read in args[4:5] if read is not None), length)
         work.blocks += flops(rows, length, read)
         work.whole_blocks += flops(rows, length, length)
         if block is model.blocks[0]:

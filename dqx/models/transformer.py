@@ -131,8 +131,8 @@ class Block(nn.Module):
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
-        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`. With `kind` [B, T], x [1, U, D] has
-        the rows that differ, and kind says which of them each token has: up to rope, positions make no difference.
+        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`. With `kind` [B, T], x [1, U, D]
+        has the rows that differ, and `kind` which of them each token has: positions make no difference before rope.
         """
         x = self.inputs["attn_in"](x)
         batch = len(x if kind is None else kind)
