@@ -475,7 +475,7 @@ def test_keys_and_values_have_widths_of_their_own():
 def test_saved_models_keep_what_rounds_sequences(tmp_path):
     ids = torch.arange(12).view(2, 6)
     parts = [*(SEQUENCE_PARTS | BIAS_PARTS).values()]
-    for i, part in enumerate([*parts, *(replace(part, when="commit") for part in parts)]):
+    for i, part in enumerate([*parts, *(replace(part, when="commit") for part in (parts[0], parts[3], parts[-1]))]):
         model, method = fresh("dream"), Method(name="m", rounding=RTN(), kv=part)
         bits = BitsConfig(kv=KVBits(3))
         report = quantize(model, method, bits, progress=False)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dqx.config.compose import compose, resolve
+from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import ConfigProblems
 from dqx.study import checks, experiment, subjects
 from dqx.study.run import run
@@ -541,3 +541,12 @@ def test_calibration_dataset_that_data_root_lacks(problems: Problems, data_root:
 
 def test_problems_are_told_of_what_hydra_composes() -> None:
     assert any(p.startswith("seed=-1") for p in experiment.problems(compose(["seed=-1", "task=nano_sums"])))
+
+
+def test_what_is_rounded_in_a_cache_alone_is_noted():
+    told = []
+    for more in ([], ["method.kv.when=commit"], ["method.kv.when=commit", "bits.kv.bits=16"]):
+        config = resolve(compose(["method=rtn", "bits=w16a16", "method/kv=per_head", "bits.kv.bits=4", *more]))
+        told.append(checks.reuse_notes(config, build(config.method)))
+    assert told[0] == told[2] == []
+    assert "likelihoods, outlier statistics and divergences are of forwards without a cache" in told[1][0]
