@@ -62,9 +62,9 @@ class BlockWork:
             transform.apply(self.block, stats, self.context.at(name=name))
         self.intact = self._snapshot()
         if (kv := self.method.kv) is not None:
-            if kv.needs and self.widths.values.bits != UNQUANTIZED:
-                kv = kv.fit(self.block, self.streams["quantized"], self.widths.values)
-            kv.install(self.block, self.widths.keys, self.widths.values)
+            looks = kv.needs and self.widths.values.bits != UNQUANTIZED
+            stream = self.streams["quantized"] if looks else None
+            kv.install(self.block, self.widths.keys, self.widths.values, stream)
         for site, roles in self.method.steps(self.block.arch):
             if site not in self.maps:
                 self._reach(site)

@@ -29,7 +29,8 @@ their mean again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,16 +41,24 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.make import make_grid
 from dqx.models.transformer import Block, compose
 from dqx.quant.activation import clip_problems
-from dqx.quant.kv_quantizers import AllButRecent, BeforeBias, Centered, ChannelQuantizer, HeadQuantizer, shared
+from dqx.quant.kv_quantizers import (
+    AllButRecent,
+    BeforeBias,
+    Centered,
+    ChannelQuantizer,
+    FixedRange,
+    HeadQuantizer,
+    shared,
+)
 from dqx.quant.protocols import Context
 from dqx.quant.transforms.hadamard import OnlineHadamard, tile_problems
-from dqx.quant.value_clip import ValueClip
+from dqx.quant.value_clip import ValueClip, value_range
 
 if TYPE_CHECKING:
     from dqx.quant.stream import Stream
 
 WHEN = ("always", "commit")
-SHARES = {"keys": ("token", "head", "channel"), "values": ("token", "head")}
+SHARES = {"keys": ("token", "head", "channel"), "values": ("token", "head", "static")}
 
 
 @dataclass(frozen=True)
@@ -62,11 +71,12 @@ class KeysValues:
 
     keys: str | None = "token"  # token: one scale per token over all heads; head: per token and head; channel: per
     # channel, over `token_group` tokens; None: 16 bit
-    values: str | None = "token"  # token, head or None
+    values: str | None = "token"  # token, head, None; static: per head and channel, one range for all tokens, which
+    # calibration finds
     queries: bool = False  # round queries too, like keys
     key_clip_ratio: float = 1.0  # share of the range of keys (and queries) that is kept
     value_clip_ratio: float = 1.0
-    value_clip: ValueClip | None = None  # finds that share for each block on calibration text
+    value_clip: ValueClip | None = None  # finds that share for each block, or static channel, on calibration text
     include_zero: bool = True  # asymmetric ranges hold zero
     center: str | None = None  # mean: keys without their mean over the sequence's tokens, by head and channel
     token_group: int | None = None  # channel: neighbouring tokens that share a scale; None: all of the sequence
@@ -89,26 +99,20 @@ class KeysValues:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What it looks at in calibration; empty without a search."""
-        return frozenset() if self.value_clip is None or self.values is None else frozenset({"weights"})
+        """What it looks at in calibration; empty where ranges are found at run time, and nothing is searched."""
+        ranges = {"minmax"} if self.values == "static" else set()
+        return frozenset(ranges | ({"weights"} if self.value_clip is not None and self.values is not None else set()))
 
-    def fit(self, block: Block, stream: Stream, values: ActivationBits) -> KeysValues:
-        """This with the share of the values' range that suits a block, of which nothing is rounded yet."""
-        grid, share = make_grid(values, include_zero=self.include_zero, exact_absmax=True), self.values
-        if self.value_clip is None or share is None or grid.identity:
-            return self
-
-        def rounds(v: Tensor, ratio: float) -> Tensor:
-            return shared(share, v, lambda rows: grid.fake(rows, clip_ratio=ratio))
-
-        return replace(self, value_clip=None, value_clip_ratio=self.value_clip.share(block, stream, rounds))
-
-    def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None:
+    def install(self, block: Block, keys: ActivationBits, values: ActivationBits, stream: Stream | None = None) -> None:
         """Put quantizers of each token behind what `block.heads` holds, those of whole sequences into `block.sequence`,
-        and all of them into `block.stored` where only what a cache stores is rounded."""
+        and all of them into `block.stored` where only what a cache stores is rounded.
+
+        `stream` is for a part with `needs`; nothing of the block is rounded yet."""
         key_grid, value_grid = (
             make_grid(bits, include_zero=self.include_zero, exact_absmax=True) for bits in (keys, values)
         )
+
+        of_values = None if self.values is None or value_grid.identity else self._of_values(block, value_grid, stream)
 
         def put(part: str, quantizer: nn.Module, sequence: bool) -> None:
             if self.stored_only:
@@ -135,11 +139,24 @@ class KeysValues:
                 put("projected", BeforeBias(quantizer, bias), True)
             else:
                 put("k", quantizer, self.whole_sequence)
-        if self.values is not None and not value_grid.identity:
-            of_values: nn.Module = HeadQuantizer(value_grid, self.values, self.value_clip_ratio)
-            if self.recent:
-                of_values = AllButRecent(of_values, self.recent)
-            put("v", of_values, self.recent > 0)
+        if of_values is not None:
+            put("v", AllButRecent(of_values, self.recent) if self.recent else of_values, self.recent > 0)
+
+    def _of_values(self, block: Block, grid: Grid, stream: Stream | None) -> nn.Module:
+        share, clip = self.values, self.value_clip
+        assert share is not None
+        if not self.needs:
+            return HeadQuantizer(grid, share, self.value_clip_ratio)
+        if stream is None:
+            raise ValueError("values=static and value_clip look at calibration text; give the stream of the model")
+        if clip is not None and share != "static":
+            return HeadQuantizer(grid, share, clip.share(block, stream, partial(_rounded, grid, share)))
+        lo, hi = value_range(block, stream)
+        kept: Tensor | float = self.value_clip_ratio
+        if clip is not None:
+            found = clip.shares(block, stream, lambda v, ratio: FixedRange(grid, lo * ratio, hi * ratio)(v))
+            kept = found.to(lo.dtype)
+        return FixedRange(grid, lo * kept, hi * kept)
 
     def _of_keys(self, grid: Grid, share: str) -> nn.Module:
         quantizer: nn.Module
@@ -291,6 +308,11 @@ class KeysValues:
                     f"{where}.keys=channel has a scale per channel, but {bits.format} shares one among {block} "
                     f"channels; write {where}.keys=token, or bits.activation.format=int"
                 )
+            elif block and share == "static":
+                problems.append(
+                    f"{where}.values=static has a fixed range per channel, but {bits.format} shares one among {block} "
+                    f"channels of a token; write {where}.values=token, or bits.activation.format=int"
+                )
             elif block and width % block:
                 problems.append(
                     f"{where}.{name}={share}: {width} channels cannot be cut into the blocks of {block} in which "
@@ -315,3 +337,8 @@ def fold_gain(block: Block) -> None:
     s = pairs.clamp(min=1).log2().round().exp2().repeat(2).to(keys.weight.dtype)
     keys.weight = nn.Parameter(keys.weight.detach() / s, requires_grad=False)
     queries.weight = nn.Parameter(queries.weight.detach() * s, requires_grad=False)
+
+
+def _rounded(grid: Grid, share: str, v: Tensor, ratio: float) -> Tensor:
+    """Values [1, K, T, E] on grids of their own, one per token or per token and head."""
+    return shared(share, v, lambda rows: grid.fake(rows, clip_ratio=ratio))

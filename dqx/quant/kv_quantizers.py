@@ -78,6 +78,26 @@ class ChannelQuantizer(nn.Module):
 
 
 @storable
+class FixedRange(nn.Module):
+    """Rounds [B, H, T, E] to one grid per head and channel for all tokens, of the range from lo to hi [H, 1, E]."""
+
+    lo: Tensor
+    hi: Tensor
+
+    def __init__(self, grid: Grid, lo: Tensor, hi: Tensor):
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("lo", lo)
+        self.register_buffer("hi", hi)
+
+    def forward(self, x: Tensor, tokens: Tokens | None = None) -> Tensor:
+        return self.grid.nearest(wide(x), *self.grid.from_range(self.lo, self.hi)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid.bits} bits per channel, fixed ranges"
+
+
+@storable
 class AllButRecent(nn.Module):
     """Leaves the last `tokens` real ones of each sequence alone, as KIVI does, and shows `quantizer` the others."""
 

@@ -205,14 +205,12 @@ class KeysValues(Part, Protocol):
     """Puts quantizers of keys and values [B, H, T, E] into `block.heads`, `sequence` and `stored`; none for 16 bits.
 
     `whole_sequence` says whether they look at all tokens of a sequence; `stored_only` whether they act on nothing but
-    what a sampler's cache stores. Where `needs` is not empty and values are rounded, `fit` gives the part to install,
-    from the stream of the quantized model, before anything of the block is rounded.
+    what a sampler's cache stores. Where `needs` is not empty and values are rounded, `install` gets the stream of the
+    quantized model, before anything of the block is rounded.
     """
 
     @property
     def needs(self) -> Needs: ...
-
-    def fit(self, block: Block, stream: Any, values: ActivationBits) -> KeysValues: ...
 
     @property
     def stored_only(self) -> bool: ...
@@ -220,7 +218,7 @@ class KeysValues(Part, Protocol):
     @property
     def whole_sequence(self) -> bool: ...
 
-    def install(self, block: Block, keys: ActivationBits, values: ActivationBits) -> None: ...
+    def install(self, block: Block, keys: ActivationBits, values: ActivationBits, stream: Any = None) -> None: ...
 
 
 class TokenWeight(Part, Protocol):

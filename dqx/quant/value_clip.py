@@ -3,15 +3,16 @@
 DLLMQuant (Xu and Yang 2025, arXiv:2508.14090, interaction-aware activation quantization): what 4-bit activations cost
 in attention comes from its product with the values, and an error of a value counts as much as the queries attend to its
 token. The scale of the values is therefore searched for the least sum of `attention received * |Q(v) - v|^2`.
-There is no code of the authors; a community's re-implementation has one range per channel that all tokens share, and
-the mean attention of all heads. Here every token has a grid of its own (or one per head) at run time, so the search is
-for the share of these ranges that is kept, one for each block, and values of a head count by the attention of the
-queries that read them. Softmax itself stays as it is, as there.
+There is no code of the authors. In a community's re-implementation all tokens share one fixed range per channel, whose
+share is searched channel by channel (here `values: static`), with the mean attention of all heads. Here values of a
+head count by the attention of the queries that read them. Where every token has a grid of its own at run time (`values:
+token` or `head`), the search is for the share of these ranges that is kept, one for each block; there tokens do not
+compete for a range, and attention decides little. Softmax itself stays as it is, as there.
 
 Queries, keys and values are those of the block before it is rounded, on the input that the quantized blocks before it
 give. Where tokens have weights (`token_weight.py`), those of queries weigh what they attend to.
 
-T tokens, H query heads, K key and value heads, E head width.
+T tokens, H query heads, K key and value heads, E head width, R shares.
 """
 
 from __future__ import annotations
@@ -47,9 +48,22 @@ class ValueClip:
     max_shrink: float = 0.8  # i < max_shrink * n_grid
 
     def share(self, block: Block, stream: Stream, rounds: Rounds) -> float:
-        """The share of the values' ranges that is kept in `block`, on the sequences of `stream`."""
-        shares = [1 - i / self.n_grid for i in range(steps(self.n_grid, self.max_shrink))]
-        errors: list[Tensor] = []  # of every sequence, by share
+        """One share for all values of `block`, on the sequences of `stream`."""
+        errors = self._errors(block, stream, rounds).sum((1, 2)).tolist()
+        return self._shares[errors.index(min(errors))]
+
+    def shares(self, block: Block, stream: Stream, rounds: Rounds) -> Tensor:
+        """A share for every head and channel [K, 1, E]."""
+        first = self._errors(block, stream, rounds).argmin(0)
+        return torch.tensor(self._shares, dtype=torch.float64, device=first.device)[first][:, None]
+
+    @property
+    def _shares(self) -> list[float]:
+        return [1 - i / self.n_grid for i in range(steps(self.n_grid, self.max_shrink))]
+
+    def _errors(self, block: Block, stream: Stream, rounds: Rounds) -> Tensor:
+        """Weighted squared errors by share, head and channel [R, K, E], in float64."""
+        total: Tensor | None = None
         for i in range(len(stream.inputs)):
             q, k, v = stream.heads(block, i)
             weight = stream.weight(i)
@@ -57,14 +71,24 @@ class ValueClip:
                 counts = attention_received(q, k, weight)
             else:
                 counts = wide(v[:0]).new_ones(v.shape[1:3]) if weight is None else weight.expand(v.shape[1:3])
-            squares = [(wide(rounds(v, share)) - wide(v)).square().sum(-1)[0] for share in shares]
-            errors.append(torch.stack([(each * counts).sum(dtype=torch.float64) for each in squares]))
-        told = torch.stack(errors).sum(0).tolist()
-        return shares[told.index(min(told))]
+            changes = ((wide(rounds(v, share)) - wide(v))[0] for share in self._shares)
+            squares = [(change.square() * counts[..., None]).sum(1, dtype=torch.float64) for change in changes]
+            total = torch.stack(squares) if total is None else total + torch.stack(squares)
+        assert total is not None
+        return total
 
     def problems(self, where: str, context: Context) -> list[str]:
         problems = choice_problems(f"{where}.importance", self.importance, IMPORTANCE)
         return problems + search_problems(where, self.n_grid, self.max_shrink)
+
+
+def value_range(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of every head and channel over all tokens, both [K, 1, E]."""
+    lo, hi = zip(
+        *(torch.aminmax(wide(stream.heads(block, i)[2][0]), dim=1, keepdim=True) for i in range(len(stream.inputs))),
+        strict=True,
+    )
+    return torch.stack(lo).amin(0), torch.stack(hi).amax(0)
 
 
 def attention_received(q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -45,6 +45,7 @@ FORMATS = {
     "mxfp4": ("rtn", "mxfp4"),
     "nvfp4": ("rtn", "nvfp4", "method.activation=static"),
     "values by attention": ("rtn", "w4a4", "method.kv=per_head", "method.kv.value_clip=attention"),
+    "fixed values": ("rtn", "w4a4", "method.kv=per_head", "method.kv.values=static", "method.kv.value_clip=attention"),
 }
 IDS = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
 IDS[:, ::3] = 257  # the mask token of small checkpoints

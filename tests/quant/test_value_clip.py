@@ -12,14 +12,16 @@ from test_saved import assert_same
 from tiny import TOY, ids, toy
 
 from dqx.config.compose import build, select
+from dqx.formats.bits import ActivationBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect
 from dqx.quant import load_quantized, quantize, quantize_checkpoint
-from dqx.quant.kv_quantizers import HeadQuantizer
+from dqx.quant.kv import KeysValues
+from dqx.quant.kv_quantizers import FixedRange, HeadQuantizer
 from dqx.quant.protocols import Context
 from dqx.quant.stream import Stream
 from dqx.quant.token_weight import MaskState
-from dqx.quant.value_clip import ValueClip, attention_received
+from dqx.quant.value_clip import ValueClip, attention_received, value_range
 
 COARSE = ["method.kv.value_clip=attention", "method.kv.value_clip.n_grid=5"]  # shares 1, 0.8, 0.6, 0.4
 QUICK = {"awq": ["method.clip.n_grid=5"], "quarot": ["method.clip.n_grid=5"]}
@@ -156,6 +158,81 @@ def test_weights_of_queries_weigh_what_they_read():
         assert found == ValueClip().share(None, Shown(*looking_at(token), v), rounds)
 
 
+# ---- one range for all tokens --------------------------------------------------------------------------------
+
+
+def test_a_fixed_range_by_hand():
+    """Two channels of one head: 2 bits between 0 and 3, and between -2 and 1; what lies beyond is cut."""
+    rounds_values = FixedRange(Grid(2), torch.tensor([[[0.0, -2]]]), torch.tensor([[[3.0, 1]]]))
+    x = torch.tensor([[0.4, -1.6], [2.6, 0.9], [7.0, -9.0]]).view(1, 1, 3, 2)
+    assert rounds_values(x).view(3, 2).tolist() == [[0, -2], [3, 1], [3, -2]]
+
+
+@torch.no_grad()
+def test_the_range_is_that_of_all_tokens():
+    model, rows = toy(torch.float64), ids()
+    stream, block = Stream(model, [rows[:2], rows[2:]]), model.blocks[0]
+    v = block.v(block.attn_norm(model.embed(rows))).view(-1, 2, 16)
+    for found, expected in zip(value_range(block, stream), (v.amin(0), v.amax(0)), strict=True):
+        torch.testing.assert_close(found, expected[:, None])
+
+
+def test_a_token_that_nobody_reads_may_be_cut():
+    """Of two tokens the second has a large value in one channel: it is kept where the second is read."""
+    v = torch.tensor([[0.0, 3, 1, 2, 0, 3, 1, 2], [0, 3, 1, 2, 0, 3, 1, 30]]).view(1, 1, 2, 8)
+    v = torch.cat((v[:, :, :1], v), dim=2)
+    q, k = (torch.zeros(1, 1, 3, 8) for _ in range(2))
+    lo, hi = v.amin(2)[0, :, None], v.amax(2)[0, :, None]
+    lo = torch.zeros_like(lo)
+
+    def fixed(values, ratio):
+        return FixedRange(Grid(2), lo * ratio, hi * ratio)(values)
+
+    found = {}
+    for token in (0, 2):
+        k[:] = 0
+        k[0, 0, token, 0], q[..., 0] = 100, 10
+        found[token] = ValueClip(n_grid=40, max_shrink=0.95).shares(None, Shown(q, k, v), fixed)[0, 0]
+    assert found[0][7] <= 0.21 < found[2][7] == 1.0
+    assert torch.equal(found[0][:7], found[2][:7])
+
+
+@pytest.mark.parametrize("clip", [None, ValueClip(n_grid=5), ValueClip("equal", n_grid=5)])
+@torch.no_grad()
+def test_fixed_ranges_are_those_that_were_found(clip):
+    model, rows = toy(), ids()
+    stream, block = Stream(model, [rows]), model.blocks[0]
+    lo, hi = value_range(block, stream)
+    part = KeysValues(values="static", value_clip=clip)
+    part.install(block, ActivationBits(16), ActivationBits(2), stream)
+    found = block.heads["v"]
+    shares = torch.maximum(found.lo / lo, found.hi / hi)
+    if clip is None:
+        assert torch.equal(shares, torch.ones_like(shares))
+    else:
+        nearest = (shares[..., None] - torch.tensor([1.0, 0.8, 0.6, 0.4])).abs().amin(-1)
+        assert nearest.max() < 1e-6
+        assert shares.min() < 1
+    with pytest.raises(ValueError, match="values=static and value_clip look at calibration text"):
+        part.install(toy().blocks[0], ActivationBits(16), ActivationBits(2))
+
+
+@pytest.mark.parametrize("name", ["gptaq", "quarot"])
+def test_fixed_ranges_in_a_method(name, tmp_path):
+    overrides = [*COARSE, "method.kv.values=static"]
+    model, _ = quantized(name, *overrides)
+    source, settings = inspect(str(GOLDEN / "dream_tiny")), configured(name, *overrides)
+    rows = ids(4, 24, 80)
+    rows[:, ::3] = source.arch.mask_token_id
+    quantize_checkpoint(source, tmp_path / "out", build(settings.method), settings.bits, rows, progress=False)
+    again, _ = load_quantized(tmp_path / "out")
+    assert_same(model, again)
+    ranges = [m for block in again.blocks for m in block.heads["v"].modules() if isinstance(m, FixedRange)]
+    assert len(ranges) == len(again.blocks)
+    with torch.no_grad():
+        assert torch.equal(model(rows), again(rows))
+
+
 # ---- in a method ---------------------------------------------------------------------------------------------
 
 
@@ -227,6 +304,13 @@ def test_refusals():
         return found
 
     assert part.problems("method.kv", context) == []
+    assert replace(part, values="static").problems("method.kv", context) == []
+    blocks = ActivationBits(4, format="mxfp4", symmetric=True)
+    in_blocks = replace(context, widths=replace(context.widths, values=blocks))
+    (found,) = KeysValues("token", "static", value_clip_ratio=0.9).problems("method.kv", in_blocks)
+    assert "method.kv.values=static has a fixed range per channel, but mxfp4 shares one among 32 channels" in found
+    with pytest.raises(ValueError, match="method rtn has no part that looks at one"):
+        quantized("rtn", "method.kv.values=static", part=MaskState())
     assert problem(values=None).startswith("method.kv.value_clip is for values that are rounded, but")
     assert "write method.kv.value_clip_ratio=1.0, or method.kv.value_clip=null" in problem(value_clip_ratio=0.9)
     assert "value_clip.importance=mean is unknown; write attention or equal" in problem(value_clip=ValueClip("mean"))
