@@ -130,7 +130,7 @@ def test_problems_say_what_to_write():
     assert problems(KeysValues(keys="head", queries=True, rotate=True)) == []
     for part, expected in (
         (KeysValues(keys="row"), "method.kv.keys=row is unknown; write token, head, channel, or null for 16 bit"),
-        (KeysValues(values="channel"), "method.kv.values=channel is unknown; write token, head, or null"),
+        (KeysValues(values="channel"), "method.kv.values=channel is unknown; write token, head, static, or null"),
         (KeysValues(keys="channel", queries=True), "write method.kv.queries=false, or method.kv.keys=head"),
         (KeysValues(token_group=32), "write method.kv.keys=channel, or method.kv.token_group=null"),
         (KeysValues(keys="channel", token_group=0), "method.kv.token_group=0 must be 1 or more, or null"),
