@@ -3,11 +3,11 @@
 DLLMQuant (Xu and Yang 2025, arXiv:2508.14090, interaction-aware activation quantization): what 4-bit activations cost
 in attention comes from its product with the values, and an error of a value counts as much as the queries attend to its
 token. The scale of the values is therefore searched for the least sum of `attention received * |Q(v) - v|^2`.
-There is no code of the authors. In a community's re-implementation all tokens share one fixed range per channel, whose
-share is searched channel by channel (here `values: static`), with the mean attention of all heads. Here values of a
-head count by the attention of the queries that read them. Where every token has a grid of its own at run time (`values:
-token` or `head`), the search is for the share of these ranges that is kept, one for each block; there tokens do not
-compete for a range, and attention decides little. Softmax itself stays as it is, as there.
+There is no code of the authors. In a community's re-implementation all tokens share one fixed range per channel, which
+counts tokens by the mean attention of all heads: `values: static` here, where every channel keeps a share of its own
+and values of a head count by the attention of the queries that read them. Where every token has a grid of its own at
+run time (`values: token` or `head`), the search is for the share of these ranges that is kept, one for each block;
+there tokens do not compete for a range, and attention decides little. Softmax itself stays as it is, as there.
 
 Queries, keys and values are those of the block before it is rounded, on the input that the quantized blocks before it
 give. Where tokens have weights (`token_weight.py`), those of queries weigh what they attend to.
