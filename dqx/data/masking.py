@@ -18,8 +18,8 @@ on the same windows of text:
   With `buckets`, calls have other weights (Xu and Yang 2025, DLLMQuant, arXiv:2508.14090, temporal-mask adaptive
   sampling): calls are sorted into so many buckets by the share of the answer that is still masked, 1 to 0 in equal
   steps, the earliest first, and each bucket gets its share of the windows, spread evenly over its calls. The paper's
-  shares are 0.3, 0.2, 0.2, 0.3: more of the first and last steps. Its code is not public; it draws states within a
-  bucket at random, where these are spread.
+  shares are 0.3, 0.2, 0.2, 0.3: more of the first and last steps. Its code is not public; a community's
+  re-implementation draws states of real generations from each bucket at random, where these are spread.
   Which positions are still masked is drawn uniformly, and written ones hold the text's own tokens. With `rollout`, the
   model as it is before quantization continues the prompt with its sampler, and the state at that call is taken: the
   states really visited, at the cost of half a generation per window.
