@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import dqx
 from dqx.config.compose import build, compose, resolve, run_name
@@ -488,6 +489,23 @@ def test_the_record_tells_the_masking(tmp_path):
     assert (said["masking"], said["rollout"], said["gen_length"], said["steps"]) == ("trajectory", True, 32, 32)
     assert said["mask_ratio"] == record.mask_ratio == RunFolder(tmp_path / "run").read().mask_ratio == 32 / 128
     assert "trajectory, 25% masked, 2 x 64 tokens" in conditions(record)
+
+
+def test_rollouts_with_times_are_kept(tmp_path):
+    """A run whose tokens are weighed by when they are written, and the same again: the states come from the cache."""
+    overrides = ["calib=trajectory", "calib.rollout=true", "calib.samples=2", "calib.length=32", "calib.block_length=8"]
+    quick = ["task=nano_facts", "task.limit=1", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled"]
+    weights = ["bits=w3a16", "method.token_weight=frontier", f"cache_dir={tmp_path}/c"]
+    config = resolve(compose([*overrides, *quick, *weights]))
+    first = run(config, tmp_path / "first")
+    kept = list((tmp_path / "c" / "calibration").glob("*.safetensors"))
+    assert len(kept) == 1
+    with safe_open(kept[0], "pt") as file:
+        times = file.get_tensor("committed")
+    assert (times[:, :16] == -1).all()
+    assert sorted((times[0, 16:] * 16).round().int().tolist()) == list(range(16))
+    again = run(replace(config, bits=replace(config.bits, name="other")), tmp_path / "again")  # quantized once more
+    assert first.quantization["linears"] == again.quantization["linears"]
 
 
 def test_a_sweep_over_the_kinds_has_a_name_for_each():
