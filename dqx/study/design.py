@@ -12,7 +12,7 @@ import torch
 
 from dqx.config.schema import Config
 from dqx.diffusion.samplers import Sampler
-from dqx.formats.bits import Widths
+from dqx.formats.bits import UNQUANTIZED, Widths
 from dqx.models.architecture import Architecture
 from dqx.quant.method import Method
 
@@ -57,8 +57,13 @@ class Design:
     def changes_model(self) -> bool:
         """Whether the method, at these bits, quantizes or transforms anything."""
         method, widths = self.method, self.widths
-        return bool(method.transforms) or any(
-            (method.rounding_of(role) is not None and widths.rounds_weight(role))
-            or (method.quantizes_input(role) and widths.rounds_input(role))
-            for role in self.arch.roles
+        of_heads = method.kv is not None and min(self.config.bits.kv_widths()) != UNQUANTIZED
+        return (
+            bool(method.transforms)
+            or of_heads
+            or any(
+                (method.rounding_of(role) is not None and widths.rounds_weight(role))
+                or (method.quantizes_input(role) and widths.rounds_input(role))
+                for role in self.arch.roles
+            )
         )

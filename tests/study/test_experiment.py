@@ -29,6 +29,23 @@ def test_a_design_needs_no_checkpoint() -> None:
     assert not design.reads_text
 
 
+def test_keys_and_values_alone_change_a_model() -> None:
+    """At 16 bits nothing does; with `values=static` the method also reads text."""
+    for more, changes, reads in (
+        ([], False, False),
+        (["bits.kv.values=4"], True, False),
+        (["bits.kv.values=4", "method.kv.values=static"], True, True),
+    ):
+        overrides = ["model=llada_8b_base", "method=rtn", "bits=w16a16", "method.kv=per_head", "outliers.samples=0"]
+        design = designed(
+            resolve(compose([*overrides, "model.device=cuda:7", *more])),
+            MODELS["llada_8b"],
+            torch.bfloat16,
+            torch.device("cuda"),
+        )
+        assert (design.changes_model, design.reads_text) == (changes, reads)
+
+
 def test_settings_parts_and_widths_are_told_together() -> None:
     config = resolve(compose(["seed=-1", "bits.weight.group_size=100", "model.sampler.temperature=-1"]))
     with pytest.raises(ConfigProblems) as refused:
