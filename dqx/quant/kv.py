@@ -24,7 +24,8 @@ Beside a sampler's cache the forward that fills it has all tokens of a sequence 
 found. With `always` the block's later forwards, of a window alone, use them again: they take the same mean off the new
 keys and round them on the grids of the groups in which their tokens lie, whose ends cut what exceeds them; which tokens
 are the last ones follows from their places. With `commit` a window's own keys are not rounded, and stored ones have
-their mean again.
+their mean again. Where final tokens are stored once, block by block, means and ranges are those of the tokens that one
+forward stores: the prompt's, then each block's, groups counted from the first of them.
 """
 
 from __future__ import annotations
@@ -246,6 +247,21 @@ class KeysValues:
                 f"there are no queries; write {where}.queries=false, or {where}.when=always"
             )
         return problems
+
+    def final_problems(self, where: str) -> list[str]:
+        """What is wrong where a sampler stores final tokens once, block by block, and no forward has all of them."""
+        if self.whole_sequence and not self.stored_only:
+            return [
+                f"{where}.center, {where}.keys=channel and {where}.recent look at all tokens of a sequence, but this "
+                f"sampler computes them block by block; write {where}.when=commit, which looks at those stored "
+                f"together, or {where}=per_head without them"
+            ]
+        if self.recent:
+            return [
+                f"{where}.recent={self.recent} leaves the last tokens in 16 bit, but this sampler stores each block "
+                f"once, so that those of every block would stay so; write {where}.recent=0"
+            ]
+        return []
 
     def _gain_problems(self, where: str, context: Context) -> list[str]:
         problems = []

@@ -205,8 +205,9 @@ class KeysValues(Part, Protocol):
     """Puts quantizers of keys and values [B, H, T, E] into `block.heads`, `sequence` and `stored`; none for 16 bits.
 
     `whole_sequence` says whether they look at all tokens of a sequence; `stored_only` whether they act on nothing but
-    what a sampler's cache stores. Where `needs` is not empty and values are rounded, `install` gets the stream of the
-    quantized model, before anything of the block is rounded.
+    what a sampler's cache stores; `final_problems` what is wrong beside a sampler that stores final tokens once. Where
+    `needs` is not empty and values are rounded, `install` gets the stream of the quantized model, before anything of
+    the block is rounded.
     """
 
     @property
@@ -214,6 +215,8 @@ class KeysValues(Part, Protocol):
 
     @property
     def stored_only(self) -> bool: ...
+
+    def final_problems(self, where: str) -> list[str]: ...
 
     @property
     def whole_sequence(self) -> bool: ...

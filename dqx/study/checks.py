@@ -69,9 +69,13 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
 
 
 def reuse_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:
-    """A rounding of what a sampler's cache stores, where nothing is stored."""
+    """A rounding of what a sampler's cache stores, where nothing is stored; one that a way of storing cannot have."""
     kv = None if method is None else method.kv
-    if sampler is None or kv is None or not kv.stored_only or min(config.bits.kv_widths()) == UNQUANTIZED:
+    if sampler is None or kv is None or min(config.bits.kv_widths()) == UNQUANTIZED:
+        return []
+    if sampler.stores_final and (problems := kv.final_problems("method.kv")):
+        return problems
+    if not kv.stored_only:
         return []
     rounds = "method.kv.when=commit rounds keys and values where a sampler's cache stores them"
     if not sampler.has_cache:

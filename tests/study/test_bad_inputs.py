@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import ConfigProblems
+from dqx.diffusion.samplers import LLaDASampler
 from dqx.study import checks, experiment, subjects
 from dqx.study.run import run
 
@@ -550,3 +551,21 @@ def test_what_is_rounded_in_a_cache_alone_is_noted():
         told.append(checks.reuse_notes(config, build(config.method)))
     assert told[0] == told[2] == []
     assert "likelihoods, outlier statistics and divergences are of forwards without a cache" in told[1][0]
+
+
+class Final(LLaDASampler):
+    """As if each block were stored once, when it is final."""
+
+    has_cache = stores_final = True
+
+
+def test_what_looks_at_a_sequence_beside_a_sampler_that_stores_blocks_once():
+    def told(*more):
+        config = resolve(compose(["method=rtn", "bits=w16a16", "method/kv=per_head", "bits.kv.bits=4", *more]))
+        return checks.reuse_problems(config, build(config.method), Final())
+
+    assert told() == told("method.kv.when=commit", "method.kv.center=mean", "method.kv.keys=channel") == []
+    (problem,) = told("method.kv.center=mean")
+    assert "computes them block by block; write method.kv.when=commit" in problem
+    (problem,) = told("method.kv.when=commit", "method.kv.recent=32")
+    assert "method.kv.recent=32 leaves the last tokens in 16 bit, but this sampler stores each block once" in problem

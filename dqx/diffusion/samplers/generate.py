@@ -52,6 +52,11 @@ class Sampler(ABC):
         """Whether keys and values are kept from one forward to another."""
         return False
 
+    @property
+    def stores_final(self) -> bool:
+        """Whether what is kept is stored once, block by block, when its tokens are final: no forward has them all."""
+        return False
+
     def exact(self) -> Sampler:
         """The same sampler without approximations."""
         return self
