@@ -22,7 +22,7 @@ from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache, Pair
 from dqx.models.tokens import Tokens
 
-Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E]
+Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E], sin negative in the first half
 
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E]; with what gives
 #: those that a cache stores in their place, where these are others.
@@ -53,18 +53,20 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin [B, 1, T, E] of the rotary angles at `positions` [B, T], computed in at least float32."""
+    """cos and sin [B, 1, T, E] of the rotary angles at `positions` [B, T], computed in at least float32.
+
+    A pair of channels [i] and [i + E / 2] turns by one angle, which is negative in the first half: see `apply_rope`.
+    """
     inv_freq = theta ** -(torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
     angles = positions[:, None, :, None].to(dtype) * inv_freq
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = torch.cat((-angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, E] by half-split pairs, in the dtype of the tables, back in the dtype of x."""
     wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (wide * cos).add_(wide.roll(wide.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Unchanged(nn.Identity):
