@@ -7,6 +7,7 @@ Nothing here imports torch: `conf/` reads from it, and `--help` must answer at o
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from dqx.models import families as built_in
-from dqx.models.architecture import Architecture
+from dqx.models.architecture import Architecture, Yarn
 
 ENTRY_POINTS = "dqx.families"
 #: Keys of `config.json` that hold settings of rotary embeddings, and those inside that say nothing.
@@ -45,26 +46,35 @@ class Family:
     architecture_class: type[Architecture] = Architecture  # what `architecture` returns; of other roles a subclass
 
 
-def read_keys(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+def read_keys(config: Mapping[str, Any], keys: Mapping[str, str], *, yarn: tuple[str, ...] = ()) -> dict[str, Any]:
     """The values of a `config.json` by field of `Architecture`, of the `keys` by field.
 
+    `yarn` are the keys that the family reads of a stretched rope, besides those of plain ones; none: it has none.
     Raises KeyError for a missing key, ValueError for a value that has another meaning than those computed here.
     """
     values = {name: config[key] for name, key in keys.items() if name != "rope_theta"}
     ends = values["eos_token_id"] if isinstance(values["eos_token_id"], list) else [values["eos_token_id"]]
     if not ends:
         raise ValueError(f"{keys['eos_token_id']} is empty")
+    theta, stretched = _rope(config, keys["rope_theta"], yarn)
     return values | {
-        "rope_theta": _rope_theta(config, keys["rope_theta"]),
+        "rope_theta": theta,
+        "yarn": stretched,
         "norm_eps": _number(values["norm_eps"], keys["norm_eps"]),
         "eos_token_id": ends[0],
         "end_token_ids": tuple(ends[1:]),
     }
 
 
-def _rope_theta(config: Mapping[str, Any], key: str) -> float:
-    """The base of plain rotary embeddings: a key of its own, or one in `rope_parameters` (transformers 5)."""
+#: The keys of YaRN that transformers reads, and the one of Llama 4's scale of queries.
+YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+QUERY_SCALE = "llama_4_scaling_beta"
+
+
+def _rope(config: Mapping[str, Any], key: str, yarn: tuple[str, ...]) -> tuple[float, Yarn | None]:
+    """The base of rotary embeddings, a key of its own or one in `rope_parameters` (transformers 5), and their YaRN."""
     thetas = [_number(config[key], key)] if key in config else []
+    stretched = None
     for name in ROPE:
         inside = config.get(name)
         if inside is None:
@@ -72,16 +82,43 @@ def _rope_theta(config: Mapping[str, Any], key: str) -> float:
         if not isinstance(inside, Mapping):
             raise ValueError(f"{name} is no mapping")
         kind = inside.get("rope_type", inside.get("type", "default"))
-        others = [k for k, v in inside.items() if k not in ("rope_type", "type", key) and (k, v) not in PLAIN_ROPE]
-        if kind != "default" or others:
-            told = f"rope_type={kind!r}" if kind != "default" else f"{others[0]}={inside[others[0]]!r}"
-            raise ValueError(f"{name} has {told}; only plain rotary embeddings (rope_type 'default') are computed")
+        known = ("rope_type", "type", key, *(yarn if kind == "yarn" else ()))
+        others = [k for k, v in inside.items() if k not in known and (k, v) not in PLAIN_ROPE]
+        if others or kind != ("yarn" if yarn and kind == "yarn" else "default"):
+            told = f"rope_type={kind!r}" if kind not in ("default", "yarn") or not yarn else ""
+            told = told or f"{others[0]}={inside[others[0]]!r}"
+            only = "only plain rotary embeddings (rope_type 'default') are computed"
+            raise ValueError(f"{name} has {told}; {only if not yarn else only + ', and YaRN'}")
         thetas += [_number(inside[key], key)] if key in inside else []
+        stretched = _yarn(inside) if kind == "yarn" else stretched
     if not thetas:
         raise KeyError(key)
     if thetas[1:] and thetas[0] != thetas[-1]:
         raise ValueError(f"{key} has several values: {', '.join(map(str, thetas))}")
-    return thetas[0]
+    return thetas[0], stretched
+
+
+def _yarn(inside: Mapping[str, Any]) -> Yarn:
+    """YaRN of `rope_parameters`. Raises KeyError for a missing key, ValueError for a value that is no number."""
+    values = {key: _number(inside[key], key) for key in (*YARN, QUERY_SCALE) if inside.get(key) is not None}
+    factor, length = values["factor"], values["original_max_position_embeddings"]
+    if factor <= 0 or length < 1 or length != int(length):
+        raise ValueError(
+            f"factor={factor:g} and original_max_position_embeddings={length:g} are no stretch of a length"
+        )
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    both = values.get("mscale"), values.get("mscale_all_dim")
+    return Yarn(
+        factor=factor,
+        original_length=int(length),
+        beta_fast=values.get("beta_fast") or 32.0,
+        beta_slow=values.get("beta_slow") or 1.0,
+        attention_factor=scale(both[0]) / scale(both[1]) if both[0] and both[1] else scale(1.0),
+        query_scale=values.get(QUERY_SCALE, 0.0),
+    )
 
 
 def _number(value: Any, key: str) -> float:

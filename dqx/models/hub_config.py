@@ -163,7 +163,11 @@ def _geometry_problems(arch: Architecture, mask_token_id: int | None) -> list[st
             problems.append(f"{name}={value} is not a positive number")
     if problems:
         return problems
-    if arch.hidden_size % arch.n_heads:
+    if arch.head_dim is not None and not _is_size(arch.head_dim):
+        return [f"head_dim={_short(arch.head_dim)} is not a whole number from 1 to {WIDEST}"]
+    if arch.block_length is not None and not _is_size(arch.block_length):
+        problems.append(f"block_length={_short(arch.block_length)} is not a whole number from 1 to {WIDEST}")
+    if arch.head_dim is None and arch.hidden_size % arch.n_heads:
         problems.append(f"{arch.n_heads} heads do not divide the hidden size {arch.hidden_size}")
     elif arch.head_size % 2:
         problems.append(f"heads of {arch.head_size} channels cannot be rotated in pairs")

@@ -1,4 +1,4 @@
-"""The one transformer behind every model family: bidirectional, RMSNorm, rope, grouped heads, gated MLP.
+"""The one transformer behind every model family: RMSNorm, rope, grouped heads, gated MLP, attention as it is told.
 
 Families differ in their `Architecture` and in the names of tensors (`dqx/models/families`). One with other linears
 brings a subclass of `Block`.
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dqx.common.heartbeat import beat
 from dqx.models.architecture import Architecture
+from dqx.models.commit_cache import CommitCache, Feed
 from dqx.models.kv_cache import KVCache, Pair
+from dqx.models.layout import Layout
+from dqx.models.rope import Rope, rope_tables
 from dqx.models.tokens import Tokens
-
-Rope = tuple[Tensor, Tensor]  # cos and sin [B, 1, T, E], sin negative in the first half
 
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E]; with what gives
 #: those that a cache stores in their place, where these are others.
@@ -50,23 +51,6 @@ class RMSNorm(nn.Module):
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         normed = self.weight * wide.to(x.dtype)
         return normed if self.bias is None else normed + self.bias
-
-
-def rope_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rope:
-    """cos and sin [B, 1, T, E] of the rotary angles at `positions` [B, T], computed in at least float32.
-
-    A pair of channels [i] and [i + E / 2] turns by one angle, which is negative in the first half: see `apply_rope`.
-    """
-    inv_freq = theta ** -(torch.arange(0, head_size, 2, device=positions.device, dtype=dtype) / head_size)
-    angles = positions[:, None, :, None].to(dtype) * inv_freq
-    angles = torch.cat((-angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, T, E] by half-split pairs, in the dtype of the tables, back in the dtype of x."""
-    wide = x.to(cos.dtype)
-    return (wide * cos).add_(wide.roll(wide.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Unchanged(nn.Identity):
@@ -106,6 +90,9 @@ class Block(nn.Module):
             self.add_module(role, nn.Linear(arch.in_features(role), arch.out_features(role), bias=bias))
         self.attn_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(arch.head_size, arch.norm_eps) if arch.head_norm else nn.Identity() for _ in range(2)
+        )
         self.inputs = nn.ModuleDict({site: nn.Identity() for site in arch.sites})
         self.heads = nn.ModuleDict({part: nn.Identity() for part in ("q", "k", "v")})
         self.sequence = nn.ModuleDict({part: Unchanged() for part in ("projected", "k", "v")})
@@ -130,7 +117,8 @@ class Block(nn.Module):
         tokens: Tokens | None = None,
         kind: Tensor | None = None,
     ) -> Tensor:
-        """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token.
+        """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token, or to those
+        that `mask` [B, 1, T, T] marks.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
         output is that of these columns alone [B, R, D]. `tokens` are for `sequence`. With `kind` [B, T], x [1, U, D]
@@ -147,8 +135,8 @@ class Block(nn.Module):
             return y.unflatten(-1, (-1, self.arch.head_size)).transpose(1, 2)
 
         q, k, v = heads("q", read), heads("k"), heads("v")
-        own = rope if read is None else tuple(pick(t.expand(batch, -1, -1, -1), read[:, None]) for t in rope)
-        q, fresh = self.heads["q"](apply_rope(q, *own)), (k, v, rope, tokens)
+        own = rope if read is None else rope.at(read.expand(batch, -1))
+        q, fresh = self.heads["q"](own.query(self.q_norm(q))), (self.k_norm(k), v, rope, tokens)
         k, v = self.keys_values(self.sequence, *fresh)
         if reuse is not None:
             stored = partial(self.keys_values, {**self.sequence, **self.stored}, *fresh) if self.stored else None
@@ -166,7 +154,7 @@ class Block(nn.Module):
     ) -> Pair:
         """Keys after rope and values [B, K, T, E], from those that the linears give, through the modules of
         `sequence` or `stored`."""
-        k = self.heads["k"](apply_rope(through["projected"](k, tokens), *rope))
+        k = self.heads["k"](rope.key(through["projected"](k, tokens)))
         return through["k"](k, tokens), through["v"](self.heads["v"](v), tokens)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -240,45 +228,50 @@ class MaskedDiffusionTransformer(nn.Module):
     ) -> tuple[Rope, Tensor | None]:
         """What every block needs besides its input: rope tables, and a [B, 1, T, T] mask or None.
 
-        `attention_mask` [B, T] marks real tokens with 1. A pair attends iff both are real; positions count
-        real tokens only, and padded positions get 1 (Dream's convention). With `columns` [B, W], all of them real, the
-        tables are theirs, and the mask [B, 1, 1, T] says what they attend to.
+        `attention_mask` [B, T] marks real tokens with 1; see `Layout.of`. With `columns` [B, W], all of them real, the
+        tables are theirs, and the mask says what they attend to.
         """
+        layout = Layout.of(ids, attention_mask, self.arch.attention)
+        return self.tables(layout if columns is None else layout.at(columns))
+
+    def tables(self, layout: Layout) -> tuple[Rope, Tensor | None]:
+        """`context` for a layout."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if attention_mask is None:
-            positions, mask = torch.arange(ids.shape[1], device=ids.device)[None], None
-        else:
-            real = attention_mask.bool()
-            positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
-            itself = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # softmax over nothing is NaN
-            mask = (real[:, None, :, None] & real[:, None, None, :]) | itself
-        if columns is not None:
-            positions = positions.expand(len(ids), -1).gather(1, columns)
-            mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        return rope_tables(positions, self.arch.head_size, self.arch.rope_theta, wide), mask
+        return rope_tables(self.arch, layout.positions, wide), layout.mask
 
     def residual_states(
         self,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Feed | None = None,
         read: Tensor | None = None,
         once: bool = False,
+        layout: Layout | None = None,
     ) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
-        With a cache, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the others.
-        With `once`, the first block projects equal tokens once, and its linears do not see how many there are.
+        With a `KVCache`, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the
+        others. With a `Feed` the ids are new ones [B, W], behind those stored. `layout` takes the place of the
+        architecture's own attention and of positions from 0. With `once`, the first block projects equal tokens once,
+        and its linears do not see how many there are.
+        Raises ValueError where a block's `sequence` looks at all tokens and a `Feed` brings new ones.
         """
-        columns = None if cache is None else cache.columns
+        columns = cache.columns if isinstance(cache, KVCache) else None
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        rope, mask = self.context(ids, attention_mask, columns)
+        if isinstance(cache, Feed):
+            layout, real = cache.layout, cache.real.to(ids.device)
+            if any(block.whole_sequence for block in self.blocks):
+                raise ValueError(
+                    "keys or values are rounded by what all tokens of a sequence are, but this model's sampler "
+                    "computes them block by block; round them per token (method.kv=per_token)"
+                )
+        rope, mask = self.context(ids, attention_mask, columns) if layout is None else self.tables(layout)
         computed = ids if columns is None else ids.gather(1, columns)
         x, kinds = self.embed(computed), self._kinds(computed) if once else None
         for i, block in enumerate(self.blocks):
             yield x
             reuse = None if cache is None else partial(cache.update, i)
-            tokens = Tokens(real, columns, None if cache is None else cache.statistics[i])
+            tokens = Tokens(real, columns, cache.statistics[i] if isinstance(cache, KVCache) else None)
             last = i == len(self.blocks) - 1
             x = block(x, rope, mask, reuse, read if last else None, tokens, None if i else kinds)
         yield x
@@ -297,14 +290,21 @@ class MaskedDiffusionTransformer(nn.Module):
         store = torch.empty(shape, dtype=self.dtype, device=self.device)
         return KVCache(store, tuple(dict[str, Tensor]() for _ in range(arch.n_blocks)))
 
-    def hidden_states(self, ids: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+    def empty_store(self, rows: int, length: int) -> CommitCache:
+        """A store for the final tokens of `rows` sequences, `length` of each at most."""
+        store = self.empty_cache(rows, length).store  # zeros: what is masked is multiplied by 0, which NaN survives
+        return CommitCache(store.zero_(), [0] * rows)
+
+    def hidden_states(
+        self, ids: Tensor, attention_mask: Tensor | None = None, layout: Layout | None = None
+    ) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the final norm."""
-        for i, x in enumerate(self.residual_states(ids, attention_mask)):
+        for i, x in enumerate(self.residual_states(ids, attention_mask, layout=layout)):
             yield x if i < len(self.blocks) else self.norm(x)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] for ids [B, T]; row i predicts token i."""
-        for x in self.hidden_states(ids, attention_mask):  # noqa: B007  the last one is the final norm's output
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """Logits [B, T, V] for ids [B, T]; row i predicts token i. `layout` as in `residual_states`."""
+        for x in self.hidden_states(ids, attention_mask, layout):  # noqa: B007  the last is the final norm's output
             pass
         logits = self.head(x)
         return shift_logits(logits) if self.arch.logit_shift else logits
@@ -334,6 +334,18 @@ class MaskedDiffusionTransformer(nn.Module):
         assert first is not None
         return self.head(self.norm(x[row, column - first[row, 0]]))
 
+    def head_rows(self, ids: Tensor, where: Tensor, feed: Feed) -> Tensor:
+        """The head's output [n, V] at the columns marked in `where` [B, W], on the CPU, for new tokens ids [B, W].
+
+        Nothing is shifted: what a row predicts, and with which attention, is the sampler's matter (`feed`).
+        """
+        row, column = where.nonzero(as_tuple=True)
+        read = span(row, column, len(ids))
+        for x in self.residual_states(ids, cache=feed, read=read.to(ids.device)):  # noqa: B007
+            pass
+        row, column = torch.stack((row, column - read[row, 0])).to(ids.device)
+        return self.head(self.norm(x[row, column]))
+
 
 def span(row: Tensor, column: Tensor, rows: int) -> Tensor:
     """Adjacent columns [B, R] that hold column[i] of row[i] for every i, of B `rows`. Short ones repeat their last."""
@@ -341,7 +353,7 @@ def span(row: Tensor, column: Tensor, rows: int) -> Tensor:
         torch.zeros(rows, dtype=torch.long, device=row.device).scatter_reduce(0, row, column, how, include_self=False)
         for how in ("amin", "amax")
     )
-    width = int((last - first).max()) + 1
+    width = int((last - first).max()) + 1 if len(row) else 1
     return torch.minimum(first[:, None] + torch.arange(width, device=row.device), last[:, None])
 
 

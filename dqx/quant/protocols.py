@@ -25,7 +25,8 @@ from dqx.diffusion.noise import Key, generator
 from dqx.formats.bits import ActivationBits, BlockWidths, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
-from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, rope_tables
+from dqx.models.rope import Rope, rope_tables
+from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 from dqx.quant.activations_store import ActivationStore
 
 STREAMS = ("quantized", "fp", "both", "block", "mean")
@@ -74,10 +75,10 @@ class Context:
         return None if grid is None or grid.identity else (grid, bits.group_size)
 
 
-def block_rope(arch: Architecture, x: Tensor) -> tuple[Tensor, Tensor]:
+def block_rope(arch: Architecture, x: Tensor) -> Rope:
     """The rotary tables of a sequence x [B, T, D] without padding."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    return rope_tables(positions, arch.head_size, arch.rope_theta, wide(x[:0]).dtype)
+    return rope_tables(arch, positions, wide(x[:0]).dtype)
 
 
 def choice_problems(key: str, value: str, choices: Sequence[str]) -> list[str]:

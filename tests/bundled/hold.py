@@ -7,6 +7,8 @@ input of `down` for a few delimiter tokens. A small network does not, so they ar
   gains keep their ratio to the other channels, and the columns of q, k, v, gate and up that read them keep an
   ordinary size. The two columns cancel each other in exact arithmetic, so training is not hampered, but they
   are there to be rounded, and channel scaling cannot make them small.
+- where keys are normalised head by head, the gain of one pair of their channels is large, that of the queries' small
+  by as much: scores stay as they are, keys get outlier channels.
 - one *delimiter* channel is huge for the newline token only. In some blocks a few MLP units read it strongly, so
   `silu(gate) * up` is massive at the newline, at the input of `down`, and nowhere else.
 
@@ -33,6 +35,7 @@ class OutlierPlan:
     delimiter: tuple[int, float] = (99, 200.0)
     massive_blocks: tuple[int, ...] = (0, 1)
     massive_units: tuple[tuple[int, float, float], ...] = ((37, 1.8, 2.4), (301, 1.5, -2.0))  # unit, gate, up
+    key_pair: tuple[int, float] = (27, 12.0)  # the first channel of a pair that rope turns together, and its gain
     massive_columns: float = 0.25  # size of down's columns at these units, in units of an ordinary column
 
 
@@ -84,7 +87,10 @@ def plant(model: MaskedDiffusionTransformer, plan: OutlierPlan, delimiter_id: in
     held.put("embed.weight", (delimiter_id, special), peak)
     held.put("head.weight", (every, channels), 0.0)
     for name, p in model.named_parameters():
-        if name.endswith("norm.weight"):
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            pair, gain = torch.tensor([plan.key_pair[0], plan.key_pair[0] + len(p) // 2]), plan.key_pair[1]
+            held.put(name, (pair,), gain if name.endswith("k_norm.weight") else 1 / gain)
+        elif name.endswith("norm.weight"):
             held.put(name, (every,), scale)
             held.put(name, (channels,), torch.tensor([plan.steady_gain, plan.steady_gain, 1.0]))
         elif name.endswith(("o.weight", "down.weight")):

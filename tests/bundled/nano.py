@@ -1,4 +1,4 @@
-"""Train the bundled models `nano_llada` and `nano_dream`.
+"""Train the bundled models `nano_llada`, `nano_dream` and `nano_block`.
 
     PYTHONPATH=tests python -m bundled.nano --family dream --out DIR
 
@@ -12,6 +12,10 @@ over each batch. A step mixes four sub-batches, each of one length so that no pa
 Every second answer of LLaDA's sums and code is a state of its semi-autoregressive sampler. Dream's sampler has no
 blocks, so its answers are plain: t of the whole answer. The first token of Dream's windows is never masked:
 the row of the logits that would predict it predicts the second one (see `dqx.models.transformer.shift_logits`).
+
+SDAR's model is trained for block diffusion (arXiv 2503.09573): a row is the clean text and behind it a noisy copy of
+the blocks to be learned, each with a t of its own; it sees itself and the clean blocks before it (`clean_and_noisy`).
+Its answers are filled with EOS to the end of their last block.
 
 The model is trained with activation outliers that were put there and are held in place: see `tests/bundled/hold.py`.
 The commands that made the bundled weights are in the README.md next to them, under `dqx/assets`.
@@ -41,14 +45,17 @@ from bundled import generated as nano
 from bundled.hold import OutlierPlan, plant
 from bundled.state import load_state, save_state
 from dqx.common.parts import build_part
+from dqx.models.architecture import Attention
 from dqx.models.checkpoint import save
 from dqx.models.family import Family, families, family_of
+from dqx.models.layout import Layout, copies
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 
 FAMILIES = ("facts", "sums", "code")
 STATE = "last.safetensors"  # what training resumes from
 PACKED_LENGTH = 96
 BLOCK = {"sums": 8, "code": 20}  # block length of LLaDA's sampler
+BLOCK_DIFFUSION = 8  # block length of SDAR's model, from position 0
 VOCABULARY = 512  # rows of the embedding; the tokenizer uses a little fewer
 
 
@@ -66,6 +73,10 @@ def config(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
     assert tokenizer.get_vocab_size() <= VOCABULARY
     published = family_of(family).published
     assert published is not None
+    shape: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 4 if published[1].n_kv_heads == published[1].n_heads else 2}
+    if published[1].block_length:  # heads of a width of their own, together wider than the residual stream
+        shape = {"n_heads": 8, "n_kv_heads": 2, "head_dim": 64, "block_length": BLOCK_DIFFUSION}
+        shape["attention"] = Attention(BLOCK_DIFFUSION)
     return family_of(family).config(
         replace(
             published[1],
@@ -73,23 +84,23 @@ def config(tokenizer: Tokenizer, family: str) -> dict[str, Any]:
             hidden_size=256,
             mlp_size=512,
             n_blocks=3,
-            n_heads=4,
-            n_kv_heads=4 if published[1].n_kv_heads == published[1].n_heads else 2,
             rope_theta=10000.0,
             mask_token_id=mask,
             eos_token_id=eos,
             max_length=4096,
+            **shape,
         )
     )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy ids [B, T], their targets, and which masked positions count in the loss."""
+    """Noisy ids [B, T], their targets, and the weight of each position in the loss: 1 in all, for each row."""
 
     ids: Tensor
     targets: Tensor
-    masked: Tensor
+    weights: Tensor
+    layout: Layout | None = None
 
 
 class Batches:
@@ -97,8 +108,10 @@ class Batches:
 
     def __init__(self, tokenizer: Tokenizer, n_documents: int, seed: int, model: Family):
         self.seed = seed
-        self.first = int(model.architecture(config(tokenizer, model.name)).logit_shift)  # of a window, to be masked
-        self.in_blocks = build_part(model.sampler).block_length(1) is not None
+        arch = model.architecture(config(tokenizer, model.name))
+        self.first = int(arch.logit_shift)  # of a window, to be masked
+        self.block = arch.block_length
+        self.in_blocks = self.block is None and build_part(model.sampler).block_length(1) is not None
         self.mask_id = token_id(tokenizer, nano.MASK)
         self.groups: dict[str, list[tuple[Tensor, int]]] = {}  # family -> (ids [N, T], prompt length)
         documents: list[list[int]] = []
@@ -111,6 +124,8 @@ class Batches:
             answers = tokenizer.encode_batch([a for _, a in pairs])
             for p, a in zip(prompts, answers, strict=True):
                 fill = nano.GEN_LENGTH.get(family, len(a.ids)) - len(a.ids)
+                if self.block and family in nano.GEN_LENGTH:
+                    fill += -(len(p.ids) + nano.GEN_LENGTH[family]) % self.block
                 by_length[len(p.ids), len(a.ids) + fill].append(p.ids + a.ids + [eos] * fill)
             self.groups[family] = [(torch.tensor(rows), key[0]) for key, rows in sorted(by_length.items())]
             documents += [p.ids + a.ids for p, a in zip(prompts[:5000], answers[:5000], strict=True)]
@@ -126,6 +141,8 @@ class Batches:
             groups = self.groups[family]
             pool, prompt = rng.choices(groups, [len(rows) for rows, _ in groups])[0]
             rows = pool[torch.randint(len(pool), (size,), generator=generator)]
+        if self.block:
+            return clean_and_noisy(rows, prompt, self.block, self.mask_id, generator)
         length = rows.shape[1] - prompt
         # low discrepancy: one uniform draw shifted by i/size; at least one token is masked
         t = (torch.arange(size) / size + torch.rand(1, generator=generator)) % 1.0
@@ -143,7 +160,7 @@ class Batches:
         masked, noisy = torch.zeros_like(rows, dtype=torch.bool), rows.clone()
         masked[:, prompt:] = scored
         noisy[:, prompt:][hidden] = self.mask_id
-        return Batch(noisy, rows, masked)
+        return Batch(noisy, rows, masked / masked.sum(1, keepdim=True))
 
     def window(self, rng: random.Random) -> list[int]:
         """A window over documents with one kind of separator, starting anywhere in the first one."""
@@ -155,20 +172,66 @@ class Batches:
         return ids[start : start + PACKED_LENGTH]
 
 
+def clean_and_noisy(rows: Tensor, prompt: int, block: int, mask_id: int, generator: torch.Generator) -> Batch:
+    """Block diffusion: of rows [B, T] the clean text, and the blocks behind the prompt once more with masks.
+
+    In each of these blocks the number of masks is spread evenly over the batch, from 1 to what the block has behind the
+    prompt; a block's masked tokens share its part of the loss.
+    """
+    size, length = rows.shape
+    first = prompt // block * block
+    number = torch.arange(length) // block
+    maskable = torch.arange(length) >= prompt
+    noise = torch.rand(size, length, generator=generator)
+    weights = torch.zeros(size, length)
+    for i in range(first // block, -(-length // block)):
+        inside = maskable & (number == i)
+        width = int(inside.sum())
+        t = (torch.randperm(size, generator=generator) / size + torch.rand(1, generator=generator)) % 1.0
+        count = (t * width).floor().long().clamp(max=width - 1) + 1
+        rank = noise[:, inside].argsort(1).argsort(1)
+        weights[:, inside] = (rank < count[:, None]) / count[:, None]
+    weights /= weights.sum(1, keepdim=True)
+    noisy = rows.masked_fill(weights > 0, mask_id)
+    kept = torch.cat((torch.arange((length - 1) // block * block), length + torch.arange(first, length)))
+    layout = copies(length, block, Attention(block), 1)
+    assert layout.mask is not None
+    layout = Layout(layout.positions[:, kept], layout.mask[..., kept, :][..., kept])
+    pairs = (rows, noisy), (rows, rows), (torch.zeros_like(weights), weights)
+    ids, targets, counted = (torch.cat(pair, dim=1)[:, kept] for pair in pairs)
+    return Batch(ids, targets, counted, layout)
+
+
 def loss_of(model: MaskedDiffusionTransformer, batch: Batch) -> Tensor:
     """Mean over rows of the mean cross-entropy over masked positions: weight L/count per token, nats."""
-    logits = model(batch.ids).float()
+    logits = model(batch.ids, layout=batch.layout).float()
     ce = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
-    return ((ce * batch.masked).sum(1) / batch.masked.sum(1)).mean()
+    return (ce * batch.weights).sum(1).mean()
 
 
 @torch.no_grad()
 def generate(model: MaskedDiffusionTransformer, prompts: Tensor, length: int, block: int) -> Tensor:
     """Answers [B, length] of the family's sampler, as many steps as tokens, in blocks where it has any."""
+    if model.arch.block_length:
+        return generate_blocks(model, prompts, length)
     sampler = build_part(family_of(model.arch.family).sampler)
     settings = {"gen_length": length, "block_length": sampler.block_length(block), "steps": length}
     answers: Tensor = sampler.generate(model, prompts, **settings).ids
     return answers
+
+
+def generate_blocks(model: MaskedDiffusionTransformer, prompts: Tensor, length: int) -> Tensor:
+    """Answers [B, length], the most confident token of a block first, everything computed anew in every step."""
+    block, mask_id = model.arch.block_length or 1, model.arch.mask_token_id
+    end = -(-(prompts.shape[1] + length) // block) * block
+    ids = F.pad(prompts, (0, end - prompts.shape[1]), value=mask_id)
+    for start in range(prompts.shape[1] // block * block, end, block):
+        now = ids[:, : start + block]
+        while (masked := now[:, start:] == mask_id).any():
+            best, tokens = model(now)[:, start:].float().softmax(-1).max(-1)
+            at = best.masked_fill(~masked, -1.0).argmax(1, keepdim=True)
+            now[:, start:].scatter_(1, at, tokens.gather(1, at))
+    return ids[:, prompts.shape[1] : prompts.shape[1] + length]
 
 
 def generated(model: MaskedDiffusionTransformer, tokenizer: Tokenizer, family: str, prompts: list[str]) -> list[str]:

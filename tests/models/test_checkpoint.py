@@ -160,7 +160,7 @@ def test_index_that_points_outside_the_folder_is_refused(tiny_checkpoint):
     ("key", "value", "words"),
     [
         ("mask_token_id", 5000, "mask_token_id=5000 lies outside the vocabulary of 320"),
-        ("model_type", "gpt2", "model_type is 'gpt2'; dqx has 'Dream', 'llada'"),
+        ("model_type", "gpt2", "model_type is 'gpt2'; dqx has 'Dream', 'Fast_dLLM_Qwen', 'llada', "),
         ("alibi", True, "alibi=True is not supported"),
         ("n_heads", 5, "5 heads do not divide the hidden size 64"),
         ("n_layers", "three", "n_blocks='three' is not a whole number from 1 to 1000"),

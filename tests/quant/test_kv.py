@@ -14,7 +14,7 @@ from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokens import Tokens
-from dqx.models.transformer import RMSNorm, Unchanged, apply_rope
+from dqx.models.transformer import RMSNorm, Unchanged
 from dqx.quant.activation import PerToken
 from dqx.quant.checkpoint.folder import load_quantized, save_quantized
 from dqx.quant.checkpoint.on_disk import quantize_checkpoint
@@ -50,8 +50,8 @@ def test_queries_and_keys_equal_official(tile):
     rope, _ = model.context(torch.zeros(1, q.shape[2], dtype=torch.long))
     block = model.blocks[0]
     install(KeysValues(keys="token", rotate=True, tile=tile), block, ActivationBits(4, symmetric=True))
-    torch.testing.assert_close(block.heads["q"](apply_rope(q, *rope)), q_out, atol=1e-5, rtol=0)
-    torch.testing.assert_close(block.heads["k"](apply_rope(k, *rope)), k_out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(block.heads["q"](rope.query(q)), q_out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(block.heads["k"](rope.key(k)), k_out, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("share", ["token", "head"])

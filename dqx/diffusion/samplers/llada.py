@@ -98,19 +98,7 @@ class LLaDASampler(Sampler):
         wrong = count_problems(gen_length=gen_length, block_length=block_length, steps=steps)
         if wrong:
             return problems + wrong
-        if gen_length % block_length:
-            fits = [b for b in range(1, gen_length + 1) if gen_length % b == 0]
-            problems.append(
-                f"block_length={block_length} does not divide gen_length={gen_length}; {', '.join(map(str, fits))} do"
-            )
-        elif steps % (n_blocks := gen_length // block_length):
-            below = steps - steps % n_blocks
-            nearest = f"{below} or {below + n_blocks}" if below else f"{n_blocks}"
-            problems.append(
-                f"steps={steps} cannot be shared equally by {n_blocks} blocks (gen_length={gen_length}, "
-                f"block_length={block_length}); {nearest} can"
-            )
-        return problems
+        return problems + schedule_problems(gen_length, block_length, steps)
 
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         """The calls of the model for one answer follow from the schedule alone; nothing is drawn."""
@@ -193,6 +181,21 @@ class LLaDASampler(Sampler):
         elif self.suppress_eos_confidence:
             confidence = confidence.masked_fill(torch.isin(tokens, torch.tensor(ends, device=tokens.device)), 0.0)
         return tokens, confidence
+
+
+def schedule_problems(gen_length: int, block_length: int, steps: int) -> list[str]:
+    """What keeps `steps` from being shared equally by the blocks of an answer."""
+    if gen_length % block_length:
+        fits = [b for b in range(1, gen_length + 1) if gen_length % b == 0]
+        return [f"block_length={block_length} does not divide gen_length={gen_length}; {', '.join(map(str, fits))} do"]
+    if steps % (n_blocks := gen_length // block_length):
+        below = steps - steps % n_blocks
+        nearest = f"{below} or {below + n_blocks}" if below else f"{n_blocks}"
+        return [
+            f"steps={steps} cannot be shared equally by {n_blocks} blocks (gen_length={gen_length}, "
+            f"block_length={block_length}); {nearest} can"
+        ]
+    return []
 
 
 def share(total: int, parts: int, i: int) -> int:

@@ -84,7 +84,7 @@ def load_quantized(
         verify_shards(folder, recipe)
     shape = recipe["architecture"]
     shape["end_token_ids"] = tuple(shape.get("end_token_ids", ()))
-    arch = family_of(shape["family"]).architecture_class(**shape)
+    arch = family_of(shape["family"]).architecture_class.read(shape)
     model = skeleton(arch)
     with accelerator.advising(too_large(sum(shard["bytes"] for shard in recipe["shards"].values()))):
         read_outer(folder, model, device)

@@ -1,0 +1,80 @@
+"""Where the tokens of a forward stand, and which of them see which.
+
+Shapes: B batch, T tokens, L tokens of a text, C copies, W columns of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqx.models.architecture import Attention
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions [B, T], from 0, and a mask [B, 1, T, T], True where a token (row) sees another; None: everywhere.
+
+    B may be 1 where all rows are alike.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+
+    @staticmethod
+    def of(ids: Tensor, real: Tensor | None, attention: Attention) -> Layout:
+        """Of sequences ids [B, T]; `real` [B, T] marks real tokens with 1, the others are padding (None: none is).
+
+        A pair attends iff both are real and `attention` allows it. Positions count real tokens only, and padded ones
+        get 1 (Dream's convention).
+        """
+        length, device = ids.shape[1], ids.device
+        if real is None:
+            positions = torch.arange(length, device=device)[None]
+            return Layout(positions, None if attention.block is None else sees(positions, attention)[:, None])
+        real = real.bool()
+        positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+        itself = torch.eye(length, dtype=torch.bool, device=device)  # softmax over nothing is NaN
+        pairs = real[:, None, :, None] & real[:, None, None, :]
+        if attention.block is not None:
+            pairs = pairs & sees(positions, attention)[:, None]
+        return Layout(positions, pairs | itself)
+
+    def at(self, columns: Tensor) -> Layout:
+        """Of the columns [B, W] alone, which see what they saw: the mask becomes [B, 1, W, T]."""
+        rows = len(columns)
+        positions = self.positions.expand(rows, -1).gather(1, columns)
+        if self.mask is None:
+            return Layout(positions, None)
+        mask = self.mask.expand(rows, -1, -1, -1)
+        index = columns[:, None, :, None].expand(-1, 1, -1, mask.shape[-1])
+        return Layout(positions, mask.gather(2, index))
+
+
+def sees(positions: Tensor, attention: Attention) -> Tensor:
+    """Which positions [B, T] see which under `attention`: [B, T, T]."""
+    block = attention.block
+    if block is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=positions.device)
+    number = positions // block
+    return number[:, None, :] <= number[:, :, None]
+
+
+def copies(length: int, block: int, stored: Attention, n: int, device: torch.device | str = "cpu") -> Layout:
+    """Of a text of L tokens and behind it `n` copies in which any tokens may be masked: [1, L + nL].
+
+    One forward of it computes what a sampler with a cache computes block by block: the text as it is stored, each token
+    seeing others as `stored` says, and each copy's blocks of `block` tokens as they are denoised, each seeing itself in
+    its copy and the text of the blocks before it (block diffusion, arXiv 2503.09573, section 3.2, with n = 1).
+    """
+    positions = torch.arange(length, device=device)
+    number = positions // block
+    text = sees(positions[None], stored)[0]
+    before, itself = number[None, :] < number[:, None], number[None, :] == number[:, None]
+    rows = [torch.cat((text, text.new_zeros(length, n * length)), dim=1)]
+    for i in range(n):
+        own = [itself if i == j else torch.zeros_like(itself) for j in range(n)]
+        rows.append(torch.cat((before, *own), dim=1))
+    return Layout(positions.repeat(n + 1)[None], torch.cat(rows)[None, None])
