@@ -27,11 +27,12 @@ def test_a_folder_is_sampled_as_the_example_choice(family):
 
 def test_names_cover_every_linear():
     for family in families().values():
-        assert set(family.block_names) == {*family.published[1].roles, "attn_norm", "mlp_norm"}
+        norms = {"attn_norm", "mlp_norm"} | ({"q_norm", "k_norm"} if family.published[1].head_norm else set())
+        assert set(family.block_names) == {*family.published[1].roles, *norms}
 
 
 def test_unknown_families_and_traits_are_told():
-    with pytest.raises(ValueError, match=r"model\.family=gpt is unknown; it is one of dream, llada"):
+    with pytest.raises(ValueError, match=r"model\.family=gpt is unknown; it is one of dream, fast_dllm, llada"):
         family_of("gpt")
     with pytest.raises(ConfigProblems, match="no family has the trait tall"):
         resolve(compose(["method=awq_as_published", "method.transforms.scale.judge=${by_trait:llada,tall,a,b}"]))
