@@ -270,7 +270,7 @@ class KeysValues:
                 f"{where}.fold_gain=true is for keys that are rounded, but {where}.keys=null leaves them alone; "
                 f"write {where}.keys=token, or {where}.fold_gain=false"
             )
-        if not getattr(context.arch, "head_norm", False):
+        if not context.arch.head_norm:
             problems.append(
                 f"{where}.fold_gain=true moves gains from the norm of keys into that of queries, but this model, of "
                 f"family {context.arch.family}, has no such norms; write {where}.fold_gain=false"
@@ -289,7 +289,7 @@ class KeysValues:
                 f"{where}.before_bias=true rounds keys before their bias is added, but this model, of family "
                 f"{context.arch.family}, has no bias there; write {where}.before_bias=false"
             )
-        if getattr(context.arch, "head_norm", False):
+        if context.arch.head_norm:
             problems.append(
                 f"{where}.before_bias=true rounds keys before their bias is added, but this model, of family "
                 f"{context.arch.family}, normalises keys behind it; write {where}.before_bias=false"

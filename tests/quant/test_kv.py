@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dqx.diffusion.block_engine import BlockEngine
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.samplers import LLaDASampler
+from dqx.diffusion.samplers.sdar import SDARSampler
 from dqx.formats.bits import ActivationBits, BitsConfig, KVBits, WeightBits
 from dqx.formats.integers import Grid
+from dqx.models.architecture import CAUSAL
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.tokens import Tokens
 from dqx.models.transformer import RMSNorm, Unchanged
@@ -27,6 +30,7 @@ from dqx.quant.rounding.gptq import GPTQ
 from dqx.quant.rounding.rtn import RTN
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN3 = GOLDEN.parent / "golden3"
 
 
 def fresh(family="llada"):
@@ -421,23 +425,6 @@ def scores(block, q, k):
     return q @ k.transpose(-1, -2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folded_gains_leave_products_alone_to_the_bit(dtype):
-    block, q, k = (
-        with_norms(fresh("dream").blocks[0], dtype),
-        random(1, 2, 6, 8).to(dtype),
-        random(1, 2, 6, 8).to(dtype),
-    )
-    before, old = scores(block, q, k), block.k_norm.weight.clone()
-    fold_gain(block)
-    s = old / block.k_norm.weight
-    assert torch.equal(s[:4], s[4:])
-    assert torch.equal(s.log2(), s.log2().round())
-    assert s.min() == 1
-    assert s[3] >= 16
-    assert torch.equal(scores(block, q, k), before)
-
-
 def test_folded_gains_by_hand():
     """The largest of a pair over the median of all, to the nearest power of two, and never below 1."""
     block = with_norms(fresh("dream").blocks[0], torch.float32)
@@ -503,3 +490,76 @@ def test_from_disk_as_in_memory(tmp_path):
     quantize_checkpoint(source, tmp_path / "out", method, bits, [ids], progress=False)
     again, _ = load_quantized(tmp_path / "out")
     assert torch.equal(again(ids), model(ids))
+
+
+def normed(family="sdar", seed=0):
+    """A model whose norms of queries and keys have gains of all sizes, of both signs."""
+    model = load_weights(inspect(str(GOLDEN3 / f"{family}_tiny"), mask_token_id=159), torch.float32)
+    draw = torch.Generator().manual_seed(seed)
+    for block in model.blocks:
+        for norm in (block.q_norm, block.k_norm):
+            norm.weight = torch.nn.Parameter(torch.randn(norm.weight.shape, generator=draw), requires_grad=False)
+        block.k_norm.weight[3] *= 50
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_gains_leave_attention_alone_to_the_bit(dtype):
+    model, ids = normed().to(dtype), torch.arange(24).view(2, 12)
+    before, gains = model(ids), [block.k_norm.weight.clone() for block in model.blocks]
+    for block, old in zip(model.blocks, gains, strict=True):
+        fold_gain(block)
+        new, half = block.k_norm.weight, len(old) // 2
+        s = old / new
+        assert torch.equal(s[:half], s[half:])
+        assert torch.equal(s.log2(), s.log2().round())
+        assert s.min() == 1
+        assert s[3] >= 16
+        assert new.abs().max() <= 1.5 * old.abs().median()  # sqrt(2), and what a dtype rounds
+    assert torch.equal(model(ids), before)
+
+
+STORED_PARTS = {
+    "token": KeysValues(when="commit", fold_gain=True),
+    "centered": KeysValues(keys="head", center="mean", rotate=True, when="commit"),
+    "channel": KeysValues(keys="channel", token_group=3, center="mean", when="commit"),
+}
+
+
+@pytest.mark.parametrize("name", STORED_PARTS)
+def test_what_is_stored_block_by_block_is_rounded(name):
+    """Rows of different lengths, some of which store, as one at a time; what a forward computes it sees in full."""
+    model, plain, lengths = normed().double(), normed().double(), (5, 3)
+    for block in model.blocks:
+        install(STORED_PARTS[name], block, ActivationBits(3))
+
+    def forward(model, store, ids, keep, lengths):
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        feed = store.feed(real, [CAUSAL] * len(lengths), keep)
+        logits = model.head_rows(ids, real, feed)
+        feed.commit()
+        return logits.split([*lengths])
+
+    ids = torch.arange(20).view(2, 10)
+    store = model.empty_store(2, 10)
+    first = forward(model, store, ids[:, :5], [True, True], lengths)
+    second = forward(model, store, ids[:, 5:9], [True, False], (4, 2))
+    third = forward(model, store, ids[:, 9:], [False, False], (1, 1))
+    for row in range(2):
+        alone, own = model.empty_store(1, 10), ids[row : row + 1]
+        for found, (start, length, keep) in zip(
+            (first, second, third), ((0, lengths[row], True), (5, (4, 2)[row], not row), (9, 1, False)), strict=True
+        ):
+            (expected,) = forward(model, alone, own[:, start : start + length], [keep], [length])
+            torch.testing.assert_close(found[row], expected)
+        assert alone.lengths == [(9, 3)[row]]
+        exact = plain.empty_store(1, 10)
+        (expected,) = forward(plain, exact, own[:, : lengths[row]], [True], [lengths[row]])
+        torch.testing.assert_close(first[row], expected)
+        (expected,) = forward(plain, exact, own[:, 5:9], [False], [4])
+        assert not torch.allclose(second[row], expected[: len(second[row])])
+
+    settings = {"gen_length": 8, "steps": 8, "batch_size": 3}
+    prompts = [Prompt([*range(3 + n, 8 + 3 * n)], ("task", n)) for n in range(4)]
+    engine = BlockEngine(model, SDARSampler(block=4, threshold=0.05), **settings)
+    assert engine.generate(prompts) == [engine.generate([prompt])[0] for prompt in prompts]

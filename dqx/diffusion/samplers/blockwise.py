@@ -85,6 +85,14 @@ class Writing:
 class BlockwiseSampler(Sampler):
     """How answers are written block by block, each block final before the next begins."""
 
+    @property
+    def has_cache(self) -> bool:
+        return True
+
+    @property
+    def stores_final(self) -> bool:
+        return True
+
     @abstractmethod
     def program(self, canvas: Tensor, prompt: int, *, gen_length: int, steps: int, arch: Architecture) -> Program:
         """The passes that write into `canvas` behind its first `prompt` tokens."""
