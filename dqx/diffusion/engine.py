@@ -325,7 +325,7 @@ class Engine:
 
 def busy_tokens(device_type: str) -> int:
     """Tokens per forward that keep a kind of device busy; more of them cost memory and gain nothing."""
-    return 1024 if device_type == "cpu" else 16384
+    return 512 if device_type == "cpu" else 16384
 
 
 def row_bytes(arch: Architecture, length: int, read: int) -> int:

@@ -237,7 +237,7 @@ def test_memory_bounds_the_batch(models) -> None:
     engine = Engine(model, DreamSampler(), **DREAM_SCHEDULE)
     rows = [engine.begin(i, prompt) for i, prompt in enumerate(prompts())]
     one = row_bytes(model.arch, 14 + 8, 8)
-    assert [engine.room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 1024 // 22]
+    assert [engine.room(rows, free) for free in (0.0, one, 4 * one, float("inf"))] == [1, 1, 3, 512 // 22]
     assert engine.room(rows, 15 * one) == 12 < engine.room(rows[:4], 15 * one)
 
 

@@ -220,7 +220,7 @@ def test_speed_is_measured_on_the_shapes_of_the_work() -> None:
     work = task_work(suite["nano_sums"], sampler)
     assert work is not None
     assert speed.seconds(work, sampler) > 0
-    assert speed.rows(work) == 1024 // 36
+    assert speed.rows(work) == 512 // 36
     assert speed.seconds(replace(work, forwards=2 * work.forwards), sampler) == 2 * speed.seconds(work, sampler)
     longer = speed.block_seconds(1, 4 * speed.limit)  # more than can be timed: by operations
     assert longer == pytest.approx(
