@@ -8,6 +8,7 @@ O = outputs, G groups of W inputs each, I = inputs, N tokens, R <= W rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid, extremes, wide
 from dqx.quant.protocols import Clip, Context, Stats
+from dqx.quant.stats import weighted_rows
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,16 @@ class OutputMSE:
     max_shrink: float = 0.5  # i < max_shrink * n_grid
     skip_roles: list[str] = field(default_factory=lambda: ["q", "k"])  # weights that keep their whole range
     stream: str = "fp"
-    needs: ClassVar[frozenset[str]] = frozenset({"weighted_tokens"})
+    all_tokens: bool = False  # of the calibration text; false: 512 to 1023 of them, as in the authors' code
     clamps: ClassVar[bool] = True
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"inputs", "weights"} if self.all_tokens else {"weighted_tokens"})
+
     def __call__(self, w_OGW: Tensor, grid: Grid, stats: Stats, columns_GW: Tensor) -> tuple[Tensor, Tensor]:
-        return output_mse_range(
-            w_OGW, grid, stats["weighted_tokens"], columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink
-        )
+        tokens = weighted_rows(stats["inputs"], stats["weights"]) if self.all_tokens else [stats["weighted_tokens"]]
+        return output_mse_range(w_OGW, grid, tokens, columns_GW, n_grid=self.n_grid, max_shrink=self.max_shrink)
 
     def problems(self, where: str, context: Context) -> list[str]:
         return search_problems(where, self.n_grid, self.max_shrink)
@@ -116,17 +121,23 @@ def weight_mse_range(
 
 
 def output_mse_range(
-    w_OGW: Tensor, grid: Grid, tokens_NI: Tensor, columns_GW: Tensor, *, n_grid: int = 20, max_shrink: float = 0.5
+    w_OGW: Tensor,
+    grid: Grid,
+    tokens: Iterable[Tensor],
+    columns_GW: Tensor,
+    *,
+    n_grid: int = 20,
+    max_shrink: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """lo, hi [O, G, 1] of weights clamped to +-m, `m = absmax * (1 - i/n_grid)` with the first least output error.
 
     The error of the group's part of an output, `sum over tokens of ((Q(clamp(w)) - w) X^T)^2`, is a quadratic form in
-    `X^T X`, so per group a triangular R with `R^T R = X^T X` replaces the tokens.
+    `X^T X`, so per group a triangular R with `R^T R = X^T X` replaces the tokens, which come in parts [N, I].
     """
     all_lo, all_hi = extremes(w_OGW)
     bound = torch.maximum(-all_lo, all_hi)
-    for g, columns in enumerate(columns_GW):
-        factor_RW = triangle(wide(tokens_NI[:, columns])).to(bound.dtype)
+    for g, factor_RW in enumerate(triangles(tokens, columns_GW)):
+        factor_RW = factor_RW.to(bound.dtype)
         for rows in row_slices(len(w_OGW), w_OGW.shape[2], w_OGW.device):
             w, lo, hi, absmax = wide(w_OGW[rows, g]), all_lo[rows, g], all_hi[rows, g], bound[rows, g].clone()
             best = torch.full_like(absmax, float("inf"))
@@ -143,6 +154,17 @@ def output_mse_range(
 
 def steps(n_grid: int, max_shrink: float) -> int:
     return int(max_shrink * n_grid)
+
+
+def triangles(tokens: Iterable[Tensor], columns_GW: Tensor) -> list[Tensor]:
+    """The `triangle` of every group's inputs, of all parts [N, I] of the tokens together."""
+    found: list[Tensor] = []
+    for x in tokens:
+        own = [wide(x[:, columns]) for columns in columns_GW]
+        found = (
+            [triangle(torch.cat(both)) for both in zip(found, own, strict=True)] if found else list(map(triangle, own))
+        )
+    return found
 
 
 def triangle(x_NW: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ T tokens of one sequence, N of all, I = inputs. Tokens may have weights, whose m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,8 @@ CHUNK_TOKENS = 8192  # tokens converted to float32 at a time
 SAMPLED_TOKENS = 512  # kept by "tokens", at least
 NO_WEIGHT = 1e-30  # stands for a sum of weights that is 0, to divide by
 PANEL = 512  # columns of a symmetric product that are computed at a time
+
+TokenWeights = Sequence[Tensor] | None  # [1, T] of each sequence; None: all tokens count alike
 
 #: Every statistic by the name that a part's `needs` says.
 COLLECTORS: dict[str, type[Collector]] = {}
@@ -73,7 +75,7 @@ class Hessian(Collector, statistic="hessian"):
     Summed up in panels of columns as far down as the diagonal: little more than half the work.
     """
 
-    factors: ClassVar[int] = 3  # the sum, its factor, and room to factor
+    factors: ClassVar[int] = 2  # the sum, in whose half the factor lies, and a copy in the columns' order
     weighted: ClassVar[bool] = True  # X^T diag(weights) X / N
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:
@@ -102,6 +104,12 @@ def scaled(rows: Tensor, weight: Tensor | None, part: slice = slice(None)) -> Te
     return rows if weight is None else rows * weight[:, part].reshape(-1, 1).sqrt().to(rows.dtype)
 
 
+def weighted_rows(inputs: Row, weights: TokenWeights = None) -> Iterator[Tensor]:
+    """The statistic "inputs" as rows [T, I], one tensor per sequence, times the root of their tokens' weights."""
+    for i, x in enumerate(inputs):
+        yield scaled(wide(x).reshape(-1, x.shape[-1]), None if weights is None else weights[i])
+
+
 def _panels(n_columns: int) -> list[tuple[int, int]]:
     return [(left, min(left + PANEL, n_columns)) for left in range(0, n_columns, PANEL)]
 
@@ -109,7 +117,7 @@ def _panels(n_columns: int) -> list[tuple[int, int]]:
 class Cross(Collector, statistic="cross"):
     """`(X_fp - X_q)^T X_q / N` [I, I]: row = a channel of the difference, column = one of the quantized model."""
 
-    factors: ClassVar[int] = 4
+    factors: ClassVar[int] = 1
     weighted: ClassVar[bool] = True
 
     def add(self, x: Tensor, intact: Tensor | None = None) -> None:

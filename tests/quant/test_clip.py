@@ -63,7 +63,7 @@ def test_output_mse_is_the_search_over_tokens_written_out(name, n_tokens):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(n_tokens, 48, generator=g, dtype=torch.float64) * (0.2 + torch.rand(48, generator=g).double())
     columns = torch.randperm(48, generator=g).view(3, 16)
-    lo, hi = output_mse_range(w, grid, x, columns)
+    lo, hi = output_mse_range(w, grid, [x], columns)
     for i in range(len(w)):
         for j in range(3):
             row, tokens = w[i, j], x[:, columns[j]]
@@ -77,9 +77,21 @@ def test_output_mse_is_the_search_over_tokens_written_out(name, n_tokens):
                     best = (error, clamped)
             torch.testing.assert_close(lo[i, j, 0], best[1].min())
             torch.testing.assert_close(hi[i, j, 0], best[1].max())
-    one = output_mse_range(w[:, 1:2], grid, x, columns[1:2])
+    one = output_mse_range(w[:, 1:2], grid, [x], columns[1:2])
     assert torch.equal(one[0], lo[:, 1:2])
     assert torch.equal(one[1], hi[:, 1:2])
+
+
+def test_tokens_may_come_in_parts_and_all_of_them_be_looked_at():
+    w, columns = weights(), torch.arange(48).view(3, 16)
+    x, weight = torch.randn(3, 40, 48, dtype=torch.float64), torch.rand(3, 1, 40, dtype=torch.float64)
+    heavy = (x * weight.transpose(1, 2).sqrt()).flatten(0, 1)
+    wanted = output_mse_range(w, Grid(3), [heavy], columns)
+    stats = {"inputs": list(x.split(1)), "weights": list(weight)}
+    for ours, all_at_once in zip(OutputMSE(all_tokens=True)(w, Grid(3), stats, columns), wanted, strict=True):
+        assert torch.equal(ours, all_at_once)
+    assert OutputMSE(all_tokens=True).needs == {"inputs", "weights"}
+    assert OutputMSE().needs == {"weighted_tokens"}
 
 
 def test_triangle_stands_for_the_tokens():
@@ -94,9 +106,9 @@ def test_triangle_stands_for_the_tokens():
 def test_chunks_are_only_about_memory(monkeypatch):
     w, x = weights(n_out=30), torch.randn(60, 48, dtype=torch.float64)
     columns, grid = torch.arange(48).view(3, 16), Grid(4)
-    whole = (*weight_mse_range(w, grid), *output_mse_range(w, grid, x, columns))
+    whole = (*weight_mse_range(w, grid), *output_mse_range(w, grid, [x], columns))
     monkeypatch.setattr(chunks, "CPU_ELEMENTS", 70)
-    for ours, theirs in zip((*weight_mse_range(w, grid), *output_mse_range(w, grid, x, columns)), whole, strict=True):
+    for ours, theirs in zip((*weight_mse_range(w, grid), *output_mse_range(w, grid, [x], columns)), whole, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -121,7 +133,7 @@ def test_all_zero_groups_and_silent_inputs():
     w = torch.zeros(2, 2, 4)
     w[0, 0] = torch.tensor([0.1, -0.2, 0.3, 0.05])
     for tokens in (torch.zeros(20, 8), torch.randn(20, 8)):
-        lo, hi = output_mse_range(w, Grid(4), tokens, torch.arange(8).view(2, 4))
+        lo, hi = output_mse_range(w, Grid(4), [tokens], torch.arange(8).view(2, 4))
         assert (lo[1] == 0).all()
         assert (hi[1] == 0).all()
         assert torch.isfinite(torch.cat((lo, hi))).all()
@@ -133,7 +145,7 @@ def test_less_error_than_no_clip():
     w, grid = weights(n_out=40), Grid(3)
     x = torch.randn(100, 48, dtype=torch.float64)
     full = torch.aminmax(w, dim=-1, keepdim=True)
-    lo, hi = output_mse_range(w, grid, x, torch.arange(48).view(3, 16))
+    lo, hi = output_mse_range(w, grid, [x], torch.arange(48).view(3, 16))
 
     def error(q):
         return torch.einsum("ngw,ogw->ogn", x.view(100, 3, 16), q - w).square().sum(-1)

@@ -20,7 +20,7 @@ R = candidates, O = outputs, I = inputs, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from dqx.formats.weight import group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, block_rope, choice_problems
-from dqx.quant.stats import scaled
+from dqx.quant.stats import TokenWeights, weighted_rows
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
 
@@ -47,7 +47,6 @@ MLP_TOKENS = 256  # tokens that the MLP judges at a time
 #: Squared output error of a channel scale [I]; a part of it that exceeds the second argument may be returned instead.
 Judge = Callable[[Tensor, float], float]
 Grids = Mapping[str, tuple[Grid, int]]  # by role: grid and group size
-Weights = Sequence[Tensor] | None  # of the tokens [1, T] of each sequence; None: all alike
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class AWQScale:
         With `give_up` the errors of candidates worse than the best may be too small, but stay larger than the best.
         """
         inputs: Row = stats["inputs"]
-        weights: Weights = stats.get("weights")
+        weights: TokenWeights = stats.get("weights")
         weight: Tensor = getattr(block, block.arch.sites[site][0]).weight
         candidates = channel_scales(stats["absmean"].to(wide(weight).dtype), self.n_grid)
         if site in ("attn_out", "mlp_out"):
@@ -138,12 +137,12 @@ def try_all(judge: Judge, candidates: Tensor, *, give_up: bool = True) -> list[f
     return losses
 
 
-def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row, weights: Weights = None) -> Judge:
+def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row, weights: TokenWeights = None) -> Judge:
     """Judges a linear by its own output on inputs [1, T, I]."""
     n_in = w_OI.shape[1]
     n_tokens = sum(x.shape[:-1].numel() for x in inputs)
     square = doubled_upper_half(gram(inputs, weights)) if n_tokens > (n_in + TILE) / 2 else None
-    rows_NI = None if square is not None else torch.cat(list(_weighted_rows(inputs, weights)))
+    rows_NI = None if square is not None else torch.cat(list(weighted_rows(inputs, weights)))
     top_I = column_absmax([w_OI])  # what grids with a scale per tensor go by
 
     def loss(scale_I: Tensor, bound: float) -> float:
@@ -161,17 +160,11 @@ def linear_judge(w_OI: Tensor, grid: Grid, group_size: int, inputs: Row, weights
     return loss
 
 
-def _weighted_rows(inputs: Row, weights: Weights) -> Iterator[Tensor]:
-    """Inputs [1, T, I] as rows [T, I], times the root of their tokens' weights."""
-    for i, x in enumerate(inputs):
-        yield scaled(wide(x).reshape(-1, x.shape[-1]), None if weights is None else weights[i])
-
-
-def gram(inputs: Row, weights: Weights = None) -> Tensor:
+def gram(inputs: Row, weights: TokenWeights = None) -> Tensor:
     """`X^T X` [I, I] of inputs [1, T, I], their tokens weighted."""
     n_in = inputs[0].shape[-1]
     total = torch.zeros(n_in, n_in, dtype=wide(inputs[0]).dtype, device=inputs[0].device)
-    for rows in _weighted_rows(inputs, weights):
+    for rows in weighted_rows(inputs, weights):
         total.addmm_(rows.T, rows)
     return total
 
@@ -194,7 +187,7 @@ def quadratic_form(change_OI: Tensor, doubled_II: Tensor) -> float:
 
 
 def module_judge(
-    block: Block, site: str, grids: Grids, judge: str, inputs: Row, context: Context, weights: Weights = None
+    block: Block, site: str, grids: Grids, judge: str, inputs: Row, context: Context, weights: TokenWeights = None
 ) -> Judge:
     """Judges the linears at attn_in or mlp_in by the output of their sublayer, or of the whole block."""
 

@@ -7,11 +7,10 @@ what a scale search reads. From disk (`dqx/quant/checkpoint/on_disk.py`) only on
 or embedding and head, and what belongs to all windows can lie in files. Both ways give the same numbers: which one a
 run takes follows from `memory.ram_gb` and `memory.gpu_gb`.
 
-These are estimates. LLaDA-8B from disk: 3.9 GB with RTN and 5.1 GB with GPTQ, where 3.54 and 3.59 GB were measured.
-D2Quant's search for dual scales holds more than is counted: twice as much, on a block a quarter as wide. A run
-that has taken more than a setting allows says so in its record. On a GPU tensors cannot take more: quantizing goes from
-memory to disk where the estimate was too low (`dqx/study/subjects.py`), batches are halved, and what does not fit alone
-ends the run with what to change; blocks and documents that are finished are kept.
+These are estimates. LLaDA-8B from disk: 3.9 GB with RTN and 4.5 GB with GPTQ, where 3.54 and 3.59 GB were measured. A
+run that has taken more than a setting allows says so in its record. On a GPU tensors cannot take more: quantizing goes
+from memory to disk where the estimate was too low (`dqx/study/subjects.py`), batches are halved, and what does not fit
+alone ends the run with what to change; blocks and documents that are finished are kept.
 """
 
 from __future__ import annotations
@@ -193,6 +192,8 @@ def _stored_bytes(design: Design) -> int:
         for site, needs in transform.needs.items()
         if "inputs" in needs
     ]
+    if method.clip is not None and "inputs" in method.clip.needs:  # of one site at a time
+        widths.append(max(arch.in_features(role) for role in arch.roles))
     return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * calib.length * design.dtype.itemsize
 
 
