@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from dqx.benchmarks import plain
 from dqx.benchmarks.cases import Case
-from dqx.benchmarks.common import Say, clock
+from dqx.benchmarks.common import CPU, Say, clock
+from dqx.common.memory import peak_ram, trim, watch_peaks
 from dqx.formats.bits import BitsConfig
-from dqx.models.transformer import RMSNorm
+from dqx.models.transformer import Block, RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
 from dqx.quant.protocols import Context, block_rope
@@ -49,6 +50,8 @@ class SideRun:
     seconds: dict[str, float] = field(default_factory=dict)
     aside: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    start: int = 0  # resident bytes when the inputs were there for the first time
+    peak: int = 0  # the most since then, without what gathering inputs takes
 
     @property
     def context(self) -> Context:
@@ -78,7 +81,16 @@ class SideRun:
     def inputs(self) -> dict[str, Tensor]:
         """What the linears of every site read now."""
         self.say("forward pass")
-        return self.case.site_inputs()
+        if self.start:
+            self.note_peak()
+        inputs = self.case.site_inputs()
+        trim()
+        watch_peaks(CPU)
+        self.start = self.start or peak_ram()
+        return inputs
+
+    def note_peak(self) -> None:
+        self.peak = max(self.peak, peak_ram())
 
     def weight(self, role: str) -> Tensor:
         weight: Tensor = getattr(self.case.block, role).weight
@@ -106,7 +118,8 @@ def round_stacked(run: SideRun, roles: tuple[str, ...], weights: list[Tensor], s
     part, clip = run.method.rounding_of(roles[0]), run.method.clip_of(roles[0])
     assert part is not None
     bound = None if clip is None else ClipAtSite(clip, stats)
-    rounded = part(torch.cat(weights), run.context.widths.weight[roles[0]], stats, bound)
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
+    rounded = part(stacked, run.context.widths.weight[roles[0]], stats, bound)
     run.keep(roles, rounded.split([len(w) for w in weights]))
 
 
@@ -132,8 +145,9 @@ def dqx_awq(run: SideRun) -> None:
     (name, transform), *_ = run.method.block_transforms.items()
     inputs = run.inputs()
     with run.timed("scale search", "all sites"):
-        stats = {site: statistics(inputs[site], needs) for site, needs in transform.needs.items()}
+        stats = {site: statistics(inputs.pop(site), needs) for site, needs in transform.needs.items()}
         transform.apply(run.case.block, stats, run.context.at(name=name))
+        del stats
     run.keep_scaled()
     clip = run.method.clip
     assert clip is not None
@@ -265,6 +279,24 @@ def compare_duquant(run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, flo
 
 #: The plain side and dqx's by method.
 SIDES = {"gptq": (plain_gptq, dqx_gptq), "awq": (plain_awq, dqx_awq), "duquant": (plain_duquant, dqx_duquant)}
+
+
+@torch.no_grad()
+def block_error(run: SideRun, intact: Case) -> float:
+    """Squared error of the block's output with the rounded weights, relative to that of what `intact` adds to its
+    input; the block gets these weights."""
+    wanted = [block_output(intact.block, x) for x in intact.hidden.split(1)]
+    for role in run.case.block.arch.roles:
+        codes, scale, zero_point = (run.tensors[f"{name}.{role}"] for name in ("codes", "scale", "zero_point"))
+        run.weight(role).copy_(plain.Rounded(codes, scale, zero_point).dequantize())
+    got = [block_output(run.case.block, x) for x in intact.hidden.split(1)]
+    error = sum(float((a - b).square().sum()) for a, b in zip(got, wanted, strict=True))
+    return error / sum(float((a - x).square().sum()) for a, x in zip(wanted, intact.hidden.split(1), strict=True))
+
+
+def block_output(block: Block, x: Tensor) -> Tensor:
+    output: Tensor = block(x, block_rope(block.arch, x))
+    return output
 
 
 def compare(method: str, run: SideRun, theirs: Mapping[str, Tensor]) -> dict[str, float]:
