@@ -21,7 +21,7 @@ from dqx.models.transformer import Block, RMSNorm, compose
 from dqx.quant.clip import ClipAtSite
 from dqx.quant.linear import QuantLinear, scale_outputs
 from dqx.quant.method import Method
-from dqx.quant.protocols import FINAL, Clip, Context, Quantizer, Rounding, Stats
+from dqx.quant.protocols import FINAL, BlockTransform, Clip, Context, Quantizer, Rounding, Stats
 from dqx.quant.report import BINARY, LinearRow, stored_bits
 from dqx.quant.stream import Seen, Stream, as_is, collect_outputs, collect_paired, snapshot
 
@@ -56,10 +56,7 @@ class BlockWork:
         """Replace the linears site by site, yielding their rows."""
         self._check_weights()
         for name, transform in self.method.block_transforms.items():
-            keep = transform.stream == "fp"  # the function stays, so these outputs are the next block's inputs
-            stream = self.streams.get(transform.stream)  # None: no part needs it
-            stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
-            transform.apply(self.block, stats, self.context.at(name=name))
+            self._apply(name, transform)
         self.intact = self._snapshot()
         if (kv := self.method.kv) is not None:
             looks = kv.needs and self.widths.values.bits != UNQUANTIZED
@@ -71,6 +68,13 @@ class BlockWork:
             self.site_maps = self.maps[site]
             rows = {row.role: row for stack in self._stacks(roles) for row in self._round(site, stack)}
             yield [rows[role] for role in roles]
+
+    def _apply(self, name: str, transform: BlockTransform) -> None:
+        """Fit a block's transform and fold it in; what it saw is let go."""
+        keep = transform.stream == "fp"  # the function stays, so these outputs are the next block's inputs
+        stream = self.streams.get(transform.stream)  # None: no part needs it
+        stats = {} if stream is None else stream.collect(self.block, transform.needs, keep_outputs=keep)
+        transform.apply(self.block, stats, self.context.at(name=name))
 
     def _snapshot(self) -> Block:
         """The block as it is now; itself where nothing compares, so that weights are let go as they are replaced."""

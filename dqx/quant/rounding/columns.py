@@ -53,6 +53,10 @@ class ColumnLoop:
         self.carried = self.nearest if carry_rounded else self.live
         self._loops: dict[tuple[int, int], Callable[[], None]] = {}
 
+    def release(self) -> None:
+        """Let recorded loops go, which hold this one."""
+        self._loops.clear()
+
     def run(self, first: int, stop: int) -> None:
         """Round columns [first, stop) of the chunk: fills `codes` and `nearest`, updates `live` and `rest`."""
         if (first, stop) not in self._loops:

@@ -240,6 +240,8 @@ def gptq_round(
             if p is not None:
                 w[end:].addmm_(p[:, inside:].T, loop.carried[:inside])
 
+    for loop in loops.values():
+        loop.release()
     if fitted is not None:
         return fitted.rounded(codes, notes)
     return QuantizedWeight(codes, scale.T.contiguous(), zero_point.T.contiguous(), group_index, grid, notes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import UNQUANTIZED, WeightBits
+from dqx.formats.chunks import row_slices
 from dqx.formats.integers import Grid
 from dqx.formats.weight import QuantizedWeight
 from dqx.quant.protocols import Context, Rounding
@@ -53,7 +54,10 @@ class BinaryLevels:
         n_groups = int(group_I.max()) + 1
         if self.allocation is None:
             return [grid.bits] * n_groups
-        score_I = w_OI.double().square().sum(0) / u_I.double().square()
+        square_I = torch.zeros(w_OI.shape[1], dtype=torch.float64, device=w_OI.device)
+        for rows in row_slices(len(w_OI), w_OI.shape[1], w_OI.device):
+            square_I += w_OI[rows].double().square().sum(0)
+        score_I = square_I / u_I.double().square()
         score_G = torch.zeros(n_groups, dtype=torch.float64, device=w_OI.device).index_add_(0, group_I, score_I)
         return self.allocation(score_G, grid.bits - self._more)
 
