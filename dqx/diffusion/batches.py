@@ -9,7 +9,8 @@ Shapes: P prefix, L target, T = P + L, U different sequences of a group, D pairs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ GPU_TOKENS = 16384
 
 #: Token ids in a row, as a list or as a tensor [T] on any device.
 TokenIds = Sequence[int] | Tensor
+#: A request's index, and which of its pieces it is.
+Name = tuple[int, int]
 
 
 def token_ids(ids: TokenIds) -> Tensor:
@@ -55,63 +58,108 @@ class Request:
         return len(self.prefix) + len(self.target)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a target that are scored together: all, or those of one term of its likelihood (`factorization.py`).
+
+    The tokens of `target` [L] follow `prefix` [P]; `key` names their noise. Where the model writes block by block, what
+    is before `start` is final. Of the target those tokens are scored that a state masks; with `by_final` [L] instead
+    those that it marks, which final tokens predict; the last one is.
+    """
+
+    prefix: Tensor
+    target: Tensor
+    key: tuple[Key, ...]
+    start: int = 0
+    by_final: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + len(self.target)
+
+    @property
+    def text(self) -> Tensor:
+        """What is final: before `start`, or up to what predicts the last token."""
+        return self.prefix[: self.start] if self.by_final is None else torch.cat((self.prefix, self.target[:-1]))
+
+    @property
+    def alike(self) -> tuple[int, int, bytes, bytes]:
+        """What pieces that share sequences have in common, and their order."""
+        if self.by_final is not None:
+            return -self.length, len(self.target), digest_of(self.text), self.by_final.numpy().tobytes()
+        # a text has hundreds of pieces
+        before = digest_of(self.prefix) if self.start else self.prefix.numpy().tobytes()
+        return -self.length, len(self.target), before, b""
+
+
+def digest_of(ids: Tensor) -> bytes:
+    """16 bytes that tell rows of token ids apart."""
+    return blake2b(ids.numpy().tobytes(), digest_size=16).digest()
+
+
 @dataclass
 class SequenceGroup:
-    """The sequences that requests with one prefix and targets of one length need, each once.
+    """The sequences that pieces with one prefix and targets of one length need, each once.
 
     `rows` [U, L] are the targets with masks, `wanted` [U, L] the positions whose logits are needed. Pair d reads
     sequence `row[d]` (rising), and scores its own `tokens` [D, L] where `scored` [D, L].
     """
 
-    prefix: Tensor
+    piece: Piece  # any of them
     rows: Tensor
     wanted: Tensor
     row: Tensor
     scored: Tensor
     tokens: Tensor
-    pairs: dict[int, Tensor]  # of each request, in the order of its states
+    pairs: dict[Name, Tensor]  # of each piece, in the order of its states
     log_probs: Tensor = field(init=False)  # [D], summed over the scored tokens of a pair
 
     def __post_init__(self) -> None:
         self.log_probs = torch.zeros(len(self.row), dtype=torch.float64)
 
     @property
+    def prefix(self) -> Tensor:
+        return self.piece.prefix
+
+    @property
     def length(self) -> int:
-        return len(self.prefix) + self.rows.shape[1]
+        return self.piece.length
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) of a group."""
+    """Rows [start, stop) of a group; those of equal `line` share a text (`block_rows.py`)."""
 
     group: SequenceGroup
     start: int
     stop: int
+    line: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
-#: A request with its index, and the masks [S, L] of the states it needs.
-Needed = tuple[int, Request, Tensor]
+#: A piece with its name, and the masks [S, L] of the states it needs.
+Needed = tuple[Name, Piece, Tensor]
 
 
 def group(needed: Sequence[Needed], mask_token_id: int) -> SequenceGroup:
-    """The group of requests that have one prefix and targets of one length."""
+    """The group of pieces that are alike."""
     masked = torch.cat([masks for _, _, masks in needed])
-    tokens = torch.cat([request.target.expand(len(masks), -1) for _, request, masks in needed])
+    tokens = torch.cat([piece.target.expand(len(masks), -1) for _, piece, masks in needed])
     rows, row = tokens.masked_fill(masked, mask_token_id).unique(dim=0, return_inverse=True)
-    scored = masked & (tokens != mask_token_id)
+    by_final = needed[0][1].by_final
+    scored = (masked if by_final is None else by_final) & (tokens != mask_token_id)
     order = row.argsort(stable=True)
     pairs = order.argsort().split([len(masks) for _, _, masks in needed])
     return SequenceGroup(
-        prefix=needed[0][1].prefix,
+        piece=needed[0][1],
         rows=rows,
         wanted=torch.zeros(rows.shape, dtype=torch.long).index_add_(0, row, scored.long()) > 0,
         row=row[order],
         scored=scored[order],
         tokens=tokens[order],
-        pairs={i: own for (i, _, _), own in zip(needed, pairs, strict=True)},
+        pairs={name: own for (name, _, _), own in zip(needed, pairs, strict=True)},
     )
 
 
@@ -149,8 +197,8 @@ def halves(batch: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     for part in batch:
         cut = part.start + min(room, len(part))
         room -= cut - part.start
-        left += [Part(part.group, part.start, cut)] if cut > part.start else []
-        right += [Part(part.group, cut, part.stop)] if part.stop > cut else []
+        left += [replace(part, stop=cut)] if cut > part.start else []
+        right += [replace(part, start=cut)] if part.stop > cut else []
     return left, right
 
 
@@ -161,13 +209,18 @@ def too_long(length: int, *choices: str) -> torch.OutOfMemoryError:
     return error
 
 
-def default_batch_tokens(model: MaskedDiffusionTransformer, requests: Sequence[Request]) -> int:
-    """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere."""
+def default_batch_tokens(
+    model: MaskedDiffusionTransformer, requests: Sequence[Request], widest: int | None = None
+) -> int:
+    """Tokens of a batch that fit into two thirds of the GPU's free memory, at most GPU_TOKENS; CPU_TOKENS elsewhere.
+
+    Sequences are as long as requests, or have up to `widest` tokens, of which all may be scored.
+    """
     if model.device.type == "cpu" or not requests:
         return CPU_TOKENS
     free = accelerator.free_memory(model.device)
-    longest = max(request.length for request in requests)
-    share = max(len(request.target) / max(1, request.length) for request in requests)
+    longest = widest or max(request.length for request in requests)
+    share = 1.0 if widest else max(len(request.target) / max(1, request.length) for request in requests)
     per_token = token_bytes(model.arch, model.embed.weight.element_size(), longest, share)
     return max(1, min(GPU_TOKENS, int(free * 2 / 3) // per_token))
 

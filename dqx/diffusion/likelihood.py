@@ -4,6 +4,9 @@ For a target of L tokens: draw how many to mask, c, uniformly from 1..L; mask th
 `(L / c) * sum over masked of log p(true token)` has the bound as its mean (LLaDA, arXiv:2502.09992, equation 6; LLaDA's
 get_log_likelihood). A one-token target has a single mask state, so one forward is exact.
 
+A model that writes block by block has a bound of each block, and exact terms where final tokens predict
+(`factorization.py`); one token is exact there too.
+
 We differ from the authors' code on purpose:
 - masks are a pure function of (seed, key, draw), not of batch size, process or generator state;
 - counts are spread evenly over all draws (theirs: over a batch, so that the batch size changes the estimator);
@@ -24,11 +27,14 @@ from torch import Tensor
 
 from dqx.common.halving import in_batches
 from dqx.common.problems import raise_if
-from dqx.diffusion.batches import TokenIds, token_ids
+from dqx.diffusion.batches import Piece, Request, TokenIds, token_ids
+from dqx.diffusion.factorization import Factorization, factorization_problems
 from dqx.diffusion.noise import Key, generator
 from dqx.diffusion.samplers import greedy
 from dqx.diffusion.samplers.base import logits_at
+from dqx.diffusion.samplers.blockwise import Cached, Pass
 from dqx.diffusion.settings import count_problems, number_problems
+from dqx.models.architecture import FULL
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
 
@@ -115,14 +121,23 @@ def log_likelihood(
     key: tuple[Key, ...] = (),
     batch_size: int = 8,
     cfg_scale: float = 0.0,
+    factorization: Factorization | None = None,
 ) -> LogLikelihood:
     """The bound on log p(target [L] | prefix [P]) from `samples` draws, in nats; exact for one token.
 
     `key` names the request, for example (task, document, choice); requests with one key share their noise.
     `batch_size` sequences go through the model at a time and change nothing but rounding. An empty target
-    has likelihood 1.
+    has likelihood 1. A model that writes block by block needs its sampler's `factorization`, and computes one block at
+    a time, over what is stored.
     """
-    raise_if(count_problems(samples=samples))
+    raise_if(count_problems(samples=samples) + factorization_problems(model.arch, factorization, cfg_scale))
+    if factorization is not None:
+        request = Request(prefix, target, key)
+        vocab = model.arch.vocab_size
+        raise_if([p for ids in (request.prefix, request.target) for p in id_problems(ids, vocab)])
+        raise_if(factorization.problems(request))
+        found = [_piece_value(model, p, factorization, samples, seed) for p in factorization.pieces(request)]
+        return LogLikelihood(sum(value for value, _ in found), sum(passes for _, passes in found))
     prefix, target = token_ids(prefix), token_ids(target)
     if len(target) == 0:
         return LogLikelihood(0.0, 0)
@@ -143,6 +158,32 @@ def log_likelihood(
         batch_size=batch_size,
     )
     return LogLikelihood(value, len(states) * (2 if cfg_scale > 0 else 1))
+
+
+def _piece_value(
+    model: MaskedDiffusionTransformer, piece: Piece, factorization: Factorization, samples: int, seed: int
+) -> tuple[float, int]:
+    """One term in nats, and its passes: as a sampler computes it, the text stored and then a block over it."""
+    runner, mask, text = Cached(model, piece.start + factorization.block), model.arch.mask_token_id, piece.text
+    if piece.by_final is not None:
+        look = torch.zeros(len(text), dtype=torch.bool)
+        look[len(piece.prefix) - 1 + piece.by_final.nonzero()[:, 0]] = True
+        logits, _ = runner.run(Pass(text, factorization.final, stored=True, look=look))
+        true = piece.target[piece.by_final]
+        log_probs = true_log_probs(logits, true, torch.arange(len(true)))
+        return float(log_probs[true != mask].sum()), 1
+    if len(text):
+        runner.run(Pass(text, factorization.final, stored=True))
+    length, total = len(piece.target), 0.0
+    one = torch.ones(1, 1, dtype=torch.bool)
+    drawn = one if length == 1 else mask_states(length, samples=samples, seed=seed, key=piece.key)
+    for state in drawn:
+        at = (state & (piece.target != mask)).nonzero()[:, 0]
+        block = factorization.blocks(piece, piece.target.masked_fill(state, mask)[None], mask)[0]
+        row = (len(piece.prefix) - piece.start + at - int(factorization.shift)).clamp(min=0)
+        logits, _ = runner.run(Pass(block, FULL, stored=False, look=torch.ones(len(block), dtype=torch.bool)))
+        total += float(true_log_probs(logits, piece.target[at], row).sum()) * length / int(state.sum())
+    return total / len(drawn), len(drawn) + bool(len(text))
 
 
 def log_likelihood_given(

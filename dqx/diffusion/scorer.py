@@ -25,14 +25,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
+from torch import Tensor
 
 from dqx.common import accelerator
 from dqx.common.problems import raise_if
-from dqx.diffusion.batches import Part, Request, SequenceGroup, batches, default_batch_tokens, group, halves, too_long
+from dqx.diffusion.batches import (
+    Part,
+    Piece,
+    Request,
+    SequenceGroup,
+    batches,
+    default_batch_tokens,
+    digest_of,
+    group,
+    halves,
+    too_long,
+)
+from dqx.diffusion.block_rows import block_batches, block_log_probs, widest
+from dqx.diffusion.factorization import Factorization, factorization_problems
 from dqx.diffusion.likelihood import true_log_probs
 from dqx.diffusion.samplers.base import logits_at
 from dqx.diffusion.settings import count_problems, number_problems
-from dqx.diffusion.states import Estimate, make_estimate, n_states
+from dqx.diffusion.states import Estimate, n_states, piece_estimate
 from dqx.diffusion.stopping import Question, decided, stages
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
@@ -47,7 +61,8 @@ class Scorer:
 
     `samples` draws per target; `exact` takes the enumerated expectation where a target has no more states than that.
     `error_level` (None: always all draws) is the probability of deciding a question early for a choice that is not
-    the best. `batch_tokens` (None: by device and free memory) changes nothing but speed and rounding.
+    the best. `batch_tokens` (None: by device and free memory) changes nothing but speed and rounding. A model that
+    writes block by block needs its sampler's `factorization`; then each term has so many draws of its own.
 
     Over all calls, `n_forwards` counts sequences through the model, `n_tokens` their tokens, `draws` has the number of
     questions by the draws that their choices took, and `notes` says what a reader of the results should know.
@@ -61,6 +76,7 @@ class Scorer:
     exact: bool = False
     error_level: float | None = None
     batch_tokens: int | None = None
+    factorization: Factorization | None = None
     n_forwards: int = field(default=0, init=False)
     n_tokens: int = field(default=0, init=False)
     draws: Counter[int] = field(default_factory=Counter, init=False)
@@ -72,10 +88,13 @@ class Scorer:
             problems += count_problems(batch_tokens=self.batch_tokens)
         if self.error_level is not None:
             problems += number_problems("error_level", self.error_level, 0, 1, above=True)
+        problems += factorization_problems(self.model.arch, self.factorization, self.cfg_scale)
         raise_if(problems)
 
     def work(self, request: Request) -> int:
         """Tokens through the model that a request takes at most: the unit of `progress`."""
+        if self.factorization is not None:
+            return self.factorization.work(request, self.samples)
         return min(self.samples, n_states(len(request.target))) * request.length
 
     @torch.no_grad()
@@ -98,6 +117,8 @@ class Scorer:
         raise_if(
             [p for request in requests for ids in (request.prefix, request.target) for p in id_problems(ids, size)]
         )
+        if self.factorization is not None:
+            raise_if([p for request in requests for p in self.factorization.problems(request)])
         run = _Run(self, requests, known or {}, progress, finished)
         compared = [] if self.error_level is None else list(questions)
         undecided = [question for question in compared if not run.known.keys() >= set(question.requests)]
@@ -107,7 +128,7 @@ class Scorer:
             run.stage({i for question in undecided for i in question.requests}, stride)
             still = []
             for question in undecided:
-                if stride > 1 and not self._decided(question, run.estimates, stride, len(strides) - 1):
+                if stride > 1 and not self._decided(question, run, stride, len(strides) - 1):
                     still.append(question)
                     continue
                 self.draws[len(range(0, self.samples, stride))] += 1
@@ -117,10 +138,14 @@ class Scorer:
             undecided = still
         return run.values
 
-    def _decided(self, question: Question, estimates: dict[int, Estimate], stride: int, looks: int) -> bool:
-        scaled = [
-            estimates[i].draws(stride) / scale for i, scale in zip(question.requests, question.scales, strict=True)
-        ]
+    def pieces(self, request: Request) -> list[Piece]:
+        """The terms of a request's likelihood."""
+        if self.factorization is not None:
+            return self.factorization.pieces(request)
+        return [Piece(request.prefix, request.target, request.key)] if len(request.target) else []
+
+    def _decided(self, question: Question, run: _Run, stride: int, looks: int) -> bool:
+        scaled = [run.draws(i, stride) / scale for i, scale in zip(question.requests, question.scales, strict=True)]
         assert self.error_level is not None
         return decided(torch.stack(scaled), looks=looks, error_level=self.error_level)
 
@@ -137,24 +162,31 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model = self.scorer.model
-        self.estimates: dict[int, Estimate] = {}  # of requests that are not finished
+        self.estimates: dict[int, dict[int, Estimate]] = {}  # of requests that are not finished, by piece
+        self.pieces: dict[int, list[Piece]] = {}
+        self.awaited: Counter[int] = Counter()  # pieces of a request that a stage has not brought yet
         self.values = [self.known.get(i, 0.0) for i in range(len(self.requests))]
         self.final = set(self.known)
         self.fresh: dict[int, float] = {}  # values that became final and are not handed over
         self.told = [0] * len(self.requests)
-        self.batch_tokens = self.scorer.batch_tokens or default_batch_tokens(self.model, self.requests)
+        self.blocks = self.scorer.factorization
+        line = None if self.blocks is None else max((widest(request.length) for request in self.requests), default=1)
+        self.batch_tokens = self.scorer.batch_tokens or default_batch_tokens(self.model, self.requests, line)
         for i in self.known:
             self._tell(i, self.scorer.work(self.requests[i]))
 
     def stage(self, members: Iterable[int], stride: int) -> None:
         """Bring requests to every `stride`-th draw: their values are those of these draws. 1 finishes them."""
-        for batch in batches(self._groups(members, stride), lambda: self.batch_tokens):
-            if any(part.group.pairs.keys() - self.known.keys() for part in batch):
+        groups, room = self._groups(members, stride), lambda: self.batch_tokens
+        cut = batches(groups, room) if self.blocks is None else block_batches(groups, room, self.blocks.block)
+        for batch in cut:
+            if any(i not in self.known for part in batch for i, _ in part.group.pairs):
                 self._forward(batch)
             for part in batch:
                 if part.stop == len(part.group.rows):
-                    for i, pairs in part.group.pairs.items():
-                        self.estimates[i].enter(self.estimates[i].missing(stride), part.group.log_probs[pairs])
+                    for (i, j), pairs in part.group.pairs.items():
+                        estimate = self.estimates[i][j]
+                        estimate.enter(estimate.missing(stride), part.group.log_probs[pairs])
                         self._reached(i, stride)
             self.hand_over()
         self.hand_over()
@@ -162,6 +194,7 @@ class _Run:
     def close(self, i: int) -> None:
         """No more draws for a request: its value stays."""
         self.estimates.pop(i, None)
+        self.pieces.pop(i, None)
         if i not in self.final:
             self.final.add(i)
             self.fresh[i] = self.values[i]
@@ -173,9 +206,17 @@ class _Run:
             self.finished(self.fresh)
         self.fresh = {}
 
+    def draws(self, i: int, stride: int) -> Tensor:
+        """The estimate of every `stride`-th draw: the sum of those of a request's pieces, which are independent."""
+        return torch.stack([estimate.draws(stride) for estimate in self.estimates[i].values()]).sum(0)
+
     def _reached(self, i: int, stride: int) -> None:
+        """A piece of a request has its value."""
+        self.awaited[i] -= 1
+        if self.awaited[i]:
+            return
         if i not in self.known:
-            self.values[i] = self.estimates[i].value(stride)
+            self.values[i] = sum(self.estimates[i][j].value(stride) for j in sorted(self.estimates[i]))
         if stride == 1:
             self.close(i)
         else:
@@ -188,33 +229,37 @@ class _Run:
 
     def _groups(self, members: Iterable[int], stride: int) -> Iterator[SequenceGroup]:
         """Groups by falling length, made when they are asked for. Requests that need nothing are finished here."""
-        together: dict[tuple[int, int, bytes], list[int]] = {}
+        together: dict[tuple[int | bytes, ...], list[tuple[int, int]]] = {}
+        place: dict[tuple[int | bytes, ...], tuple[int | bytes, ...]] = {}
         for i in members:
-            request = self.requests[i]
-            if not len(request.target):
+            pieces = self.pieces[i] = self.pieces.get(i) or self.scorer.pieces(self.requests[i])
+            if not pieces:
                 self.close(i)
                 continue
-            key = (-request.length, len(request.target), request.prefix.numpy().tobytes())
-            together.setdefault(key, []).append(i)
-        for _, alike in sorted(together.items()):
+            self.awaited[i] = len(pieces)
+            last = max(pieces, key=lambda piece: piece.start)
+            chain = () if self.blocks is None else (-last.start, digest_of(last.text))
+            for j, piece in enumerate(pieces):
+                together.setdefault(piece.alike, []).append((i, j))
+                first = (*chain, -piece.start)
+                place[piece.alike] = min(first, place.get(piece.alike, first))
+        for _, alike in sorted(together.items(), key=lambda item: (place[item[0]], item[0])):
             needed = []
-            for i in alike:
-                estimate = self._estimate(i)
+            for i, j in alike:
+                estimate, piece = self._estimate(i, j), self.pieces[i][j]
                 states = estimate.missing(stride)
                 if len(states):
-                    needed.append((i, self.requests[i], estimate.masks[states]))
+                    needed.append(((i, j), piece, estimate.masks[states]))
                 else:
                     self._reached(i, stride)
             if needed:
                 yield group(needed, self.model.arch.mask_token_id)
 
-    def _estimate(self, i: int) -> Estimate:
-        if i not in self.estimates:
-            request, scorer = self.requests[i], self.scorer
-            self.estimates[i] = make_estimate(
-                len(request.target), samples=scorer.samples, seed=scorer.seed, key=request.key, exact=scorer.exact
-            )
-        return self.estimates[i]
+    def _estimate(self, i: int, j: int) -> Estimate:
+        scorer, piece, known = self.scorer, self.pieces[i][j], self.estimates.setdefault(i, {})
+        if j not in known:
+            known[j] = piece_estimate(piece, samples=scorer.samples, seed=scorer.seed, exact=scorer.exact)
+        return known[j]
 
     # through the model
 
@@ -234,6 +279,13 @@ class _Run:
             self._forward(half)
 
     def _log_probs(self, batch: list[Part]) -> None:
+        if self.blocks is not None:
+            found = block_log_probs(self.model, batch, self.blocks)
+            self.scorer.n_forwards += found.n_lines
+            self.scorer.n_tokens += found.n_tokens
+            for part, pair, values in zip(batch, found.pairs, found.log_probs, strict=True):
+                part.group.log_probs.index_add_(0, pair, values)
+            return
         n, width = sum(map(len, batch)), batch[0].group.length
         ids = torch.full((n, width), self.model.arch.eos_token_id)
         where = torch.zeros(n, width, dtype=torch.bool)

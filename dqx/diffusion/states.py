@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dqx.diffusion.batches import Piece
 from dqx.diffusion.likelihood import mask_states
 from dqx.diffusion.noise import Key
 
@@ -31,12 +32,14 @@ class Estimate:
 
     `masks` [S, L] are the different states, `of_draw` [N] the state of each draw, and `values` [S], float64, the
     estimate in nats that each state gives by itself, NaN until it is computed. `probabilities` [S] is set where the
-    expectation is enumerated; then there are no draws and `of_draw` is every state once.
+    expectation is enumerated; then there are no draws and `of_draw` is every state once. `weights` [S] are what the
+    log-probabilities that a state gives are multiplied by; None: the target's length over the number of masked tokens.
     """
 
     masks: Tensor
     of_draw: Tensor
     probabilities: Tensor | None = None
+    weights: Tensor | None = None
     values: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,9 +52,11 @@ class Estimate:
         return states[self.values[states].isnan()]
 
     def enter(self, states: Tensor, log_probs: Tensor) -> None:
-        """Note for `states` what the model gives: the summed log-probabilities of their masked tokens, float64."""
-        length = self.masks.shape[1]
-        self.values[states] = log_probs * (length / self.masks[states].sum(1))
+        """Note for `states` what the model gives: the summed log-probabilities of their scored tokens, float64."""
+        if self.weights is None:
+            self.values[states] = log_probs * (self.masks.shape[1] / self.masks[states].sum(1))
+        else:
+            self.values[states] = log_probs * self.weights[states]
 
     def draws(self, stride: int = 1) -> Tensor:
         """The estimate of every `stride`-th draw [N / stride], one value repeated where the likelihood is exact."""
@@ -76,6 +81,19 @@ def enumerated(length: int) -> Estimate:
     counts = masks.sum(1).tolist()
     probabilities = torch.tensor([1 / (length * math.comb(length, c)) for c in counts], dtype=torch.float64)
     return Estimate(masks, torch.arange(len(masks)), probabilities)
+
+
+def piece_estimate(piece: Piece, *, samples: int, seed: int, exact: bool) -> Estimate:
+    """The estimate of one term of a likelihood."""
+    if piece.by_final is not None:
+        return certain(len(piece.target), samples)
+    return make_estimate(len(piece.target), samples=samples, seed=seed, key=piece.key, exact=exact)
+
+
+def certain(length: int, samples: int) -> Estimate:
+    """Of tokens that one state gives exactly, whatever is drawn: it masks the last one, which nothing has to see."""
+    last = torch.arange(length)[None] == length - 1
+    return Estimate(last, torch.zeros(samples, dtype=torch.long), weights=torch.ones(1, dtype=torch.float64))
 
 
 def make_estimate(length: int, *, samples: int, seed: int, key: tuple[Key, ...], exact: bool) -> Estimate:

@@ -62,6 +62,25 @@ def sees(positions: Tensor, attention: Attention) -> Tensor:
     return number[:, None, :] <= number[:, :, None]
 
 
+def beside(positions: Tensor, copy: Tensor, before: Tensor) -> Layout:
+    """Of texts and, behind each, copies of some of their blocks in which any tokens may be masked. All are [B, T].
+
+    The tokens of a text have `copy` 0, the others the number of their copy, whose tokens see each other and no other
+    copy. Of its text a token sees what stands before position `before`. Padding is a copy of a number of its own.
+    """
+    text = copy == 0
+    mask = text[:, None, :] & (positions[:, None, :] < before[:, :, None])
+    mask |= (copy[:, None, :] == copy[:, :, None]) & ~text[:, None, :]
+    return Layout(positions, mask[:, None])
+
+
+def horizon(positions: Tensor, attention: Attention) -> Tensor:
+    """The first position that a token at `positions` does not see under `attention`."""
+    if attention.block is None:
+        return torch.full_like(positions, torch.iinfo(positions.dtype).max)
+    return (positions // attention.block + 1) * attention.block
+
+
 def copies(length: int, block: int, stored: Attention, n: int, device: torch.device | str = "cpu") -> Layout:
     """Of a text of L tokens and behind it `n` copies in which any tokens may be masked: [1, L + nL].
 
@@ -70,11 +89,10 @@ def copies(length: int, block: int, stored: Attention, n: int, device: torch.dev
     its copy and the text of the blocks before it (block diffusion, arXiv 2503.09573, section 3.2, with n = 1).
     """
     positions = torch.arange(length, device=device)
-    number = positions // block
-    text = sees(positions[None], stored)[0]
-    before, itself = number[None, :] < number[:, None], number[None, :] == number[:, None]
-    rows = [torch.cat((text, text.new_zeros(length, n * length)), dim=1)]
-    for i in range(n):
-        own = [itself if i == j else torch.zeros_like(itself) for j in range(n)]
-        rows.append(torch.cat((before, *own), dim=1))
-    return Layout(positions.repeat(n + 1)[None], torch.cat(rows)[None, None])
+    blocks = -(-length // block)
+    number = [positions // block + 1 + i * blocks for i in range(n)]
+    return beside(
+        positions.repeat(n + 1)[None],
+        torch.cat([torch.zeros_like(positions), *number])[None],
+        torch.cat([horizon(positions, stored), *[positions // block * block] * n])[None],
+    )

@@ -254,17 +254,17 @@ class MaskedDiffusionTransformer(nn.Module):
         others. With a `Feed` the ids are new ones [B, W], behind those stored. `layout` takes the place of the
         architecture's own attention and of positions from 0. With `once`, the first block projects equal tokens once,
         and its linears do not see how many there are.
-        Raises ValueError where a block's `sequence` looks at all tokens and a `Feed` brings new ones.
+        Raises ValueError where a block's `sequence` looks at all tokens, and these are new ones or laid out otherwise.
         """
         columns = cache.columns if isinstance(cache, KVCache) else None
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if isinstance(cache, Feed):
             layout, real = cache.layout, cache.real.to(ids.device)
-            if any(block.whole_sequence for block in self.blocks):
-                raise ValueError(
-                    "keys or values are rounded by what all tokens of a sequence are, but this model's sampler "
-                    "computes them block by block; round them per token (method.kv=per_token)"
-                )
+        if layout is not None and any(block.whole_sequence for block in self.blocks):
+            raise ValueError(
+                "keys or values are rounded by what all tokens of a sequence are, but this model's sampler "
+                "computes them block by block; round them per token (method.kv=per_token)"
+            )
         rope, mask = self.context(ids, attention_mask, columns) if layout is None else self.tables(layout)
         computed = ids if columns is None else ids.gather(1, columns)
         x, kinds = self.embed(computed), self._kinds(computed) if once else None
@@ -334,14 +334,17 @@ class MaskedDiffusionTransformer(nn.Module):
         assert first is not None
         return self.head(self.norm(x[row, column - first[row, 0]]))
 
-    def head_rows(self, ids: Tensor, where: Tensor, feed: Feed) -> Tensor:
-        """The head's output [n, V] at the columns marked in `where` [B, W], on the CPU, for new tokens ids [B, W].
+    def head_rows(self, ids: Tensor, where: Tensor, seen: Feed | Layout) -> Tensor:
+        """The head's output [n, V] at the columns marked in `where` [B, W], on the CPU, for tokens ids [B, W]: new
+        ones of a `Feed`, or all of a `Layout`.
 
-        Nothing is shifted: what a row predicts, and with which attention, is the sampler's matter (`feed`).
+        Nothing is shifted: what a row predicts, and what it has `seen`, is the sampler's matter.
         """
         row, column = where.nonzero(as_tuple=True)
         read = span(row, column, len(ids))
-        for x in self.residual_states(ids, cache=feed, read=read.to(ids.device)):  # noqa: B007
+        feed, layout = (seen, None) if isinstance(seen, Feed) else (None, seen)
+        states = self.residual_states(ids, None, feed, read.to(ids.device), once=feed is None, layout=layout)
+        for x in states:  # noqa: B007  the last one leaves the last block
             pass
         row, column = torch.stack((row, column - read[row, 0])).to(ids.device)
         return self.head(self.norm(x[row, column]))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqx.common.problems import raise_if
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers.base import Call
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
 from dqx.diffusion.samplers.nemotron import first_end, no_schedule, own_block, stored
@@ -60,6 +61,11 @@ class FastDLLMSampler(BlockwiseSampler):
 
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)
+
+    def factorization(self, arch: Architecture) -> Factorization:
+        """Blocks whose first token is autoregressive, as it is written behind a finished block (training predicts it
+        from the masked block before). A prompt of exactly one block is seen."""
+        return Factorization(self.block, self.attention(arch), ahead=True, shift=True)
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """Up to the end of a block, and one token more."""

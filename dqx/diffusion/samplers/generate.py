@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dqx.common.problems import raise_if
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.samplers.base import Call, Generation, OnStep, append_masks, logits_at, most_confident, write
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
@@ -56,6 +57,14 @@ class Sampler(ABC):
     def stores_final(self) -> bool:
         """Whether what is kept is stored once, block by block, when its tokens are final: no forward has them all."""
         return False
+
+    def factorization(self, arch: Architecture) -> Factorization | None:
+        """How the likelihood of what it writes is a sum over blocks; None: a target is masked as a whole."""
+        return None
+
+    def likelihood_problems(self) -> list[str]:
+        """What stands against likelihoods with these settings."""
+        return []
 
     def exact(self) -> Sampler:
         """The same sampler without approximations."""

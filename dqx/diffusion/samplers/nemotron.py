@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqx.common.problems import raise_if
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers.base import Call
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
 from dqx.diffusion.samplers.llada import schedule_problems, share
@@ -75,6 +76,20 @@ class NemotronSampler(BlockwiseSampler):
 
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL if self.causal_context else FULL
+
+    def factorization(self, arch: Architecture) -> Factorization:
+        """Blocks from the end of the prefix, each with an autoregressive first token: the causal pass over all before
+        predicts it exactly, and the block's other tokens are denoised beside it, as `program` does."""
+        raise_if(self.likelihood_problems())
+        return Factorization(self.block, CAUSAL, from_prefix=True, ahead=True)
+
+    def likelihood_problems(self) -> list[str]:
+        if self.causal_context:
+            return []
+        return [
+            "sampler.causal_context=false lets final tokens see each other in full, for which no likelihood is "
+            "computed; leave it true for likelihood and text tasks"
+        ]
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """Up to the end of a block."""
@@ -136,6 +151,10 @@ class AutoregressiveSampler(BlockwiseSampler):
 
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL
+
+    def factorization(self, arch: Architecture) -> Factorization:
+        """Every token is predicted by the causal row before it: the exact autoregressive likelihood."""
+        return Factorization(1, CAUSAL, from_prefix=True, ahead=True)
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """`gen_length` masks."""

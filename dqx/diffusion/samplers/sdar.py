@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqx.common.problems import raise_if
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.noise import Noise
 from dqx.diffusion.samplers.base import Call, draw
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
@@ -82,6 +83,9 @@ class SDARSampler(BlockwiseSampler):
 
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)
+
+    def factorization(self, arch: Architecture) -> Factorization:
+        return Factorization(self.block, self.attention(arch))
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """Up to the end of a block."""
