@@ -211,21 +211,26 @@ class DiffusionLM:
     ) -> float:
         """Monte-Carlo bound on log p(target | prefix) in nats; exact where the target is one token.
 
+        Of models that write block by block it is a sum over blocks, as their sampler writes them; with the
+        autoregressive sampler it is exact.
+
         Args:
             prefix: what is given, P tokens.
             target: what is scored, L tokens.
             samples: draws of masks.
             seed: of the draws, which depend on nothing but the two texts besides.
-            masks: [N, L], True where a token is masked: these in place of the draws.
+            masks: [N, L], True where a token is masked: these in place of the draws; for models with full attention.
             batch_size: sequences that go through the model at a time.
 
         Raises:
-            ConfigProblems: masks of another shape, or a row of them without a mask; no draws; texts that together
-                are longer than the model.
+            ConfigProblems: masks of another shape, or a row of them without a mask, or of a model that writes block
+                by block; no draws; texts that together are longer than the model.
         """
         raise_if(count_problems(samples=samples, batch_size=batch_size))
         prefix_ids, target_ids = self.tokens(prefix), self.tokens(target)
         self._check_length(len(prefix_ids) + len(target_ids))
+        raise_if(self.sampler.likelihood_problems())
+        factorization = self.sampler.factorization(self.model.arch)
         if masks is None:
             return log_likelihood(
                 self.model,
@@ -235,7 +240,12 @@ class DiffusionLM:
                 seed=seed,
                 key=(self._as_text(prefix), self._as_text(target)),
                 batch_size=batch_size,
+                factorization=factorization,
             ).value
+        if factorization is not None:
+            raise ConfigProblems(
+                ["masks are for models whose targets are masked as a whole; this one has a likelihood of each block"]
+            )
         masks = torch.as_tensor(masks, device=self.model.device).bool()
         if masks.dim() != 2 or masks.shape[1] != len(target_ids) or not masks.any(1).all():
             raise ConfigProblems(

@@ -51,6 +51,8 @@ def task_problems(
         problems += _setting_problems(name, spec)
         if spec.kind == "generation" and sampler is not None:
             problems += _schedule_problems(name, spec, steps, sampler)
+        if spec.kind != "generation" and sampler is not None:
+            problems += sampler.likelihood_problems()
         if spec.kind == "text":
             problems += _text_problems(name, spec, data_root)
             continue

@@ -74,7 +74,7 @@ def evaluate(
     for name, spec in suite.items():
         result: TaskResult | None
         if spec.kind == "text":
-            result = evaluate_text(model, tokenizer, name, spec, settings, journal)
+            result = evaluate_text(model, tokenizer, name, spec, settings, journal, sampler)
         else:
             started = time.perf_counter()
             chosen = _documents(spec, settings)

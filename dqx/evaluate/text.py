@@ -4,7 +4,9 @@ The text, without blank rows, is cut from its start into windows of as many toke
 follows the model's end token, as a prompt without context does; its likelihood is the Monte-Carlo bound of
 `dqx/diffusion/likelihood.py` for all of its tokens. Masks are a function of (seed, text, window, draw): windows of full
 precision and of every quantized model pair. A bound, and by another factorisation: the numbers compare with each other
-and not with those of autoregressive models. The exponential of a difference is the ratio of two perplexities.
+and not with those of autoregressive models. Models that write block by block have a bound of each block
+(`dqx/diffusion/factorization.py`), and the exact autoregressive likelihood with the autoregressive sampler. The
+exponential of a difference is the ratio of two perplexities.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from dqx.common.digest import digest
 from dqx.data.texts import TextSource, find_text, token_stream
 from dqx.diffusion.batches import Request
+from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import DocumentRow, TaskResult
@@ -67,16 +70,25 @@ def evaluate_text(
     spec: TaskSpec,
     settings: EvaluationSettings,
     journal: Journal | None = None,
+    sampler: Sampler | None = None,
 ) -> TaskResult:
-    """Nats per token, with a row for each window. Guidance plays no part: it is the model that is measured."""
+    """Nats per token, with a row for each window.
+
+    Of the `sampler` nothing counts but how the likelihood is a sum over blocks; guidance plays no part.
+    """
     started = time.perf_counter()
     windows = text_windows(name, spec, tokenizer, limit=settings.limit, data_root=settings.data_root)
     start = torch.tensor([model.arch.eos_token_id])
     label = Path(text_of(name, spec).path).name
     requests = [Request(start, window, (label, i)) for i, window in enumerate(windows)]
     assert spec.mc_samples is not None
-    batch_tokens = settings.likelihood.batch_tokens
-    scorer = Scorer(model, samples=spec.mc_samples, seed=settings.seed, batch_tokens=batch_tokens)
+    scorer = Scorer(
+        model,
+        samples=spec.mc_samples,
+        seed=settings.seed,
+        batch_tokens=settings.likelihood.batch_tokens,
+        factorization=None if sampler is None else sampler.factorization(model.arch),
+    )
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
     session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)
     score(scorer, requests, session, label=name, shown=settings.progress)

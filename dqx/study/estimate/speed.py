@@ -24,6 +24,7 @@ from torch import nn
 from dqx.common import accelerator
 from dqx.diffusion.batches import CPU_TOKENS, GPU_TOKENS, Request
 from dqx.diffusion.engine import Engine, Prompt, busy_tokens
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.scorer import Scorer
 from dqx.models.architecture import Architecture
@@ -146,7 +147,7 @@ class Measured:
             passes = 2 if sampler.cfg_scale > 0 else 1
             return blocks + work.forwards / passes * self._engine_seconds(work, rows, sampler)
         if work.kind == "likelihood":
-            return blocks + work.forwards * self._scorer_seconds(work, rows)
+            return blocks + work.forwards * self._scorer_seconds(work, rows, sampler.factorization(self.arch))
         return blocks
 
     def rows(self, work: Work) -> int:
@@ -198,14 +199,16 @@ class Measured:
             self._times[key] = best(lambda: timed(lambda: engine.generate(prompts), self.device))
         return self._times[key] / some * read / each
 
-    def _scorer_seconds(self, work: Work, rows: int) -> float:
+    def _scorer_seconds(self, work: Work, rows: int, factorization: Factorization | None) -> float:
         """All that is no block of one masked sequence of a likelihood: some requests through the scorer."""
         positions = self._readable(rows * work.read)
         draws = max(1, min(work.draws, round(positions / work.read)))
         n = max(1, round(positions / work.read / draws))
-        key = ("scorer", draws, n, work.target, work.length)
+        key = ("scorer", draws, n, work.target, work.length, factorization)
         if key not in self._times:
-            scorer = Scorer(self.outer, samples=draws, seed=0, batch_tokens=rows * work.length)
+            scorer = Scorer(
+                self.outer, samples=draws, seed=0, batch_tokens=rows * work.length, factorization=factorization
+            )
             prefix = torch.zeros(max(1, work.length - work.target), dtype=torch.long)
             target = torch.arange(work.target) % self.arch.vocab_size
             requests = [Request(prefix.clone().fill_(i % self.arch.vocab_size), target, (i,)) for i in range(n)]
