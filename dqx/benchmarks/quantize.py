@@ -44,6 +44,7 @@ from dqx.quant import quantize
 from dqx.report.tables import Table
 
 NAMES = ("plain", "dqx")
+USUAL = "llada_8b,dream_7b"  # models
 MIB = 2**20
 
 #: What `--parts` measures: method, bits and settings by name. Each one is put beside GPTQ.
@@ -254,7 +255,7 @@ def overview_of_parts(figures: dict[str, dict[str, Any]], args: argparse.Namespa
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options("quantize", __doc__)
-    parser.add_argument("--model", default=",".join(MODELS), help=f"one or several of {', '.join(MODELS)} (all)")
+    parser.add_argument("--model", default=USUAL, help=f"one or several of {', '.join(MODELS)} ({USUAL})")
     parser.add_argument("--methods", default=",".join(SIDES), help=f"one or several of {', '.join(SIDES)} (all)")
     parser.add_argument("--tokens", type=int, default=2048, help=f"a multiple of {LENGTH} (2048)")
     parser.add_argument("--scale", type=int, default=1, help="divide all widths by this (1)")

@@ -93,6 +93,21 @@ def test_both_sides_agree(method, model, n_kv_heads):
     assert set(theirs.tensors) >= {f"codes.{role}" for roles in SITES.values() for role in roles}
 
 
+def test_parts_are_put_beside_gptq():
+    """Each is a method that can be asked for; two of them run, on a 16th of the widths."""
+    every = quantize.PARTS | quantize.IN_FORWARDS
+    for method, bits, settings in every.values():
+        choice = compose.select(method=method, bits=bits, overrides=settings)
+        assert compose.build(choice.method).problems(choice.bits, MODELS["llada_8b"]) == []
+    asked = ["gptq", "kv per_head"]
+    args = quantize.arguments(["--model", "llada_8b", "--parts", ",".join(asked), "--scale", "16", "--tokens", "512"])
+    threads = torch.get_num_threads()
+    figures = {name: quantize._part(name, args, print) for name in asked}
+    torch.set_num_threads(threads)
+    assert all(own["seconds"] > 0 for own in figures.values())
+    assert [row[0].text for row in quantize.overview_of_parts(figures, args).rows] == asked
+
+
 def test_differences_are_seen():
     codes, scale = torch.zeros(10, 10, dtype=torch.uint8), torch.ones(10, 1)
     theirs = {"codes.q": codes, "scale.q": scale, "channels.attn_in.0": torch.tensor([1, 2])}
@@ -121,7 +136,8 @@ def test_cases_have_the_real_shapes_and_planted_outliers():
 
 def test_command_line(capsys):
     for wrong, said in (
-        (["--model", "llama"], "dream_7b, llada_8b"),
+        (["--model", "llama"], "llama is unknown; there are dream_7b, "),
+        (["--parts", "gptq,awq"], "awq is unknown"),
         (["--methods", "gptq,rtn"], "rtn is unknown"),
         (["--tokens", "100"], "multiple of 512"),
         (["--scale", "3"], "scale=3"),
