@@ -39,7 +39,8 @@ from dqx.config.mistakes import explain
 from dqx.config.schema import CalibConfig, ConfigProblems, ModelConfig
 from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.data.masking import calibration_states
-from dqx.diffusion.engine import Engine, Prompt
+from dqx.diffusion.block_engine import engine_for
+from dqx.diffusion.engine import Prompt
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.settings import count_problems
 from dqx.evaluate.journal import Journal
@@ -167,7 +168,8 @@ class DiffusionLM:
             prompt: a text, or a list of them (or of their tokens; a tensor [B, P]), which are written in batches. Each
                 is written as it is alone, and a list gives a list.
             gen_length: how many tokens to write.
-            block_length: tokens of a block; blocks are written one after the other. None is a single block.
+            block_length: tokens of a block; blocks are written one after the other. None is a single block, or the
+                sampler's own where it has one.
             steps: denoising steps; None is one per token.
             seed: of the noise, which depends on nothing but the prompt besides.
             chat: put each prompt, a text, through the checkpoint's chat template as what a user says.
@@ -177,8 +179,8 @@ class DiffusionLM:
                 answer is longer than the model, a checkpoint without a template.
         """
         raise_if(count_problems(gen_length=gen_length))
-        block_length = gen_length if block_length is None else block_length
-        steps = gen_length if steps is None else steps
+        block_length = self.sampler.block_length(gen_length) if block_length is None else block_length
+        steps = self.sampler.steps_for(gen_length, steps)
         problems = self.sampler.problems(gen_length, block_length, steps)
         problems += self.sampler.token_problems(self.model.arch.vocab_size)
         if problems:
@@ -191,7 +193,7 @@ class DiffusionLM:
         if not all(each.ids for each in prompts):
             raise ConfigProblems(["a prompt has no tokens; each needs at least one"])
         self._check_length(max((len(each.ids) for each in prompts), default=0), gen_length)
-        engine = Engine(
+        engine = engine_for(self.sampler)(
             self.model, self.sampler, gen_length=gen_length, block_length=block_length, steps=steps, seed=seed
         )
         answers = engine.generate(prompts)
@@ -396,6 +398,7 @@ def load_configured(config: ModelConfig) -> DiffusionLM:
             f"mask_token_id={config.mask_token_id} lies outside the vocabulary of {checkpoint.arch.vocab_size}"
         )
     tokenizer, sampler = load_tokenizer(checkpoint), build(config.sampler)
+    raise_if([f"model.sampler: {problem}" for problem in sampler.model_problems(checkpoint.arch)])
     model = load_weights(checkpoint, dtype_of(config.dtype), pick_device(config.device))
     plant_outliers(model, config.outliers.gain, config.outliers.channels)
     return DiffusionLM(model, tokenizer, checkpoint, sampler, config)

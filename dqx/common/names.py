@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 SHOWN = 4  # so many names are offered at the most
 
@@ -62,3 +63,11 @@ def approximations(threshold: float | None, cache: str | None) -> tuple[str, ...
         None if cache is None else f"{cache}_cache",
     )
     return tuple(part for part in parts if part)
+
+
+def approximating(sampler: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """Threshold and cache of a sampler's settings, where they make it approximate.
+
+    A threshold does where the sampler may do without: then it stands beside a `cache`. Others have one of their own.
+    """
+    return (sampler.get("threshold"), sampler.get("cache")) if "cache" in sampler else (None, None)

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dqx.common.names import approximations, method_label
+from dqx.common.names import approximating, approximations, method_label
 from dqx.common.parts import build_part, part_problems, trust
 from dqx.config.command_line import normalize
 from dqx.config.mistakes import did_you_mean_setting, explain
@@ -87,7 +87,7 @@ def run_name(*, _root_: DictConfig) -> str:
         OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "method.variant", "bits.name")
     )
     parts: list[str | None] = [model, method_label(name, variant), bits]
-    parts += approximations(*(OmegaConf.select(_root_, f"model.sampler.{key}") for key in ("threshold", "cache")))
+    parts += approximations(*approximating(OmegaConf.select(_root_, "model.sampler") or {}))
     masking, count = OmegaConf.select(_root_, "calib.masking"), OmegaConf.select(_root_, "steps.count")
     parts += [None if masking == "clean" else masking, f"{count}steps" if count else None]
     return "-".join(str(p) for p in parts if p is not None)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dqx.common.digest import digest
 from dqx.common.files import jsonable
 from dqx.diffusion.batches import Request
+from dqx.diffusion.block_engine import engine_for
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.samplers import Sampler, greedy
 from dqx.diffusion.scorer import Scorer
@@ -161,20 +162,26 @@ class DiffusionHarness(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The generated text of each request, cut before its first stop string or end token; no more is written."""
         prompts = [self._prompt(request) for request in requests]
-        work = [writing(prompt, request.args[1]) for prompt, request in zip(prompts, requests, strict=True)]
+        counts = [self.steps(request) for request in requests]
+        # tokens through the model that an answer takes at most
+        work = [
+            (len(prompt.ids) + request.args[1]["max_gen_toks"]) * count
+            for prompt, request, count in zip(prompts, requests, counts, strict=True)
+        ]
         session = EvaluationSession(documents(requests), work, self.journal)
-        steps = sum(schedule_steps(requests[i].args[1]) for i in session.todo)
-        with progress_bar(steps, self.task.label, "steps", shown=self.settings.progress) as bar:
+        with progress_bar(
+            sum(counts[i] for i in session.todo), self.task.label, "steps", shown=self.settings.progress
+        ) as bar:
             for indices in alike(requests, session.todo):
                 settings = requests[indices[0]].args[1]
                 until = settings.get("until") or []
                 ending = Ending(self.tokenizer, self.end_tokens, [until] if isinstance(until, str) else until)
-                engine = Engine(
+                engine = engine_for(self.sampler)(
                     self.model,
                     self.sampler,
                     gen_length=settings["max_gen_toks"],
                     block_length=self.sampler.block_length(settings.get("block_length")),
-                    steps=schedule_steps(settings),
+                    steps=counts[indices[0]],
                     seed=self.settings.seed,
                     settled=ending.settled,
                     batch_size=self.task.batch_size,
@@ -192,6 +199,11 @@ class DiffusionHarness(LM):
         return [str(text) for text in self._gather(session)]
 
     # the pieces
+
+    def steps(self, request: Instance) -> int:
+        """The denoising steps of a request's answer."""
+        settings = request.args[1]
+        return self.sampler.steps_for(settings["max_gen_toks"], settings.get("steps"))
 
     def _gather(self, session: EvaluationSession) -> list[Any]:
         """The answers to all requests, and what they cost. Raises Answered in all processes but the main one."""
@@ -300,16 +312,6 @@ def alike(requests: Sequence[Instance], indices: Sequence[int]) -> list[list[int
     for i in indices:
         groups.setdefault(repr(sorted(requests[i].args[1].items())), []).append(i)
     return list(groups.values())
-
-
-def writing(prompt: Prompt, settings: Mapping[str, Any]) -> int:
-    """Tokens through the model that an answer takes at most."""
-    return (len(prompt.ids) + settings["max_gen_toks"]) * schedule_steps(settings)
-
-
-def schedule_steps(settings: Mapping[str, Any]) -> int:
-    """Denoising steps of an answer: as many as it has tokens where nothing else is set."""
-    return int(settings.get("steps") or settings["max_gen_toks"])
 
 
 def document_key(request: Instance) -> tuple[str, int]:

@@ -62,6 +62,11 @@ def task_problems(
             problems.append(f"task.suite.{name}.harness: {error}")
             continue
         problems += _harness_problems(name, spec, members[0])
+        if sampler is not None and sampler.stores_final and members[0].raw.get("output_type") == "loglikelihood":
+            problems.append(
+                f"task.suite.{name} asks whether greedy decoding writes the target, which is defined for models with "
+                "full attention (LLaDA's, Dream's); leave it out"
+            )
         if likelihood is not None and likelihood.adaptive:
             problems += _adaptive_problems(name, spec, members[0])
         if data_root is not None:
@@ -140,7 +145,7 @@ def _schedule_problems(name: str, spec: TaskSpec, steps: int | None, sampler: Sa
         return
     steps = steps_of(spec, steps)
     blocks = sampler.block_length(spec.block_length)
-    for problem in sampler.problems(spec.gen_length, blocks, spec.gen_length if steps is None else steps):
+    for problem in sampler.problems(spec.gen_length, blocks, sampler.steps_for(spec.gen_length, steps)):
         yield problem if problem.startswith("sampler.") else f"task.suite.{name}: {problem}"
 
 

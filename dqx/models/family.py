@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,8 +43,14 @@ class Family:
     ignored: frozenset[str] = frozenset()  # its keys that say nothing about the function: of training, of files
     example: str | None = None  # a choice of the config group `model`
     published: tuple[str, Architecture] | None = None  # name and shape, for estimates without a checkpoint at hand
+    sizes: Mapping[str, Architecture] = field(default_factory=dict)  # others that are published, by a name like its
     traits: frozenset[str] = frozenset()  # what `conf/` asks by (`${by_trait:...}`), for settings of published code
     architecture_class: type[Architecture] = Architecture  # what `architecture` returns; of other roles a subclass
+
+    def shape_of(self, path: str) -> tuple[str, Architecture] | None:
+        """Name and shape of the published checkpoint whose size (`4B`) stands in a path; else those of `published`."""
+        parts = re.split("[-_/]", path)
+        return next(((name, arch) for name, arch in self.sizes.items() if name.split("-")[-1] in parts), self.published)
 
 
 def read_keys(config: Mapping[str, Any], keys: Mapping[str, str], *, yarn: tuple[str, ...] = ()) -> dict[str, Any]:

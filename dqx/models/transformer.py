@@ -142,7 +142,7 @@ class Block(nn.Module):
             stored = partial(self.keys_values, {**self.sequence, **self.stored}, *fresh) if self.stored else None
             k, v = reuse(k, v, stored)
         if read is not None and mask is not None:
-            mask = pick(mask, read[:, None])
+            mask = pick(mask.expand(batch, -1, -1, -1), read.expand(batch, -1)[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

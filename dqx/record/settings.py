@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dqx.common.names import approximations, method_label
+from dqx.common.names import approximating, approximations, method_label
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class RunSettings:
         groups = ("model", "method", "bits", "calib", "steps", "task", "wandb")
         model, method, bits, calib, steps, task, wandb = (config.get(group) or {} for group in groups)
         sampler, activation = model.get("sampler") or {}, bits.get("activation") or {}
+        threshold, cache = approximating(sampler)
         calibration = {key: calib[key] for key in ("masking", "samples", "length") if key in calib}
         return cls(
             model=str(model.get("name")),
@@ -52,8 +53,8 @@ class RunSettings:
             bits=str(bits.get("name")),
             activation_bits=int(activation.get("bits", 16)),
             activation_format=activation.get("format", "int"),
-            threshold=sampler.get("threshold"),
-            cache=sampler.get("cache"),
+            threshold=threshold,
+            cache=cache,
             steps=steps.get("count"),
             calibration=CalibrationSettings(str(calib.get("text")), **calibration) if calib else None,
             limit=task.get("limit"),

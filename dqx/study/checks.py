@@ -99,9 +99,24 @@ def reuse_notes(config: Config, method: Method) -> list[str]:
     ]
 
 
-def model_problems(config: Config, arch: Architecture, method: Method | None) -> list[str]:
-    """Numbers that a model is too small for, and widths that do not go with it."""
-    return [*_architecture_problems(config, arch), *(method.problems(config.bits, arch) if method else ())]
+def sampler_notes(config: Config, arch: Architecture, sampler: Sampler) -> list[str]:
+    """What a reader of results should know of the sampler beside the model, and what cannot be measured with it."""
+    notes = sampler.model_notes(arch)
+    if sampler.stores_final and config.fidelity.samples:
+        notes.append(
+            "fidelity: predictions are not compared with those of full precision, nor are outliers looked at by "
+            f"denoising step: answers are written by {sampler.name}, and no forward has all of their tokens"
+        )
+    return notes
+
+
+def model_problems(config: Config, arch: Architecture, method: Method | None, sampler: Sampler | None) -> list[str]:
+    """Numbers that a model is too small for, and a sampler and widths that do not go with it."""
+    return [
+        *(f"model.sampler: {problem}" for problem in (sampler.model_problems(arch) if sampler else ())),
+        *_architecture_problems(config, arch),
+        *(method.problems(config.bits, arch) if method else ()),
+    ]
 
 
 def is_local(path: str) -> bool:

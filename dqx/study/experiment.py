@@ -54,7 +54,7 @@ class Experiment(Design):
             named = "model.path=" if str(error).startswith(model.path) else ""
             raise ConfigProblems([*wrong, f"{named}{error}"]) from error
         wrong += checks.checkpoint_problems(config, checkpoint)
-        wrong += checks.model_problems(config, checkpoint.arch, method)
+        wrong += checks.model_problems(config, checkpoint.arch, method, sampler)
         _refuse(wrong)
         dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
         device = pick_device(model.device)
@@ -80,7 +80,7 @@ def designed(config: Config, arch: Architecture, dtype: torch.dtype, device: tor
     Raises ConfigProblems with everything that is wrong.
     """
     method, sampler, wrong = _parts(config, here=False)
-    _refuse([*wrong, *checks.model_problems(config, arch, method)])
+    _refuse([*wrong, *checks.model_problems(config, arch, method, sampler)])
     return Design(config, method, sampler, arch, dtype, device)
 
 

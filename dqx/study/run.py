@@ -26,7 +26,7 @@ from dqx.report.terminal import print_copy, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study.cache.space import make_room
-from dqx.study.checks import reuse_notes
+from dqx.study.checks import reuse_notes, sampler_notes
 from dqx.study.costs import Costs
 from dqx.study.estimate.memory import exceeded
 from dqx.study.experiment import Experiment
@@ -110,6 +110,7 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
             *quantization.report.notes,
             *quantization.notes,
             *reuse_notes(config, experiment.method),
+            *sampler_notes(config, experiment.arch, experiment.sampler),
             *exceeded(experiment.pools, costs.peak),
         ],
     )

@@ -140,7 +140,7 @@ class Stages:
         It is the answers that full precision writes after a few windows of text, and its predictions on their states.
         """
         settings, lm, seed = self.config.fidelity, self.subjects.lm, self.config.seed
-        if not settings.samples:
+        if not settings.samples or lm.sampler.stores_final:  # told by `checks.sampler_notes`
             return None
         original = self.subjects.original
         with self.costs.stage("predictions, full precision"):

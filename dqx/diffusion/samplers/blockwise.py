@@ -21,7 +21,7 @@ from torch import Tensor
 from dqx.common.problems import raise_if
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.samplers.base import Call, Generation, OnStep, at_least_float32, fetched
-from dqx.diffusion.samplers.generate import Sampler
+from dqx.diffusion.samplers.generate import Sampler, own_choice
 from dqx.models.architecture import Architecture, Attention
 from dqx.models.layout import Layout, sees
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -92,6 +92,27 @@ class BlockwiseSampler(Sampler):
     @property
     def stores_final(self) -> bool:
         return True
+
+    @abstractmethod
+    def fits(self, arch: Architecture) -> bool:
+        """Whether models of this architecture have learned what the sampler asks them."""
+
+    def model_problems(self, arch: Architecture) -> list[str]:
+        if self.fits(arch):
+            return []
+        return [
+            f"this sampler ({self.name}) asks for block-wise attention and logits that models of family {arch.family} "
+            f"have not learned; write model.sampler={own_choice(arch)}"
+        ]
+
+    def model_notes(self, arch: Architecture) -> list[str]:
+        block = self.block_length(None)
+        if block in (None, 1, arch.block_length):
+            return []
+        return [
+            f"answers are written in blocks of {block} tokens (model.sampler.block), while the checkpoint says that it "
+            f"was trained with {arch.block_length}; likelihoods take its own"
+        ]
 
     @abstractmethod
     def program(self, canvas: Tensor, prompt: int, *, gen_length: int, steps: int, arch: Architecture) -> Program:

@@ -13,7 +13,7 @@ A prompt of exactly one block is neither stored nor seen, as in theirs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from dqx.diffusion.samplers.base import Call
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
 from dqx.diffusion.samplers.nemotron import first_end, no_schedule, own_block, stored
 from dqx.diffusion.settings import count_problems, number_problems
-from dqx.models.architecture import Architecture, Attention
+from dqx.models.architecture import CAUSAL, FULL, Architecture, Attention
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ class FastDLLMSampler(BlockwiseSampler):
         cache = ", block cache" if self.block_cache else ""
         return f"low_confidence {self.threshold:g}, blocks of {self.block} in {self.sub_block}{cache}"
 
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        return ("block_cache",) if self.block_cache else ()
+
+    def exact(self) -> FastDLLMSampler:
+        return replace(self, block_cache=False)
+
     def block_length(self, wanted: int | None) -> int:
         """The sampler's own."""
         return self.block
@@ -58,6 +65,10 @@ class FastDLLMSampler(BlockwiseSampler):
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         raise_if(self.problems(gen_length, block_length, steps))
         return list(calls_of_blocks(gen_length, self.block, self.block, [1] * (self.block - 1)))
+
+    def fits(self, arch: Architecture) -> bool:
+        """Block-wise attention, and logits that are shifted."""
+        return arch.attention not in (FULL, CAUSAL) and arch.logit_shift
 
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)

@@ -21,7 +21,9 @@ from dqx.common.problems import raise_if
 from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.noise import Noise, SeededNoise
 from dqx.diffusion.samplers.base import Call, Generation, OnStep, append_masks, logits_at, most_confident, write
-from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.models.architecture import FULL, Architecture
+from dqx.models.family import family_of
+from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.models.vocabulary import id_problems
 
 
@@ -73,6 +75,23 @@ class Sampler(ABC):
     def block_length(self, wanted: int | None) -> int | None:
         """The block length to ask for where a task wants `wanted`."""
         return wanted
+
+    def steps_for(self, gen_length: int, wanted: int | None) -> int:
+        """The denoising steps of an answer where `wanted` are set; None: one per token."""
+        return gen_length if wanted is None else wanted
+
+    def model_problems(self, arch: Architecture) -> list[str]:
+        """What is wrong with a model of this architecture: it would be asked what it has not learned."""
+        if arch.attention == FULL:
+            return []
+        return [
+            f"this sampler ({self.name}) asks for tokens that see the whole answer, but models of family {arch.family} "
+            f"have learned attention that sees no later block; write model.sampler={own_choice(arch)}"
+        ]
+
+    def model_notes(self, arch: Architecture) -> list[str]:
+        """What a reader of results should know of the sampler beside a model."""
+        return []
 
     def notes(self, gen_length: int | None, block_length: int | None) -> list[str]:
         """What a reader of results should know whose answers were to be written in these lengths."""
@@ -193,3 +212,8 @@ class Sampler(ABC):
             tokens, confidence = self.candidates(logits, look, [step] * len(ids), noise=noise, arch=model.arch)
             write(answer, look, tokens, most_confident(confidence, look, counts, self.threshold))
         return Generation(answer, n_forwards, n_tokens)
+
+
+def own_choice(arch: Architecture) -> str:
+    """The file in `conf/model/sampler` of the sampler that a model's family writes with."""
+    return str(family_of(arch.family).sampler["_target_"]).split(".")[-2]

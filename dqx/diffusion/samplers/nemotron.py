@@ -74,6 +74,15 @@ class NemotronSampler(BlockwiseSampler):
         counts = [share(self.block - self.causal_context, per_block, i) for i in range(per_block)]
         return list(calls_of_blocks(gen_length, self.block, per_block, counts))
 
+    def steps_for(self, gen_length: int, wanted: int | None) -> int:
+        """As many as the answer has tokens are as many as its whole blocks have."""
+        whole = -(-gen_length // self.block) * self.block
+        return whole if wanted is None or wanted == gen_length else wanted
+
+    def fits(self, arch: Architecture) -> bool:
+        """Causal attention, and full attention inside a block."""
+        return arch.attention == CAUSAL and not arch.logit_shift
+
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL if self.causal_context else FULL
 
@@ -148,6 +157,10 @@ class AutoregressiveSampler(BlockwiseSampler):
     def calls(self, gen_length: int, block_length: int | None, steps: int, random: torch.Generator) -> list[Call]:
         raise_if(self.problems(gen_length, block_length, steps))
         return [Call(i, i, i + 1, 1, window=(i, i + 1) if i else None) for i in range(gen_length)]
+
+    def fits(self, arch: Architecture) -> bool:
+        """Causal attention, in whose logits row i predicts the next token."""
+        return arch.attention == CAUSAL and not arch.logit_shift
 
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL

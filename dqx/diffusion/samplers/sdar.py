@@ -27,7 +27,7 @@ from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, ca
 from dqx.diffusion.samplers.dream import draw_tokens, filter_logits
 from dqx.diffusion.samplers.llada import schedule_problems, share
 from dqx.diffusion.settings import choice_problems, count_problems, number_problems
-from dqx.models.architecture import Architecture, Attention
+from dqx.models.architecture import CAUSAL, FULL, Architecture, Attention
 
 REMASKING = ("low_confidence_dynamic", "low_confidence_static", "sequential")
 
@@ -80,6 +80,15 @@ class SDARSampler(BlockwiseSampler):
     def per_block(self, gen_length: int, steps: int) -> int:
         """Denoising steps of a block, at most."""
         return max(1, steps // -(-gen_length // self.block))
+
+    def steps_for(self, gen_length: int, wanted: int | None) -> int:
+        """As many as the answer has tokens are as many as its whole blocks have."""
+        whole = -(-gen_length // self.block) * self.block
+        return whole if wanted is None or wanted == gen_length else wanted
+
+    def fits(self, arch: Architecture) -> bool:
+        """Block-wise attention, and row i predicts token i."""
+        return arch.attention not in (FULL, CAUSAL) and not arch.logit_shift
 
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)

@@ -7,6 +7,7 @@ a constant of the authors' code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dqx.models.architecture import Architecture, Attention
@@ -28,6 +29,12 @@ PUBLISHED = Architecture(
     rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, mask_token_id=MASK_TOKEN_ID, eos_token_id=151645, max_length=32768,
     logit_shift=True, attention=Attention(BLOCK_LENGTH), block_length=BLOCK_LENGTH,
 )  # fmt: skip
+#: Qwen2.5's of this size.
+SIZES = {
+    "Fast-dLLM-v2-1.5B": replace(
+        PUBLISHED, vocab_size=151936, hidden_size=1536, mlp_size=8960, n_heads=12, n_kv_heads=2, tied_head=True
+    ),
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -80,5 +87,6 @@ FAMILY = register(
         sampler={"_target_": "dqx.diffusion.samplers.fast_dllm.FastDLLMSampler"},
         example="fast_dllm_7b",
         published=("Fast-dLLM-v2-7B", PUBLISHED),
+        sizes=SIZES,
     )
 )

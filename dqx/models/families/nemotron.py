@@ -10,6 +10,7 @@ read from the file, as published ones differ.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dqx.models.architecture import CAUSAL, Architecture, Yarn
@@ -35,6 +36,11 @@ PUBLISHED = Architecture(
     logit_shift=False, attention=CAUSAL, block_length=32,
     yarn=Yarn(factor=16.0, original_length=16384, query_scale=0.1),
 )  # fmt: skip
+#: Ministral 3's of these sizes.
+SIZES = {
+    "Nemotron-Labs-Diffusion-3B": replace(PUBLISHED, hidden_size=3072, mlp_size=9216, n_blocks=26),
+    "Nemotron-Labs-Diffusion-14B": replace(PUBLISHED, hidden_size=5120, mlp_size=16384, n_blocks=40),
+}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -97,5 +103,6 @@ FAMILY = register(
         sampler={"_target_": "dqx.diffusion.samplers.nemotron.NemotronSampler"},
         example="nemotron_8b",
         published=("Nemotron-Labs-Diffusion-8B", PUBLISHED),
+        sizes=SIZES,
     )
 )

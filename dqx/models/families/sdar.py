@@ -10,6 +10,7 @@ authors' scripts, and the length is in the checkpoint's name (`-b16`, ...; 4 whe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dqx.models.architecture import Architecture, Attention
@@ -35,6 +36,13 @@ PUBLISHED = Architecture(
     head_dim=128, rope_theta=1e6, norm_eps=1e-6, qkv_bias=False, mask_token_id=MASK_TOKEN_ID, eos_token_id=151643,
     max_length=32768, logit_shift=False, head_norm=True, attention=Attention(BLOCK_LENGTH), block_length=BLOCK_LENGTH,
 )  # fmt: skip
+#: Qwen3's of these sizes.
+SIZES = {
+    "SDAR-1.7B": replace(
+        PUBLISHED, hidden_size=2048, mlp_size=6144, n_blocks=28, n_heads=16, tied_head=True
+    ),
+    "SDAR-4B": replace(PUBLISHED, hidden_size=2560, mlp_size=9728, tied_head=True),
+}  # fmt: skip
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -88,5 +96,6 @@ FAMILY = register(
         sampler={"_target_": "dqx.diffusion.samplers.sdar.SDARSampler"},
         example="sdar_4b",
         published=("SDAR-8B", PUBLISHED),  # Qwen3-8B's shape
+        sizes=SIZES,
     )
 )

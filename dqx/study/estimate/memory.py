@@ -26,7 +26,7 @@ from dqx.common import accelerator
 from dqx.common.devices import process_count
 from dqx.common.memory import GB, gigabytes, machine_bytes
 from dqx.diffusion.batches import token_bytes
-from dqx.diffusion.engine import row_bytes
+from dqx.diffusion.engine import cache_bytes, row_bytes
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.stats import COLLECTORS
@@ -204,7 +204,8 @@ def evaluating_bytes(arch: Architecture, dtype: torch.dtype, works: Iterable[tup
 
 def _sequence_bytes(arch: Architecture, dtype: torch.dtype, work: Work) -> int:
     if work.kind == "generation":
-        return row_bytes(arch, work.length, round(work.read))
+        kept = cache_bytes(arch, work.length, dtype.itemsize) if work.computed else 0
+        return row_bytes(arch, work.length, round(work.read)) + kept
     return work.length * token_bytes(arch, dtype.itemsize, work.length, work.target / work.length)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from dqx.common import accelerator
 from dqx.diffusion.batches import CPU_TOKENS, GPU_TOKENS, Request
+from dqx.diffusion.block_engine import engine_for
 from dqx.diffusion.engine import Engine, Prompt, busy_tokens
 from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers import Sampler
@@ -43,9 +44,10 @@ def block_parameters(arch: Architecture) -> int:
     return sum(arch.in_features(role) * arch.out_features(role) for role in arch.roles)
 
 
-def block_flops(arch: Architecture, length: int) -> float:
-    """Operations of one sequence in one block: the linears and attention."""
-    return 2.0 * block_parameters(arch) * length + 4.0 * arch.hidden_size * length**2
+def block_flops(arch: Architecture, length: int, computed: float | None = None) -> float:
+    """Operations of one sequence in one block: the linears and attention; of `computed` tokens, None: of all."""
+    tokens = length if computed is None else computed
+    return 2.0 * block_parameters(arch) * tokens + 4.0 * arch.n_heads * arch.head_size * length * tokens
 
 
 def head_flops(arch: Architecture, positions: float) -> float:
@@ -55,7 +57,8 @@ def head_flops(arch: Architecture, positions: float) -> float:
 
 def work_flops(arch: Architecture, work: Work) -> float:
     """Operations of all forwards of `work`; the head reads the positions that are needed."""
-    return work.forwards * (arch.n_blocks * block_flops(arch, work.length) + head_flops(arch, work.read))
+    blocks = arch.n_blocks * block_flops(arch, work.length, work.width)
+    return work.forwards * (blocks + head_flops(arch, work.read))
 
 
 def batch_rows(work: Work, device_type: str) -> int:
@@ -66,7 +69,7 @@ def batch_rows(work: Work, device_type: str) -> int:
         tokens, most = busy_tokens(device_type), work.documents
     else:
         tokens, most = CPU_TOKENS if device_type == "cpu" else GPU_TOKENS, round(work.forwards)
-    return max(1, min(tokens // work.length, most))
+    return max(1, min(int(tokens // work.width), most))
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,11 @@ class Measured:
     def seconds(self, work: Work, sampler: Sampler) -> float:
         """Everything that `work` takes through the model."""
         rows = self.rows(work)
-        blocks = work.forwards * self.arch.n_blocks * self.block_seconds(rows, work.length) / rows
+        blocks = work.forwards * self.arch.n_blocks * self.block_seconds(rows, work.length, work.width) / rows
         if work.kind == "generation":
             passes = 2 if sampler.cfg_scale > 0 else 1
-            return blocks + work.forwards / passes * self._engine_seconds(work, rows, sampler)
+            own = self._passes_seconds if sampler.stores_final else self._engine_seconds
+            return blocks + work.forwards / passes * own(work, rows, sampler)
         if work.kind == "likelihood":
             return blocks + work.forwards * self._scorer_seconds(work, rows, sampler.factorization(self.arch))
         return blocks
@@ -154,14 +158,14 @@ class Measured:
         """Sequences that go through the model at a time."""
         return batch_rows(work, self.device.type)
 
-    def block_seconds(self, rows: int, length: int) -> float:
-        """One block on B sequences of T tokens."""
-        b, t = rows, length
+    def block_seconds(self, rows: int, length: int, computed: float | None = None) -> float:
+        """One block on B sequences of T tokens, or on `computed` of them that see all."""
+        b, t = rows, length if computed is None else max(1, round(computed))
         if b * t > self.limit:
             b, t = max(1, self.limit // t), min(t, self.limit)
         if ("block", b, t) not in self._times:
             self._times["block", b, t] = best(lambda: self._pass(b, t))
-        whole, part = rows * block_flops(self.arch, length), b * block_flops(self.arch, t)
+        whole, part = rows * block_flops(self.arch, length, computed), b * block_flops(self.arch, t)
         return self._times["block", b, t] * whole / part
 
     def _pass(self, rows: int, length: int) -> float:
@@ -198,6 +202,20 @@ class Measured:
             prompts = [Prompt([1 % self.arch.vocab_size] * (length - i % 2 or 1), i) for i in range(some)]
             self._times[key] = best(lambda: timed(lambda: engine.generate(prompts), self.device))
         return self._times[key] / some * read / each
+
+    @torch.no_grad()
+    def _passes_seconds(self, work: Work, rows: int, sampler: Sampler) -> float:
+        """`_engine_seconds` of a sampler that writes by passes: answers of one block, divided by their passes."""
+        block = sampler.block_length(None) or 1
+        some = max(1, min(rows, self._readable(rows * block) // block))
+        key = ("passes", repr(sampler), some, work.length)
+        if key not in self._times:
+            steps = sampler.steps_for(block, None)
+            engine = engine_for(sampler)(self.outer, sampler, gen_length=block, steps=steps, batch_size=some)
+            prompts = [Prompt([1 % self.arch.vocab_size] * max(1, work.length - block - i % 2), i) for i in range(some)]
+            taken = sum(answer.n_forwards for answer in engine.generate(prompts))
+            self._times[key] = best(lambda: timed(lambda: engine.generate(prompts), self.device)) / taken
+        return self._times[key]
 
     def _scorer_seconds(self, work: Work, rows: int, factorization: Factorization | None) -> float:
         """All that is no block of one masked sequence of a likelihood: some requests through the scorer."""

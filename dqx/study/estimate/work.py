@@ -8,7 +8,8 @@ not counted.
 Generation: answers are taken to be as long as those in the data, and a row stops when its answer has ended. The block
 in which it ends is written from the most confident token on, so that this happens anywhere between the answer's own
 tokens and the whole block: half way is counted. Dream's sampler has one block. `at_most` is the whole schedule;
-samplers with a confidence threshold need less.
+samplers with a confidence threshold need less. Samplers that store final tokens compute a block per sequence,
+which sees what is stored.
 
 N draws, L tokens of a target, C tokens of it that are masked.
 """
@@ -50,10 +51,16 @@ class Work:
     each: str = ""  # "256 steps", "4 choices x 128 draws"
     programs: int = 0  # run in the sandbox
     batch: int | None = None  # sequences at a time, where the config says so
+    computed: float = 0.0  # tokens of a sequence that are computed, on average; 0: all
+
+    @property
+    def width(self) -> float:
+        """Tokens of a sequence that are computed, on average."""
+        return self.computed or self.length
 
     @property
     def tokens(self) -> float:
-        return self.forwards * self.length
+        return self.forwards * self.width
 
 
 def work_of_tasks(design: Design) -> dict[str, Work]:
@@ -86,7 +93,7 @@ def task_work(
     prompt = size.prompt(spec) + (CHAT_TOKENS if chat else 0)
     if spec.kind == "likelihood":
         return _likelihood(spec, size, documents, prompt, likelihood or LikelihoodSettings())
-    return _generation(spec, size, documents, prompt, sampler, steps_of(spec, steps) or spec.gen_length or 0)
+    return _generation(spec, size, documents, prompt, sampler, steps_of(spec, steps))
 
 
 def _likelihood(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, settings: LikelihoodSettings) -> Work:
@@ -142,19 +149,26 @@ def _different(states: int, draws: int) -> float:
     return -states * math.expm1(draws * math.log1p(-1 / states))
 
 
-def _generation(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, sampler: Sampler, steps: int) -> Work:
+def _generation(
+    spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, sampler: Sampler, wanted: int | None
+) -> Work:
     gen_length = spec.gen_length or 0
-    block = sampler.block_length(spec.block_length)
-    schedule = len(sampler.calls(gen_length, block, steps, generator(0, "schedule")))
+    block, steps = sampler.block_length(spec.block_length), sampler.steps_for(gen_length, wanted)
+    calls = sampler.calls(gen_length, block, steps, generator(0, "schedule"))
+    schedule, read, computed = len(calls), ((block or gen_length) + 1) / 2, 0.0
+    if sampler.stores_final:
+        widths = [prompt + gen_length if call.window is None else call.window[1] - call.window[0] for call in calls]
+        read, computed = sum(call.masked for call in calls) / schedule, sum(widths) / schedule
     written = _written({length: n for length, (n, _) in size.answers.items()}, gen_length, block or gen_length)
     return Work(
         "generation",
         forwards=documents * schedule * written,
         at_most=documents * schedule,
         length=prompt + gen_length,
-        read=((block or gen_length) + 1) / 2,
+        read=read,
+        computed=computed,
         documents=documents,
-        each=f"{steps} steps",
+        each=f"{schedule} passes" if sampler.stores_final else f"{steps} steps",
         programs=documents if spec.category == "code" else 0,
         batch=spec.batch_size,
     )

@@ -166,7 +166,7 @@ def _planned(config: Config, say: Say) -> PlannedRun:
         run.evaluation[name] = cost(work) + Cost(seconds=programs, here=programs if here else 0.0)
         run.baselines[name] = _baseline_key(config, config.task.suite[name])
     say(f"{run.name}, calibration and checks")
-    run.checks = sum(map(cost, _checks(config, design.sampler.cfg_scale > 0)), Cost())
+    run.checks = sum(map(cost, _checks(config, design.sampler)), Cost())
     run.quantization = sum(map(cost, calibration_work(design)), Cost())
     hessians = hessian_flops(design, config.calib.samples * config.calib.length)
     own = hessians / (here.tflops * 1e12) if here else 0.0
@@ -207,10 +207,11 @@ def _architecture(config: Config, run: PlannedRun) -> Architecture | None:
             run.problems.append(str(error))
             return None
     family = families().get(config.model.family)
-    if family is None or family.published is None:
+    shape = None if family is None else family.shape_of(path)
+    if shape is None:
         run.problems.append(f"model.family={config.model.family} has no published shape, and {path} is not here")
         return None
-    name, arch = family.published
+    name, arch = shape
     run.notes.append(f"{config.model.name} is not here; it is taken to have the shapes of {name}.")
     return arch
 
@@ -288,11 +289,13 @@ def hessian_flops(design: Design, tokens: int) -> float:
     return total
 
 
-def _checks(config: Config, guided: bool) -> list[Work]:
+def _checks(config: Config, sampler: Sampler) -> list[Work]:
     """What is looked at on both sides besides the tasks."""
     outliers, fidelity = config.outliers.samples, config.fidelity
     work = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
-    steps = schedule(fidelity.gen_length, config.steps.count)
+    if sampler.stores_final:  # nothing is compared: see `checks.sampler_notes`
+        return work
+    steps, guided = schedule(fidelity.gen_length, config.steps.count), sampler.cfg_scale > 0
     if fidelity.samples and outliers:
         states = min(config.outliers.steps, steps)
         work.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
