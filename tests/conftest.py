@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from goldens import TINY, tiny_config
 from tiny import random_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -30,7 +31,6 @@ CHAT_TEMPLATE = (
     "{% if not (loop.last and m.role == 'assistant') %}<|eot_id|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-IN_GOLDEN3 = {"sdar": "sdar", "nemotron": "nemotron", "fast_dllm": "fastdllm2"}  # families, and their sets there
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -73,9 +73,8 @@ def tiny_checkpoint(tmp_path: Path) -> TinyCheckpoint:
     """
 
     def make(family: str = "llada", *, max_shard_bytes: int = 10**9, seed: int = 0, **changes: Any) -> Path:
-        golden, name = ("golden3", IN_GOLDEN3[family]) if family in IN_GOLDEN3 else ("golden", family)
-        config = json.loads((TESTS / golden / f"{name}_tiny" / "config.json").read_text())
-        if golden == "golden3":
+        config = tiny_config(family)
+        if family in TINY:
             config |= {"vocab_size": 320}  # for the tokenizer's bytes
         length = "max_sequence_length" if family == "llada" else "max_position_embeddings"
         config |= {"eos_token_id": 256, "pad_token_id": 256, "mask_token_id": 257, length: 1024, **changes}

@@ -21,7 +21,14 @@ from dqx.quant.stats import COLLECTORS
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN2 = Path(__file__).parent / "golden2"  # recorded from the released code of D2Quant and of Quant-dLLM
 GOLDEN3 = Path(__file__).parent / "golden3"  # of families with block-wise attention
+#: Where the small checkpoint of a family is.
+TINY = {"sdar": GOLDEN3 / "sdar_tiny", "nemotron": GOLDEN3 / "nemotron_tiny", "fast_dllm": GOLDEN3 / "fastdllm2_tiny"}
 FAMILIES = ("llada", "dream")  # those of the sets in golden and golden2
+
+
+def tiny_config(family: str) -> dict:
+    """The `config.json` of a family's small checkpoint."""
+    return json.loads((TINY.get(family, GOLDEN / f"{family}_tiny") / "config.json").read_text())
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTransformer:

@@ -18,6 +18,7 @@ from dqx.config.compose import as_part, build, compose, resolve, select, suite
 from dqx.config.schema import CONF_DIR, GROUPS, Config, ConfigProblems, choices
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.models.checkpoint import read_config
+from dqx.models.family import family_of
 from dqx.quant.protocols import Rounding
 from dqx.study.experiment import problems
 
@@ -185,12 +186,9 @@ def test_defaults_are_typed_objects() -> None:
 def test_every_model_is_complete(model: str) -> None:
     config = resolve(compose([f"model={model}"]))
     assert config.model.name == model
-    assert config.model.chat == (model in ("llada_8b_instruct", "llada_1_5", "dream_7b_instruct"))
+    assert config.model.chat == (model not in ("nano_llada", "nano_dream", "llada_8b_base", "dream_7b_base"))
     assert part_problems(config.model.sampler, "model.sampler") == []
-    assert (
-        type(build(config.model.sampler)).__name__
-        == {"llada": "LLaDASampler", "dream": "DreamSampler"}[config.model.family]
-    )
+    assert config.model.sampler["_target_"] == family_of(config.model.family).sampler["_target_"]
     assert config.model.name in ("nano_llada", "nano_dream") or config.model.path.count("/") == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from bundled.sizes import bundled, measured
 from conftest import TinyCheckpoint
+from goldens import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import dqx.study.estimate.memory
@@ -67,8 +67,7 @@ def suite_of(*overrides: str) -> Any:
 @pytest.mark.parametrize("family", families())
 def test_operations_are_those_that_torch_counts(family: str) -> None:
     """A forward of a small model with the family's biases and heads; torch counts multiplications and additions."""
-    config = json.loads((Path(__file__).parents[1] / "golden" / f"{family}_tiny" / "config.json").read_text())
-    arch = family_of(family).architecture(config)
+    arch = family_of(family).architecture(tiny_config(family))
     model = MaskedDiffusionTransformer(arch).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.arange(20)[None])
@@ -77,8 +76,24 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
 
 def test_published_shapes_have_the_published_numbers_of_parameters() -> None:
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in MaskedDiffusionTransformer(a).parameters()) for name, a in MODELS.items()}
-    assert {name: f"{n / 1e9:.2f}" for name, n in sizes.items()} == {"llada_8b": "8.02", "dream_7b": "7.62"}
+        shapes = [each for f in families().values() for each in (f.published, *f.sizes.items())]
+        sizes = {name: sum(p.numel() for p in MaskedDiffusionTransformer(a).parameters()) for name, a in shapes}
+    assert {name: f"{n / 1e9:.2f}" for name, n in sizes.items()} == {
+        **{"LLaDA-8B": "8.02", "Dream-7B": "7.62", "Fast-dLLM-v2-7B": "7.62", "Fast-dLLM-v2-1.5B": "1.54"},
+        **{"SDAR-8B": "8.19", "SDAR-4B": "4.02", "SDAR-1.7B": "1.72"},
+        **{f"Nemotron-Labs-Diffusion-{size}": n for size, n in {"8B": "8.49", "3B": "3.83", "14B": "13.51"}.items()},
+    }
+
+
+@pytest.mark.parametrize(("model", "shape"), [("sdar_4b", "SDAR-4B"), ("nemotron_8b", "Nemotron-Labs-Diffusion-8B")])
+def test_models_with_block_diffusion_are_planned_by_their_passes(model: str, shape: str) -> None:
+    run = plan_run(compose([f"model={model}", "task=nano", "method=gptq", "bits=4", "plan_tflops=100"]))
+    assert run.problems == []
+    assert any(f"the shapes of {shape}" in note for note in run.notes)
+    sums, sampler = run.work["nano_sums"], build(compose([f"model={model}"]).model.sampler)
+    passes = sampler.calls(16, None, sampler.steps_for(16, 16), torch.Generator())
+    assert sums.at_most == 128 * len(passes)
+    assert sums.tokens < sums.forwards * sums.length / 1.5
 
 
 # ---- likelihood ----------------------------------------------------------------------------------------------

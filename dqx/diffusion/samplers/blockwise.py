@@ -110,8 +110,8 @@ class BlockwiseSampler(Sampler):
         if block in (None, 1, arch.block_length):
             return []
         return [
-            f"answers are written in blocks of {block} tokens (model.sampler.block), while the checkpoint says that it "
-            f"was trained with {arch.block_length}; likelihoods take its own"
+            f"answers and likelihoods have blocks of {block} tokens (model.sampler.block), but config.json, or the "
+            f"family where that is silent, says that the model was trained with blocks of {arch.block_length}"
         ]
 
     @abstractmethod
