@@ -26,7 +26,7 @@ from dqx.formats.bits import BitsConfig
 from dqx.models.transformer import Block, RMSNorm
 from dqx.quant.clip import ClipAtSite, FixedRatio
 from dqx.quant.method import Method
-from dqx.quant.protocols import Context, block_rope
+from dqx.quant.protocols import Context, own_tables
 from dqx.quant.stats import collectors
 from dqx.quant.transforms.block_rotate import BlockRotate, BlockRotation, zigzag_permutation
 from dqx.quant.transforms.greedy_rotation import base_rotation, greedy_rotation
@@ -162,9 +162,9 @@ def dqx_awq(run: SideRun) -> None:
 
 def plain_awq(run: SideRun) -> None:
     block, bits, size = run.case.block, run.bits.weight.bits, run.bits.weight.group_size
-    rope = block_rope(block.arch, run.case.hidden)
+    tables = own_tables(block.arch, run.case.hidden)
     scaled: dict[str, tuple[RMSNorm | nn.Linear, Callable[[Tensor], Tensor]]] = {  # what takes over, what judges
-        "attn_in": (block.attn_norm, lambda x: block.attention(x, rope, None)),
+        "attn_in": (block.attn_norm, lambda x: block.attention(x, *tables)),
         "attn_out": (block.v, block.o),
         "mlp_in": (block.mlp_norm, block.mlp),
         "mlp_out": (block.up, block.down),
@@ -295,7 +295,7 @@ def block_error(run: SideRun, intact: Case) -> float:
 
 
 def block_output(block: Block, x: Tensor) -> Tensor:
-    output: Tensor = block(x, block_rope(block.arch, x))
+    output: Tensor = block(x, *own_tables(block.arch, x))
     return output
 
 

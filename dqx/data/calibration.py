@@ -25,11 +25,14 @@ class CalibBatch:
 
     `committed` [B, T]: of states on a sampler's way, the share of the steps that have passed when each token is
     written, 0 at the first; -1 for tokens that are given. None where there is no such way, or nobody has asked.
+    `passes` [B, 4, T]: of the passes of a sampler with a store, laid side by side, who sees whom
+    (`dqx.models.layout.Passes`). None: the tokens are a text, attention is the architecture's own.
     """
 
     ids: Tensor
     mask_ratio: Tensor
     committed: Tensor | None = None
+    passes: Tensor | None = None
 
 
 class CalibSettings(Protocol):

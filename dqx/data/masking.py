@@ -26,6 +26,11 @@ on the same windows of text:
   Every window knows at which step each token of its answer is written (`CalibBatch.committed`): in the order in which
   its positions were drawn, so that a random order of commitments belongs to every state; with `rollout` in that of the
   generation, which then runs to its end.
+  Samplers that store blocks once they are final never look at a whole window. There a window shows all passes that
+  write its answer, side by side, each with its own attention over what is stored: `passes.py`.
+
+The other kinds are text with the attention of the architecture: where a model denoises blocks over causal text
+(Nemotron-Labs-Diffusion), `clean` is causal.
 
 `gen_length`, `block_length` and `steps` belong to `calib`, not to a task: a quantized model depends on model (with
 its sampler), method, bits, calibration and seed, and is the same whatever is evaluated afterwards.
@@ -39,6 +44,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -48,9 +54,11 @@ from tqdm import tqdm
 from dqx.common.names import did_you_mean
 from dqx.common.problems import raise_if
 from dqx.data.calibration import CalibBatch
+from dqx.data.passes import pass_batches
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers import Call, Sampler
+from dqx.diffusion.samplers.blockwise import BlockwiseSampler
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: The kinds, and the settings of `calib` that each one reads.
@@ -109,7 +117,12 @@ def _schedule_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[
         steps = length if calib.steps is None else calib.steps
         for problem in sampler.problems(length, sampler.block_length(calib.block_length), steps):
             problems.append(f"model.{problem}" if problem.startswith("sampler.") else f"calib.{problem}")
-    if calib.buckets is not None:
+    if calib.buckets is not None and isinstance(sampler, BlockwiseSampler):
+        problems.append(
+            f"calib.buckets=[{','.join(map(str, calib.buckets))}] shares windows among the sampler's calls, but with "
+            "this sampler a window shows all of them; write calib.buckets=null"
+        )
+    elif calib.buckets is not None:
         problems += _bucket_problems(calib, None if problems else sampler)
     return problems
 
@@ -157,6 +170,17 @@ def calibration_states(
     raise_if(masking_problems(calib, sampler))
     mask_id = model.arch.mask_token_id
     committed = None
+    if calib.masking == "trajectory" and isinstance(sampler, BlockwiseSampler):
+        length = calib.gen_length or 0
+        batches = pass_batches(
+            *(model, sampler, windows),
+            gen_length=length,
+            steps=calib.steps or length,
+            seed=seed,
+            rollout=calib.rollout,
+            progress=progress,
+        )
+        return batches if commitments else [replace(batch, committed=None) for batch in batches]
     if calib.rollout:
         ids, committed = rollouts(model, sampler, windows, calib, seed=seed, progress=progress, whole=commitments)
     else:

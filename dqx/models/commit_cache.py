@@ -17,9 +17,7 @@ from torch import Tensor
 
 from dqx.models.architecture import Attention
 from dqx.models.kv_cache import Pair
-from dqx.models.layout import Layout
-
-WHOLE = 2**40  # the length of a block that holds every position
+from dqx.models.layout import WHOLE, Layout
 
 
 @dataclass

@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dqx.models.architecture import Attention
+
+WHOLE = 2**40  # the length of a block that holds every position
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,57 @@ class Layout:
         mask = self.mask.expand(rows, -1, -1, -1)
         index = columns[:, None, :, None].expand(-1, 1, -1, mask.shape[-1])
         return Layout(positions, mask.gather(2, index))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of a sampler over its store, one behind the other in one sequence [1, T]: `table` [1, 4, T] has of
+    each token
+
+    0. its position;
+    1. the number of its pass, ascending;
+    2. the pass from which on it is not stored any more, 0 where it never is;
+    3. the block size of the attention among the tokens of its pass, `WHOLE` for full attention.
+
+    A token sees the tokens of its own pass by that attention, and what was stored before that pass and still is.
+    """
+
+    table: Tensor
+
+    @property
+    def layout(self) -> Layout:
+        """With which one forward computes what the sampler computes pass by pass."""
+        return Layout(self.table[:, 0], (self.among | self.before)[:, None])
+
+    @property
+    def apart(self) -> Layout:
+        """The layout where what is stored differs from what is computed: its mask [1, 1, T, 2T] has columns for the
+        tokens as they are computed and then, once more, for them as they are stored."""
+        return Layout(self.table[:, 0], torch.cat((self.among, self.before), dim=-1)[:, None])
+
+    @property
+    def among(self) -> Tensor:
+        """Which tokens see which of their own pass [1, T, T]."""
+        position, number, _, block = self.table.unbind(1)
+        near = position[:, None, :] // block[:, :, None] <= (position // block)[:, :, None]
+        return near & (number[:, None, :] == number[:, :, None])
+
+    @property
+    def before(self) -> Tensor:
+        """Which tokens see which stored ones [1, T, T]."""
+        _, number, until, _ = self.table.unbind(1)
+        now = number[:, :, None]
+        return (number[:, None, :] < now) & (now < until[:, None, :])
+
+    @property
+    def predicting(self) -> Tensor:
+        """Where the logits of each token are read if row i - 1 predicts token i (`shift_logits`): the columns [1, T].
+
+        The first token of a pass keeps its own row.
+        """
+        number = self.table[:, 1]
+        column = torch.arange(number.shape[1], device=number.device)[None]
+        return column - F.pad(number[:, 1:] == number[:, :-1], (1, 0)).long()
 
 
 def sees(positions: Tensor, attention: Attention) -> Tensor:

@@ -26,8 +26,8 @@ from dqx.models.rope import Rope, rope_tables
 from dqx.models.tokens import Tokens
 
 #: From the keys and values [B, K, W, E] of the columns computed to those of all columns [B, K, T, E]; with what gives
-#: those that a cache stores in their place, where these are others.
-Reuse = Callable[[Tensor, Tensor, Callable[[], Pair] | None], Pair]
+#: those that a cache stores in their place, where these are others; it may be told of other `Tokens`.
+Reuse = Callable[[Tensor, Tensor, Callable[..., Pair] | None], Pair]
 
 
 #: The different rows of an input [1, U, D], and which of them each of its tokens has [B, T].
@@ -139,8 +139,12 @@ class Block(nn.Module):
         q, fresh = self.heads["q"](own.query(self.q_norm(q))), (self.k_norm(k), v, rope, tokens)
         k, v = self.keys_values(self.sequence, *fresh)
         if reuse is not None:
-            stored = partial(self.keys_values, {**self.sequence, **self.stored}, *fresh) if self.stored else None
-            k, v = reuse(k, v, stored)
+            through = {**self.sequence, **self.stored}
+
+            def stored(others: Tokens | None = tokens) -> Pair:
+                return self.keys_values(through, *fresh[:3], others)
+
+            k, v = reuse(k, v, stored if self.stored else None)
         if read is not None and mask is not None:
             mask = pick(mask.expand(batch, -1, -1, -1), read.expand(batch, -1)[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads

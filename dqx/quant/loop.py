@@ -1,7 +1,7 @@
 """Quantize a model block by block, each as `block.py` does it; the output of a finished block feeds the next one.
 
 Calibration sequences run one at a time, and only statistics and the inputs of the current block are kept. Attention is
-that of the model itself: bidirectional, no mask.
+that of the model itself, or of the passes of its sampler where a batch has them (`CalibBatch.passes`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Assignment:
     seed: int = 0  # for parts that draw random numbers
     progress: bool = True  # show a bar
     committed: Sequence[Tensor] = ()  # [B, T], when each token is written, if the batches say so (`CalibBatch`)
+    passes: Sequence[Tensor | None] = ()  # [B, 4, T] of each batch, who sees whom (`CalibBatch`)
 
 
 def quantize(
@@ -88,7 +89,7 @@ def quantize(
         torch.OutOfMemoryError: where the device is too small, with what to change.
     """
     with accelerator.advising(IN_MEMORY):
-        asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches))
+        asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches), layouts(batches))
         return quantize_blocks(Home(model, model.device), asked)
 
 
@@ -114,6 +115,12 @@ def commitments(batches: Batches) -> list[Tensor]:
     """When the tokens of calibration batches are written, their `committed` [B, T]; [] where one does not say."""
     times = [getattr(batch, "committed", None) for batch in batches]
     return [time for time in times if time is not None] if all(time is not None for time in times) else []
+
+
+def layouts(batches: Batches) -> list[Tensor | None]:
+    """Who sees whom in each batch, its `passes` [B, 4, T]; None for text, [] where all of them are."""
+    passes = [getattr(batch, "passes", None) for batch in batches]
+    return [] if all(table is None for table in passes) else passes
 
 
 @torch.no_grad()
@@ -156,17 +163,20 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
     weights = done.weights
 
     def stream(name: str, inputs: Row | None = None) -> Stream:
-        return Stream(home.model, ids, mean=name == "mean", store=home.store, inputs=inputs, weights=weights)
+        mean, passes = name == "mean", asked.passes if needed else ()
+        return Stream(home.model, ids, mean=mean, store=home.store, inputs=inputs, weights=weights, passes=passes)
 
     if home.progress is None:
         with home.outer():
             if method.token_weight is not None and needed:
-                weights = token_weights(method.token_weight, home, ids, asked.committed)
+                weights = token_weights(method.token_weight, home, ids, asked.committed, asked.passes)
             for change in changes:
                 change.outer(home.model)
             streams = {name: stream(name) for name in sorted(needed)}
     else:
         streams = {name: stream(name, inputs) for name, inputs in done.inputs.items()}
+
+    tables = next(iter(streams.values())).tables if streams else None
 
     def note(blocks: int) -> None:
         inputs = {name: stream.inputs for name, stream in streams.items()}
@@ -188,7 +198,7 @@ def quantize_blocks(home: Home, asked: Assignment) -> QuantReport:
             bar.update(task, description=f"{name}, block {block} of {arch.n_blocks}")
 
         for index in range(done.blocks, arch.n_blocks):
-            work = context.at(index=index, widths=widths.blocks[index])
+            work = context.at(index=index, widths=widths.blocks[index], tables=tables)
             report.linears += _one_block(home, method, changes, streams, work, advance)
             note(index + 1)
     report.kept = kept_rows(home.model, method, bits)

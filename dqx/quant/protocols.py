@@ -25,6 +25,7 @@ from dqx.diffusion.noise import Key, generator
 from dqx.formats.bits import ActivationBits, BlockWidths, WeightBits
 from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import BoundClip, QuantizedWeight
+from dqx.models.layout import Layout
 from dqx.models.rope import Rope, rope_tables
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer
 from dqx.quant.activations_store import ActivationStore
@@ -32,6 +33,7 @@ from dqx.quant.activations_store import ActivationStore
 STREAMS = ("quantized", "fp", "both", "block", "mean")
 FINAL = "final_norm"  # where a correction works that is no site of a block
 Needs = frozenset[str]
+Tables = tuple[Rope, Tensor | None]  # what a block needs besides its input: rotary tables, and a mask [1, 1, T, T]
 Stats = Mapping[str, Any]
 
 
@@ -59,6 +61,7 @@ class Context:
     name: str = ""  # the part's name in the method
     index: int = -1  # of the block; -1: the whole model
     store: ActivationStore = field(default_factory=ActivationStore)  # for what grows with the calibration text
+    tables: Callable[[int], Tables] | None = None  # of calibration sequence i; None: `own_tables`
 
     def at(self, **changes: object) -> Context:
         """The context of another part or block."""
@@ -75,10 +78,10 @@ class Context:
         return None if grid is None or grid.identity else (grid, bits.group_size)
 
 
-def block_rope(arch: Architecture, x: Tensor) -> Rope:
-    """The rotary tables of a sequence x [B, T, D] without padding."""
-    positions = torch.arange(x.shape[1], device=x.device)[None]
-    return rope_tables(arch, positions, wide(x[:0]).dtype)
+def own_tables(arch: Architecture, x: Tensor) -> Tables:
+    """What a block needs besides a sequence x [B, T, D] without padding, with the attention of the architecture."""
+    layout = Layout.of(x[..., 0], None, arch.attention)
+    return rope_tables(arch, layout.positions, wide(x[:0]).dtype), layout.mask
 
 
 def choice_problems(key: str, value: str, choices: Sequence[str]) -> list[str]:

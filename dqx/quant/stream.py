@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqx.models.transformer import Block, MaskedDiffusionTransformer
+from dqx.models.kv_cache import Pair
+from dqx.models.layout import Passes
+from dqx.models.tokens import Tokens
+from dqx.models.transformer import Block, MaskedDiffusionTransformer, Reuse
 from dqx.quant.activations_store import ActivationStore, Row
-from dqx.quant.protocols import block_rope
+from dqx.quant.protocols import Tables, own_tables
 from dqx.quant.stats import Collector, collectors
 
 MEAN_POSITIONS = 64  # of all sequences, embedded at a time
@@ -35,7 +38,8 @@ class Stream:
     Sequences run one at a time whatever the batches were, so the result does not depend on batching, to the bit.
     With `mean` there is one sequence, the mean of the others position by position; they must be equally long, and its
     tokens have no weights. Inputs lie where `store` has room for them; those of a later block than the first may be
-    given. `weights` are those of each sequence's tokens [1, T], for statistics that are averages.
+    given. `weights` are those of each sequence's tokens [1, T], for statistics that are averages. `passes` are as in
+    `CalibBatch`, one for each tensor of ids; none where all sequences are text.
     """
 
     def __init__(
@@ -47,12 +51,19 @@ class Stream:
         store: ActivationStore | None = None,
         inputs: Row | None = None,
         weights: Row | None = None,
+        passes: Sequence[Tensor | None] = (),
     ):
         self.model, self.store = model, store or ActivationStore()
         self.ids = [row for batch in ids for row in batch.split(1)]
+        self.passes = passes_of(ids, passes)
         if mean and len({row.shape for row in self.ids}) > 1:
             raise ValueError(
                 "stream=mean needs calibration sequences of one length; make them equal, or set stream=quantized"
+            )
+        if mean and not all(alike(self.passes[0], other) for other in self.passes):
+            raise ValueError(
+                "stream=mean needs calibration sequences that the sampler writes in the same passes; set "
+                "stream=quantized"
             )
         if inputs is None:
             inputs = self.store.row(keep=True)
@@ -64,15 +75,23 @@ class Stream:
         self.weights = None if mean else weights
         self.outputs: Row | None = None
 
-    def forward(self, block: nn.Module, i: int) -> Tensor:
-        """The output of `block` for sequence i."""
-        return block(self.inputs[i], *self.model.context(self.ids[i]))
+    def tables(self, i: int) -> Tables:
+        """What blocks need besides the input of sequence i."""
+        passes = self.passes[i]
+        return self.model.context(self.ids[i]) if passes is None else self.model.tables(passes.layout)
+
+    def forward(self, block: Block, i: int) -> Tensor:
+        """The output of `block` for sequence i: of passes, what each computes over what those before it have stored."""
+        passes = self.passes[i]
+        if passes is None or not block.stored:
+            return block(self.inputs[i], *self.tables(i))
+        return block(self.inputs[i], *self.model.tables(passes.apart), reuse=stored_behind(block, passes))
 
     def weight(self, i: int) -> Tensor | None:
         """The weights [1, T] of sequence i's tokens."""
         return None if self.weights is None else self.weights[i]
 
-    def advance(self, block: nn.Module) -> None:
+    def advance(self, block: Block) -> None:
         """Move on to the input of the next block."""
         if self.outputs is None:
             self.outputs = self.store.row(keep=True)
@@ -162,7 +181,7 @@ def collect_paired(
 
 
 def collect_outputs(
-    stream: Stream, block: nn.Module, intact_block: nn.Module, after: nn.Module, needs: frozenset[str]
+    stream: Stream, block: Block, intact_block: Block, after: nn.Module, needs: frozenset[str]
 ) -> dict[str, Any]:
     """Statistics of what `after` makes of the outputs of two versions of a block on one stream's inputs."""
     by_name = collectors(needs, stream.n_tokens, stream.store)
@@ -198,8 +217,45 @@ def block_statistics(
 
     with listening(block, wanted, add):
         for x in sequences:
-            block(x, block_rope(block.arch, x))
+            block(x, *own_tables(block.arch, x))
     return {site: values(by_name) for site, by_name in wanted.items()}
+
+
+def passes_of(ids: Sequence[Tensor], passes: Sequence[Tensor | None]) -> list[Passes | None]:
+    """Those of each sequence, from those of batches ids [B, T]."""
+    tables = passes or [None] * len(ids)
+    rows: list[Passes | None] = []
+    for batch, table in zip(ids, tables, strict=True):
+        rows += [None] * len(batch) if table is None else [Passes(row.to(batch.device)) for row in table.split(1)]
+    return rows
+
+
+def alike(one: Passes | None, other: Passes | None) -> bool:
+    """Whether tokens see each other in the same way."""
+    return one is other is None or (one is not None and other is not None and torch.equal(one.table, other.table))
+
+
+def stored_behind(block: Block, passes: Passes) -> Reuse:
+    """Puts behind the keys and values that a block computes those that a store would hold, for `Passes.apart`.
+
+    Where these are rounded by what all tokens are that one forward stores, pass by pass.
+    """
+    number = passes.table[:, 1]
+    together = any(getattr(module, "whole_sequence", False) for module in block.stored.values())
+
+    def reuse(k: Tensor, v: Tensor, stored: Callable[..., Pair] | None) -> Pair:
+        assert stored is not None
+        if not together:
+            kept = stored()
+        else:
+            kept = k.clone(), v.clone()
+            for one in number[passes.table[:, 2] > 0].unique():
+                columns = number[0] == one
+                for whole, part in zip(kept, stored(Tokens(columns[None])), strict=True):
+                    whole[:, :, columns] = part[:, :, columns]
+        return torch.cat((k, kept[0]), dim=2), torch.cat((v, kept[1]), dim=2)
+
+    return reuse
 
 
 def values(by_name: Mapping[str, Collector]) -> dict[str, Any]:

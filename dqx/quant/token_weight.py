@@ -33,10 +33,12 @@ import torch
 from torch import Tensor
 
 from dqx.formats.integers import wide
-from dqx.models.transformer import shift_logits
+from dqx.models.layout import Passes
+from dqx.models.transformer import pick, shift_logits
 from dqx.quant.activations_store import Row
 from dqx.quant.home import Home
-from dqx.quant.protocols import Context, TokenWeight
+from dqx.quant.protocols import Context, Tables, TokenWeight
+from dqx.quant.stream import passes_of
 
 HEAD_TOKENS = 256  # tokens whose logits are looked at a time
 NOTHING = 1e-30  # stands for a sum of confidences that is 0, to divide by
@@ -120,12 +122,18 @@ def _number_problems(where: str, **numbers: float) -> list[str]:
     return problems
 
 
-def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor], committed: Sequence[Tensor] = ()) -> Row:
+def token_weights(
+    part: TokenWeight,
+    home: Home,
+    ids: Sequence[Tensor],
+    committed: Sequence[Tensor] = (),
+    passes: Sequence[Tensor | None] = (),
+) -> Row:
     """The weights [1, T] in float32 of each calibration sequence among `ids` [B, T], their mean over all tokens 1.
 
-    `committed` are as in `CalibBatch`, none where the sequences are on no sampler's way. The model must not have been
-    changed yet, its embedding and head loaded. Raises ValueError where no token is masked, where `committed` is needed
-    and missing, and where the weights are not finite, negative, or all 0.
+    `committed` and `passes` are as in `CalibBatch`, none where the sequences are on no sampler's way. The model must
+    not have been changed yet, its embedding and head loaded. Raises ValueError where no token is masked, where
+    `committed` is needed and missing, and where the weights are not finite, negative, or all 0.
     """
     rows = [row for batch in ids for row in batch.split(1)]
     masked = [row == home.model.arch.mask_token_id for row in rows]
@@ -145,7 +153,7 @@ def token_weights(part: TokenWeight, home: Home, ids: Sequence[Tensor], committe
             )
         facts = [{**known, "committed": time.to(home.device)} for known, time in zip(facts, times, strict=True)]
     if "confidence" in part.needs:
-        confident = zip(facts, confidences(home, rows), strict=True)
+        confident = zip(facts, confidences(home, rows, passes_of(ids, passes)), strict=True)
         facts = [{**known, "confidence": seen.where(known["masked"], 0.0)} for known, seen in confident]
     weights = [part(known).double() for known in facts]
     if getattr(part, "by_position", False):
@@ -172,26 +180,32 @@ def _means_by_position(weights: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack(list(weights)).mean(0)] * len(weights)
 
 
-def confidences(home: Home, rows: Sequence[Tensor]) -> Iterator[Tensor]:
+def confidences(home: Home, rows: Sequence[Tensor], passes: Sequence[Passes | None] | None = None) -> Iterator[Tensor]:
     """The probability [1, T] of the model's first choice at every token of each sequence [1, T], as the model is now.
 
     Blocks come one at a time, as from disk, and nothing is changed.
     """
-    model = home.model
+    model, passes = home.model, passes or [None] * len(rows)
     states = _kept(home, (model.embed(row) for row in rows))
     for index in range(model.arch.n_blocks):
-        states = _outputs(home, index, states, rows)
-    for x in states:
+        states = _outputs(home, index, states, rows, passes)
+    for x, passed in zip(states, passes, strict=True):
         x = model.norm(x)
-        x = shift_logits(x) if model.arch.logit_shift else x  # the head sees tokens one by one
+        if model.arch.logit_shift:  # the head sees tokens one by one
+            x = shift_logits(x) if passed is None else pick(x, passed.predicting)
         chosen = [wide(model.head(part)).softmax(-1).amax(-1) for part in x.split(HEAD_TOKENS, dim=1)]
         yield torch.cat(chosen, dim=1).float()
 
 
-def _outputs(home: Home, index: int, states: Row, rows: Sequence[Tensor]) -> Row:
+def _outputs(home: Home, index: int, states: Row, rows: Sequence[Tensor], passes: Sequence[Passes | None]) -> Row:
     """What a block makes of its inputs; it is let go before the next one comes."""
-    block = home.take(index)
-    return _kept(home, (block(x, *home.model.context(row)) for x, row in zip(states, rows, strict=True)))
+    block, model = home.take(index), home.model
+
+    def tables(i: int) -> Tables:
+        passed = passes[i]
+        return model.context(rows[i]) if passed is None else model.tables(passed.layout)
+
+    return _kept(home, (block(x, *tables(i)) for i, x in enumerate(states)))
 
 
 def _kept(home: Home, tensors: Iterator[Tensor]) -> Row:

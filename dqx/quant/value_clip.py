@@ -68,7 +68,7 @@ class ValueClip:
             q, k, v = stream.heads(block, i)
             weight = stream.weight(i)
             if self.importance == "attention":
-                counts = attention_received(q, k, weight)
+                counts = attention_received(q, k, weight, stream.tables(i)[1])
             else:
                 counts = wide(v[:0]).new_ones(v.shape[1:3]) if weight is None else weight.expand(v.shape[1:3])
             changes = ((wide(rounds(v, share)) - wide(v))[0] for share in self._shares)
@@ -91,11 +91,11 @@ def value_range(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
     return torch.stack(lo).amin(0), torch.stack(hi).amax(0)
 
 
-def attention_received(q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
+def attention_received(q: Tensor, k: Tensor, weight: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """How much the queries [1, H, T, E] attend to each token: columns of softmax summed up, by key head [K, T].
 
     The mean over the query heads that share a key head; over tokens its mean is 1. `weight` [1, T] are those of the
-    queries.
+    queries, `mask` [1, 1, T, T] says which token (row) sees which.
     """
     heads, tokens = q.shape[1:3]
     shared = heads // k.shape[1]
@@ -103,6 +103,9 @@ def attention_received(q: Tensor, k: Tensor, weight: Tensor | None = None) -> Te
     received = keys.new_zeros(heads, tokens)
     at_a_time = max(1, SCORES // (heads * tokens))
     for queries in torch.arange(tokens, device=q.device).split(at_a_time):
-        rows = (wide(q[0, :, queries]) @ keys).softmax(-1)
+        scores = wide(q[0, :, queries]) @ keys
+        if mask is not None:
+            scores = scores.masked_fill(~mask[0, :, queries], -torch.inf)
+        rows = scores.softmax(-1)
         received += (rows if weight is None else rows * weight[0, queries, None].to(rows.dtype)).sum(1)
     return received.view(-1, shared, tokens).mean(1)

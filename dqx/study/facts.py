@@ -47,9 +47,12 @@ from dqx.evaluate.spec import TaskSpec, steps_of
 from dqx.study.experiment import Experiment
 
 EVALUATING = ("models", "diffusion", "evaluate", "data", "assets")
-QUANTIZING = ("models", "formats", "quant", "data/calibration.py", "data/masking.py", "diffusion/noise.py")
+QUANTIZING = (
+    *("models", "formats", "quant", "diffusion/noise.py"),
+    *("data/calibration.py", "data/masking.py", "data/passes.py"),
+)
 MEASURING = (
-    *("models", "diffusion", "data/masking.py", "diagnostics/fidelity.py"),
+    *("models", "diffusion", "data/masking.py", "data/passes.py", "diagnostics/fidelity.py"),
     *(f"diagnostics/activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats")),
 )
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
@@ -95,7 +98,7 @@ def quantization_facts(
     its batches.
     """
     settings = jsonable({"method": method, "bits": bits, "calib": calib, "seed": seed})
-    read = rows_digest(calibration, "ids", "mask_ratio")
+    read = rows_digest(calibration, "ids", "mask_ratio", "passes")
     return {"original": dict(original), **settings, "calibration": read, **_made_by(QUANTIZATION_CODE)}
 
 
@@ -109,7 +112,7 @@ def outlier_facts(
 ) -> dict[str, Any]:
     """What outlier statistics depend on. `model` has the facts of the model, at full precision or quantized."""
     at = [(tensor_digest([("ids", s.ids)]), s.step, s.prompt, s.mask_ratio) for s in states]
-    tokens = rows_digest(batches, "ids", "mask_ratio")
+    tokens = rows_digest(batches, "ids", "mask_ratio", "passes")
     return measurement_facts(model, tokens=tokens, states=at, thresholds=thresholds, surfaces=surfaces)
 
 
@@ -166,8 +169,9 @@ def model_digest(model: nn.Module) -> str:
 
 
 def rows_digest(rows: Sequence[Any], *names: str) -> str:
-    """Hash of the tensors that calibration batches, or questions, have under these names."""
-    return tensor_digest((f"{i}.{name}", getattr(row, name)) for i, row in enumerate(rows) for name in names)
+    """Hash of the tensors that calibration batches, or questions, have under these names; None is left out."""
+    named = ((f"{i}.{name}", getattr(row, name)) for i, row in enumerate(rows) for name in names)
+    return tensor_digest((name, tensor) for name, tensor in named if tensor is not None)
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

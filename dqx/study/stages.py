@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dqx.common.files import jsonable
@@ -121,18 +120,18 @@ class Stages:
 
         def compute() -> dict[str, Tensor]:
             self.subjects.full_precision()
-            batches = states()
-            return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+            kept = ((f"{name}.{i}", getattr(batch, name)) for i, batch in enumerate(states()) for name in names)
+            return {name: tensor for name, tensor in kept if tensor is not None}
 
-        names = ["ids", "mask_ratio", *(["committed"] if commitments else [])]
+        names = ["ids", "mask_ratio", "passes", *(["committed"] if commitments else [])]
         with self.costs.stage("make the calibration states"):
             if not config.calib.rollout:
                 return states()
             how = {"sampler": config.model.sampler, "calib": config.calib, "seed": config.seed, "kept": names}
             written = facts.measurement_facts(self.subjects.facts, tokens=windows, **how)
             tensors, _ = self.cache.tensors(self._key("calibration", written), compute)
-        rows = zip(*(tensors[name].split(1) for name in names), strict=True)
-        return [CalibBatch(*row) for row in rows]
+        rows = [{name: tensors.get(f"{name}.{i}") for name in names} for i in range(len(windows))]
+        return [CalibBatch(**row) for row in rows]  # type: ignore[arg-type]
 
     def reference(self) -> Asked | None:
         """What full precision says, for the quantized model to be compared with; None where nothing is compared.

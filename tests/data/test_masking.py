@@ -501,7 +501,7 @@ def test_rollouts_with_times_are_kept(tmp_path):
     kept = list((tmp_path / "c" / "calibration").glob("*.safetensors"))
     assert len(kept) == 1
     with safe_open(kept[0], "pt") as file:
-        times = file.get_tensor("committed")
+        times = torch.cat([file.get_tensor(f"committed.{i}") for i in range(2)])
     assert (times[:, :16] == -1).all()
     assert sorted((times[0, 16:] * 16).round().int().tolist()) == list(range(16))
     again = run(replace(config, bits=replace(config.bits, name="other")), tmp_path / "again")  # quantized once more

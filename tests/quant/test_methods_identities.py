@@ -1,8 +1,9 @@
-"""Every method of conf/method, on both families: 16 bits is a no-op, every width works or says why not, and no linear
-is left alone without a reason."""
+"""Every method of conf/method, on every kind of family: 16 bits is a no-op, every width works or says why not, and no
+linear is left alone without a reason."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 
@@ -13,6 +14,12 @@ from tiny import ROLES, TOY, Batch
 
 from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import choices
+from dqx.data.calibration import CalibBatch
+from dqx.data.passes import pass_batches
+from dqx.diffusion.samplers.fast_dllm import FastDLLMSampler
+from dqx.diffusion.samplers.nemotron import NemotronSampler
+from dqx.diffusion.samplers.sdar import SDARSampler
+from dqx.models.architecture import CAUSAL, Attention, Yarn
 from dqx.models.plant import plant_outliers
 from dqx.models.transformer import MaskedDiffusionTransformer, initialise
 from dqx.quant import BitsConfig, Method, QuantReport, quantize
@@ -20,9 +27,18 @@ from dqx.quant.linear import QuantLinear
 from dqx.quant.transforms.block_rotate import BlockRotate
 
 SMALL = replace(TOY, vocab_size=64, hidden_size=128, mlp_size=384, n_blocks=2, mask_token_id=63, eos_token_id=62)
+NORMED = {"head_norm": True, "attention": Attention(4)}
+STRETCHED = Yarn(4.0, 16, query_scale=0.1)
 ARCHITECTURES = {
     "llada": replace(SMALL, family="llada", mlp_size=256, n_kv_heads=4, qkv_bias=False, logit_shift=False),
     "dream": SMALL,
+}
+BLOCKWISE = {  # heads together wider than the residual stream, as wide, and narrower
+    "sdar": replace(ARCHITECTURES["llada"], family="sdar", n_kv_heads=2, head_dim=64, **NORMED),
+    "nemotron": replace(
+        ARCHITECTURES["llada"], family="nemotron", hidden_size=256, head_dim=32, attention=CAUSAL, yarn=STRETCHED
+    ),
+    "fast_dllm": replace(SMALL, family="fast_dllm", attention=Attention(8)),
 }
 KEPT = {
     "llada": ["embed.weight", "blocks.*.attn_norm.weight", "blocks.*.mlp_norm.weight", "norm.weight", "head.weight"],
@@ -36,6 +52,16 @@ KEPT = {
         "norm.weight",
         "head.weight",
     ],
+}
+ALL = {**ARCHITECTURES, **BLOCKWISE}
+MODELS = {
+    "llada": "nano_llada", "dream": "nano_dream",
+    "sdar": "sdar_4b", "nemotron": "nemotron_8b", "fast_dllm": "fast_dllm_7b",
+}  # fmt: skip
+SAMPLERS = {
+    "sdar": SDARSampler(block=4, remasking="low_confidence_static"),
+    "nemotron": NemotronSampler(block=8),
+    "fast_dllm": FastDLLMSampler(block=8, sub_block=4),
 }
 WITH_ACTIVATIONS = {"w8a8", "w6a6", "w4a8", "w4a4", "w4a4g128", "fp8", "mxfp4", "nvfp4"}
 NOT_FEW_INTEGERS = {"w5", "w6", "w8", "w8a16", "fp8_w8a16", "mxfp4_w4a16", "nvfp4_w4a16"}  # no binary matrices
@@ -65,7 +91,7 @@ def composed(**choice: str) -> DictConfig:
 @cache
 def built(name: str, family: str) -> Method:
     """A method by its name, with a shorter search where it rotates greedily."""
-    method = build(resolve(composed(model=f"nano_{family}", method=name)).method)
+    method = build(resolve(composed(model=MODELS[family], method=name)).method)
     shorter = {k: replace(t, steps=4) for k, t in method.transforms.items() if isinstance(t, BlockRotate)}
     return replace(method, transforms=dict(method.transforms) | shorter)
 
@@ -74,7 +100,7 @@ def bits_of(name: str, family: str, bits: str) -> BitsConfig:
     """What a choice of `bits` means with a method: the one composition's node in the other, as Hydra would put it."""
     if name == "fp16":
         return BitsConfig() if bits == "w16a16" else resolve(composed(bits=bits)).bits
-    cfg = composed(model=f"nano_{family}", method=name)
+    cfg = composed(model=MODELS[family], method=name)
     cfg.bits = composed(bits=bits).bits
     found = OmegaConf.to_object(cfg.bits)
     assert isinstance(found, BitsConfig)
@@ -85,7 +111,7 @@ def bits_of(name: str, family: str, bits: str) -> BitsConfig:
 def weights(family: str) -> dict[str, torch.Tensor]:
     """Of a random model with gains and biases unlike 1 and 0, and columns of unequal size."""
     g = torch.Generator().manual_seed(0)
-    model = MaskedDiffusionTransformer(ARCHITECTURES[family])
+    model = MaskedDiffusionTransformer(ALL[family])
     initialise(model, g)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,7 +123,7 @@ def weights(family: str) -> dict[str, torch.Tensor]:
 
 
 def fresh(family: str, dtype: torch.dtype = torch.float32) -> MaskedDiffusionTransformer:
-    model = MaskedDiffusionTransformer(ARCHITECTURES[family])
+    model = MaskedDiffusionTransformer(ALL[family])
     model.load_state_dict(weights(family))
     return model.to(dtype).eval()
 
@@ -107,7 +133,12 @@ def sequences(seed: int = 1) -> torch.Tensor:
 
 
 def run(model: MaskedDiffusionTransformer, method: Method, bits: BitsConfig) -> QuantReport:
-    return quantize(model, method, bits, [Batch(sequences())], progress=False)
+    """On text, or on the passes that write its second half where the family's sampler writes so."""
+    batches: list[Batch | CalibBatch] = [Batch(sequences())]
+    if (sampler := SAMPLERS.get(model.arch.family)) is not None:
+        schedule = {"gen_length": 12, "steps": 12, "seed": 0, "rollout": False}
+        batches = list(pass_batches(model, sampler, sequences(), **schedule))
+    return quantize(model, method, bits, batches, progress=False)
 
 
 @torch.no_grad()
@@ -115,9 +146,21 @@ def logits(model: MaskedDiffusionTransformer) -> torch.Tensor:
     return model(sequences(2))
 
 
+def cases(families: Iterable[str]) -> list:
+    """Methods with families; of those with block-wise attention one in the default run, with the methods' own forms."""
+    return [
+        pytest.param(name, family, marks=[slow] if family in BLOCKWISE and not default(name, family) else [])
+        for family in families
+        for name in METHODS
+    ]
+
+
+def default(name: str, family: str) -> bool:
+    return family == "sdar" and not name.endswith("as_published")
+
+
 @pytest.mark.parametrize("gain", [32.0, pytest.param(1.0, marks=slow)])
-@pytest.mark.parametrize("family", ARCHITECTURES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), cases(ALL))
 def test_sixteen_bits_is_a_no_op(name, family, gain):
     """Every transform, correction and fold leaves the function alone, with and without planted outliers."""
     model = fresh(family, torch.float64)
@@ -139,6 +182,24 @@ def test_which_bits_a_method_takes(name, family):
         assert all(problem.startswith(("bits", "method.")) for problem in problems)  # names the setting to change
         refused |= {choice} if problems else set()
     assert refused == REFUSED.get(name, set())
+
+
+@pytest.mark.parametrize(("name", "family"), cases(BLOCKWISE))
+def test_methods_run_where_attention_is_blockwise(name, family):
+    """At w4a4 and w2a16, or why not is told; queries and keys keep their norms' gains."""
+    ran = []
+    for choice in ("w4a4", "w2a16"):
+        method, bits, model = built(name, family), bits_of(name, family, choice), fresh(family)
+        if choice in REFUSED.get(name, set()):
+            assert method.problems(bits, ALL[family])
+            continue
+        report = run(model, method, bits)
+        ran.append(choice)
+        assert torch.isfinite(logits(model)).all()
+        assert {row.bits for row in report.linears} <= {bits.weight.bits, 16}
+        if ALL[family].head_norm:
+            assert torch.equal(model.blocks[0].k_norm.weight, fresh(family).blocks[0].k_norm.weight)
+    assert ran or name == "fp16"
 
 
 def quick(name: str) -> str:

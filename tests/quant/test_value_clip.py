@@ -108,6 +108,9 @@ class Shown:
     def weight(self, i):
         return self.weights
 
+    def tables(self, i):
+        return None, None
+
 
 def rounds(v, ratio, grid=Grid(2)):  # noqa: B008  a grid is frozen
     return grid.fake(v, clip_ratio=ratio)

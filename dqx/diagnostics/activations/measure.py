@@ -26,8 +26,9 @@ from dqx.diagnostics.activations.sketch import relative_error
 from dqx.diagnostics.activations.stats import ALL, MOST_CELLS, OutlierStats, PartStats, SiteStats, Thresholds
 from dqx.diffusion.rollout import TOGETHER, TOKEN_CLASSES, State
 from dqx.models.architecture import Architecture
+from dqx.models.layout import Layout, Passes
 from dqx.models.transformer import Block, MaskedDiffusionTransformer
-from dqx.quant.protocols import block_rope
+from dqx.quant.protocols import own_tables
 
 Place = tuple[int, str]  # block and site
 Pass = tuple[Tensor, Callable[[], object]]  # token ids [B, T], and the forward that reads them
@@ -35,7 +36,7 @@ See = Callable[[Place, Tensor], None]
 
 
 class HasIds(Protocol):
-    """A batch: token ids [B, T] as the model sees them."""
+    """A batch: token ids [B, T] as the model sees them. It may have `passes` (`CalibBatch`)."""
 
     @property
     def ids(self) -> Tensor: ...
@@ -60,7 +61,9 @@ def measure_activations(
     def passes() -> Iterator[Pass]:
         for batch in batches:
             ids = batch.ids.to(model.device)
-            yield ids, partial(_forward, model, ids)
+            passes = getattr(batch, "passes", None)
+            layout = None if passes is None else Passes(passes.to(model.device)).layout
+            yield ids, partial(_forward, model, ids, layout)
 
     stats = _read(arch, dict(enumerate(model.blocks)), arch.vocab_size, passes(), settings, surfaces)
     parts = _parts(model, states, settings, {(row.block, row.site): row for row in stats.rows})
@@ -84,7 +87,7 @@ def measure_block(
     def passes() -> Iterator[Pass]:
         for x in inputs:
             ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-            yield ids, partial(block, x, block_rope(arch, x))
+            yield ids, partial(block, x, *own_tables(arch, x))
 
     return _read(arch, {index: block}, 1, passes(), thresholds or Thresholds())
 
@@ -141,9 +144,9 @@ def _calling(see: See, place: Place) -> Callable[..., None]:
     return lambda module, inputs: see(place, inputs[0])
 
 
-def _forward(model: MaskedDiffusionTransformer, ids: Tensor) -> None:
+def _forward(model: MaskedDiffusionTransformer, ids: Tensor, layout: Layout | None = None) -> None:
     """Every block, without the head."""
-    deque(model.hidden_states(ids), maxlen=0)
+    deque(model.hidden_states(ids, layout=layout), maxlen=0)
 
 
 def _parts(

@@ -12,7 +12,7 @@ A new sampler of this kind is a dataclass of its settings with `name`, `problems
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,11 +157,12 @@ class BlockwiseSampler(Sampler):
         on_step: OnStep | None = None,
         attention_mask: Tensor | None = None,
         cached: bool = True,
+        on_pass: Callable[[Pass], None] | None = None,
     ) -> Generation:
         """`Sampler.generate`, one row after the other; without `cached` a pass computes all tokens before it anew.
 
         Answers are cut to `gen_length` tokens. `on_step` gets a row's prompt and answer [1, P + G] before each pass
-        that looks. `n_tokens` counts the tokens computed.
+        that looks, `on_pass` each pass before it runs. `n_tokens` counts the tokens computed.
         """
         problems = self.problems(gen_length, block_length, steps) + self.token_problems(model.arch.vocab_size)
         raise_if(problems + id_problems(prompt, model.arch.vocab_size))
@@ -172,6 +173,8 @@ class BlockwiseSampler(Sampler):
             writing = self.begin(given, gen_length=gen_length, steps=steps, arch=model.arch)
             runner = Cached(model, len(writing.canvas)) if cached else Recomputed(model)
             while (due := writing.due) is not None:
+                if on_pass:
+                    on_pass(due)
                 if on_step and due.look is not None:
                     on_step(writing.canvas[None, : len(given) + gen_length].clone())
                 logits, computed = runner.run(due)

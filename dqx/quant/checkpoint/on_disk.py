@@ -34,7 +34,7 @@ from dqx.quant.activations_store import ActivationStore, Row, Shelf
 from dqx.quant.checkpoint import PARTIAL
 from dqx.quant.checkpoint import folder as saved
 from dqx.quant.home import Home, Progress
-from dqx.quant.loop import Assignment, Batches, commitments, quantize_blocks, token_ids
+from dqx.quant.loop import Assignment, Batches, commitments, layouts, quantize_blocks, token_ids
 from dqx.quant.method import Method
 from dqx.quant.report import LinearRow, QuantReport
 
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already; remove it, or write elsewhere")
-    asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches))
+    asked = Assignment(method, bits, token_ids(batches), seed, progress, commitments(batches), layouts(batches))
     home = OnDisk(source, partial(output), asked, loading or Loading())
     report = quantize_blocks(home, asked)
     home.finish(output, report)
@@ -110,12 +110,13 @@ class OnDisk(Home):
 
     def _settings(self) -> dict[str, Any]:
         """All that the result depends on."""
+        passes = [table for table in self.asked.passes if table is not None]
         return {
             "checkpoint": self.source.fingerprint(),
             "architecture": asdict(self.source.arch),
             "method": saved.described(self.asked.method),
             "bits": asdict(self.asked.bits),
-            "calibration": _digest([*self.asked.ids, *self.asked.committed]),
+            "calibration": _digest([*self.asked.ids, *self.asked.committed, *passes]),
             "seed": self.asked.seed,
             "dtype": str(self.loading.dtype),
             "device": self.device.type,
@@ -215,7 +216,7 @@ def _named(state: Mapping[str, Any]) -> set[str]:
 
 
 def _digest(ids: Sequence[Tensor]) -> str:
-    """SHA-256 over the calibration tokens [B, T], sequence by sequence."""
+    """SHA-256 over the calibration tokens [B, T] and what is known of them, sequence by sequence."""
     digest = hashlib.sha256()
     for row in (row for batch in ids for row in batch.cpu()):
         digest.update(json.dumps(row.tolist()).encode())

@@ -33,7 +33,7 @@ from dqx.formats.integers import Grid, wide
 from dqx.formats.weight import group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
-from dqx.quant.protocols import Context, block_rope, choice_problems
+from dqx.quant.protocols import Context, Tables, choice_problems, own_tables
 from dqx.quant.stats import TokenWeights, weighted_rows
 from dqx.quant.transforms.channel_scale import scale_site
 from dqx.quant.transforms.smooth import column_absmax, scaled_sites, site_problems
@@ -197,17 +197,23 @@ def module_judge(
             row.append(tensor)
         return row
 
-    def attention(x: Tensor) -> Tensor:
-        return block.attention(x, block_rope(block.arch, x), None)
+    def tables(i: int, x: Tensor) -> Tables:
+        return own_tables(block.arch, x) if context.tables is None else context.tables(i)
 
-    def whole_block(x: Tensor) -> Tensor:
-        return block(x, block_rope(block.arch, x))
+    def attention(i: int, x: Tensor) -> Tensor:
+        return block.attention(x, *tables(i, x))
 
-    forward, transformed = block.mlp if site == "mlp_in" else attention, judge == "sublayer"
+    def whole_block(i: int, x: Tensor) -> Tensor:
+        return block(x, *tables(i, x))
+
+    def mlp(i: int, x: Tensor) -> Tensor:
+        return block.mlp(x)
+
+    forward, transformed = mlp if site == "mlp_in" else attention, judge == "sublayer"
     if judge == "block" and site == "attn_in":
         forward = whole_block
     elif judge == "block":  # what comes before the MLP is the same for all candidates
-        inputs = kept(block.mlp_norm(x + attention(block.attn_norm(x))) for x in inputs)
+        inputs = kept(block.mlp_norm(x + attention(i, block.attn_norm(x))) for i, x in enumerate(inputs))
 
     def parts(row: Iterable[Tensor]) -> Iterator[Tensor]:
         for x in row:  # tokens do not see each other in the MLP: there a candidate can be given up in between
@@ -216,7 +222,7 @@ def module_judge(
     matrices = {role: getattr(block, role).weight for role in grids}
     top_I = column_absmax(list(matrices.values()))
     with _replaced(block, {}, site if transformed else None):
-        targets = kept(forward(x) for x in parts(inputs))
+        targets = kept(forward(i, x) for i, x in enumerate(parts(inputs)))
     heavy = [None] * len(targets) if weights is None else [part[..., None] for part in parts(weights)]
 
     def loss(scale_I: Tensor, bound: float) -> float:
@@ -224,8 +230,8 @@ def module_judge(
         scaled_grids = {role: (grid.for_tensor(top_I * scale_I), size) for role, (grid, size) in grids.items()}
         rounded = {role: rescaled_rounding(w, scale_I, *scaled_grids[role]) for role, w in matrices.items()}
         with _replaced(block, rounded, site if transformed else None):
-            for x, target, weight in zip(parts(inputs), targets, heavy, strict=True):
-                error = (wide(forward(x)) - wide(target)).square()
+            for i, (x, target, weight) in enumerate(zip(parts(inputs), targets, heavy, strict=True)):
+                error = (wide(forward(i, x)) - wide(target)).square()
                 total += (error if weight is None else error * weight).sum(dtype=torch.float64).item()
                 if total > bound:
                     break
