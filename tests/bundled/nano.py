@@ -111,7 +111,7 @@ class Batches:
         arch = model.architecture(config(tokenizer, model.name))
         self.first = int(arch.logit_shift)  # of a window, to be masked
         self.block = arch.block_length
-        self.in_blocks = self.block is None and build_part(model.sampler).block_length(1) is not None
+        self.in_blocks = self.block is None and build_part(dict(model.sampler)).block_length(1) is not None
         self.mask_id = token_id(tokenizer, nano.MASK)
         self.groups: dict[str, list[tuple[Tensor, int]]] = {}  # family -> (ids [N, T], prompt length)
         documents: list[list[int]] = []
@@ -212,26 +212,11 @@ def loss_of(model: MaskedDiffusionTransformer, batch: Batch) -> Tensor:
 @torch.no_grad()
 def generate(model: MaskedDiffusionTransformer, prompts: Tensor, length: int, block: int) -> Tensor:
     """Answers [B, length] of the family's sampler, as many steps as tokens, in blocks where it has any."""
-    if model.arch.block_length:
-        return generate_blocks(model, prompts, length)
-    sampler = build_part(family_of(model.arch.family).sampler)
+    own = {} if model.arch.block_length is None else {"block": model.arch.block_length}
+    sampler = build_part({**family_of(model.arch.family).sampler, **own})
     settings = {"gen_length": length, "block_length": sampler.block_length(block), "steps": length}
     answers: Tensor = sampler.generate(model, prompts, **settings).ids
     return answers
-
-
-def generate_blocks(model: MaskedDiffusionTransformer, prompts: Tensor, length: int) -> Tensor:
-    """Answers [B, length], the most confident token of a block first, everything computed anew in every step."""
-    block, mask_id = model.arch.block_length or 1, model.arch.mask_token_id
-    end = -(-(prompts.shape[1] + length) // block) * block
-    ids = F.pad(prompts, (0, end - prompts.shape[1]), value=mask_id)
-    for start in range(prompts.shape[1] // block * block, end, block):
-        now = ids[:, : start + block]
-        while (masked := now[:, start:] == mask_id).any():
-            best, tokens = model(now)[:, start:].float().softmax(-1).max(-1)
-            at = best.masked_fill(~masked, -1.0).argmax(1, keepdim=True)
-            now[:, start:].scatter_(1, at, tokens.gather(1, at))
-    return ids[:, prompts.shape[1] : prompts.shape[1] + length]
 
 
 def generated(model: MaskedDiffusionTransformer, tokenizer: Tokenizer, family: str, prompts: list[str]) -> list[str]:

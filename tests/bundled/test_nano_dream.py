@@ -33,10 +33,10 @@ def test_answers_are_masked_at_random_and_windows_keep_their_first_token() -> No
     for family in ("facts", "sums", "code", "packed"):
         batch = batches.draw(family, 64, step=3)
         hidden = batch.ids != batch.targets
-        assert torch.equal(hidden, batch.masked)  # every masked token is scored: no state of a block sampler
+        assert torch.equal(hidden, batch.weights > 0)  # every masked token is scored: no state of a block sampler
         assert hidden.any(1).all()
         assert not hidden[:, 0].any()
-    shares = batches.draw("code", 64, step=3).masked[:, -40:].float().mean(1)
+    shares = batches.draw("code", 64, step=3).weights[:, -40:].gt(0).float().mean(1)
     assert torch.allclose(shares.sort().values, (torch.arange(64) + 0.5) / 64, atol=0.05)  # t is spread evenly
 
 
