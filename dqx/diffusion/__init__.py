@@ -5,9 +5,11 @@
     samplers/      Sampler: what every sampler is, and the loop that writes answers; LLaDA's and Dream's
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
-    scorer.py      the same for many targets at once: every masked sequence once, in batches over all requests
+    factorization.py  the same as a sum over blocks, for models that write block by block; the autoregressive one
+    scorer.py      both for many targets at once: every masked sequence once, in batches over all requests
     states.py      which masked states a likelihood needs, with what weight; the exact expectation by enumeration
     batches.py     masked sequences of many requests, sorted by length and cut into batches
+    block_rows.py  the same where blocks are masked: a text once, and beside it the masked blocks of all that follow it
     stopping.py    when a question needs no more draws
     rollout.py     denoising states of fixed windows, as one model writes them
     settings.py    checks of settings

@@ -35,8 +35,14 @@ def widest(text: int) -> int:
     return max(WIDE * text, SHORT)
 
 
+def most(text: int, wanted: int, *, alone: bool) -> int:
+    """The most tokens of a line where so many are wanted; `alone` in a batch it has no less beside its text than in it,
+    which would otherwise be computed again for a few blocks."""
+    return max(min(wanted, widest(text)), 2 * text if alone else 0)
+
+
 def block_batches(groups: Iterable[SequenceGroup], tokens: Callable[[], int], block: int) -> Iterator[list[Part]]:
-    """Rows of consecutive groups: as many as have at most `tokens()`, padding counted; one at least."""
+    """Rows of consecutive groups: as many as have at most `tokens()`, padding counted; of one line more (`most`)."""
     batch: list[Part] = []
     text = torch.zeros(0, dtype=torch.long)  # of the line that is being filled
     n = width = longest = 0  # lines of the batch, tokens of the last one and of the longest one
@@ -45,13 +51,13 @@ def block_batches(groups: Iterable[SequenceGroup], tokens: Callable[[], int], bl
         while start < len(group.rows):
             left, count = len(group.rows) - start, 0
             if n and len(own) <= len(text) and own.equal(text[: len(own)]):
-                count = _room(left, each, min(tokens() // n, widest(len(text))) - width)
+                count = _room(left, each, most(len(text), tokens() // n, alone=n == 1) - width)
             if not count:
                 if n and (n + 1) * max(longest, len(own) + each) > tokens():
                     yield batch
                     batch, n, longest = [], 0, 0
                 text, n, width = own, n + 1, len(own)
-                count = max(1, _room(left, each, min(tokens() // n, widest(len(text))) - width))
+                count = max(1, _room(left, each, most(len(text), tokens() // n, alone=n == 1) - width))
             batch.append(Part(group, start, start + count, line=n))
             start, width = start + count, width + count * each
             longest = max(longest, width)
