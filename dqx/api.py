@@ -232,7 +232,7 @@ class DiffusionLM:
         prefix_ids, target_ids = self.tokens(prefix), self.tokens(target)
         self._check_length(len(prefix_ids) + len(target_ids))
         raise_if(self.sampler.likelihood_problems())
-        factorization = self.sampler.factorization(self.model.arch)
+        factorization = self.sampler.factorization()
         if masks is None:
             return log_likelihood(
                 self.model,

@@ -87,7 +87,7 @@ def factorization_problems(
     if factorization is None and arch.attention != FULL:
         return [
             "this model's attention is block by block, so its likelihood is a sum over blocks; give "
-            "factorization=sampler.factorization(model.arch) of its sampler"
+            "factorization=sampler.factorization() of its sampler"
         ]
     if factorization is not None and cfg_scale:
         return [

@@ -138,7 +138,7 @@ class DiffusionHarness(LM):
             exact=self.settings.likelihood.exact,
             error_level=self.settings.likelihood.error_level if self.settings.likelihood.adaptive else None,
             batch_tokens=self.settings.likelihood.batch_tokens,
-            factorization=self.sampler.factorization(self.model.arch),
+            factorization=self.sampler.factorization(),
         )
         asked = self._likelihood_requests(requests)
         session = EvaluationSession(documents(requests), [scorer.work(request) for request in asked], self.journal)

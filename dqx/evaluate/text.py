@@ -87,7 +87,7 @@ def evaluate_text(
         samples=spec.mc_samples,
         seed=settings.seed,
         batch_tokens=settings.likelihood.batch_tokens,
-        factorization=None if sampler is None else sampler.factorization(model.arch),
+        factorization=None if sampler is None else sampler.factorization(),
     )
     documents = [Document(f"{name}/{i}", [i], digest(window.tolist())) for i, window in enumerate(windows)]
     session = EvaluationSession(documents, [scorer.work(request) for request in requests], journal)

@@ -61,12 +61,12 @@ def ragged() -> list[Request]:
 
 def scorer(case: str, models, samples: int = SAMPLES, **settings) -> Scorer:
     model = models[case]
-    factorization = CASES[case][2].factorization(model.arch)
+    factorization = CASES[case][2].factorization()
     return Scorer(model, samples=samples, seed=3, factorization=factorization, **settings)
 
 
 def plain(case: str, models, requests: list[Request], samples: int = SAMPLES) -> list[float]:
-    model, factorization = models[case], CASES[case][2].factorization(models[case].arch)
+    model, factorization = models[case], CASES[case][2].factorization()
     return [
         log_likelihood(model, r.prefix, r.target, samples=samples, seed=3, key=r.key, factorization=factorization).value
         for r in requests
@@ -154,7 +154,7 @@ def test_the_autoregressive_likelihood_is_that_of_the_recorded_causal_logits(mod
     values = found.score([Request(tokens[:n], tokens[n:]) for n in (1, 9, len(tokens) - 1)])
     assert values == pytest.approx([float(one_by_one[n - 1 :].sum()) for n in (1, 9, len(tokens) - 1)], abs=1e-3)
     assert found.n_forwards == 1  # of which the others read
-    assert SpeculativeSampler().factorization(models["nemotron"].arch) == found.factorization
+    assert SpeculativeSampler().factorization() == found.factorization
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -229,7 +229,7 @@ def test_draws_until_a_question_is_decided(models) -> None:
     model, prefix = models["nemotron"], ids(6, 0)
     answer = NemotronSampler(block=8).generate(model, prefix[None], gen_length=8, steps=8).ids[0]
     requests = [Request(prefix, target, ("task", 0, i)) for i, target in enumerate((ids(8, 3), answer))]
-    factorization = NemotronSampler(block=8).factorization(model.arch)
+    factorization = NemotronSampler(block=8).factorization()
     found = {}
     for level in (None, 0.01):
         one = Scorer(model, samples=64, seed=0, factorization=factorization, error_level=level)
@@ -248,7 +248,7 @@ def test_what_cannot_be_computed_is_refused(models) -> None:
     with pytest.raises(ValueError, match="block by block there is no guidance"):
         scorer("sdar", models, cfg_scale=0.5)
     with pytest.raises(ValueError, match=r"sampler\.causal_context=false .* leave it true for likelihood"):
-        NemotronSampler(causal_context=False).factorization(model.arch)
+        NemotronSampler(causal_context=False).factorization()
     with pytest.raises(ValueError, match="nothing that predicts its first token; give a prefix"):
         scorer("nemotron", models).score([Request([], [3])])
     assert scorer("sdar", models).score([Request([], [3])])[0] < 0

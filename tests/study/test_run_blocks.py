@@ -1,14 +1,21 @@
 """Whole runs on models with block-wise attention: tiny checkpoints in the hub's format, every family, every sampler."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from tiny import TOY, random_model
 
-from dqx.config.compose import compose, resolve
+from dqx.config.compose import build, compose, resolve
 from dqx.config.schema import ConfigProblems
+from dqx.diffusion.batches import Request
+from dqx.diffusion.samplers.nemotron import AutoregressiveSampler, NemotronSampler
 from dqx.diffusion.samplers.sdar import SDARSampler
+from dqx.diffusion.scorer import Scorer
 from dqx.models.family import family_of
 from dqx.record.folder import RunFolder
+from dqx.study.estimate.work import block_lines, task_work
 from dqx.study.run import run
 
 SMALL = [
@@ -64,6 +71,68 @@ REFUSED = [
 def test_what_a_model_has_not_learned_is_refused(family, settings, told, launch):
     with pytest.raises(ConfigProblems, match=told):
         launch(family, "refused", *settings)
+
+
+def test_likelihoods_are_what_the_sampler_says(launch, tmp_path, tiny_checkpoint):
+    """A text and a choice, written and scored both ways: exact is another number, with one draw as with many."""
+    texts, choices = {}, {}
+    for name, *settings in (("bound",), ("many", "autoregressive", 6), ("one", "autoregressive", 2)):
+        sampler, samples = settings or (None, 2)
+        ways = [f"task.suite.{task}.mc_samples={samples}" for task in ("nano_text", "nano_facts")]
+        ways += ["task=[nano_text,nano_facts]", "method=fp16", "bits=w16a16", "outliers.samples=0"]
+        ways += [] if sampler is None else [f"model.sampler={sampler}"]
+        record = launch("nemotron", name, *ways)
+        documents = record.full_precision
+        texts[name], choices[name] = (
+            documents[task].documents[0].log_likelihoods for task in ("nano_text", "nano_facts")
+        )
+    assert texts["many"] == pytest.approx(texts["one"])
+    assert choices["many"] == pytest.approx(choices["one"])
+    assert texts["bound"] != pytest.approx(texts["one"])
+    with pytest.raises(ConfigProblems, match=r"sampler\.causal_context=false .*leave it true for likelihood"):
+        launch("nemotron", "refused", "model.sampler.causal_context=false")
+
+
+#: A sampler, tokens of a prompt, and how many answers of which length follow each.
+COUNTED = [
+    (SDARSampler(block=4), 40, {3: 2, 6: 2}),
+    (NemotronSampler(block=8), 1, {64: 1}),
+    (NemotronSampler(block=8), 40, {1: 4}),
+    (AutoregressiveSampler(), 40, {5: 3}),
+]
+
+
+@pytest.mark.parametrize(("sampler", "prompt", "answers"), COUNTED)
+def test_a_plan_counts_what_the_scorer_does(sampler, prompt, answers):
+    arch = family_of("sdar").published[1] if isinstance(sampler, SDARSampler) else family_of("nemotron").published[1]
+    model = random_model(replace(TOY, attention=arch.attention, logit_shift=False))
+    documents, draws = 6, 24
+    requests = []
+    for document in range(documents):
+        prefix = torch.randint(0, 90, (prompt,), generator=torch.Generator().manual_seed(document))
+        for i, length in enumerate(length for length, n in answers.items() for _ in range(n)):
+            target = torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(100 * document + i))
+            requests.append(Request(prefix, target, (document, i)))
+    scorer = Scorer(model, samples=draws, seed=0, factorization=sampler.factorization(), batch_tokens=10**6)
+    scorer.score(requests)
+    sizes = {length: (documents * n, documents) for length, n in answers.items()}
+    lines = block_lines(sizes, documents, prompt, sampler.factorization(), draws)
+    assert lines.expected * lines.length == pytest.approx(scorer.n_tokens, rel=0.15)
+    assert lines.expected == pytest.approx(scorer.n_forwards, rel=0.3)
+    assert lines.at_most >= lines.expected
+
+
+def test_the_preset_measures_both_ways():
+    first = resolve(compose(["experiment=ar_vs_diffusion"]))
+    works = []
+    for sampler in first.sweep["model/sampler"].split(","):
+        for bits in first.sweep["bits"].split(","):
+            config = resolve(compose(["experiment=ar_vs_diffusion", f"model.sampler={sampler}", f"bits={bits}"]))
+            assert (config.model.name, config.bits.name) == ("nemotron_8b", bits)
+        works.append({name: task_work(spec, build(config.model.sampler)) for name, spec in config.task.suite.items()})
+    diffusion, autoregressive = works
+    assert list(diffusion) == ["arc_challenge", "gsm8k", "wikitext2"]
+    assert all(work.tokens > 3 * autoregressive[name].tokens for name, work in diffusion.items())
 
 
 def test_a_block_that_is_not_the_checkpoints_is_noted():

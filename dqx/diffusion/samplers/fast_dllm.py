@@ -73,10 +73,10 @@ class FastDLLMSampler(BlockwiseSampler):
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)
 
-    def factorization(self, arch: Architecture) -> Factorization:
+    def factorization(self) -> Factorization:
         """Blocks whose first token is autoregressive, as it is written behind a finished block (training predicts it
         from the masked block before). A prompt of exactly one block is seen."""
-        return Factorization(self.block, self.attention(arch), ahead=True, shift=True)
+        return Factorization(self.block, Attention(self.block), ahead=True, shift=True)
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """Up to the end of a block, and one token more."""

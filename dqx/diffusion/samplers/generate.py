@@ -60,7 +60,7 @@ class Sampler(ABC):
         """Whether what is kept is stored once, block by block, when its tokens are final: no forward has them all."""
         return False
 
-    def factorization(self, arch: Architecture) -> Factorization | None:
+    def factorization(self) -> Factorization | None:
         """How the likelihood of what it writes is a sum over blocks; None: a target is masked as a whole."""
         return None
 

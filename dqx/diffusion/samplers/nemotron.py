@@ -86,7 +86,7 @@ class NemotronSampler(BlockwiseSampler):
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL if self.causal_context else FULL
 
-    def factorization(self, arch: Architecture) -> Factorization:
+    def factorization(self) -> Factorization:
         """Blocks from the end of the prefix, each with an autoregressive first token: the causal pass over all before
         predicts it exactly, and the block's other tokens are denoised beside it, as `program` does."""
         raise_if(self.likelihood_problems())
@@ -165,7 +165,7 @@ class AutoregressiveSampler(BlockwiseSampler):
     def attention(self, arch: Architecture) -> Attention:
         return CAUSAL
 
-    def factorization(self, arch: Architecture) -> Factorization:
+    def factorization(self) -> Factorization:
         """Every token is predicted by the causal row before it: the exact autoregressive likelihood."""
         return Factorization(1, CAUSAL, from_prefix=True, ahead=True)
 

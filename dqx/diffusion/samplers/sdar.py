@@ -93,8 +93,8 @@ class SDARSampler(BlockwiseSampler):
     def attention(self, arch: Architecture) -> Attention:
         return Attention(self.block)
 
-    def factorization(self, arch: Architecture) -> Factorization:
-        return Factorization(self.block, self.attention(arch))
+    def factorization(self) -> Factorization:
+        return Factorization(self.block, Attention(self.block))
 
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """Up to the end of a block."""

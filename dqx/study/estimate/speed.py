@@ -151,7 +151,7 @@ class Measured:
             own = self._passes_seconds if sampler.stores_final else self._engine_seconds
             return blocks + work.forwards / passes * own(work, rows, sampler)
         if work.kind == "likelihood":
-            return blocks + work.forwards * self._scorer_seconds(work, rows, sampler.factorization(self.arch))
+            return blocks + work.forwards * self._scorer_seconds(work, rows, sampler.factorization())
         return blocks
 
     def rows(self, work: Work) -> int:
@@ -232,10 +232,12 @@ class Measured:
             requests = [Request(prefix.clone().fill_(i % self.arch.vocab_size), target, (i,)) for i in range(n)]
 
             def once() -> float:
-                scorer.n_forwards = 0
+                scorer.n_forwards = scorer.n_tokens = 0
                 return timed(lambda: scorer.score(requests), self.device)
 
-            self._times[key] = best(once) / scorer.n_forwards
+            seconds = best(once)
+            each = scorer.n_forwards if factorization is None else scorer.n_tokens / work.length
+            self._times[key] = seconds / each
         return self._times[key]
 
 

@@ -3,7 +3,7 @@
 Likelihood: the draws of a target of L tokens repeat, so that the number of *different* states is counted, by its
 expectation over the draws of `mask_states`; and choices of one length after one prompt share the state that masks all
 of a target (those of one token are a single sequence). What choices share beyond that, having tokens in common, is
-not counted.
+not counted. Where the likelihood is a sum over blocks, a sequence is a text with masked blocks beside it.
 
 Generation: answers are taken to be as long as those in the data, and a row stops when its answer has ended. The block
 in which it ends is written from the most confident token on, so that this happens anywhere between the answer's own
@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from dqx.diagnostics.fidelity import RATIOS
+from dqx.diffusion.batches import Request
+from dqx.diffusion.block_rows import widest
+from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.noise import generator
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.settings import LikelihoodSettings
@@ -85,18 +88,25 @@ def task_work(
 ) -> Work | None:
     """One evaluation of a task; None where its size is not known."""
     if spec.kind == "text":
-        return _text(spec, limit)
+        return _text(spec, limit, sampler)
     size = SIZES.get(spec.harness)
     if size is None:
         return None
     documents = size.documents if limit is None else min(limit, size.documents)
     prompt = size.prompt(spec) + (CHAT_TOKENS if chat else 0)
     if spec.kind == "likelihood":
-        return _likelihood(spec, size, documents, prompt, likelihood or LikelihoodSettings())
+        return _likelihood(spec, size, documents, prompt, likelihood or LikelihoodSettings(), sampler)
     return _generation(spec, size, documents, prompt, sampler, steps_of(spec, steps))
 
 
-def _likelihood(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int, settings: LikelihoodSettings) -> Work:
+def _likelihood(
+    spec: TaskSpec,
+    size: BenchmarkSize,
+    documents: int,
+    prompt: int,
+    settings: LikelihoodSettings,
+    sampler: Sampler,
+) -> Work:
     draws = spec.mc_samples or 1
     share = documents / size.documents
     answers = sum(n for n, _ in size.answers.values())
@@ -109,7 +119,7 @@ def _likelihood(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int
         masked += n * sum(count * states for count, states in by_count.items())
     choices = round(answers / size.documents)
     longest = sum(n * min(draws, 2**length - 1) for length, (n, _) in size.answers.items())
-    return Work(
+    work = Work(
         "likelihood",
         forwards=forwards * share,
         at_most=math.ceil(longest * share),
@@ -121,6 +131,66 @@ def _likelihood(spec: TaskSpec, size: BenchmarkSize, documents: int, prompt: int
         documents=documents,
         each=f"{choices} choices x {draws} draw{'s' if draws > 1 else ''}",
     )
+    factorization = sampler.factorization()
+    if factorization is None:
+        return work
+    lines = block_lines(size.answers, size.documents, prompt, factorization, draws, exact=settings.exact)
+    return lines.of(work, share, settings.batch_tokens)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Texts with masked blocks beside them (`dqx/diffusion/block_rows.py`): how many are expected, how many there can
+    be, their tokens, and how many of these are scored."""
+
+    expected: float
+    at_most: float
+    length: int
+    read: float
+
+    def of(self, work: Work, share: float = 1.0, batch_tokens: int | None = None) -> Work:
+        """`work` where the likelihood is a sum over blocks; `share` of the documents are asked for."""
+        return replace(
+            work,
+            forwards=self.expected * share,
+            at_most=math.ceil(self.at_most * share),
+            length=self.length,
+            read=self.read,
+            batch=batch_tokens and max(1, batch_tokens // self.length),
+        )
+
+
+def block_lines(
+    answers: Mapping[int, tuple[int, int]],
+    documents: int,
+    prompt: int,
+    factorization: Factorization,
+    draws: int,
+    *,
+    exact: bool = False,
+) -> Lines:
+    """Of all answers after prompts of so many tokens. Choices whose final text is their prompt's share its line."""
+    blocks = most = read = texts = tokens = 0.0
+    total = sum(n for n, _ in answers.values())
+    for length, (n, prompts) in answers.items():
+        pieces = factorization.pieces(Request([0] * prompt, [0] * length))
+        text = max(piece.start for piece in pieces)
+        own = n if text > prompt else documents * n / total
+        texts, tokens = texts + own, tokens + own * text
+        for piece in pieces:
+            if piece.by_final is not None:
+                read += (n if text > prompt else prompts) * int(piece.by_final.sum())
+                continue
+            masked = len(piece.target)
+            by_count = different_states(masked, draws, exact=exact)
+            shared = n - prompts if piece.start <= prompt else 0
+            blocks += n * sum(by_count.values()) - shared * by_count[masked]
+            read += n * sum(count * states for count, states in by_count.items())
+            most += n * min(draws, 2**masked - 1)
+    mean = tokens / texts
+    beside = widest(round(mean)) - mean
+    expected, at_most = (texts * max(1.0, n * factorization.block / texts / beside) for n in (blocks, most))
+    return Lines(expected, at_most, round(mean + blocks * factorization.block / expected), read / expected)
 
 
 def different_states(length: int, draws: int, *, exact: bool = False) -> dict[int, float]:
@@ -183,13 +253,13 @@ def _written(answers: Mapping[int, int], gen_length: int, block: int) -> float:
     return total / (gen_length * sum(answers.values()))
 
 
-def _text(spec: TaskSpec, limit: int | None) -> Work | None:
+def _text(spec: TaskSpec, limit: int | None, sampler: Sampler) -> Work | None:
     tokens = TEXT_TOKENS.get(spec.text or "")
     if tokens is None or not spec.length or not spec.mc_samples:
         return None
     windows = min(n for n in (tokens // spec.length, spec.windows, limit) if n is not None)
     by_count = different_states(spec.length, spec.mc_samples)
-    return Work(
+    work = Work(
         "likelihood",
         forwards=windows * sum(by_count.values()),
         at_most=windows * spec.mc_samples,
@@ -200,6 +270,10 @@ def _text(spec: TaskSpec, limit: int | None) -> Work | None:
         documents=windows,
         each=f"{spec.mc_samples} draw{'s' if spec.mc_samples > 1 else ''}",
     )
+    factorization = sampler.factorization()
+    if factorization is None:
+        return work
+    return block_lines({spec.length: (windows, windows)}, windows, 1, factorization, spec.mc_samples).of(work)
 
 
 def outlier_work(samples: int, length: int) -> Work:
