@@ -66,7 +66,8 @@ class DiffusionHarness(LM):
     Over all calls, processes and sessions, `n_forwards` counts sequences through the model, `n_tokens` their
     tokens that were computed, `n_saved` sequences that were not needed because an answer had ended, `generated` the
     tokens written (prompts never count). `earlier` has the seconds of earlier sessions, `truncated` the tokens cut from
-    the left of prompts that did not fit, by (task, document), and `notes` what a reader of the results should know.
+    the left of prompts that did not fit, by (task, document), `took` the sequences that an answer took and the tokens
+    written in them, where their number depends on the model, and `notes` what a reader of the results should know.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class DiffusionHarness(LM):
         self.n_forwards = self.n_tokens = self.n_saved = self.generated = 0
         self.earlier = 0.0
         self.truncated: dict[tuple[str, int], int] = {}
+        self.took: dict[tuple[str, int], tuple[int, int]] = {}
         self.notes: list[str] = []
         self.end_tokens = end_tokens(model, tokenizer)
 
@@ -195,8 +197,12 @@ class DiffusionHarness(LM):
                         tokens=answer.n_written,
                     )
                     session.note(engine.notes)
-                    session.enter({indices[at]: ending.text(answer.ids)})
-        return [str(text) for text in self._gather(session)]
+                    session.enter({indices[at]: (ending.text(answer.ids), answer.n_forwards, answer.n_written)})
+        answers = self._gather(session)
+        if self.sampler.forwards_vary:
+            took = ((int(forwards), int(tokens)) for _, forwards, tokens in answers)
+            self.took.update(zip(map(document_key, requests), took, strict=True))
+        return [str(text) for text, *_ in answers]
 
     # the pieces
 

@@ -21,6 +21,8 @@ class DocumentRow:
     log_likelihoods: list[float] | None = None  # nats, one per answer choice; None for generation
     answer: str | None = None  # what the task's filter read out of a generated text, the part that is scored
     truncated: int = 0  # tokens cut from the left of a prompt that did not fit into the model
+    forwards: int | None = None  # sequences that its answer took; None where the sampler's schedule alone decides that
+    tokens: int | None = None  # tokens written in them
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +39,8 @@ class DocumentRow:
             log_likelihoods=None if likelihoods is None else [float(x) for x in likelihoods],
             answer=data.get("answer"),
             truncated=int(data.get("truncated", 0)),
+            forwards=data.get("forwards"),
+            tokens=data.get("tokens"),
         )
 
 

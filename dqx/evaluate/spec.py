@@ -11,6 +11,9 @@ from dataclasses import dataclass
 CATEGORIES = ("general", "math", "code", "text")
 KINDS = ("likelihood", "generation", "text")
 NLL = "nll"  # the metric that is better when lower: nats per token of a text
+#: What answers take; a metric of deltas beside those of the tasks.
+FORWARDS = "forwards per token"
+LOWER_IS_BETTER = (NLL, FORWARDS)
 
 
 @dataclass

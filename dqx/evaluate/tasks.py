@@ -195,6 +195,7 @@ def _run(harness: DiffusionHarness, chosen: Mapping[LocalTask, int]) -> dict[str
 def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: DiffusionHarness) -> DocumentRow:
     doc, responses = sample["doc"], sample["resps"]
     likelihoods, answer, target = None, None, str(sample["target"])
+    forwards, tokens = harness.took.get((task.task_name, sample["doc_id"]), (None, None))
     if task.OUTPUT_TYPE == "multiple_choice":
         likelihoods = [float(response[0][0]) for response in responses]
         choices = task.doc_to_choice(doc)
@@ -215,6 +216,8 @@ def _row(task: LocalTask, sample: Mapping[str, Any], spec: TaskSpec, harness: Di
         log_likelihoods=likelihoods,
         answer=answer,
         truncated=harness.truncated.get((task.task_name, sample["doc_id"]), 0),
+        forwards=forwards,
+        tokens=tokens,
     )
 
 

@@ -32,7 +32,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from dqx.evaluate.results import DocumentRow, TaskResult
-from dqx.evaluate.spec import NLL
+from dqx.evaluate.spec import FORWARDS, LOWER_IS_BETTER
 from dqx.record import significance
 
 Z = NormalDist().inv_cdf(0.5 + significance.CONFIDENCE / 2)
@@ -70,7 +70,7 @@ class Delta:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric == NLL
+        return self.metric in LOWER_IS_BETTER
 
 
 def paired(before: TaskResult, after: TaskResult) -> list[tuple[DocumentRow, DocumentRow]]:
@@ -110,7 +110,7 @@ def compare_task(full_precision: TaskResult, quantized: TaskResult) -> Delta:
     """
     before, after = _paired_scores(full_precision, quantized)
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    lower_is_better = full_precision.metric == NLL
+    lower_is_better = full_precision.metric in LOWER_IS_BETTER
     fell, rose = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
     limits: tuple[float, float] | None
     if not lower_is_better and all(0 <= score <= 1 for score in (*before, *after)):
@@ -168,6 +168,24 @@ def compare(full_precision: Mapping[str, TaskResult], quantized: Mapping[str, Ta
     by_category = [macro_average(m, differences, str(name), "category", name) for name, m in several.items()]
     overall = [macro_average(averaged, differences, "average", "overall", None)] if len(averaged) > 1 else []
     return [row for family in (rows, by_category, overall) for row in judged(family)]
+
+
+def forwards(full_precision: Mapping[str, TaskResult], quantized: Mapping[str, TaskResult]) -> list[Delta]:
+    """Deltas of the sequences through the model per token written, of tasks whose sampler takes as many as the model's
+    predictions ask for: quantization that costs no accuracy may still cost denoising steps."""
+    rows = []
+    for name, before in full_precision.items():
+        paces = [pace(before), pace(quantized[name])]
+        if all(result.documents for result in paces):
+            rows.append(compare_task(*paces))
+    return judged(rows)
+
+
+def pace(result: TaskResult) -> TaskResult:
+    """The result with forwards per token as the scores of its documents, of those that have them."""
+    counted = ((row, row.forwards, row.tokens) for row in result.documents)
+    rows = [replace(row, score=n / max(1, tokens or 0)) for row, n, tokens in counted if n is not None]
+    return replace(result, metric=FORWARDS, documents=rows)
 
 
 def headline(rows: Sequence[Delta]) -> Delta:
@@ -232,7 +250,7 @@ def renewed(row: Delta) -> Delta:
 
 def _row(limits: tuple[float, float] | None, bootstrap: tuple[float, float] | None, **known: Any) -> Delta:
     """A row with what follows from its other numbers."""
-    lower_is_better = known["metric"] == NLL  # already relative: the logarithm of the ratio of perplexities
+    lower_is_better = known["metric"] in LOWER_IS_BETTER  # of texts already relative: the log of a perplexity ratio
     before, p_value = known["full_precision"], known["p_value"]
     drop = (before - known["quantized"]) / before if before and not lower_is_better else None
     low, high = limits or (None, None)

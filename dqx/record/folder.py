@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from torch import Tensor  # takes a second to import, which reading a record does not need
 
 SCHEMA = Path(__file__).with_name("results.schema.json")
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 #: Version 1 had deltas without tests: computed again; 2 had no n_saved, and quantized no source; 3 had nothing by step;
-#: 4 had words for levels, and called a difference worse whose interval held 0. Levels and verdicts are made anew.
-READABLE = (1, 2, 3, 4, 5)
+#: 4 had words for levels, and called a difference worse whose interval held 0; 5 had no forwards. Levels and
+#: verdicts are made anew.
+READABLE = (1, 2, 3, 4, 5, 6)
 #: What results.json has as `Record` has it; and what records of version 1 may lack.
 KEPT = ("model", "timings", "choices", "command", "created", "warnings", "mirror")
 ADDED = ("fidelity", "memory")
@@ -49,7 +50,7 @@ SIDES = ("full_precision", "quantized")
 
 @dataclass(repr=False)
 class Record:
-    """Everything a run has to say. `deltas` are computed from the results where they are not given.
+    """Everything a run has to say. `deltas` and `forwards` are computed from the results where they are not given.
 
     `settings` is what was run, read from `config`.
     """
@@ -74,11 +75,13 @@ class Record:
     warnings: list[str] = field(default_factory=list)  # where the run could not do exactly what was asked
     mirror: dict[str, Any] = field(default_factory=lambda: {"state": "not written"})
     deltas: list[Delta] = field(default_factory=list)
+    forwards: list[Delta] = field(default_factory=list)  # of forwards per token, where they depend on the model
     settings: RunSettings = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         self.settings = RunSettings.of(self.config)
         self.deltas = self.deltas or deltas.compare(self.full_precision, self.quantized)
+        self.forwards = self.forwards or deltas.forwards(self.full_precision, self.quantized)
 
     def __repr__(self) -> str:
         first = deltas.headline(self.deltas)
@@ -116,6 +119,7 @@ class Record:
             "seed": run.seed,
             "tasks": tasks,
             "deltas": [asdict(row) for row in self.deltas],
+            "forwards": [asdict(row) for row in self.forwards],
             "outliers": {side: activations.summary(stats) for side, stats in self.outliers.items()},
             "fidelity": self.fidelity,
             "quantization": {k: v for k, v in self.quantization.items() if k != "linears"},
@@ -188,6 +192,7 @@ class RunFolder:
                 told = {key: task[key] for key in ("category", "metric", "n")} | task[side]
                 told |= {"name": name, "value": float(told["value"])}
                 sources[side][name] = told.pop("source", "computed")
+                told.pop("tokens_per_forward", None)  # follows from the others
                 tasks[name] = TaskResult(**told, documents=[DocumentRow.from_dict(row | row[side]) for row in rows])
         calibration = results["calibration"] or {}
         return Record(
@@ -200,6 +205,7 @@ class RunFolder:
             mask_ratio=calibration.get("mask_ratio"),
             sources=sources,
             deltas=[deltas.renewed(Delta(**row)) for row in results["deltas"]] if version > 1 else [],
+            forwards=[deltas.renewed(Delta(**row)) for row in results.get("forwards", [])],
             full_precision=sides["full_precision"],
             quantized=sides["quantized"],
             **{key: results[key] for key in KEPT},
@@ -236,11 +242,13 @@ class TensorFile(Mapping[str, "Tensor"]):
 
 
 def _cost(result: TaskResult) -> dict[str, Any]:
-    return {k: getattr(result, k) for k in ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")}
+    fields = ("value", "seconds", "n_forwards", "n_tokens", "n_saved", "tokens", "notes")
+    per_forward = result.tokens / result.n_forwards if result.tokens and result.n_forwards else None
+    return {k: getattr(result, k) for k in fields} | {"tokens_per_forward": per_forward}
 
 
 def _document(rows: tuple[DocumentRow, DocumentRow]) -> dict[str, Any]:
     """A document of both sides, as documents/TASK.jsonl has it."""
-    own = ("score", "prediction", "answer", "log_likelihoods")
+    own = ("score", "prediction", "answer", "log_likelihoods", "forwards", "tokens")
     shared = {key: getattr(rows[0], key) for key in ("doc_id", "target", "truncated")}
     return shared | {side: {key: getattr(row, key) for key in own} for side, row in zip(SIDES, rows, strict=True)}

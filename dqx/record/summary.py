@@ -23,6 +23,9 @@ def summary(record: Record) -> dict[str, Any]:
         of_row |= {"delta": row.delta, "delta_low": row.low, "delta_high": row.high}
         of_row |= {key: getattr(row, key) for key in MEASURED}
         values |= {f"{key}/{row.name}": value for key, value in of_row.items()}
+    for row in record.forwards:
+        of_row = {"delta": row.delta, "full_precision": row.full_precision, "quantized": row.quantized}
+        values |= {f"forwards_per_token/{key}/{row.name}": value for key, value in of_row.items()}
     first = headline(record.deltas)
     if not first.lower_is_better:  # of one task the average is that task: sweeps optimize it
         values.setdefault("delta/average", first.delta)

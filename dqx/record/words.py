@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dqx.common.names import enumerated, natural
-from dqx.evaluate.spec import NLL
+from dqx.evaluate.spec import LOWER_IS_BETTER
 from dqx.record.deltas import headline
 from dqx.record.settings import RunSettings
 from dqx.record.significance import UNDECIDED
@@ -160,13 +160,13 @@ def _distinct(names: Iterable[str]) -> str:
 
 
 def value(score: float, metric: str | None) -> str:
-    """A score in percent, or in nats per token with three digits after the point."""
-    return f"{score:.3f}" if metric == NLL else f"{100 * score:.1f}"
+    """A score in percent, or in nats or forwards per token with three digits after the point."""
+    return f"{score:.3f}" if metric in LOWER_IS_BETTER else f"{100 * score:.1f}"
 
 
 def difference(fraction: float, metric: str | None) -> str:
-    """A difference of scores in points or nats, always signed except for zero."""
-    if metric != NLL:
+    """A difference of scores in points, nats or forwards, always signed except for zero."""
+    if metric not in LOWER_IS_BETTER:
         return points(fraction)
     text = f"{fraction:+.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text

@@ -38,7 +38,17 @@ def page(report: Report) -> str:
         loader=PackageLoader("dqx.report"), autoescape=True, undefined=StrictUndefined, finalize=_public,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filters = (slug, embedded, shortened, flipped, listing, tables.anchor, tables.deltas, content.lacks)
+    filters = (
+        slug,
+        embedded,
+        shortened,
+        flipped,
+        listing,
+        tables.anchor,
+        tables.deltas,
+        tables.forwards,
+        content.lacks,
+    )
     environment.filters |= {each.__name__: each for each in (*filters, words.title, words.conditions)}
     style, script = (
         "\n" + (resources.files("dqx.report") / "templates" / name).read_text(encoding="utf-8")

@@ -105,6 +105,15 @@ def deltas(rows: Sequence[Delta], before: str = "full precision", after: str = "
     )
 
 
+def forwards(rows: Sequence[Delta]) -> Table:
+    """What answers take, one side against the other, where that depends on the model."""
+    shown = deltas(rows).only(
+        ("task", "documents", "full precision", "quantized", "delta [95 % interval]", P_VALUE, "verdict")
+    )
+    told = "Sequences through the model per token written, mean over documents; less is better."
+    return replace(shown, title="Forwards per token", notes=(told, f"{CHANCE}."))
+
+
 def _delta_notes(rows: Sequence[Delta]) -> list[str]:
     """What the table's words mean, and what the sample could have shown."""
     notes = []

@@ -66,6 +66,9 @@ def print_run(
     print_lines(console, _wrapped((words.title(record), words.conditions(record))), "bold")
     console.print()
     print_lines(console, show(tables.deltas(record.deltas), console), "dim")
+    if record.forwards:
+        console.print()
+        print_lines(console, show(tables.forwards(record.forwards), console), "dim")
     if record.fidelity:
         console.print()
         print_lines(console, _wrapped(fidelity_lines(record.fidelity)))

@@ -34,6 +34,23 @@ def test_hand_computed():
     assert row.level == "> 4 %"
 
 
+def test_forwards_per_token_are_a_delta_of_their_own():
+    def paced(counts, name="t"):
+        plain = result(name, [1] * len(counts))
+        rows = [replace(r, forwards=n, tokens=m) for r, (n, m) in zip(plain.documents, counts, strict=True)]
+        return replace(plain, documents=rows)
+
+    before, after = paced([(4, 8), (6, 8), (2, 8)]), paced([(8, 8), (6, 8), (4, 16)])
+    schedule_alone = result("fixed", [1, 0])
+    (row,) = deltas.forwards({"t": before, "fixed": schedule_alone}, {"t": after, "fixed": schedule_alone})
+    assert (row.name, row.metric, row.n, row.lost, row.gained) == ("t", "forwards per token", 3, 1, 0)
+    assert row.full_precision == pytest.approx((0.5 + 0.75 + 0.25) / 3)
+    assert row.delta == pytest.approx(0.5 / 3)
+    assert row.low < row.delta < row.high
+    (slower,) = deltas.forwards({"t": paced([(4, 8)] * 12)}, {"t": paced([(6, 8), (7, 8)] * 6)})
+    assert (slower.verdict, slower.relative_drop, slower.level) == ("worse", None, None)
+
+
 def test_documents_pair_by_id_not_by_order():
     fp = result("t", [1, 0, 1], ids=["a", "b", "c"])
     q = result("t", [1, 1, 0], ids=["c", "a", "b"])

@@ -85,6 +85,8 @@ def test_documents_hold_both_sides(tmp_path):
         "prediction": "line\n1 \u2028 é",
         "answer": None,
         "log_likelihoods": [-1.5, "-Infinity"],
+        "forwards": None,
+        "tokens": None,
     }
 
 
@@ -182,7 +184,7 @@ def test_records_of_every_schema_version_are_read(version):
 def test_records_of_all_versions_are_runs_alike():
     """One frame holds them, one row per run and task."""
     read = runs(DATA / "records")
-    assert repr(read) == "Runs(5 finished of nano_llada)"
+    assert repr(read) == "Runs(6 finished of nano_llada)"
     frame = read.to_pandas()
     assert frame[["model", "method", "bits", "task", "delta"]].drop_duplicates().values.tolist() == [
         ["nano_llada", "rtn", "w4a16", "nano_sums", 0.0]
@@ -190,7 +192,7 @@ def test_records_of_all_versions_are_runs_alike():
     assert list(frame["folder"]) == [str(run.path) for run in read]
     assert "nano_sums" in read._repr_html_()
     assert "rtn w4a16" in repr(read[0].record)
-    assert len(read[1:]) == 4
+    assert len(read[1:]) == 5
 
 
 def test_records_are_read_without_torch():

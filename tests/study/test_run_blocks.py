@@ -47,6 +47,10 @@ def test_a_run_is_whole_and_is_reused(family, launch, tmp_path):
     assert {row.name for row in record.deltas if row.kind == "task"} == {"nano_facts", "nano_sums", "nano_code"}
     assert all(result.n_forwards > 0 for side in (record.full_precision, record.quantized) for result in side.values())
     assert record.quantization["linears"]
+    assert {row.name for row in record.forwards} == {"nano_sums", "nano_code"}
+    rows = record.quantized["nano_sums"].documents
+    assert sum(row.forwards for row in rows) == record.quantized["nano_sums"].n_forwards
+    assert sum(row.tokens for row in rows) == record.quantized["nano_sums"].tokens
     assert any(note.startswith("fidelity: ") for note in record.warnings)
     again = launch(family, "second")
     assert {source for side in again.sources.values() for source in side.values()} == {"reused"}

@@ -51,6 +51,11 @@ class Sampler(ABC):
         return None
 
     @property
+    def forwards_vary(self) -> bool:
+        """Whether the number of forwards per token depends on what the model predicts."""
+        return self.threshold is not None
+
+    @property
     def has_cache(self) -> bool:
         """Whether keys and values are kept from one forward to another."""
         return False

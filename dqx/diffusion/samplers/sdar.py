@@ -50,6 +50,10 @@ class SDARSampler(BlockwiseSampler):
         threshold = f" {self.threshold:g}" if self.remasking == "low_confidence_dynamic" else ""
         return f"{self.remasking}{threshold}, blocks of {self.block}"
 
+    @property
+    def forwards_vary(self) -> bool:
+        return self.remasking == "low_confidence_dynamic"
+
     def block_length(self, wanted: int | None) -> int:
         """The sampler's own: a model with block-wise attention has learned one length."""
         return self.block
