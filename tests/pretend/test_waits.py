@@ -17,6 +17,8 @@ from dqx.config.compose import build
 from dqx.diffusion import SeededNoise
 from dqx.diffusion.engine import Engine
 from dqx.diffusion.samplers import DreamSampler, LLaDASampler, Sampler
+from dqx.diffusion.samplers.nemotron import AutoregressiveSampler, NemotronSampler
+from dqx.diffusion.samplers.sdar import SDARSampler
 from dqx.diffusion.scorer import Scorer
 from dqx.formats.bits import WeightBits
 from dqx.formats.integers import Grid
@@ -72,6 +74,23 @@ def test_a_batch_of_likelihoods_waits_once(pretend: State, monkeypatch: pytest.M
         scorer.score(requests())
     assert waits == [len(forwards)]
     assert len(forwards) > 3
+
+
+@pytest.mark.parametrize("sampler", [SDARSampler(), NemotronSampler(block=4), AutoregressiveSampler()], ids=str)
+def test_so_does_a_batch_of_likelihoods_by_blocks(
+    sampler: Sampler, pretend: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {}
+    for device in ("cpu", "pretend"):
+        model, forwards = on(device, "llada"), []
+        scorer = Scorer(model, samples=6, seed=1, batch_tokens=40, factorization=sampler.factorization())
+        whole = model.head_rows
+        monkeypatch.setattr(model, "head_rows", lambda *args, f=forwards, w=whole: f.append(1) or w(*args))
+        with counted(pretend) as waits:
+            values[device] = scorer.score([request for request in requests() if len(request.prefix)])
+        assert waits == [len(forwards) if device == "pretend" else 0]
+        assert len(forwards) > 1
+    assert values["pretend"] == pytest.approx(values["cpu"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
