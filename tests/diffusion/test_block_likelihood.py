@@ -11,6 +11,7 @@ import torch
 from goldens import GOLDEN3, golden
 from torch import Tensor
 
+from dqx.api import load
 from dqx.diffusion.batches import Request
 from dqx.diffusion.likelihood import log_likelihood
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Recomputed
@@ -252,3 +253,15 @@ def test_what_cannot_be_computed_is_refused(models) -> None:
     with pytest.raises(ValueError, match="nothing that predicts its first token; give a prefix"):
         scorer("nemotron", models).score([Request([], [3])])
     assert scorer("sdar", models).score([Request([], [3])])[0] < 0
+
+
+def test_a_trained_model_finds_its_text_likely() -> None:
+    """In blocks as it was trained with; less so in those of twice the length."""
+    lm = load("nano_block")
+    block = lm.model.arch.block_length
+    nats = {}
+    for size in (block, 2 * block):
+        lm.sampler = SDARSampler(block=size)
+        nats[size] = lm.evaluate("nano_text", limit=4)["nano_text"].value
+    assert nats[block] < 1.2 < math.log(lm.model.arch.vocab_size) / 4
+    assert nats[block] < nats[2 * block]
