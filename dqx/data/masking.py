@@ -54,11 +54,12 @@ from tqdm import tqdm
 from dqx.common.names import did_you_mean
 from dqx.common.problems import raise_if
 from dqx.data.calibration import CalibBatch
-from dqx.data.passes import pass_batches
+from dqx.data.passes import pass_batches, pass_tokens
 from dqx.diffusion.noise import SeededNoise, generator
 from dqx.diffusion.rollout import spread
 from dqx.diffusion.samplers import Call, Sampler
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler
+from dqx.models.architecture import Architecture
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: The kinds, and the settings of `calib` that each one reads.
@@ -150,6 +151,18 @@ def _bucket_problems(calib: MaskingSettings, sampler: Sampler | None) -> list[st
                 f"{i + 1}; write more steps (calib.steps={calib.steps or calib.gen_length}), or fewer buckets"
             ]
     return []
+
+
+def window_tokens(calib: MaskingSettings, sampler: Sampler, arch: Architecture) -> int:
+    """Tokens of a calibration window as the model computes them, or about as many at most.
+
+    `calib.length` where settings are wrong.
+    """
+    by_passes = calib.masking == "trajectory" and isinstance(sampler, BlockwiseSampler)
+    if not by_passes or masking_problems(calib, sampler):
+        return calib.length
+    new = calib.gen_length or 0
+    return pass_tokens(sampler, arch, calib.length - new, new, calib.steps or new)
 
 
 def calibration_states(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,14 @@ def text_passes(
         at = torch.zeros(0, dtype=torch.long) if due.predicts is None else due.predicts
         writing.send((text[at], probability[at]))
     return passes
+
+
+@cache
+def pass_tokens(sampler: BlockwiseSampler, arch: Architecture, prompt: int, gen_length: int, steps: int) -> int:
+    """How many tokens the passes compute that write a window of text; a rollout's are about as many at most."""
+    window, random = torch.zeros(prompt + gen_length, dtype=torch.long), torch.Generator()
+    passes = text_passes(sampler, window, arch, gen_length=gen_length, steps=steps, random=random)
+    return sum(len(one.ids) for one in passes)
 
 
 def laid_out(passes: Sequence[Pass]) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ where there is one (`before_bias`), or one whose large gains are folded into que
 
 `when` says where all of this happens: in every forward, as if its keys and values came out of a cache (`always`), or
 where a sampler's cache stores them (`commit`). Then what a forward reads from the cache is rounded, while the tokens it
-computes attend to each other in full precision; a forward without a cache, as likelihoods and calibration make them,
-rounds nothing.
+computes attend to each other in full precision; a forward without a cache, as likelihoods and calibration on text make
+them, rounds nothing; calibration on a sampler's passes (`dqx/data/passes.py`) reads what they would have stored.
 
 How much of the values' range is kept is set (`value_clip_ratio`) or found on calibration text (`value_clip.py`).
 

@@ -54,12 +54,8 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
     told = [f"model.{p}" if p.startswith("sampler.") else p for p in told]
     if method is None or method.needs_data or config.outliers.samples > 0:
         told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
-    if method is not None and sampler is not None and "mean" in method.streams() and _differ(config, sampler):
-        told.append(
-            f"calib.rollout=true: windows of {sampler.name} differ in the passes that they show, and have no mean by "
-            f"position, which method {method.name} looks at; write calib.rollout=false, or stream=quantized in the "
-            "part that has stream=mean (method.transforms.rotate.stream=quantized)"
-        )
+    if method is not None and sampler is not None and "mean" in method.streams():
+        told += _mean_problems(config, method, sampler)
     if method is not None and method.weighs_by("committed") and config.calib.masking != "trajectory":
         told.append(
             f"calib={config.calib.masking} has no steps of a sampler, but method.token_weight weighs calibration "
@@ -74,9 +70,21 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
     return told
 
 
-def _differ(config: Config, sampler: Sampler) -> bool:
-    """Whether calibration windows are passes of unequal numbers."""
-    return config.calib.masking == "trajectory" and config.calib.rollout and sampler.stores_final
+def _mean_problems(config: Config, method: Method, sampler: Sampler) -> list[str]:
+    """A mean over calibration windows that are passes of unequal numbers."""
+    if config.calib.masking != "trajectory" or not sampler.stores_final:
+        return []
+    unequal = {
+        "calib.rollout": config.calib.rollout,
+        "model.sampler.block_cache": getattr(sampler, "block_cache", False),
+    }
+    return [
+        f"{setting}=true: windows of calib=trajectory differ in the passes that they show, and have no mean by "
+        f"position, which method {method.name} looks at; write {setting}=false, or stream=quantized in the part that "
+        "has stream=mean (method.transforms.rotate.stream=quantized)"
+        for setting, on in unequal.items()
+        if on
+    ]
 
 
 def reuse_problems(config: Config, method: Method | None, sampler: Sampler | None) -> list[str]:

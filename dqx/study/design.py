@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from dqx.config.schema import Config
+from dqx.data.masking import window_tokens
 from dqx.diffusion.samplers import Sampler
 from dqx.formats.bits import UNQUANTIZED, Widths
 from dqx.models.architecture import Architecture
@@ -37,6 +38,11 @@ class Design:
     def widths(self) -> Widths:
         """The grids of every block."""
         return self.config.bits.resolve(self.arch)
+
+    @cached_property
+    def window_tokens(self) -> int:
+        """Tokens of a calibration window as they are computed: of a sampler that writes by passes, those of all."""
+        return window_tokens(self.config.calib, self.sampler, self.arch)
 
     @property
     def streams(self) -> frozenset[str]:

@@ -10,7 +10,10 @@ from goldens import GOLDEN3
 from tiny import PLAIN, toy
 from torch import Tensor
 
+from dqx.config.compose import build, compose, resolve
+from dqx.config.schema import CalibConfig
 from dqx.data.calibration import CalibBatch
+from dqx.data.masking import masking_problems, window_tokens
 from dqx.data.passes import laid_out, pass_batches, text_passes
 from dqx.diagnostics.activations.measure import watched
 from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Cached, Pass
@@ -32,6 +35,7 @@ from dqx.quant.rounding.rtn import RTN
 from dqx.quant.stream import Stream, passes_of
 from dqx.quant.token_weight import confidences
 from dqx.quant.value_clip import attention_received
+from dqx.study.checks import data_problems
 from dqx.study.facts import rows_digest
 
 ARCHITECTURES = {
@@ -175,6 +179,30 @@ def test_passes_on_text_are_as_many_as_the_sampler_makes(case):
         assert len(found[0].ids[0]) == PROMPT + 2 * 8 * (7 + 1)
     if case == "autoregressive":
         assert found[0].ids[0].equal(windows(2)[0, :-1])
+
+
+@pytest.mark.parametrize("case", SAMPLERS)
+def test_estimates_know_the_tokens_of_a_window(case):
+    family, sampler = SAMPLERS[case]
+    calib = CalibConfig(masking="trajectory", length=PROMPT + NEW, gen_length=NEW, block_length=32)
+    made = batches(case)[1][0].ids.shape[1]
+    estimated = window_tokens(calib, sampler, arch_of(family))
+    assert estimated == made if not getattr(sampler, "block_cache", False) else abs(estimated - made) <= 8
+    assert window_tokens(CalibConfig(masking="clean", length=PROMPT + NEW), sampler, arch_of(family)) == PROMPT + NEW
+
+
+def test_what_passes_cannot_have_is_told():
+    passes = ["model=sdar_4b", "calib=trajectory", "calib.text=nano"]
+    config = resolve(compose([*passes, "calib.buckets=[0.5,0.5]"]))
+    sampler = build(config.model.sampler)
+    assert "write calib.buckets=null" in masking_problems(config.calib, sampler)[0]
+    config = resolve(compose([*passes, "method=duquant", "bits=w4a4", "calib.rollout=true", "task=nano"]))
+    told = data_problems(config, build(config.method), sampler)
+    assert ["write calib.rollout=false, or stream=quantized" in problem for problem in told] == [True]
+    passes = ["model=fast_dllm_7b", "calib=trajectory", "calib.text=nano", "model.sampler.block_cache=true"]
+    config = resolve(compose([*passes, "method=duquant", "bits=w4a4", "task=nano"]))
+    told = data_problems(config, build(config.method), build(config.model.sampler))
+    assert ["write model.sampler.block_cache=false" in problem for problem in told] == [True]
 
 
 def test_rollouts_are_the_passes_of_the_generation():

@@ -82,7 +82,7 @@ def memory_pools(design: Design, gpu_bytes: int | None = None) -> list[Pool]:
     outer, block = _outer_bytes(arch, dtype), block_parameters(arch) * dtype.itemsize
     working = block + _working_bytes(design)
     if design.asks_confidence:  # embedding and head stay beside the blocks, until all are passed
-        working = max(working, sum(outer) + block + row_bytes(arch, config.calib.length, HEAD_TOKENS))
+        working = max(working, sum(outer) + block + row_bytes(arch, design.window_tokens, HEAD_TOKENS))
     evaluating, in_memory = needs.weights + needs.evaluating, needs.weights + needs.quantizing
     count = (
         1 if "LOCAL_WORLD_SIZE" in os.environ else process_count(config.dispatch, config.model.device)
@@ -145,7 +145,7 @@ def memory_needs(design: Design, *, smallest: bool = False) -> MemoryNeeds:
     """
     config, device = design.config, design.device
     works, fidelity = list(work_of_tasks(design).values()), config.fidelity
-    works += [outlier_work(1, config.calib.length)] if config.outliers.samples else []
+    works += [outlier_work(1, design.window_tokens)] if config.outliers.samples else []
     if fidelity.samples:
         works += fidelity_work(1, fidelity.length, fidelity.gen_length, steps=1, states=1, guided=False)
     one = smallest and device.type != "cpu"
@@ -179,7 +179,7 @@ def _working_bytes(design: Design) -> int:
     needs = {name for part in parts if part is not None for name in part.needs}
     factors = sum(COLLECTORS[name].factors for name in needs)
     wide = max(arch.hidden_size, arch.mlp_size)
-    return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, design.config.calib.length, 0)
+    return (COPIES * largest + factors * wide**2) * 4 + row_bytes(arch, design.window_tokens, 0)
 
 
 def _stored_bytes(design: Design) -> int:
@@ -194,7 +194,7 @@ def _stored_bytes(design: Design) -> int:
     ]
     if method.clip is not None and "inputs" in method.clip.needs:  # of one site at a time
         widths.append(max(arch.in_features(role) for role in arch.roles))
-    return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * calib.length * design.dtype.itemsize
+    return (2 * windows * arch.hidden_size + calib.samples * sum(widths)) * design.window_tokens * design.dtype.itemsize
 
 
 def evaluating_bytes(arch: Architecture, dtype: torch.dtype, works: Iterable[tuple[Work, int]]) -> int:

@@ -166,9 +166,9 @@ def _planned(config: Config, say: Say) -> PlannedRun:
         run.evaluation[name] = cost(work) + Cost(seconds=programs, here=programs if here else 0.0)
         run.baselines[name] = _baseline_key(config, config.task.suite[name])
     say(f"{run.name}, calibration and checks")
-    run.checks = sum(map(cost, _checks(config, design.sampler)), Cost())
+    run.checks = sum(map(cost, _checks(config, design.sampler, design.window_tokens)), Cost())
     run.quantization = sum(map(cost, calibration_work(design)), Cost())
-    hessians = hessian_flops(design, config.calib.samples * config.calib.length)
+    hessians = hessian_flops(design, config.calib.samples * design.window_tokens)
     own = hessians / (here.tflops * 1e12) if here else 0.0
     run.quantization += Cost(hessians, hessians / (speed.tflops * 1e12), own)
     run.memory = memory_needs(design)
@@ -271,8 +271,10 @@ def calibration_work(design: Design) -> list[Work]:
     sequences += round(PASSES_PER_CANDIDATE * searched * calib.samples)
     if design.asks_confidence:
         sequences += calib.samples
-    work = [Work("plain", sequences, sequences, calib.length)] if sequences else []
-    if calib.rollout and design.reads_text:  # half a generation for each window
+    work = [Work("plain", sequences, sequences, design.window_tokens)] if sequences else []
+    if calib.rollout and design.reads_text and design.sampler.stores_final:  # a generation, pass by pass
+        work.append(Work("plain", calib.samples, calib.samples, design.window_tokens))
+    elif calib.rollout and design.reads_text:  # half a generation for each window
         steps = calib.samples * (calib.steps or calib.gen_length or 0) // (1 if design.asks_commitments else 2)
         work.append(Work("plain", steps, steps, calib.length))
     return work
@@ -289,10 +291,10 @@ def hessian_flops(design: Design, tokens: int) -> float:
     return total
 
 
-def _checks(config: Config, sampler: Sampler) -> list[Work]:
-    """What is looked at on both sides besides the tasks."""
+def _checks(config: Config, sampler: Sampler, window: int) -> list[Work]:
+    """What is looked at on both sides besides the tasks; calibration windows have so many tokens."""
     outliers, fidelity = config.outliers.samples, config.fidelity
-    work = [outlier_work(min(outliers, config.calib.samples), config.calib.length)] if outliers else []
+    work = [outlier_work(min(outliers, config.calib.samples), window)] if outliers else []
     if sampler.stores_final:  # nothing is compared: see `checks.sampler_notes`
         return work
     steps, guided = schedule(fidelity.gen_length, config.steps.count), sampler.cfg_scale > 0
