@@ -13,8 +13,9 @@ text, for full precision and after quantization:
 
 The text, the masks, the noise and the positions compared are the same in every run with the same seed. With guidance,
 predictions on states are the guided ones, hidden states those of the first pass. With a sampler that reuses keys and
-values the states are those it visits, and predictions on them those of whole forwards. A rotation of the residual
-stream is undone before hidden states are compared; whatever else a method does to the stream counts as its error.
+values the states are those it visits, and predictions on them those of whole forwards. Models that
+write block by block are asked as `passes.py` says; what a step would commit is not judged there. A rotation of the
+residual stream is undone before hidden states are compared; whatever else a method does to it counts as its error.
 
 The two models are never in memory together, so full precision is asked first and its answers are kept: at most 8
 positions of each window and state. With the default 4 windows, 16 states and answers of 16 tokens that is, for LLaDA-8B
@@ -40,6 +41,7 @@ from dqx.diffusion.noise import generator
 from dqx.diffusion.rollout import TOGETHER, Rollout, State, noise, write
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import at_least_float32, logits_at, most_confident
+from dqx.models.layout import Layout, Passes
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -54,6 +56,7 @@ class Question:
     compared: Tensor  # [N, T] bool
     mask_ratio: float
     state: State | None = None  # None: masked at random
+    passes: Tensor | None = None  # [N, 4, T], of `Passes`: windows are passes, compared in the rows that predict
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Reference:
     rollout: Rollout
     questions: list[Question]
     predictions: list[Prediction]
+    steps: int | None = None  # of the answers' schedule; None: as many as they have states
 
     def unmoved(self) -> dict[str, Any]:
         """The measures of a model that says the same."""
@@ -100,9 +104,10 @@ def measure_fidelity(
 ) -> dict[str, Any]:
     """How far `model` is from full precision, as results.json has it; see `compare` for `residual_map`."""
     theirs = reference.rollout
-    how = {"steps": theirs.steps, "seed": seed}
-    rollout = write(model, sampler, theirs.prompts, gen_length=theirs.answers.shape[2], **how)
-    return compare(reference, predict(model, sampler, reference.questions, **how), rollout, residual_map=residual_map)
+    steps, gen_length = reference.steps or theirs.steps, theirs.answers.shape[2]
+    rollout = write(model, sampler, theirs.prompts, gen_length=gen_length, steps=steps, seed=seed)
+    said = predict(model, sampler, reference.questions, steps=steps, seed=seed)
+    return compare(reference, said, rollout, residual_map=residual_map)
 
 
 def questions(tokens: Tensor, states: Sequence[State], mask_token_id: int, *, seed: int = 0) -> list[Question]:
@@ -111,16 +116,17 @@ def questions(tokens: Tensor, states: Sequence[State], mask_token_id: int, *, se
     length = tokens.shape[1]
     for ratio in RATIOS:
         count = max(1, round(ratio * length))
-        orders = [_order(length, seed, i, f"{ratio:g}") for i in range(len(tokens))]
+        orders = [order(length, seed, i, f"{ratio:g}") for i in range(len(tokens))]
         masked = torch.stack([order.argsort() < count for order in orders])
         asked.append(Question(tokens.masked_fill(masked, mask_token_id), _some(masked, orders), ratio))
     for state in states:  # the same positions in every state, while they are masked
-        orders = [_order(state.ids.shape[1], seed, i, "states") for i in range(len(state.ids))]
+        orders = [order(state.ids.shape[1], seed, i, "states") for i in range(len(state.ids))]
         asked.append(Question(state.ids, _some(state.token_class("masked"), orders), state.mask_ratio, state))
     return asked
 
 
-def _order(length: int, seed: int, window: int, kind: str) -> Tensor:
+def order(length: int, seed: int, window: int, kind: str) -> Tensor:
+    """A permutation of a window's positions."""
     return torch.randperm(length, generator=generator(seed, "fidelity", window, kind))
 
 
@@ -163,6 +169,13 @@ def _predict(
     """What a model says to some rows of a question."""
     window = slice(rows.start, rows.stop)
     ids, compared, state = question.ids[window], question.compared[window], question.state
+    if question.passes is not None:
+        layout = Passes(question.passes[window].to(model.device)).layout
+        hidden, logits = _forward(
+            model, ids.to(model.device), compared, compared, deep=state is not None, layout=layout
+        )
+        nothing = torch.zeros(len(rows), 0, dtype=torch.long)
+        return Prediction(logits.log_softmax(-1).float().cpu(), hidden, nothing, nothing.bool())
     asked = compared if state is None else state.token_class("masked")[window]
     hidden, logits = _forward(model, ids.to(model.device), asked, compared, deep=state is not None)
     if state is not None and sampler.cfg_scale > 0:
@@ -189,18 +202,28 @@ def _predict(
 
 
 def _forward(
-    model: MaskedDiffusionTransformer, ids: Tensor, asked: Tensor, compared: Tensor, *, deep: bool
+    model: MaskedDiffusionTransformer,
+    ids: Tensor,
+    asked: Tensor,
+    compared: Tensor,
+    *,
+    deep: bool,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [L, n, D] (with `deep`) of the columns that predict `compared`, and logits [m, V] of `asked`."""
+    """Hidden states [L, n, D] (with `deep`) of the columns that predict `compared`, and logits [m, V] of `asked`.
+
+    With a `layout` these are the columns themselves.
+    """
+    shift = int(model.arch.logit_shift and layout is None)
 
     def columns(where: Tensor) -> tuple[Tensor, Tensor]:
         row, column = where.nonzero(as_tuple=True)
-        row, column = torch.stack((row, (column - int(model.arch.logit_shift)).clamp(min=0))).to(ids.device)
+        row, column = torch.stack((row, (column - shift).clamp(min=0))).to(ids.device)
         return row, column
 
     at = columns(compared)
     hidden = []
-    for depth, x in enumerate(model.residual_states(ids)):
+    for depth, x in enumerate(model.residual_states(ids, layout=layout)):
         if deep and depth:
             hidden.append(x[at].cpu())
     logits = at_least_float32(model.head(model.norm(x[columns(asked)])))
@@ -281,7 +304,8 @@ def sqnr(x: Tensor, y: Tensor) -> list[float | None]:
 
 def compare_answers(full_precision: Rollout, quantized: Rollout) -> dict[str, Any]:
     """The measures of answers that each model has written by itself, as results.json has them."""
-    ours, theirs = full_precision.answers, quantized.answers
+    steps = max(full_precision.steps, quantized.steps)
+    ours, theirs = full_precision.lasting(steps).answers, quantized.lasting(steps).answers
     differ = (ours != theirs).any(-1)  # [S + 1, N]
     return {
         "documents": differ.shape[1],

@@ -10,7 +10,9 @@ Shapes: N windows of T tokens, P of them given and G new, S steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from dqx.common.halving import in_batches
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.samplers import Sampler
+from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass
 from dqx.models.transformer import MaskedDiffusionTransformer
 
 #: What a token is to the model at a state: given, generated and unmasked by now, or still masked.
@@ -68,6 +71,10 @@ class Rollout:
         """The new tokens [S + 1, N, G]."""
         return self.ids[:, :, self.prompt :]
 
+    def lasting(self, steps: int) -> Rollout:
+        """The same with at least so many steps, the last of which write nothing."""
+        return replace(self, ids=lasting(self.ids, steps + 1))
+
     def state(self, step: int) -> State:
         """The windows before a step, from 0."""
         share = (self.answers[step] == self.mask_token_id).double().mean().item()
@@ -82,6 +89,15 @@ class Rollout:
 def spread(count: int, total: int) -> list[int]:
     """`count` indices spread evenly over range(total), in ascending order: each equally often, up to one."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def ignored(row: int, one: Pass) -> None:
+    """Nothing is done with a pass."""
+
+
+def lasting(ids: Tensor, states: int) -> Tensor:
+    """States [S, N, T] with the last one repeated, so that they are at least so many."""
+    return torch.cat((ids, ids[-1:].expand(max(0, states - len(ids)), -1, -1)))
 
 
 def schedule(gen_length: int, steps: int | None) -> int:
@@ -103,8 +119,13 @@ def write(
     steps: int,
     seed: int = 0,
     together: int = TOGETHER,
+    on_pass: Callable[[int, Pass], None] | None = None,
 ) -> Rollout:
-    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P], `together` rows at a time."""
+    """Let `model` write `gen_length` tokens after each row of `prompts` [N, P], `together` rows at a time.
+
+    Samplers that write by passes write row after row, each in passes of its own: a state is what a pass looks at, and
+    shorter rows repeat their last one. `on_pass` gets a row's number and each of its passes.
+    """
 
     def written(rows: range) -> Tensor:
         given, seen = prompts[rows.start : rows.stop], list[Tensor]()
@@ -118,5 +139,24 @@ def write(
         )
         return torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)])
 
+    def passed(row: int) -> Tensor:
+        assert isinstance(sampler, BlockwiseSampler)
+        given, seen = prompts[row : row + 1], list[Tensor]()
+        answer = sampler.generate(
+            model,
+            given,
+            gen_length=gen_length,
+            steps=steps,
+            noise=noise(seed, range(row, row + 1)),
+            on_step=seen.append,
+            on_pass=partial(on_pass or ignored, row),
+        )
+        return torch.stack([*seen, torch.cat((given, answer.ids.cpu()), dim=1)])
+
+    if isinstance(sampler, BlockwiseSampler):
+        rows = [passed(row) for row in range(len(prompts))]
+        longest = max(map(len, rows))
+        ids = torch.cat([lasting(row, longest) for row in rows], dim=1)
+        return Rollout(ids, prompts.shape[1], model.arch.mask_token_id)
     parts = list(in_batches(len(prompts), together, written, model.device))
     return Rollout(torch.cat(parts, dim=1), prompts.shape[1], model.arch.mask_token_id)

@@ -18,6 +18,7 @@ from dqx.common.names import did_you_mean
 from dqx.config.schema import Config, WandbConfig
 from dqx.data.calibration import calib_problems
 from dqx.data.masking import masking_problems
+from dqx.diffusion.rollout import schedule
 from dqx.diffusion.samplers import Sampler
 from dqx.evaluate.problems import task_problems
 from dqx.formats.bits import UNQUANTIZED
@@ -51,6 +52,12 @@ def data_problems(config: Config, method: Method | None, sampler: Sampler | None
         chat=config.model.chat,
         likelihood=config.likelihood,
     )
+    fidelity = config.fidelity
+    if sampler is not None and sampler.stores_final and fidelity.samples > 0 and fidelity.gen_length > 0:
+        length = fidelity.gen_length
+        steps = sampler.steps_for(length, schedule(length, config.steps.count))
+        wrong = sampler.problems(length, sampler.block_length(None), steps)
+        told += [p if p.startswith("sampler.") else f"fidelity.gen_length={length}: {p}" for p in wrong]
     told = [f"model.{p}" if p.startswith("sampler.") else p for p in told]
     if method is None or method.needs_data or config.outliers.samples > 0:
         told += calib_problems(config.calib, config.data_root) + masking_problems(config.calib, sampler)
@@ -123,8 +130,8 @@ def sampler_notes(config: Config, arch: Architecture, sampler: Sampler) -> list[
     notes = sampler.model_notes(arch)
     if sampler.stores_final and config.fidelity.samples:
         notes.append(
-            "fidelity: predictions are not compared with those of full precision, nor are outliers looked at by "
-            f"denoising step: answers are written by {sampler.name}, and no forward has all of their tokens"
+            f"answers are written by {sampler.name}, and no forward has all of their tokens: outliers are not looked "
+            "at by denoising step, nor is it judged what a step would commit (commit_flips, commit_delays)"
         )
     return notes
 

@@ -52,7 +52,7 @@ QUANTIZING = (
     *("data/calibration.py", "data/masking.py", "data/passes.py"),
 )
 MEASURING = (
-    *("models", "diffusion", "data/masking.py", "data/passes.py", "diagnostics/fidelity.py"),
+    *("models", "diffusion", "data/masking.py", "data/passes.py", "diagnostics/fidelity.py", "diagnostics/passes.py"),
     *(f"diagnostics/activations/{name}.py" for name in ("measure", "meter", "moments", "sketch", "stats")),
 )
 VERSIONS = ("torch", "transformers", "tokenizers", "datasets", "lm_eval")
@@ -123,7 +123,7 @@ def prediction_facts(
 
     `model` as for `outlier_facts`; `rollout` has the answers of full precision.
     """
-    asked = rows_digest(questions, "ids", "compared")
+    asked = rows_digest(questions, "ids", "compared", "passes")
     at = [None if question.state is None else question.state.step for question in questions]
     return measurement_facts(model, sampler=sampler, questions=asked, at=at, answers=rollout.ids, seed=seed)
 

@@ -18,8 +18,9 @@ from dqx.config.schema import ConfigProblems
 from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.data.hub import look_again
 from dqx.data.masking import calibration_states
-from dqx.diagnostics import activations, fidelity
+from dqx.diagnostics import activations, fidelity, passes
 from dqx.diffusion.rollout import Rollout, State, schedule, spread, write
+from dqx.diffusion.samplers.blockwise import BlockwiseSampler
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.problems import hub_problems
 from dqx.evaluate.results import TaskResult
@@ -52,11 +53,13 @@ class Asked:
     rollout: Rollout  # the answers that full precision has written
     questions: list[fidelity.Question]
     predictions: Callable[[], dict[str, Tensor]]
+    steps: int  # of the answers' schedule
 
     @property
     def reference(self) -> fidelity.Reference:
         """What a quantized model is compared with."""
-        return fidelity.Reference(self.rollout, self.questions, fidelity.from_tensors(self.predictions()))
+        predictions = fidelity.from_tensors(self.predictions())
+        return fidelity.Reference(self.rollout, self.questions, predictions, self.steps)
 
 
 @dataclass(frozen=True)
@@ -139,35 +142,47 @@ class Stages:
         It is the answers that full precision writes after a few windows of text, and its predictions on their states.
         """
         settings, lm, seed = self.config.fidelity, self.subjects.lm, self.config.seed
-        if not settings.samples or lm.sampler.stores_final:  # told by `checks.sampler_notes`
+        if not settings.samples:
             return None
         original = self.subjects.original
         with self.costs.stage("predictions, full precision"):
             tokens = fidelity.windows(lm.tokenizer, settings.samples, settings.length)
             prompts = tokens[:, : settings.length // 2]
-            steps = schedule(settings.gen_length, self.config.steps.count)
+            mask = self.experiment.arch.mask_token_id
+            steps = lm.sampler.steps_for(settings.gen_length, schedule(settings.gen_length, self.config.steps.count))
             how = {"gen_length": settings.gen_length, "steps": steps, "seed": seed}
             sampler = self.config.model.sampler
             answers = facts.measurement_facts(original.facts, sampler=sampler, prompts=prompts, **how)
-            written, _ = self.cache.tensors(
-                self._key("denoising", answers),
-                lambda: {"ids": write(original.load().model, lm.sampler, prompts, **how).ids},
-            )
-            rollout = Rollout(written["ids"], prompts.shape[1], self.experiment.arch.mask_token_id)
-            questions = fidelity.questions(tokens, rollout.states(settings.steps), rollout.mask_token_id, seed=seed)
+
+            def denoise() -> dict[str, Tensor]:
+                model = original.load().model
+                if isinstance(lm.sampler, BlockwiseSampler):
+                    return passes.written(model, lm.sampler, prompts, **how)
+                return {"ids": write(model, lm.sampler, prompts, **how).ids}
+
+            written, _ = self.cache.tensors(self._key("denoising", answers), denoise)
+            rollout = Rollout(written["ids"], prompts.shape[1], mask)
+            if isinstance(lm.sampler, BlockwiseSampler):
+                factorization = None if lm.sampler.likelihood_problems() else lm.sampler.factorization()
+                questions = passes.ratio_questions(tokens, factorization, mask, seed=seed)
+                questions += passes.state_questions(written, rollout, settings.steps, seed=seed)
+            else:
+                questions = fidelity.questions(tokens, rollout.states(settings.steps), mask, seed=seed)
 
             def predict() -> dict[str, Tensor]:
                 model = original.load().model
                 return fidelity.to_tensors(fidelity.predict(model, lm.sampler, questions, steps=steps, seed=seed))
 
             key = self._predictions("predictions", original, rollout, questions)
-            return Asked(rollout, questions, self.cache.tensors_later(key, predict))
+            return Asked(rollout, questions, self.cache.tensors_later(key, predict), steps)
 
     def watched(self, calibration: list[CalibBatch], asked: Asked | None) -> Watched:
         """A few calibration windows, and of the denoising states a few steps."""
         settings, total = self.config.outliers, len(calibration)
         windows = [calibration[i] for i in spread(min(settings.samples, total), total)]
-        return Watched(windows, [] if asked is None else asked.rollout.states(settings.steps))
+        if asked is None or self.experiment.sampler.stores_final:  # the latter is told by `checks.sampler_notes`
+            return Watched(windows, [])
+        return Watched(windows, asked.rollout.states(settings.steps))
 
     def quantize(self, calibration: list[CalibBatch]) -> tuple[Quantized, str]:
         """What is known of the quantized model, and whether that is `reused` or was `computed` now."""

@@ -20,7 +20,14 @@ from dqx.study.run import run
 
 SMALL = [
     *("method=gptq", "bits=4", "task=nano", "task.limit=2", "calib.text=nano", "calib.samples=2", "calib.length=64"),
-    *("outliers.samples=1", "task.suite.nano_facts.mc_samples=2", "model.dtype=float32", "wandb.mode=disabled"),
+    *(
+        "outliers.samples=1",
+        "fidelity.samples=2",
+        "fidelity.steps=4",
+        "task.suite.nano_facts.mc_samples=2",
+        "model.dtype=float32",
+        "wandb.mode=disabled",
+    ),
     "bits.weight.group_size=16",
 ]
 CHOICES = {"sdar": "sdar_4b", "nemotron": "nemotron_8b", "fast_dllm": "fast_dllm_7b"}
@@ -51,7 +58,11 @@ def test_a_run_is_whole_and_is_reused(family, launch, tmp_path):
     rows = record.quantized["nano_sums"].documents
     assert sum(row.forwards for row in rows) == record.quantized["nano_sums"].n_forwards
     assert sum(row.tokens for row in rows) == record.quantized["nano_sums"].tokens
-    assert any(note.startswith("fidelity: ") for note in record.warnings)
+    fidelity = record.fidelity
+    assert len(fidelity["by_mask_ratio"]) == 5
+    assert len(fidelity["by_step"]) == len(fidelity["layers"]["steps"]) > 1
+    assert all(0 < row["divergence"] < 1 for row in (*fidelity["by_mask_ratio"], *fidelity["by_step"]))
+    assert any("commit_flips" in note for note in record.warnings)
     again = launch(family, "second")
     assert {source for side in again.sources.values() for source in side.values()} == {"reused"}
     assert again.deltas == record.deltas

@@ -295,10 +295,8 @@ def _checks(config: Config, sampler: Sampler, window: int) -> list[Work]:
     """What is looked at on both sides besides the tasks; calibration windows have so many tokens."""
     outliers, fidelity = config.outliers.samples, config.fidelity
     work = [outlier_work(min(outliers, config.calib.samples), window)] if outliers else []
-    if sampler.stores_final:  # nothing is compared: see `checks.sampler_notes`
-        return work
     steps, guided = schedule(fidelity.gen_length, config.steps.count), sampler.cfg_scale > 0
-    if fidelity.samples and outliers:
+    if fidelity.samples and outliers and not sampler.stores_final:  # see `checks.sampler_notes`
         states = min(config.outliers.steps, steps)
         work.append(outlier_work(fidelity.samples * states, fidelity.length // 2 + fidelity.gen_length))
     if fidelity.samples:
