@@ -110,7 +110,7 @@ def forwards(rows: Sequence[Delta]) -> Table:
     shown = deltas(rows).only(
         ("task", "documents", "full precision", "quantized", "delta [95 % interval]", P_VALUE, "verdict")
     )
-    told = "Sequences through the model per token written, mean over documents; less is better."
+    told = "Forwards per token: sequences through the model by tokens written, mean over documents; less is better."
     return replace(shown, title="Forwards per token", notes=(told, f"{CHANCE}."))
 
 
