@@ -13,22 +13,19 @@ from dqx.diffusion.batches import Request
 from dqx.diffusion.samplers.nemotron import AutoregressiveSampler, NemotronSampler
 from dqx.diffusion.samplers.sdar import SDARSampler
 from dqx.diffusion.scorer import Scorer
+from dqx.evaluate.session import EvaluationSession
 from dqx.models.family import family_of
 from dqx.record.folder import RunFolder
 from dqx.study.estimate.work import block_lines, task_work
 from dqx.study.run import run
 
 SMALL = [
-    *("method=gptq", "bits=4", "task=nano", "task.limit=2", "calib.text=nano", "calib.samples=2", "calib.length=64"),
-    *(
-        "outliers.samples=1",
-        "fidelity.samples=2",
-        "fidelity.steps=4",
-        "task.suite.nano_facts.mc_samples=2",
-        "model.dtype=float32",
-        "wandb.mode=disabled",
-    ),
-    "bits.weight.group_size=16",
+    *("calib.text=nano", "calib.samples=2", "calib.length=64", "outliers.samples=1", "fidelity.samples=2"),
+    *("fidelity.steps=4", "model.dtype=float32", "wandb.mode=disabled"),
+]
+WHOLE = [
+    *("method=gptq", "bits=4", "bits.weight.group_size=16", "task=nano", "task.limit=2"),
+    "task.suite.nano_facts.mc_samples=2",
 ]
 CHOICES = {"sdar": "sdar_4b", "nemotron": "nemotron_8b", "fast_dllm": "fast_dllm_7b"}
 
@@ -50,7 +47,7 @@ def launch(tmp_path, tiny_checkpoint):
 
 @pytest.mark.parametrize("family", CHOICES)
 def test_a_run_is_whole_and_is_reused(family, launch, tmp_path):
-    record = launch(family, "first")
+    record = launch(family, "first", *WHOLE)
     assert {row.name for row in record.deltas if row.kind == "task"} == {"nano_facts", "nano_sums", "nano_code"}
     assert all(result.n_forwards > 0 for side in (record.full_precision, record.quantized) for result in side.values())
     assert record.quantization["linears"]
@@ -63,10 +60,32 @@ def test_a_run_is_whole_and_is_reused(family, launch, tmp_path):
     assert len(fidelity["by_step"]) == len(fidelity["layers"]["steps"]) > 1
     assert all(0 < row["divergence"] < 1 for row in (*fidelity["by_mask_ratio"], *fidelity["by_step"]))
     assert any("commit_flips" in note for note in record.warnings)
-    again = launch(family, "second")
+    again = launch(family, "second", *WHOLE)
     assert {source for side in again.sources.values() for source in side.values()} == {"reused"}
     assert again.deltas == record.deltas
     assert RunFolder(tmp_path / "first").read().results() == json.loads((tmp_path / "first/results.json").read_text())
+
+
+@pytest.mark.parametrize("family", CHOICES)
+def test_an_interrupted_evaluation_goes_on(family, launch, monkeypatch, tmp_path):
+    """After its first finished document, to the results and counts of an undisturbed one."""
+    settings = ["task=nano_sums", "task.limit=3", "task.suite.nano_sums.batch_size=1"]
+    settings += ["method=fp16", "fidelity.samples=0", "outliers.samples=0"]
+    enter = EvaluationSession.enter
+
+    def interrupted(session, answers):
+        enter(session, answers)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationSession, "enter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            launch(family, "interrupted", *settings)
+    again = launch(family, "again", *settings).quantized["nano_sums"]
+    whole = launch(family, "whole", *settings, f"cache_dir={tmp_path / 'other'}").quantized["nano_sums"]
+    assert any(note.startswith("continued: 1 of 3 documents") for note in again.notes)
+    assert again.documents == whole.documents
+    assert (again.n_forwards, again.n_tokens, again.tokens) == (whole.n_forwards, whole.n_tokens, whole.tokens)
 
 
 #: A family, settings of its sampler, and what it would be asked that it has not learned.
@@ -85,7 +104,7 @@ REFUSED = [
 @pytest.mark.parametrize(("family", "settings", "told"), REFUSED)
 def test_what_a_model_has_not_learned_is_refused(family, settings, told, launch):
     with pytest.raises(ConfigProblems, match=told):
-        launch(family, "refused", *settings)
+        launch(family, "refused", *WHOLE, *settings)
 
 
 def test_likelihoods_are_what_the_sampler_says(launch, tmp_path, tiny_checkpoint):
