@@ -30,10 +30,6 @@ from dqx.models.tokens import Tokens
 Reuse = Callable[[Tensor, Tensor, Callable[..., Pair] | None], Pair]
 
 
-#: The different rows of an input [1, U, D], and which of them each of its tokens has [B, T].
-Kinds = tuple[Tensor, Tensor]
-
-
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, the statistics in float32 whatever the dtype of x [..., D].
 
@@ -115,27 +111,20 @@ class Block(nn.Module):
         reuse: Reuse | None = None,
         read: Tensor | None = None,
         tokens: Tokens | None = None,
-        kind: Tensor | None = None,
     ) -> Tensor:
         """The attention sublayer on its normalised input x [B, T, D]; every token attends to every token, or to those
         that `mask` [B, 1, T, T] marks.
 
         With `reuse`, x are some of the columns [B, W, D], and they attend to those it adds. With `read` [B, R], the
-        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`. With `kind` [B, T], x [1, U, D]
-        has the rows that differ, and `kind` which of them each token has: positions make no difference before rope.
+        output is that of these columns alone [B, R, D]. `tokens` are for `sequence`.
         """
         x = self.inputs["attn_in"](x)
-        batch = len(x if kind is None else kind)
-
-        def heads(role: str, columns: Tensor | None = None) -> Tensor:
-            if kind is None:
-                y = getattr(self, role)(x if columns is None else pick(x, columns))
-            else:
-                y = F.embedding(kind if columns is None else kind.gather(1, columns), getattr(self, role)(x)[0])
-            return y.unflatten(-1, (-1, self.arch.head_size)).transpose(1, 2)
-
-        q, k, v = heads("q", read), heads("k"), heads("v")
-        own = rope if read is None else rope.at(read.expand(batch, -1))
+        asked = x if read is None else pick(x, read)
+        q, k, v = (
+            getattr(self, role)(columns).unflatten(-1, (-1, self.arch.head_size)).transpose(1, 2)
+            for role, columns in (("q", asked), ("k", x), ("v", x))
+        )
+        own = rope if read is None else rope.at(read)
         q, fresh = self.heads["q"](own.query(self.q_norm(q))), (self.k_norm(k), v, rope, tokens)
         k, v = self.keys_values(self.sequence, *fresh)
         if reuse is not None:
@@ -146,7 +135,7 @@ class Block(nn.Module):
 
             k, v = reuse(k, v, stored if self.stored else None)
         if read is not None and mask is not None:
-            mask = pick(mask.expand(batch, -1, -1, -1), read.expand(batch, -1)[:, None])
+            mask = pick(mask.expand(len(read), -1, -1, -1), read[:, None])
         groups = self.arch.n_heads // self.arch.n_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -174,11 +163,9 @@ class Block(nn.Module):
         reuse: Reuse | None = None,
         read: Tensor | None = None,
         tokens: Tokens | None = None,
-        kinds: Kinds | None = None,
     ) -> Tensor:
         beat()
-        rows, kind = (x, None) if kinds is None else kinds
-        mixed = self.attention(self.attn_norm(rows), rope, mask, reuse, read, tokens, kind)
+        mixed = self.attention(self.attn_norm(x), rope, mask, reuse, read, tokens)
         x = mixed + (x if read is None else pick(x, read))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -249,15 +236,13 @@ class MaskedDiffusionTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | Feed | None = None,
         read: Tensor | None = None,
-        once: bool = False,
         layout: Layout | None = None,
     ) -> Iterator[Tensor]:
         """Yield the input of each block [B, T, D], then the output of the last one, of the columns `read` [B, R] alone.
 
         With a `KVCache`, of the columns that it names [B, W, D]: they attend to the keys and values it holds of the
         others. With a `Feed` the ids are new ones [B, W], behind those stored. `layout` takes the place of the
-        architecture's own attention and of positions from 0. With `once`, the first block projects equal tokens once,
-        and its linears do not see how many there are.
+        architecture's own attention and of positions from 0.
         Raises ValueError where a block's `sequence` looks at all tokens, and these are new ones or laid out otherwise.
         """
         columns = cache.columns if isinstance(cache, KVCache) else None
@@ -270,22 +255,14 @@ class MaskedDiffusionTransformer(nn.Module):
                 "computes them block by block; round them per token (method.kv=per_token)"
             )
         rope, mask = self.context(ids, attention_mask, columns) if layout is None else self.tables(layout)
-        computed = ids if columns is None else ids.gather(1, columns)
-        x, kinds = self.embed(computed), self._kinds(computed) if once else None
+        x = self.embed(ids if columns is None else ids.gather(1, columns))
         for i, block in enumerate(self.blocks):
             yield x
             reuse = None if cache is None else partial(cache.update, i)
             tokens = Tokens(real, columns, cache.statistics[i] if isinstance(cache, KVCache) else None)
             last = i == len(self.blocks) - 1
-            x = block(x, rope, mask, reuse, read if last else None, tokens, None if i else kinds)
+            x = block(x, rope, mask, reuse, read if last else None, tokens)
         yield x
-
-    def _kinds(self, ids: Tensor) -> Kinds | None:
-        """The embeddings of different tokens. None: most are different, or a device would be waited for."""
-        if ids.device.type != "cpu":
-            return None
-        different, kind = ids.unique(return_inverse=True)
-        return (self.embed(different[None]), kind) if 2 * len(different) <= ids.numel() else None
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
         """A cache for `rows` sequences of `length` tokens, to be filled by a forward."""
@@ -321,9 +298,8 @@ class MaskedDiffusionTransformer(nn.Module):
         Where `where` lies on the CPU, nothing waits for the device.
 
         The last block gives its output, but for keys and values, only from the first to the last column that predicts
-        one of these positions in its row; the final norm and the head see only the columns that do. On a CPU the first
-        block projects equal tokens once. A forward with a cache that names columns computes those alone, adjacent ones,
-        among which must be those that predict `where`.
+        one of these positions in its row; the final norm and the head see only the columns that do. A forward with a
+        cache that names columns computes those alone, adjacent ones, among which must be those that predict `where`.
         """
         row, column = where.nonzero(as_tuple=True)
         if self.arch.logit_shift:  # see `shift_logits`
@@ -331,7 +307,7 @@ class MaskedDiffusionTransformer(nn.Module):
         computed = None if cache is None else cache.columns
         read = span(row, column, len(ids)).to(ids.device) if computed is None else None
         row, column = torch.stack((row, column)).to(ids.device)
-        states = self.residual_states(ids, attention_mask, cache, read, once=True)
+        states = self.residual_states(ids, attention_mask, cache, read)
         for x in states:  # noqa: B007  the last one leaves the last block
             pass
         first = computed if read is None else read
@@ -347,7 +323,7 @@ class MaskedDiffusionTransformer(nn.Module):
         row, column = where.nonzero(as_tuple=True)
         read = span(row, column, len(ids))
         feed, layout = (seen, None) if isinstance(seen, Feed) else (None, seen)
-        states = self.residual_states(ids, None, feed, read.to(ids.device), once=feed is None, layout=layout)
+        states = self.residual_states(ids, None, feed, read.to(ids.device), layout)
         for x in states:  # noqa: B007  the last one leaves the last block
             pass
         row, column = torch.stack((row, column - read[row, 0])).to(ids.device)

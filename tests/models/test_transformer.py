@@ -52,23 +52,6 @@ def test_logits_of_some_positions_are_those_of_the_whole_sequence(family, padded
         assert model.logits_where(ids, torch.zeros_like(where), mask).shape == (0, model.arch.vocab_size)
 
 
-@pytest.mark.parametrize("n_blocks", [2, 1])  # one block is the first and the last
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_the_first_block_projects_equal_tokens_once(family, n_blocks):
-    model = load_weights(inspect(str(GOLDEN / f"{family}_tiny")))
-    del model.blocks[n_blocks:]
-    seen = []
-    model.blocks[0].k.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-    ids = torch.randint(2, 9, (3, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(9) < torch.tensor([[9], [5], [7]])
-    where = torch.zeros(3, 9, dtype=torch.bool)
-    where[0, [2, 4]] = where[2, [3, 6]] = True
-    with torch.no_grad():
-        expected = model(ids, mask)[where]
-        torch.testing.assert_close(model.logits_where(ids, where, mask), expected, atol=1e-5, rtol=0)
-    assert seen == [27, len(ids.unique())]
-
-
 @pytest.mark.parametrize(("family", "width"), [("llada", 3), ("dream", 4)])
 def test_the_last_block_computes_what_is_read(family, width):
     model = load_weights(inspect(str(GOLDEN / f"{family}_tiny")))
