@@ -66,7 +66,7 @@ def assert_equal_answers(
     monkeypatch, model, tokenizer, sampler: Sampler, requests: Sequence[Instance], plain, seed: int, sizes
 ) -> list[str]:
     """In batches of these sizes, each with another order of the documents. Returns the texts."""
-    monkeypatch.setattr("dqx.evaluate.harness.Engine", Recorded)
+    monkeypatch.setattr("dqx.evaluate.harness.engine_for", lambda sampler: Recorded)
     until = requests[0].args[1]["until"]
     ending = Ending(tokenizer, end_tokens(model, tokenizer), until)
     expected = [ending.text(ids) for ids in plain]

@@ -99,7 +99,7 @@ def well_read(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callabl
 
     def make(answers: list[str]) -> WellRead:
         engine = WellRead(parts["tokenizer"], answers)
-        monkeypatch.setattr("dqx.evaluate.harness.Engine", engine)
+        monkeypatch.setattr("dqx.evaluate.harness.engine_for", lambda sampler: engine)
         return engine
 
     return make
