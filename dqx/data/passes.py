@@ -36,7 +36,6 @@ from dqx.models.architecture import Architecture
 from dqx.models.layout import WHOLE
 from dqx.models.transformer import MaskedDiffusionTransformer
 
-UNSURE = 1e-9  # probabilities are below it: no threshold but 0 is reached
 FOREVER = 2**40  # a pass that never comes
 
 
@@ -88,7 +87,7 @@ def text_passes(
     window = window.masked_fill(window == arch.mask_token_id, arch.eos_token_id)
     writing = sampler.begin(window[:-gen_length], gen_length=gen_length, steps=steps, arch=endless)
     text = F.pad(window[-gen_length:], (0, max(0, len(writing.answer) - gen_length)), value=arch.eos_token_id)
-    probability = UNSURE * torch.rand(len(text), dtype=torch.float64, generator=random)
+    probability = sampler.unsure(torch.rand(len(text), dtype=torch.float64, generator=random))
     passes = []
     while (due := writing.due) is not None:
         passes.append(due)

@@ -198,6 +198,29 @@ def test_the_engine_writes_what_the_plain_loop_writes(batch_size):
     assert whole.n_tokens > answers[0].n_tokens
 
 
+def test_the_entropy_bound_limits_what_is_written_at_once():
+    sampler = SDARSampler(remasking="entropy_bound", bound=0.5)
+    entropy = torch.tensor([0.3, 0.1, 2.0, 0.2, 0.4])  # rising, the sums before each are 0, 0.1, 0.3, 0.6 and 1
+    assert sampler.chosen(-entropy, 1).tolist() == [True, True, False, True, False]
+    assert sampler.chosen(-entropy, 4).tolist() == [True, True, False, True, True]  # those that are due in any case
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    arch = model_of("sdar", 151).arch
+    tokens, surest = sampler.candidates(logits.clone(), torch.ones(1, 3, dtype=torch.bool), [0], noise=None, arch=arch)
+    assert tokens.tolist() == logits.argmax(-1).tolist()
+    assert sampler.chosen(sampler.unsure(torch.rand(5)), 2).sum() == 2
+    torch.testing.assert_close(-surest, torch.distributions.Categorical(logits=logits).entropy())
+
+
+def test_entropy_bounds_trade_passes_for_certainty():
+    model = model_of("sdar", 151)
+    prompt, passes = torch.arange(9)[None], []
+    for bound in (0.0, 0.5, 1e9):
+        sampler = SDARSampler(block=4, remasking="entropy_bound", bound=bound)
+        passes.append(sampler.generate(model, prompt, gen_length=16, steps=16).n_forwards)
+    static = SDARSampler(block=4, remasking="low_confidence_static").generate(model, prompt, gen_length=16, steps=16)
+    assert passes[0] == static.n_forwards >= passes[1] > passes[2]
+
+
 def test_a_settled_text_ends_a_row():
     model = model_of("sdar", 151)
     sampler = SDARSampler(block=4)
@@ -243,7 +266,10 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
 
 def test_settings_that_cannot_work_are_told():
     told = SDARSampler(block=4, remasking="none", threshold=2.0).problems(16, None, 16)
-    assert told == ["sampler.remasking='none' is not one of low_confidence_dynamic, low_confidence_static, sequential"]
+    known = "low_confidence_dynamic, low_confidence_static, sequential, entropy_bound"
+    assert told == [f"sampler.remasking='none' is not one of {known}"]
+    (told,) = SDARSampler(remasking="entropy_bound", bound=-1).problems(8, 4, 8)
+    assert "bound=-1 is not a number at least 0" in told
     assert "threshold=2.0" in SDARSampler(threshold=2.0).problems(16, None, 16)[0]
     assert "steps=6 cannot be shared equally by 4 blocks" in SDARSampler().problems(16, None, 6)[0]
     assert SDARSampler().problems(14, 4, 16) == []

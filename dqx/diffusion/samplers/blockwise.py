@@ -52,6 +52,7 @@ class Pass:
     at: int | None = None
 
 
+UNSURE = 1e-9  # a probability that reaches no threshold but 0
 #: What the model predicts where a pass looks: tokens [n], and the probability of each [n].
 Found = tuple[Tensor, Tensor]
 Program = Generator[Pass, Found, None]
@@ -131,6 +132,11 @@ class BlockwiseSampler(Sampler):
         canvas = self.canvas(prompt.cpu().long(), gen_length, arch)
         program = self.program(canvas, len(prompt), gen_length=gen_length, steps=steps, arch=arch)
         return Writing(canvas, len(prompt), program, arch.mask_token_id)
+
+    def unsure(self, order: Tensor) -> Tensor:
+        """What a program is sent in place of probabilities [n] for it to write no more than is due, in the `order` of
+        numbers from 0 to 1."""
+        return UNSURE * order
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture

@@ -8,6 +8,10 @@ answer's first. We differ in four things:
 - a block in which the model has predicted the mask token is stored after its last step with that mask in it (theirs
   never stores it, and goes on without it);
 - equal probabilities go to the leftmost position, and the answer is cut to the length that was asked for.
+
+`entropy_bound` is that of Ben-Hamu et al. 2025 (arXiv:2505.24857, EB-Sampler): of the positions by rising entropy a
+step writes as many as keep the sum of their entropies, less the largest, within the bound, and those that are due.
+The script's own branch of that name does not run.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from dqx.diffusion.samplers.llada import schedule_problems, share
 from dqx.diffusion.settings import choice_problems, count_problems, number_problems
 from dqx.models.architecture import CAUSAL, FULL, Architecture, Attention
 
-REMASKING = ("low_confidence_dynamic", "low_confidence_static", "sequential")
+REMASKING = ("low_confidence_dynamic", "low_confidence_static", "sequential", "entropy_bound")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class SDARSampler(BlockwiseSampler):
     block: int = 4  # tokens of a block; the length that the checkpoint was trained with
     remasking: str = "low_confidence_dynamic"
     threshold: float | None = 0.85  # of low_confidence_dynamic: what lies above it is written at once
+    bound: float = 0.1  # of entropy_bound, in nats
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -47,12 +52,13 @@ class SDARSampler(BlockwiseSampler):
     @property
     def name(self) -> str:
         """The order, with the threshold: `low_confidence_dynamic 0.85`."""
-        threshold = f" {self.threshold:g}" if self.remasking == "low_confidence_dynamic" else ""
-        return f"{self.remasking}{threshold}, blocks of {self.block}"
+        limits = {"low_confidence_dynamic": self.threshold, "entropy_bound": self.bound}
+        limit = f" {limits[self.remasking]:g}" if self.remasking in limits else ""
+        return f"{self.remasking}{limit}, blocks of {self.block}"
 
     @property
     def forwards_vary(self) -> bool:
-        return self.remasking == "low_confidence_dynamic"
+        return self.remasking in ("low_confidence_dynamic", "entropy_bound")
 
     def block_length(self, wanted: int | None) -> int:
         """The sampler's own: a model with block-wise attention has learned one length."""
@@ -64,6 +70,8 @@ class SDARSampler(BlockwiseSampler):
         problems += count_problems(**{"sampler.block": self.block})
         if self.remasking == "low_confidence_dynamic":
             problems += number_problems("sampler.threshold", self.threshold, 0, 1)
+        if self.remasking == "entropy_bound":
+            problems += number_problems("sampler.bound", self.bound, 0)
         if self.top_p is not None:
             problems += number_problems("sampler.top_p", self.top_p, 0, 1, above=True)
         if self.top_k is not None:
@@ -132,11 +140,21 @@ class SDARSampler(BlockwiseSampler):
                 return
 
     def chosen(self, probability: Tensor, count: int) -> Tensor:
-        """Which of the masked tokens [n] of a block a step writes, of which `count` are due."""
+        """Which of the masked tokens [n] of a block a step writes, of which `count` are due; `probability` is that of
+        the tokens, of entropy_bound the negative entropy of their places."""
         if self.remasking == "sequential":
             return torch.arange(len(probability)) < count
+        if self.remasking == "entropy_bound":
+            entropy, order = (-probability).sort(stable=True)
+            within = int((entropy.cumsum(0) - entropy <= self.bound).sum())
+            chosen = torch.zeros(len(probability), dtype=torch.bool)
+            chosen[order[: max(within, count)]] = True
+            return chosen
         threshold = self.threshold if self.remasking == "low_confidence_dynamic" else None
         return most_probable(probability, count, threshold, above=True)
+
+    def unsure(self, order: Tensor) -> Tensor:
+        return order - 2 - self.bound if self.remasking == "entropy_bound" else super().unsure(order)
 
     def candidates(
         self, logits: Tensor, where: Tensor, at: Sequence[int], *, noise: Noise, arch: Architecture
@@ -144,8 +162,12 @@ class SDARSampler(BlockwiseSampler):
         if self.suppress_mask:
             logits[:, arch.mask_token_id] = -torch.inf
         if self.temperature == 0:
-            return super().candidates(logits, where, at, noise=noise, arch=arch)
-        logits = filter_logits(logits / self.temperature, None, self.top_k)
-        probs = filter_logits(logits, self.top_p, None).softmax(-1)
-        tokens = draw_tokens(probs, draw(noise, "token", at, where, device=probs.device))
+            probs = logits.softmax(-1)
+            tokens = probs.argmax(-1)
+        else:
+            logits = filter_logits(logits / self.temperature, None, self.top_k)
+            probs = filter_logits(logits, self.top_p, None).softmax(-1)
+            tokens = draw_tokens(probs, draw(noise, "token", at, where, device=probs.device))
+        if self.remasking == "entropy_bound":
+            return tokens, torch.special.xlogy(probs, probs).sum(-1)  # the entropy's negative: the larger, the surer
         return tokens, probs.gather(-1, tokens[:, None])[:, 0]
