@@ -2,8 +2,9 @@
 
     noise.py       random numbers as a pure function of (seed, document, ...): nothing depends on batch or device
     philox.py      where a sampler's come from: the counter-based generator, in tensors of whatever device
-    samplers/      Sampler: what every sampler is, and the loop that writes answers; LLaDA's and Dream's
+    samplers/      Sampler: what every sampler is, and the loop that writes answers; one file for each family's
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
+    block_engine.py  the same for samplers that write block by block over stored keys and values
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
     factorization.py  the same as a sum over blocks, for models that write block by block; the autoregressive one
     scorer.py      both for many targets at once: every masked sequence once, in batches over all requests

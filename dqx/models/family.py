@@ -1,4 +1,4 @@
-"""Model families: what tells LLaDA from Dream, one `Family` per file of `dqx/models/families`.
+"""Model families: what tells one from another, one `Family` per file of `dqx/models/families`.
 
 A family of somebody's own is a module that calls `register`. Importing it is enough; for the command line, which
 imports nothing of its own accord, a package names the module as an entry point of the group `dqx.families`.
