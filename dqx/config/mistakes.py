@@ -10,7 +10,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dqx.common.names import SHOWN, alternatives, did_you_mean, natural, nearest
+from dqx.common.names import SHOWN, alternatives, did_you_mean, enumerated, natural, nearest
 from dqx.config import schema
 from dqx.config.schema import CONF_DIR, GROUPS, ConfigProblems, choices, setting_names
 
@@ -79,7 +79,8 @@ def _of_omegaconf(cause: OmegaConfBaseException) -> str:
             return f"{key} is not set; a + before its name adds it"
         elsewhere = _with_setting("model/sampler", str(cause.key)) if key.startswith("model.sampler.") else []
         if elsewhere:
-            return f"{key} is no setting of this sampler; model.sampler={' and '.join(elsewhere)} has it"
+            choices = enumerated([f"model.sampler={name}" for name in elsewhere])
+            return f"{key} is no setting of this sampler; {choices} {'has' if len(elsewhere) == 1 else 'have'} it"
         beside = [] if parent._is_none() else [str(name) for name in parent]
         root = parent._get_root()
         known = [*GROUPS, *_leaves(root)] if isinstance(root, DictConfig) and "model" in root else beside

@@ -99,7 +99,7 @@ def test_calibration_states_that_the_model_visits(family: str, small_checkpoint:
     ids, ours = (
         rollouts(
             load(small_checkpoint, device).model, LLaDASampler(cfg_scale=0.5), TOKENS, calib, seed=0, progress=False
-        )
+        )[0]
         for device in ("cpu", "pretend")
     )
     assert ours.device.type == "cpu"

@@ -21,6 +21,7 @@ from dqx.diagnostics.activations import meter
 from dqx.diffusion import scorer
 from dqx.diffusion.samplers import LLaDASampler
 from dqx.formats.integers import Grid
+from dqx.models.rope import Rope
 from dqx.models.transformer import MaskedDiffusionTransformer
 from dqx.quant.rounding import gptq
 from pretend import test_diffusion, test_measures, test_quantization, test_waits
@@ -35,6 +36,8 @@ def on_the_cpu(result: Any) -> Any:
     """The same on the CPU."""
     if isinstance(result, torch.Tensor):
         return result.cpu()
+    if isinstance(result, Rope):
+        return Rope(*map(on_the_cpu, result))
     return tuple(map(on_the_cpu, result)) if isinstance(result, tuple) else result
 
 

@@ -300,9 +300,10 @@ def test_freed_memory_is_kept_for_the_next_forward_and_can_be_given_back() -> No
 
     keep_freed()
     faults(1)
-    assert faults(10) < 5120
+    kept = faults(10)
+    assert kept < 5120
     trim()
-    assert faults(1) > 2560
+    assert faults(1) > max(kept / 10, 500)
 
 
 def test_what_was_taken_is_printed() -> None:
