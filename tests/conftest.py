@@ -57,6 +57,12 @@ def write_tokenizer(folder: Path, family: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.fixture(autouse=True)
+def _no_full_errors() -> None:
+    """`dqx.launch.main.main` sets this for Hydra, for a process of its own; commands that tests start must not see it."""
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
 @pytest.fixture
 def setting() -> Context:
     """Where parts are judged: the small Dream model, 16 bits, an empty method."""
