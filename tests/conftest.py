@@ -59,7 +59,7 @@ def write_tokenizer(folder: Path, family: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_full_errors() -> None:
-    """`dqx.launch.main.main` sets this for Hydra, for a process of its own; commands that tests start must not see it."""
+    """`dqx.launch.main.main` sets this for Hydra, in a process of its own; commands of other tests must not see it."""
     os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
