@@ -53,8 +53,8 @@ def test_a_run_a_report_and_a_model_from_an_empty_folder(installed: Path, tmp_pa
     assert "dqx run ARGUMENTS" in call(installed / "dqx", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     told = call(installed / "dqx", "run", "experiment=quick", folder=tmp_path)
-    assert "Again:   dqx run experiment=quick" in told
+    assert f"Again:   cd {tmp_path} && dqx run experiment=quick" in told
     call(installed / "dqx", "report", "runs", "--out", "report", folder=tmp_path)
     assert (tmp_path / "report" / "report.html").is_file()
-    load = "import dqx; print(type(dqx.load('nano_llada')).__name__)"
-    assert call(installed / "python", "-c", load, folder=tmp_path).strip() == "DiffusionLM"
+    load = "import dqx; print(*(type(dqx.load(n)).__name__ for n in ('nano_llada', 'nano_block')))"
+    assert call(installed / "python", "-c", load, folder=tmp_path).split() == ["DiffusionLM"] * 2
