@@ -82,7 +82,6 @@ class BlockEngine(Engine):
                 fresh = [self.begin_row(row.index, prompts[row.index]) for row in batch[largest:]]
                 waiting.extendleft(reversed(fresh))  # what they had stored is given up with their places
                 batch = batch[:largest]
-                self._keep(batch)
                 accelerator.empty_cache(self.model.device)
                 continue
             going, passed = [], 0

@@ -20,7 +20,7 @@ from dqx.diffusion.samplers.nemotron import AutoregressiveSampler, NemotronSampl
 from dqx.diffusion.samplers.sdar import SDARSampler
 from dqx.diffusion.scorer import Scorer
 from dqx.diffusion.stopping import Question
-from dqx.models.architecture import FULL
+from dqx.models.architecture import CAUSAL, FULL, Attention
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.layout import Layout
 from dqx.models.transformer import MaskedDiffusionTransformer
@@ -33,6 +33,11 @@ CASES: dict[str, tuple[str, int | None, BlockwiseSampler]] = {
     "autoregressive": ("nemotron", None, AutoregressiveSampler()),
 }
 SAMPLES = 6
+
+
+def attention_of_final_tokens(sampler: BlockwiseSampler) -> Attention:
+    """By the papers: block by block for SDAR and Fast-dLLM v2, causal for Nemotron-Labs-Diffusion."""
+    return Attention(sampler.block) if isinstance(sampler, SDARSampler | FastDLLMSampler) else CAUSAL
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def test_the_plain_ones_in_any_batches_and_any_order(case, models) -> None:
 
 def block_rows(case: str, model: MaskedDiffusionTransformer, text: Tensor, block: Tensor) -> Tensor:
     """Log-probabilities [W, V] of the tokens of a block behind a final text, each in the row of its own token."""
-    runner, final = Recomputed(model), CASES[case][2].attention(model.arch)
+    runner, final = Recomputed(model), attention_of_final_tokens(CASES[case][2])
     if len(text):
         runner.run(Pass(text, final, stored=True))
     logits, _ = runner.run(Pass(block, FULL, stored=False, look=torch.ones(len(block), dtype=torch.bool)))
@@ -102,7 +107,7 @@ def block_rows(case: str, model: MaskedDiffusionTransformer, text: Tensor, block
 
 def next_token(case: str, model: MaskedDiffusionTransformer, text: Tensor) -> Tensor:
     """Log-probabilities [V] of the token behind a final text, by its last row."""
-    layout = Layout.of(text[None], None, CASES[case][2].attention(model.arch))
+    layout = Layout.of(text[None], None, attention_of_final_tokens(CASES[case][2]))
     states = list(model.hidden_states(text[None], layout=layout))
     return model.head(states[-1])[0, -1].double().log_softmax(-1)
 

@@ -123,10 +123,6 @@ class BlockwiseSampler(Sampler):
     def canvas(self, prompt: Tensor, gen_length: int, arch: Architecture) -> Tensor:
         """The prompt [P] and behind it masks: at least `gen_length`, as many as the sampler writes at most."""
 
-    @abstractmethod
-    def attention(self, arch: Architecture) -> Attention:
-        """With which attention final tokens are computed."""
-
     def begin(self, prompt: Tensor, *, gen_length: int, steps: int, arch: Architecture) -> Writing:
         """The answer to a prompt [P] before its first pass."""
         canvas = self.canvas(prompt.cpu().long(), gen_length, arch)
@@ -281,3 +277,29 @@ def calls_of_blocks(gen_length: int, block: int, per_block: int, counts: Sequenc
             yield Call(number * per_block + i, start, stop, masked, window=None if whole else (start, stop))
             masked -= count
         yield Call(number * per_block + per_block - 1, start, stop, 0, window=(start, stop))
+
+
+def stored(ids: Tensor, attention: Attention, ahead: bool, predicts: int, step: int = 0) -> Pass:
+    """A pass of final tokens; with `ahead` its last row predicts the next one, token `predicts` of the answer."""
+    if not ahead:
+        return Pass(ids.clone(), attention, True, step=step)
+    last = torch.arange(len(ids)) == len(ids) - 1
+    return Pass(ids.clone(), attention, True, last, torch.tensor([predicts]), step)
+
+
+def first_end(ids: Tensor, arch: Architecture) -> int | None:
+    """Where the first token that ends an answer is."""
+    ends = torch.isin(ids, torch.tensor([arch.eos_token_id, *arch.end_token_ids])).nonzero()
+    return int(ends[0]) if len(ends) else None
+
+
+def own_block(block_length: int | None, block: int) -> list[str]:
+    """What is wrong with a block length that is not the sampler's own."""
+    if block_length in (None, block):
+        return []
+    return [f"block_length={block_length} differs from the sampler's own, {block}; leave it out"]
+
+
+def no_schedule(gen_length: int, steps: int, why: str) -> list[str]:
+    """What is wrong with a number of steps where the sampler has none."""
+    return [] if steps == gen_length else [f"steps={steps} has no meaning: {why}; leave it out"]

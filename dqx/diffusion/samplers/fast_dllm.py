@@ -22,8 +22,17 @@ from torch.nn import functional as F
 from dqx.common.problems import raise_if
 from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers.base import Call
-from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
-from dqx.diffusion.samplers.nemotron import first_end, no_schedule, own_block, stored
+from dqx.diffusion.samplers.blockwise import (
+    BlockwiseSampler,
+    Pass,
+    Program,
+    calls_of_blocks,
+    first_end,
+    most_probable,
+    no_schedule,
+    own_block,
+    stored,
+)
 from dqx.diffusion.settings import count_problems, number_problems
 from dqx.models.architecture import CAUSAL, FULL, Architecture, Attention
 
@@ -70,9 +79,6 @@ class FastDLLMSampler(BlockwiseSampler):
         """Block-wise attention, and logits that are shifted."""
         return arch.attention not in (FULL, CAUSAL) and arch.logit_shift
 
-    def attention(self, arch: Architecture) -> Attention:
-        return Attention(self.block)
-
     def factorization(self) -> Factorization:
         """Blocks whose first token is autoregressive, as it is written behind a finished block (training predicts it
         from the masked block before). A prompt of exactly one block is seen."""
@@ -84,7 +90,7 @@ class FastDLLMSampler(BlockwiseSampler):
         return F.pad(prompt, (0, end - len(prompt)), value=arch.mask_token_id)
 
     def program(self, canvas: Tensor, prompt: int, *, gen_length: int, steps: int, arch: Architecture) -> Program:
-        mask, attention = arch.mask_token_id, self.attention(arch)
+        mask, attention = arch.mask_token_id, Attention(self.block)
         known, start, base = prompt, prompt // self.block * self.block, 0  # base: how many tokens are stored
         if prompt > self.block:
             tokens, _ = yield stored(canvas[:start], attention, start == prompt, 0)

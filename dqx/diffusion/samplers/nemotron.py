@@ -20,10 +20,20 @@ from torch.nn import functional as F
 from dqx.common.problems import raise_if
 from dqx.diffusion.factorization import Factorization
 from dqx.diffusion.samplers.base import Call
-from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Pass, Program, calls_of_blocks, most_probable
+from dqx.diffusion.samplers.blockwise import (
+    BlockwiseSampler,
+    Pass,
+    Program,
+    calls_of_blocks,
+    first_end,
+    most_probable,
+    no_schedule,
+    own_block,
+    stored,
+)
 from dqx.diffusion.samplers.llada import schedule_problems, share
 from dqx.diffusion.settings import count_problems, number_problems
-from dqx.models.architecture import CAUSAL, FULL, Architecture, Attention
+from dqx.models.architecture import CAUSAL, FULL, Architecture
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,6 @@ class NemotronSampler(BlockwiseSampler):
         """Causal attention, and full attention inside a block."""
         return arch.attention == CAUSAL and not arch.logit_shift
 
-    def attention(self, arch: Architecture) -> Attention:
-        return CAUSAL if self.causal_context else FULL
-
     def factorization(self) -> Factorization:
         """Blocks from the end of the prefix, each with an autoregressive first token: the causal pass over all before
         predicts it exactly, and the block's other tokens are denoised beside it, as `program` does."""
@@ -105,7 +112,8 @@ class NemotronSampler(BlockwiseSampler):
         return F.pad(prompt, (0, -(-gen_length // self.block) * self.block), value=arch.mask_token_id)
 
     def program(self, canvas: Tensor, prompt: int, *, gen_length: int, steps: int, arch: Architecture) -> Program:
-        final, per_block, mask = self.attention(arch), self.per_block(gen_length, steps), arch.mask_token_id
+        final, mask = CAUSAL if self.causal_context else FULL, arch.mask_token_id
+        per_block = self.per_block(gen_length, steps)
         seed, _ = yield stored(canvas[:prompt], final, self.causal_context, 0)
         for number, start in enumerate(range(prompt, len(canvas), self.block)):
             block = canvas[start : start + self.block]
@@ -161,9 +169,6 @@ class AutoregressiveSampler(BlockwiseSampler):
     def fits(self, arch: Architecture) -> bool:
         """Causal attention, in whose logits row i predicts the next token."""
         return arch.attention == CAUSAL and not arch.logit_shift
-
-    def attention(self, arch: Architecture) -> Attention:
-        return CAUSAL
 
     def factorization(self) -> Factorization:
         """Every token is predicted by the causal row before it: the exact autoregressive likelihood."""
@@ -226,29 +231,3 @@ class SpeculativeSampler(AutoregressiveSampler):
             known += len(accepted)
         if (end := first_end(canvas[prompt:known], arch)) is not None:
             canvas[prompt + end + 1 :] = mask
-
-
-def stored(ids: Tensor, attention: Attention, ahead: bool, predicts: int, step: int = 0) -> Pass:
-    """A pass of final tokens; with `ahead` its last row predicts the next one, token `predicts` of the answer."""
-    if not ahead:
-        return Pass(ids.clone(), attention, True, step=step)
-    last = torch.arange(len(ids)) == len(ids) - 1
-    return Pass(ids.clone(), attention, True, last, torch.tensor([predicts]), step)
-
-
-def first_end(ids: Tensor, arch: Architecture) -> int | None:
-    """Where the first token that ends an answer is."""
-    ends = torch.isin(ids, torch.tensor([arch.eos_token_id, *arch.end_token_ids])).nonzero()
-    return int(ends[0]) if len(ends) else None
-
-
-def own_block(block_length: int | None, block: int) -> list[str]:
-    """What is wrong with a block length that is not the sampler's own."""
-    if block_length in (None, block):
-        return []
-    return [f"block_length={block_length} differs from the sampler's own, {block}; leave it out"]
-
-
-def no_schedule(gen_length: int, steps: int, why: str) -> list[str]:
-    """What is wrong with a number of steps where the sampler has none."""
-    return [] if steps == gen_length else [f"steps={steps} has no meaning: {why}; leave it out"]

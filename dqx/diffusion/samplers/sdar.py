@@ -102,9 +102,6 @@ class SDARSampler(BlockwiseSampler):
         """Block-wise attention, and row i predicts token i."""
         return arch.attention not in (FULL, CAUSAL) and not arch.logit_shift
 
-    def attention(self, arch: Architecture) -> Attention:
-        return Attention(self.block)
-
     def factorization(self) -> Factorization:
         return Factorization(self.block, Attention(self.block))
 
@@ -114,7 +111,7 @@ class SDARSampler(BlockwiseSampler):
         return F.pad(prompt, (0, new), value=arch.mask_token_id)
 
     def program(self, canvas: Tensor, prompt: int, *, gen_length: int, steps: int, arch: Architecture) -> Program:
-        attention, per_block = self.attention(arch), self.per_block(gen_length, steps)
+        attention, per_block = Attention(self.block), self.per_block(gen_length, steps)
         ends = torch.tensor([arch.eos_token_id, *arch.end_token_ids])
         whole = prompt // self.block * self.block
         if whole:
