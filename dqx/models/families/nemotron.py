@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from dqx.models.architecture import CAUSAL, Architecture, Yarn
+from dqx.models.families.dream import BLOCK_NAMES
 from dqx.models.family import QUERY_SCALE, YARN, Family, read_keys, register
 
 NAME, MODEL_TYPE = "nemotron", "nemotron_labs_diffusion"
@@ -24,11 +25,6 @@ KEYS = {
     "n_blocks": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "mask_token_id": "mask_token_id",
     "eos_token_id": "eos_token_id", "max_length": "max_position_embeddings", "block_length": "block_size",
-}  # fmt: skip
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
 }  # fmt: skip
 PUBLISHED = Architecture(
     family=NAME, vocab_size=131072, hidden_size=4096, mlp_size=14336, n_blocks=34, n_heads=32, n_kv_heads=8,

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from dqx.models.architecture import Architecture, Attention
+from dqx.models.families.dream import BLOCK_NAMES as QWEN_NAMES
 from dqx.models.family import YARN, Family, read_keys, register
 
 NAME, MODEL_TYPE = "sdar", "sdar"
@@ -26,11 +27,7 @@ KEYS = {
     "head_dim": "head_dim", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "eos_token_id": "eos_token_id",
     "max_length": "max_position_embeddings",
 }  # fmt: skip
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "o": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
+BLOCK_NAMES = {**QWEN_NAMES, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 PUBLISHED = Architecture(
     family=NAME, vocab_size=151936, hidden_size=4096, mlp_size=12288, n_blocks=36, n_heads=32, n_kv_heads=8,
     head_dim=128, rope_theta=1e6, norm_eps=1e-6, qkv_bias=False, mask_token_id=MASK_TOKEN_ID, eos_token_id=151643,
