@@ -1,0 +1,1 @@
+"""Models in formats that others read: `dqx export FORMAT SOURCE --out PATH` (README.md)."""

@@ -1,0 +1,56 @@
+"""What is exported: the model of a run, of a folder that `DiffusionLM.save` wrote, or one at full precision.
+
+A run's folder holds no weights. Its quantized model is made again from the recorded configuration, stage by stage as
+the run made it, or comes from the cache where the run has kept it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dqx.api import DiffusionLM, Quantization, load
+from dqx.common.problems import ConfigProblems, raise_if
+from dqx.config.compose import restored
+from dqx.record.folder import RunFolder
+from dqx.study.costs import Costs
+from dqx.study.experiment import Experiment
+from dqx.study.stages import Stages
+from dqx.study.subjects import ModelChanged
+
+CONFIG, RESULTS = "config.yaml", "results.json"
+
+
+def loaded(source: str) -> DiffusionLM:
+    """The model of a run's folder, of a saved or plain checkpoint's folder, or of a name in `conf/model`.
+
+    Raises ConfigProblems or CheckpointError for what is none of these, and for a run that has not finished.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / RESULTS).is_file():
+        unfinished = f"{source} is a run that has not finished; export a finished one, or start it again"
+        raise_if([unfinished] if (folder / CONFIG).is_file() else [])
+        return load(source)
+    return of_run(folder)
+
+
+def of_run(folder: Path) -> DiffusionLM:
+    """The quantized model of a finished run; its model at full precision where the run has quantized nothing.
+
+    Raises ConfigProblems where it comes out differently than the run had it.
+    """
+    record = RunFolder(folder).read(documents=False)
+    experiment = Experiment.of(restored(record.config))
+    stages = Stages(experiment, Costs(experiment.device))
+    done, _ = stages.quantize(stages.calibration(stages.data()))
+    if not done.report.changed:
+        return stages.subjects.full_precision()
+    errors = {row["name"]: row["weight_error"] for row in record.quantization["linears"]}
+    changed = [row.name for row in done.report.linears if row.weight_error != errors.get(row.name)]
+    again = f"{folder}: made again, the model is another than the run's"
+    raise_if([f"{again} (first in {changed[0]}); run it here, and export that run"] if changed else [])
+    try:
+        lm = stages.subjects.after_quantization()
+    except ModelChanged as change:
+        raise ConfigProblems([f"{again}; run it here again, and export that run"]) from change
+    lm.quantization = Quantization(experiment.method, experiment.config.bits, done.report)
+    return lm
