@@ -49,7 +49,7 @@ def test_the_program_and_its_commands() -> None:
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["dqx", "reprot"])
     assert main() == 2
-    assert "did you mean report?" in capsys.readouterr().err
+    assert "did you mean report or export?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "mirror"])
