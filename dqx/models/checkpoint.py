@@ -303,18 +303,27 @@ def save(
     model: MaskedDiffusionTransformer, config: dict[str, Any], folder: Path, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """Write `config.json` and safetensors in the family's hub format, sharded when larger than `max_shard_bytes`."""
+    arch = replace(model.arch, tied_head=model.head.weight is model.embed.weight)  # rotations untie the head
+    parameters = dict(model.named_parameters())
+    tensors = ((hub, parameters[ours]) for ours, hub in tensor_names(arch).items())
+    save_tensors(tensors, config, folder, max_shard_bytes)
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], folder: Path, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """`save` for tensors by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    parameters = dict(model.named_parameters())
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for ours, hub in tensor_names(model.arch).items():
-        tensor = parameters[ours].detach().cpu().contiguous()
-        size += tensor.nbytes
+    for name, tensor in tensors:
+        stored = tensor.detach().cpu().contiguous()
+        size += stored.nbytes
         if shards[-1] and size > max_shard_bytes:
             shards.append({})
-            size = tensor.nbytes
-        shards[-1][hub] = tensor
+            size = stored.nbytes
+        shards[-1][name] = stored
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
     else:
