@@ -24,7 +24,9 @@ class Format:
     dtypes: tuple[str, ...] = ()
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "dequantized": Format("dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit"),
+}
 
 
 def export(format: str, source: str, out: str | Path, dtype: str | None = None) -> list[str]:

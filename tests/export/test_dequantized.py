@@ -10,6 +10,7 @@ import torch
 
 import dqx
 from dqx.export import dequantized
+from dqx.export.command import export
 from dqx.models.checkpoint import inspect
 
 MODELS = ("nano_llada", "nano_dream", "nano_block")
@@ -99,3 +100,10 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path):
     with pytest.raises(ValueError, match="exists already"):
         dequantized.write(dqx.load("nano_llada"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_it(tmp_path: Path):
+    lm = quantized("nano_dream", "rtn", "w4a16")
+    lm.save(tmp_path / "saved")
+    assert export("dequantized", str(tmp_path / "saved"), tmp_path / "new" / "out") == []
+    assert torch.equal(dqx.load(tmp_path / "new" / "out").logits(TEXT), lm.logits(TEXT))
