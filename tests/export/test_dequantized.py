@@ -26,13 +26,13 @@ HELD = {
 REFUSED = {
     "inputs of linears are rounded": ("rtn", "w8a8"),
     "change the inputs of linears at run time": ("quarot", "w16a16"),
-    "change queries, keys or values at run time": ("quarot", "w16a16"),
+    "keys or values at run time": ("rtn", "w4a16", "method.kv=per_head", "bits.kv.bits=8"),
 }
 
 
 def quantized(model: str, method: str, bits: str, *overrides: str) -> dqx.DiffusionLM:
     lm = dqx.load(model)
-    lm.quantize(method, bits, calib=[TEXT] * 2, overrides=overrides)
+    lm.quantize(method, bits, calib=[TEXT], overrides=overrides)
     return lm
 
 
