@@ -71,8 +71,9 @@ def linears(model: MaskedDiffusionTransformer) -> Iterator[tuple[str, str, nn.Mo
 
 def rounds_input(module: nn.Module) -> bool:
     """Whether a linear rounds what it reads."""
-    quantizes = isinstance(module, QuantLinear) and module.activation is not None
-    return quantizes and module.activation_bits.bits != UNQUANTIZED  # type: ignore[union-attr]
+    if not isinstance(module, QuantLinear) or module.activation is None:
+        return False
+    return module.activation_bits.bits != UNQUANTIZED
 
 
 def held_architecture(model: MaskedDiffusionTransformer) -> Architecture:
@@ -84,7 +85,7 @@ def hub_config(lm: DiffusionLM) -> dict[str, Any]:
     """The `config.json` of the source, as far as the model is still what it says."""
     arch = held_architecture(lm.model)
     config = lm.checkpoint.config or family_of(arch.family).config(arch)
-    changed = {key: arch.tied_head for key in TIED if key in config}
+    changed: dict[str, Any] = {key: arch.tied_head for key in TIED if key in config}
     changed["mask_token_id"] = arch.mask_token_id
     dtype = "dtype" if "dtype" in config else "torch_dtype"
     return config | changed | {dtype: str(lm.model.dtype).removeprefix("torch.")}
