@@ -35,7 +35,7 @@ from dqx.benchmarks.common import (
     tell,
     write_figures,
 )
-from dqx.benchmarks.sides import BITS, SIDES, SideRun, block_error, block_output, compare
+from dqx.benchmarks.sides import BITS, LEFT_TO_RIGHT, SETTINGS, SIDES, SideRun, block_error, block_output, compare
 from dqx.common.memory import peak_ram, watch_peaks
 from dqx.config import compose
 from dqx.models.checkpoint import skeleton
@@ -47,20 +47,39 @@ NAMES = ("plain", "dqx")
 USUAL = "llada_8b,dream_7b"  # models
 MIB = 2**20
 
-#: What `--parts` measures: method, bits and settings by name. Each one is put beside GPTQ.
+#: What `--parts` measures: method, bits and settings by name. Each one is put beside GPTQ from left to right.
 LEVELS, DAC = "method.rounding.levels", "+method.corrections"
 PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "gptq": ("gptq", "w2a16", ()),
-    "group_order": ("gptq", "w2a16", ("method.rounding.group_order=true",)),
+    "gptq": ("gptq", "w2a16", (LEFT_TO_RIGHT,)),
+    "act_order": ("gptq", "w2a16", ()),
+    "group_order": (
+        "gptq",
+        "w2a16",
+        (
+            LEFT_TO_RIGHT,
+            "method.rounding.group_order=true",
+        ),
+    ),
     "gptaq": ("gptaq", "w2a16", ()),
-    "weight_mse": ("gptq", "w2a16", ("method.clip=weight_mse",)),
-    "dual_scale": ("gptq", "w2a16", (f"{LEVELS}=dual_scale", f"{LEVELS}.fold=false")),
-    "daq_abmp": ("gptq", "w2a16", (f"{LEVELS}=daq", f"{LEVELS}.allocation=abmp")),
+    "weight_mse": (
+        "gptq",
+        "w2a16",
+        (
+            LEFT_TO_RIGHT,
+            "method.clip=weight_mse",
+        ),
+    ),
+    "dual_scale": ("gptq", "w2a16", (LEFT_TO_RIGHT, f"{LEVELS}=dual_scale", f"{LEVELS}.fold=false")),
+    "daq_abmp": ("gptq", "w2a16", (LEFT_TO_RIGHT, f"{LEVELS}=daq", f"{LEVELS}.allocation=abmp")),
     "blockwise": ("gptq", "w2a16", ("method.rounding=blockwise",)),
-    "dac": ("gptq", "w2a16", (f"{DAC}.shift=mean_shift", f"{DAC}.final=final_shift")),
-    "mask_state": ("gptq", "w2a16", ("calib=mcs", "method.token_weight=mask_state")),
-    "confidence": ("gptq", "w2a16", ("calib=mcs", "method.token_weight=confidence")),
-    "value_clip": ("gptq", "w2a16", ("method.kv=per_head", "method.kv.value_clip=attention", "bits.kv.bits=4")),
+    "dac": ("gptq", "w2a16", (LEFT_TO_RIGHT, f"{DAC}.shift=mean_shift", f"{DAC}.final=final_shift")),
+    "mask_state": ("gptq", "w2a16", (LEFT_TO_RIGHT, "calib=mcs", "method.token_weight=mask_state")),
+    "confidence": ("gptq", "w2a16", (LEFT_TO_RIGHT, "calib=mcs", "method.token_weight=confidence")),
+    "value_clip": (
+        "gptq",
+        "w2a16",
+        (LEFT_TO_RIGHT, "method.kv=per_head", "method.kv.value_clip=attention", "bits.kv.bits=4"),
+    ),
     "d2quant": ("d2quant", "w2a16", ()),
     "quant_dllm": ("quant_dllm", "w2a16", ()),
 }
@@ -145,7 +164,7 @@ def _work(figures: Figures, side: str, folder: str, say: Say) -> dict[str, Any]:
         say(f"{side}: {text}")
 
     arch = scaled(MODELS[figures.model], figures.scale)
-    choice = compose.select(method=figures.method, bits=figures.bits)
+    choice = compose.select(method=figures.method, bits=figures.bits, overrides=SETTINGS[figures.method])
     run = SideRun(make_case(arch, figures.tokens), compose.build(choice.method), choice.bits, told)
     SIDES[figures.method][NAMES.index(side)](run)
     run.note_peak()

@@ -34,6 +34,8 @@ from dqx.quant.transforms.greedy_rotation import base_rotation, greedy_rotation
 CLIP = "clip search and rounding"
 CLIP_ROWS = 128  # of every linear, in the plain clip search by sums of products; its time is multiplied accordingly
 BITS = {"gptq": "w4a16", "awq": "w4a16", "duquant": "w4a4"}
+LEFT_TO_RIGHT = "method.rounding=gptq"  # as the plain side goes through the columns
+SETTINGS = {"gptq": [LEFT_TO_RIGHT], "awq": [], "duquant": []}
 
 
 @dataclass

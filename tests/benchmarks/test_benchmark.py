@@ -12,7 +12,7 @@ from tiny import SITES
 
 from dqx.benchmarks import activations, plain, quantize, temperature
 from dqx.benchmarks.cases import MODELS, make_case, scaled
-from dqx.benchmarks.sides import BITS, SIDES, SideRun, compare, differences
+from dqx.benchmarks.sides import BITS, SETTINGS, SIDES, SideRun, compare, differences
 from dqx.config import compose
 from dqx.report.terminal import rendered
 
@@ -76,7 +76,7 @@ def test_plain_awq_is_the_official_one():
 @pytest.mark.parametrize("method", SIDES)
 def test_both_sides_agree(method, model, n_kv_heads):
     shorter = ["method.transforms.rotate.steps=40"] if method == "duquant" else []
-    choice = compose.select(method=method, bits=BITS[method], overrides=shorter)
+    choice = compose.select(method=method, bits=BITS[method], overrides=[*SETTINGS[method], *shorter])
     start = case(model, n_kv_heads)
     theirs, ours = (SideRun(copy.deepcopy(start), compose.build(choice.method), choice.bits) for _ in range(2))
     for side, job in zip(SIDES[method], (theirs, ours), strict=True):

@@ -21,7 +21,8 @@ GROUPS = "bits.weight.group_size=16"
 TILE = "method.transforms.rotate.tile=16"
 METHODS = {
     "rtn": ("rtn", "w4a16", GROUPS),
-    "gptq": ("gptq", "w3a16", GROUPS, "method.rounding.act_order=true"),
+    "gptq": ("gptq", "w3a16", GROUPS),
+    "scattered groups": ("gptq", "w3a16", GROUPS, "method.rounding.static_groups=false"),
     "gptaq": ("gptaq", "w2a16", GROUPS),
     "awq": ("awq", "w4a16", GROUPS, "method.transforms.scale.n_grid=3", "method.clip.n_grid=4"),
     "smoothquant": ("smoothquant", "w8a8"),
