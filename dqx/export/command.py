@@ -26,6 +26,7 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "dequantized": Format("dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit"),
+    "compressed-tensors": Format("dqx.export.compressed_tensors", "weights at their true widths, for transformers"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dqx.api import DiffusionLM
+from dqx.common.files import write_json
 from dqx.formats.bits import UNQUANTIZED
 from dqx.models.architecture import Architecture
 from dqx.models.family import family_of
@@ -107,3 +109,12 @@ def copy_tokenizer(lm: DiffusionLM, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (lm.checkpoint.folder / name).is_file():
             shutil.copyfile(lm.checkpoint.folder / name, folder / name)
+
+
+def leave_out_code(folder: Path) -> None:
+    """Name a tokenizer of transformers' own in `tokenizer_config.json` where it names a class in a file of code."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("auto_map", None) is not None:
+        fast = (folder / "tokenizer.json").is_file()  # as dqx/models/tokenizer.py chooses
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast" if fast else "Qwen2Tokenizer"})
