@@ -25,6 +25,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
+    "gguf": Format("dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", ("f16", "bf16", "f32")),
     "dequantized": Format("dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit"),
     "compressed-tensors": Format("dqx.export.compressed_tensors", "weights at their true widths, for transformers"),
 }
