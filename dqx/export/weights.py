@@ -45,10 +45,16 @@ def run_time_problems(lm: DiffusionLM) -> list[str]:
     ]
     if any(norm.bias is not None for norm in model.modules() if isinstance(norm, RMSNorm)):
         problems.append(
-            "norms have a bias, put there by a correction, and the family's norms have none; write "
-            "method.corrections={}, or use another method"
+            "norms have a bias, put there by a correction, and the family's norms have none; leave it out "
+            f"({_without_corrections(lm)}), or use another method"
         )
     return problems
+
+
+def _without_corrections(lm: DiffusionLM) -> str:
+    """The overrides that take the corrections out of the method."""
+    names = lm.quantization.method.corrections if lm.quantization else ["NAME"]
+    return " ".join(f"~method.corrections.{name}" for name in names)
 
 
 def _run_time_parts(model: MaskedDiffusionTransformer) -> dict[str, set[str]]:

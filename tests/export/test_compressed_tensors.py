@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 import dqx
 from dqx.export import compressed_tensors
-from dqx.export.weights import linears
+from dqx.export.weights import leave_out_code, linears
 from dqx.quant.linear import QuantLinear
 
 TEXT = "Question: What is the job of Anna?\nAnswer:"
@@ -164,3 +164,15 @@ def test_what_the_format_cannot_hold_is_refused(said: str):
 
 def test_full_precision_is_refused():
     assert any("no weight is quantized" in problem for problem in compressed_tensors.problems(dqx.load("nano_llada")))
+
+
+def test_a_tokenizer_in_a_file_of_code_becomes_transformers_own(tmp_path: Path):
+    """As Dream's checkpoints name theirs; other settings and other files stay."""
+    lm = dqx.load("nano_dream")
+    named = {"auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}, "model_max_length": 77}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": "DreamTokenizer"}))
+    (tmp_path / "tokenizer.json").write_bytes((lm.checkpoint.folder / "tokenizer.json").read_bytes())
+    leave_out_code(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    assert tokenizer(TEXT)["input_ids"] == lm.tokens(TEXT).tolist()
+    assert tokenizer.model_max_length == 77
