@@ -51,8 +51,9 @@ def _of_grid(linear: QuantLinear, width: int) -> BlockType:
     grid, bits = linear.grid, linear.weight_bits
     assert grid is not None
     assert linear.zero_point is not None
-    if bits.format.upper() in TYPES:
-        return TYPES[bits.format.upper()]
+    named = TYPES.get(bits.format.upper())
+    if named is not None and named.with_minimum:
+        return named
     if bits.format != "int" or type(grid) is not Grid:
         raise Unfit(f"format {bits.format}; {PRESETS}")
     zero, middle = linear.zero_point, 2 ** (grid.bits - 1)
