@@ -201,7 +201,7 @@ def test_what_runs_beside_the_weights_is_refused() -> None:
     assert told[0].startswith("the input of attn_in is transformed at run time (Divide)")
     assert told[1].startswith("the input of mlp_out is transformed at run time (OnlineHadamard)")
     assert told[2].startswith("queries, keys or values pass through BeforeBias")
-    assert told[3].startswith("a norm has a bias (mean shift)")
+    assert told[3].startswith("a norm has a bias, put there by a correction")
     assert all("(first in block 1)" in problem for problem in told)
 
 

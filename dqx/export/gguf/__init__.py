@@ -19,7 +19,10 @@ FAMILIES = ("llada", "dream")
 OF_KEYS_AND_VALUES = {
     "HeadQuantizer", "ChannelQuantizer", "FixedRange", "AllButRecent", "Centered", "OnlineHadamard"
 }  # fmt: skip
-NORM_BIAS = "a norm has a bias (mean shift), for which there is no tensor; leave out method.corrections.mean_shift"
+NORM_BIAS = (
+    "a norm has a bias, put there by a correction, and the file has no tensor for it; leave it out "
+    "(~method.corrections.mean_shift, ~method.corrections.final_shift), or use another method"
+)
 
 
 def problems(lm: DiffusionLM) -> list[str]:
