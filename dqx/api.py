@@ -41,6 +41,7 @@ from dqx.data.calibration import CalibBatch, calibration_windows
 from dqx.data.masking import calibration_states
 from dqx.diffusion.block_engine import engine_for
 from dqx.diffusion.engine import Prompt
+from dqx.diffusion.frames import OnFrame
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.settings import count_problems
 from dqx.evaluate.journal import Journal
@@ -161,6 +162,7 @@ class DiffusionLM:
         steps: int | None = None,
         seed: int = 0,
         chat: bool = False,
+        on_frame: OnFrame | None = None,
     ) -> str | list[str]:
         """Fill `gen_length` masks after a prompt and return them as text, special tokens left out.
 
@@ -173,6 +175,8 @@ class DiffusionLM:
             steps: denoising steps; None is one per token.
             seed: of the noise, which depends on nothing but the prompt besides.
             chat: put each prompt, a text, through the checkpoint's chat template as what a user says.
+            on_frame: gets a `Frame` after every forward of every prompt: what is written by now and how sure it was
+                (`dqx/diffusion/frames.py`). The answers do not depend on it.
 
         Raises:
             ConfigProblems: settings that the sampler cannot run, an empty prompt, a prompt that together with the
@@ -194,7 +198,13 @@ class DiffusionLM:
             raise ConfigProblems(["a prompt has no tokens; each needs at least one"])
         self._check_length(max((len(each.ids) for each in prompts), default=0), gen_length)
         engine = engine_for(self.sampler)(
-            self.model, self.sampler, gen_length=gen_length, block_length=block_length, steps=steps, seed=seed
+            self.model,
+            self.sampler,
+            gen_length=gen_length,
+            block_length=block_length,
+            steps=steps,
+            seed=seed,
+            on_frame=on_frame,
         )
         answers = engine.generate(prompts)
         written = [str(self.tokenizer.decode(answer.ids, skip_special_tokens=True)) for answer in answers]

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -26,9 +27,9 @@ from dqx.common import accelerator
 from dqx.common.problems import raise_if
 from dqx.diffusion.batches import token_ids, too_long
 from dqx.diffusion.engine import SHARE, Answer, Engine, Prompt, busy_tokens, cache_bytes, row_bytes
-from dqx.diffusion.noise import Key, SeededNoise
+from dqx.diffusion.noise import Key
 from dqx.diffusion.samplers.base import at_least_float32, fetched
-from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Found, Writing, predicted
+from dqx.diffusion.samplers.blockwise import BlockwiseSampler, Writing, predicted
 from dqx.models.commit_cache import CommitCache, Feed
 from dqx.models.vocabulary import id_problems
 
@@ -70,7 +71,7 @@ class BlockEngine(Engine):
         largest, over = len(prompts), [0] * len(prompts)
         free = accelerator.free_memory(self.model.device)
         batch: list[BlockRow] = []
-        self._store, self._rows = None, []
+        self._store, self._rows, self._frames = None, [], self._watched()
         while waiting or batch:
             while waiting and len(batch) < min(largest, self.places([*batch, waiting[0]], free)):
                 batch.append(waiting.popleft())
@@ -113,19 +114,30 @@ class BlockEngine(Engine):
             assert self._store is not None
             groups = alike(batch)
             parts = [self._found(rows) for rows in groups]
-            tokens, probability = fetched([found for found, _ in parts])
+            tokens, confidence, *probability = fetched([found for found, _ in parts])
         except torch.OutOfMemoryError:
             return False
         for _, feed in parts:
             feed.commit()
-        start = 0
-        for row in [row for rows in groups for row in rows]:
+        start, rows = 0, [row for rows in groups for row in rows]
+        for row, place in zip(rows, [place for _, feed in parts for place in feed.starts], strict=True):
             due = row.writing.due
             assert due is not None
             stop = start + (0 if due.look is None else int(due.look.sum()))
             row.n_forwards += 1
             row.n_tokens += len(due.ids)
-            row.writing.send((tokens[start:stop], probability[start:stop]))
+            row.writing.send((tokens[start:stop], confidence[start:stop]))
+            if self._frames:
+                first = place - row.writing.prompt
+                self._frames.show(
+                    row.index,
+                    row.writing.answer,
+                    predicted(due, row.writing),
+                    probability[0][start:stop],
+                    block=(first, first + len(due.ids)),
+                    step=due.step,
+                    forwards=row.n_forwards,
+                )
             start = stop
         return True
 
@@ -145,7 +157,7 @@ class BlockEngine(Engine):
                 store.lengths[at] = old.lengths[before]
         self._store, self._rows = store, list(batch)
 
-    def _found(self, rows: list[BlockRow]) -> tuple[Found, Feed]:
+    def _found(self, rows: list[BlockRow]) -> tuple[tuple[Tensor, ...], Feed]:
         """What rows find where they look, on the device; their keys and values are written behind what is stored."""
         assert self._store is not None
         arch, device = self.model.arch, self.model.device
@@ -167,9 +179,7 @@ class BlockEngine(Engine):
         )
         logits = at_least_float32(self.model.head_rows(ids.to(device), look, feed))
         where = pad_sequence([predicted(one, row.writing) for one, row in zip(passes, rows, strict=True)], True)
-        noise = SeededNoise(self.seed, [row.document for row in rows])
-        at = [one.step for one in passes]
-        return self.sampler.candidates(logits, where, at, noise=noise, arch=arch), feed
+        return self._candidates(logits, where, [one.step for one in passes], [row.document for row in rows]), feed
 
     def _is_over(self, row: BlockRow) -> bool:
         """Whether what is written ends the row's text."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from dqx.common import accelerator
 from dqx.common.problems import raise_if
 from dqx.diffusion.batches import TokenIds, token_ids, too_long
+from dqx.diffusion.frames import Frames, OnFrame
 from dqx.diffusion.noise import Key, SeededNoise, generator
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import fetched, logits_at, most_confident, write
@@ -104,6 +105,7 @@ class Engine:
     follows cannot matter; None writes every answer to its end. `batch_size` rows go through the model at a time; None
     chooses from free memory. After running out of memory it is halved, which `notes` says. `progress` is told how many
     of the prompts' `steps` are over, whenever some are; an answer that stops early has all of its steps behind it.
+    `on_frame` gets a `Frame` after every forward of every row, which changes no token.
 
     Raises ConfigProblems with the `problems` of the settings.
     """
@@ -118,6 +120,7 @@ class Engine:
     settled: Callable[[list[int]], bool] | None = None
     batch_size: int | None = None
     progress: Callable[[int], object] | None = None
+    on_frame: OnFrame | None = None
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +129,7 @@ class Engine:
         raise_if(wrong + self.sampler.token_problems(self.model.arch.vocab_size))
         self.passes = 2 if self.sampler.cfg_scale > 0 else 1
         self._kept: tuple[list[Row], KVCache] | None = None
+        self._frames: Frames | None = None
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The answers in the order of the prompts."""
@@ -143,6 +147,7 @@ class Engine:
                 raise ValueError(f"prompt {i} has no token; give at least one")
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
         waiting = deque(self.begin(i, prompts[i]) for i in order)
+        self._frames = self._watched()
         largest = len(prompts)
         free = accelerator.free_memory(self.model.device)
         batch: list[Row] = []
@@ -207,6 +212,10 @@ class Engine:
                 return True
         return False
 
+    def _watched(self) -> Frames | None:
+        """What makes the frames of a generation, where somebody watches it."""
+        return Frames(self.on_frame, self.gen_length, self.model.arch.mask_token_id) if self.on_frame else None
+
     def _window(self, step: int) -> tuple[int, int] | None:
         return self.sampler.window(step, gen_length=self.gen_length, block_length=self.block_length, steps=self.steps)
 
@@ -224,7 +233,8 @@ class Engine:
             return False
         rows = [*whole, *inside]
         self._kept = None if joined is None else (rows, joined)
-        for row, answer in zip(rows, self._written(rows, *found), strict=True):
+        tokens, confidence, *probability = found
+        for row, answer in zip(rows, self._written(rows, tokens, confidence), strict=True):
             computed = len(row.prompt) + self.gen_length
             if row.window is not None and row.reuses:
                 computed = row.window[1] - row.window[0] + self.model.arch.logit_shift
@@ -233,7 +243,17 @@ class Engine:
             row.answer = answer
             row.n_forwards += self.passes
             row.n_tokens += self.passes * computed
+        if self._frames:
+            self._show(rows, *probability)
         return True
+
+    def _show(self, rows: list[Row], probability: Tensor) -> None:
+        """The frames of a step, in which rows gave the tokens [n] where they looked this probability."""
+        assert self._frames is not None
+        schedule = {"gen_length": self.gen_length, "block_length": self.block_length, "steps": self.steps}
+        for row, own in zip(rows, probability.split([int(row.look.sum()) for row in rows]), strict=True):
+            block = self.sampler.block(row.step, **schedule)
+            self._frames.show(row.index, row.answer, row.look, own, block=block, step=row.step, forwards=row.n_forwards)
 
     def _reused(self, rows: list[Row]) -> KVCache | None:
         """What is kept of these rows, and of no others from now on, for a forward of their windows."""
@@ -251,8 +271,8 @@ class Engine:
     def _width(self, rows: Sequence[Row]) -> int:
         return max(len(row.prompt) for row in rows)
 
-    def _forward(self, rows: list[Row], cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """What rows would write where they look, and how sure it is: tokens and confidences [n] on the device."""
+    def _forward(self, rows: list[Row], cache: KVCache | None) -> tuple[Tensor, ...]:
+        """What rows would write where they look, as `_candidates` finds it, on the device."""
         arch, device = self.model.arch, self.model.device
         width = self._width(rows)
         ids = torch.full((len(rows), width + self.gen_length), arch.eos_token_id)
@@ -273,13 +293,18 @@ class Engine:
             whole=False,
             cache=cache,
         )
-        return self.sampler.candidates(
-            logits,
-            where[:, width:],
-            [row.step for row in rows],
-            noise=SeededNoise(self.seed, [row.document for row in rows]),
-            arch=arch,
-        )
+        return self._candidates(logits, where[:, width:], [row.step for row in rows], [row.document for row in rows])
+
+    def _candidates(
+        self, logits: Tensor, where: Tensor, at: Sequence[int], documents: Sequence[Key | tuple[Key, ...]]
+    ) -> tuple[Tensor, ...]:
+        """The sampler's tokens and confidences [n]; for frames also the probability [n] that the model gives them."""
+        given = logits.softmax(-1) if self._frames else None  # the sampler may overwrite the logits
+        noise = SeededNoise(self.seed, documents)
+        tokens, confidence = self.sampler.candidates(logits, where, at, noise=noise, arch=self.model.arch)
+        if given is None:
+            return tokens, confidence
+        return tokens, confidence, given.gather(-1, tokens[:, None])[:, 0]
 
     def _written(self, rows: list[Row], tokens: Tensor, confidence: Tensor) -> Iterator[Tensor]:
         """The answers of rows after their step."""

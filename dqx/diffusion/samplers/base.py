@@ -137,8 +137,7 @@ def write(answer: Tensor, masked: Tensor, tokens: Tensor, chosen: Tensor) -> Non
     answer.copy_(torch.where(chosen, answer.masked_scatter(masked, tokens), answer))
 
 
-def fetched(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Tokens and confidences [n] of several forwards, one behind the other, on the CPU: in one round trip."""
-    dtype = parts[0][1].dtype
-    both = torch.cat([torch.stack([x.double() for x in part]) for part in parts], dim=1).cpu()  # exact in float64
-    return both[0].long(), both[1].to(dtype)
+def fetched(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Tokens, confidences and the like [n] of several forwards, one behind the other, on the CPU: in one round trip."""
+    together = torch.cat([torch.stack([x.double() for x in part]) for part in parts], dim=1).cpu()  # exact in float64
+    return tuple(values.to(x.dtype) for values, x in zip(together, parts[0], strict=True))

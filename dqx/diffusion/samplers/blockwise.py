@@ -182,7 +182,8 @@ class BlockwiseSampler(Sampler):
                 logits, computed = runner.run(due)
                 where, at = predicted(due, writing), [due.step]
                 rows = OneRow(noise, row)
-                writing.send(fetched([self.candidates(logits, where[None], at, noise=rows, arch=model.arch)]))
+                tokens, sure = fetched([self.candidates(logits, where[None], at, noise=rows, arch=model.arch)])
+                writing.send((tokens, sure))
                 n_forwards, n_tokens = n_forwards + 1, n_tokens + computed
             answers.append(writing.answer[:gen_length])
         return Generation(torch.stack(answers).to(model.device), n_forwards, n_tokens)
