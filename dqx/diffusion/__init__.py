@@ -5,6 +5,7 @@
     samplers/      Sampler: what every sampler is, and the loop that writes answers; one file for each family's
     engine.py      the same answers for many prompts at once: padded batches, refilled, stopped when settled
     block_engine.py  the same for samplers that write block by block over stored keys and values
+    frames.py      an answer after every forward, for whoever watches it being written
     likelihood.py  Monte-Carlo bound on log p(target | prefix), exact for one-token targets
     factorization.py  the same as a sum over blocks, for models that write block by block; the autoregressive one
     scorer.py      both for many targets at once: every masked sequence once, in batches over all requests

@@ -51,12 +51,15 @@ class Frames:
         step: int,
         forwards: int,
     ) -> None:
-        """The frame of prompt `index` with its `answer`, [G] or longer, after a forward.
+        """The frame of prompt `index` with its `answer` after a forward.
 
         The forward was about the tokens of `block`; it predicted those marked in `where`, as long as `answer`, of which
         the model gave those it chose this `probability` [n].
         """
-        ids, mask = answer[: self.gen_length].tolist(), self.mask_token_id
+        mask = self.mask_token_id
+        ids = [*answer.tolist(), *[mask] * self.gen_length][
+            : self.gen_length
+        ]  # a sampler may stop a little short of it
         predicted = dict(zip(where.nonzero()[:, 0].tolist(), probability.tolist(), strict=True))
         before, sure = self._last.get(index, ([mask] * len(ids), [None] * len(ids)))
         changed = [i for i in range(len(ids)) if ids[i] != before[i]]
