@@ -16,7 +16,7 @@ COMMANDS = {
     "cache": ("dqx.study.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),
     "mirror": ("dqx.report.wandb.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
     "doctor": ("dqx.study.doctor", "this machine: what there is, what is missing", "dqx doctor"),
-    "export": ("dqx.export.command", "a model as files that other programs read", "dqx export gguf RUN --out FILE"),
+    "export": ("dqx.study.export", "a model as files that other programs read", "dqx export gguf RUN --out FILE"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
 }
 

@@ -10,7 +10,7 @@ import torch
 
 import dqx
 from dqx.export import dequantized
-from dqx.export.command import export
+from dqx.study.export import export
 from dqx.models.checkpoint import inspect
 
 MODELS = ("nano_llada", "nano_dream", "nano_block")

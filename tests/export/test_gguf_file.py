@@ -17,7 +17,7 @@ from gguf import GGUFReader
 import dqx
 from dqx.api import Quantization
 from dqx.config.schema import ConfigProblems
-from dqx.export.command import export
+from dqx.study.export import export
 from dqx.export.gguf import notes, problems, write
 from dqx.export.gguf.tensors import IN_BLOCK, row_order
 from dqx.formats.bits import BitsConfig, WeightBits

@@ -2,33 +2,13 @@
 
     dqx export gguf runs/2026-11-20/12-00-00-000000-nano_llada-gptq-w4a16 --out nano_llada.gguf
 
-A format is a module with two functions, `problems(lm)`: all reasons why the format cannot hold the model, each with
-what to use instead, and `write(lm, out)`. One with choices of a dtype for what stays in 16 bit takes `dtype` as well,
-and one that has to say what readers of the file do differently has `notes(lm)`.
+The formats are those of `dqx.export.formats`.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Format:
-    """The module that writes a format, what it is for, and the dtypes to choose from, the default first."""
-
-    module: str
-    what: str
-    dtypes: tuple[str, ...] = ()
-
-
-FORMATS: dict[str, Format] = {
-    "gguf": Format("dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", ("f16", "bf16", "f32")),
-    "dequantized": Format("dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit"),
-    "compressed-tensors": Format("dqx.export.compressed_tensors", "weights at their true widths, for transformers"),
-}
 
 
 def export(format: str, source: str, out: str | Path, dtype: str | None = None) -> list[str]:
@@ -37,7 +17,8 @@ def export(format: str, source: str, out: str | Path, dtype: str | None = None) 
     Raises ConfigProblems where the format cannot hold the model, FileExistsError for an `out` that exists.
     """
     from dqx.common.problems import raise_if
-    from dqx.export.source import loaded
+    from dqx.export.formats import FORMATS
+    from dqx.study.source import loaded
 
     known, out = FORMATS[format], Path(out).expanduser()
     if dtype not in (None, *known.dtypes):
@@ -45,16 +26,13 @@ def export(format: str, source: str, out: str | Path, dtype: str | None = None) 
         raise_if([f"--dtype {dtype} is no choice of {format}; {choices}"])
     if out.exists():
         raise FileExistsError(f"{out} exists already; name a new one")
-    module = import_module(known.module)
-    lm = loaded(source)
-    raise_if(module.problems(lm))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    module.write(lm, out, **({} if dtype is None else {"dtype": dtype}))
-    return list(module.notes(lm)) if hasattr(module, "notes") else []
+    return known.write(loaded(source), out, dtype)
 
 
 def main() -> int:
     """The command line. Returns the exit code."""
+    from dqx.export.formats import FORMATS
+
     about = "\n".join(f"  {name:<20} {format.what}" for name, format in FORMATS.items())
     parser = argparse.ArgumentParser(
         description="A model as files that other programs read.",
