@@ -48,9 +48,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "gguf": Format(
-        "dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", "model.gguf", ("f16", "bf16", "f32")
-    ),
+    "gguf": Format("dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", "model.gguf", ("f16", "bf16", "f32")),
     "dequantized": Format(
         "dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit", "dequantized"
     ),

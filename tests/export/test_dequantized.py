@@ -10,8 +10,8 @@ import torch
 
 import dqx
 from dqx.export import dequantized
-from dqx.study.export import export
 from dqx.models.checkpoint import inspect
+from dqx.study.export import export
 
 MODELS = ("nano_llada", "nano_dream", "nano_block")
 TEXT = "Question: What is the job of Anna?\nAnswer:"

@@ -17,7 +17,6 @@ from gguf import GGUFReader
 import dqx
 from dqx.api import Quantization
 from dqx.config.schema import ConfigProblems
-from dqx.study.export import export
 from dqx.export.gguf import notes, problems, write
 from dqx.export.gguf.tensors import IN_BLOCK, row_order
 from dqx.formats.bits import BitsConfig, WeightBits
@@ -32,6 +31,7 @@ from dqx.quant.method import Method
 from dqx.quant.rounding.rtn import RTN
 from dqx.quant.transforms.channel_scale import Divide
 from dqx.quant.transforms.hadamard import OnlineHadamard
+from dqx.study.export import export
 
 MODELS = ("nano_llada", "nano_dream")
 #: Type -> width, inputs per group, symmetric.

@@ -12,8 +12,8 @@ import torch
 import dqx
 from dqx.config.compose import compose, resolve
 from dqx.config.schema import ConfigProblems
-from dqx.study.source import loaded
 from dqx.study.run import run
+from dqx.study.source import loaded
 
 SMALL = ("task=nano_facts", "task.limit=1", "outliers.samples=0", "fidelity.samples=0", "wandb.mode=disabled")
 
