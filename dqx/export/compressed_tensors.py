@@ -33,6 +33,7 @@ from dqx.export.weights import (
     rounds_input,
     run_time_problems,
 )
+from dqx.formats.bits import ActivationBits
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import save_tensors, tensor_names
 from dqx.models.families import dream
@@ -84,14 +85,18 @@ def notes(lm: DiffusionLM) -> list[str]:
         notes.append(
             "transformers: from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))"
         )
-    elif linear.activation_bits.symmetric and linear.weight_bits.format == "int":
+    elif _other_steps(linear.activation_bits):
         notes.append(
             "readers round inputs in steps of absmax / 127.5, this model in steps of absmax / 127: logits differ; with "
-            "bits.activation.symmetric=false they are rounded alike"
+            "bits.activation.full_range=true they are rounded alike"
         )
     if _stored_scale(linear, lm.model.dtype).dtype != lm.model.dtype:
         notes.append(f"scales are float32; an engine that keeps them in {_name(lm.model.dtype)} rounds them once more")
     return notes
+
+
+def _other_steps(bits: ActivationBits) -> bool:
+    return bits.symmetric and bits.format == "int" and not bits.full_range
 
 
 def write(lm: DiffusionLM, out: Path) -> None:
@@ -168,6 +173,8 @@ def _input_problems(linear: QuantLinear) -> Iterator[str]:
             "inputs are rounded together with weights of 8 bits in one group per row, int with int or fp8 with fp8; "
             "write bits=w8a8 or bits=fp8"
         )
+    if bits.scale_dtype != "float32":
+        yield f"bits.activation.scale_dtype={bits.scale_dtype}: readers keep scales of inputs whole; write float32"
     if bits.group_size != -1:
         yield f"bits.activation.group_size={bits.group_size}: readers have one grid per token; write -1"
     if not isinstance(part, PerToken):

@@ -21,18 +21,27 @@ class Format:
 
     widths: tuple[int, ...]
     block: int | None = None  # inputs that share a scale; None: the choice is free
-    has_zero_point: bool = False
-    scale_bits: int = 16  # per group
+    superblock: int | None = None  # inputs whose scales are integers times one number
+    symmetric: bool | None = True  # None: the choice is free
+    scale_bits: int = 16  # per group, with what a minimum takes
     tensor_bits: int = 0  # per weight
+    weights_only: bool = False
 
 
 FORMATS = {
-    "int": Format(WIDTHS[:-1], has_zero_point=True),
+    "int": Format(WIDTHS[:-1], symmetric=None),
     "fp8": Format((8,)),  # E4M3
     "mxfp4": Format((4,), block=32, scale_bits=8),
     "nvfp4": Format((4,), block=16, scale_bits=8, tensor_bits=32),
+    "q4_1": Format((4,), block=32, symmetric=False, scale_bits=32, weights_only=True),
+    "q5_1": Format((5,), block=32, symmetric=False, scale_bits=32, weights_only=True),
+    "q2_k": Format((2,), block=16, superblock=256, symmetric=False, scale_bits=10, weights_only=True),
+    "q3_k": Format((3,), block=16, superblock=256, scale_bits=7, weights_only=True),
+    "q4_k": Format((4,), block=32, superblock=256, symmetric=False, scale_bits=16, weights_only=True),
+    "q6_k": Format((6,), block=16, superblock=256, scale_bits=9, weights_only=True),
 }
-FLOATS = tuple(name for name, format in FORMATS.items() if not format.has_zero_point)
+WEIGHT_FORMATS = tuple(name for name, format in FORMATS.items() if format.weights_only)
+SCALE_DTYPES = ("float32", "float16")
 
 
 @dataclass
@@ -43,6 +52,7 @@ class WeightBits:
     group_size: int = 128  # inputs that share a scale; -1 is one group per output row
     symmetric: bool = False
     format: str = "int"
+    scale_dtype: str = "float32"  # of integers; float16: scales are rounded to it before codes are chosen
 
 
 @dataclass
@@ -53,6 +63,8 @@ class ActivationBits:
     symmetric: bool = False
     format: str = "int"
     group_size: int = -1  # neighbouring channels of a token that share a scale; -1 is one group per token
+    scale_dtype: str = "float32"  # of integers; float16: scales are rounded to it after codes are chosen, as engines do
+    full_range: bool = False  # symmetric integers: absmax / (2^(b-1) - 1/2) per step in place of absmax / (2^(b-1) - 1)
 
 
 Usual = TypeVar("Usual", WeightBits, ActivationBits)
@@ -74,18 +86,20 @@ class RoleBits:
     weight: int | None = None
     activation: int | None = None
     group_size: int | None = None
-    format: str | None = None  # of weight and input; its width and group size must be given too where they differ
+    format: str | None = None  # of weight and, unless it is for weights alone, of input; with width and group size
 
     def of_weight(self, usual: WeightBits) -> WeightBits:
         group_size = usual.group_size if self.group_size is None else self.group_size
         return replace(self._grid(usual, self.weight), group_size=group_size)
 
     def of_activation(self, usual: ActivationBits) -> ActivationBits:
-        return self._grid(usual, self.activation)
+        of_weight = self.format in WEIGHT_FORMATS
+        return (replace(self, format=None) if of_weight else self)._grid(usual, self.activation)
 
     def _grid(self, usual: Usual, bits: int | None) -> Usual:
         """A weight's or an input's grid with what is said here in place of the usual."""
-        symmetric = usual.symmetric or self.format in FLOATS
+        fixed = FORMATS[self.format].symmetric if self.format in FORMATS else None
+        symmetric = usual.symmetric if fixed is None else fixed
         bits = usual.bits if bits is None else bits
         return replace(usual, bits=bits, format=self.format or usual.format, symmetric=symmetric)
 
@@ -246,15 +260,20 @@ def label(bits: BitsConfig) -> str:
 
     Formats follow the widths, those of weights first. An override is the role with its weight's width, `a` and its
     input's width, `g` and its group size, `_` and its format; of a block, the block before them and `w` before the
-    width that is for all its roles. `g` behind the width of the activations is their group size: w4a4g128. Group size
-    of weights and symmetry are left out of what is for all roles.
+    width that is for all its roles. `g` behind the width of the activations is their group size: w4a4g128, and `s16`
+    tells of scales of integer weights in float16: w4a8g32s16. Group size of weights and symmetry are left out of what
+    is for all roles, and so is the format of the activations beside one for weights alone.
     """
-    size = bits.activation.group_size
+    weight, size = bits.weight, bits.activation.group_size
     groups = f"g{size}" if size != -1 and bits.activation.bits != UNQUANTIZED else ""
+    if weight.format == "int" and weight.scale_dtype == "float16" and weight.bits != UNQUANTIZED:
+        groups += "s16"
     said = _mapping(bits.kv)  # of a DictConfig, `keys` and `values` are methods
     named = {"kv": said.get("bits"), "k": said.get("keys"), "v": said.get("values")}
     kv = "".join(f"{whose}{width}" for whose, width in named.items() if width is not None)
     formats = [part.format for part in (bits.weight, bits.activation) if part.bits != UNQUANTIZED]
+    if weight.bits != UNQUANTIZED and weight.format in WEIGHT_FORMATS:
+        formats = [weight.format, *(name for name in formats[1:] if name != "int")]
     suffix = "" if set(formats) <= {"int"} else "_" + "_".join(dict.fromkeys(formats))
     overrides = [_changes(role, "", own) for role, own in bits.overrides.items()]
     for name, entry in bits.blocks.items():

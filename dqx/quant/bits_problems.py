@@ -6,7 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import gcd
 
 from dqx.common.names import did_you_mean
-from dqx.formats.bits import FORMATS, SETTINGS, UNQUANTIZED, WIDTHS, BitsConfig, BlockWidths, RoleBits, block_range
+from dqx.formats.bits import (
+    FORMATS,
+    SCALE_DTYPES,
+    SETTINGS,
+    UNQUANTIZED,
+    WEIGHT_FORMATS,
+    WIDTHS,
+    BitsConfig,
+    BlockWidths,
+    RoleBits,
+    block_range,
+)
 from dqx.models.architecture import Architecture
 
 
@@ -73,7 +84,7 @@ def in_entry(name: str, problems: Iterable[str], told: Iterable[str]) -> list[st
 
 
 def _problems(bits: BitsConfig, arch: Architecture) -> list[str]:
-    formats = list(_format_problems(bits))
+    formats = [*_format_problems(bits), *_scale_problems(bits)]
     if formats:
         return formats
     widths = bits.resolve(arch).usual
@@ -92,6 +103,28 @@ def _format_problems(bits: BitsConfig) -> Iterator[str]:
     for key, name in named.items():
         if name not in FORMATS:
             yield f"{key}={name} is unknown; {did_you_mean(name, FORMATS)}"
+
+    if bits.activation.format in WEIGHT_FORMATS and bits.activation.bits != UNQUANTIZED:
+        yield f"bits.activation.format={bits.activation.format} is for weights alone; write bits.activation.format=int"
+
+
+def _scale_problems(bits: BitsConfig) -> Iterator[str]:
+    """What integers alone can have, and what their scales cannot be."""
+    for key, part in (("weight", bits.weight), ("activation", bits.activation)):
+        if part.scale_dtype not in SCALE_DTYPES:
+            told = did_you_mean(part.scale_dtype, SCALE_DTYPES)
+            yield f"bits.{key}.scale_dtype={part.scale_dtype} is unknown; {told}"
+        elif part.scale_dtype != "float32" and part.format != "int":
+            yield (
+                f"bits.{key}.scale_dtype={part.scale_dtype} is for integers, and {part.format} says itself what its "
+                f"scales are; write bits.{key}.scale_dtype=float32"
+            )
+    own = bits.activation
+    if own.full_range and not (own.symmetric and own.format == "int"):
+        yield (
+            "bits.activation.full_range=true is for symmetric integers; write bits.activation.symmetric=true "
+            "bits.activation.format=int, or bits.activation.full_range=false"
+        )
 
 
 def _width_problems(bits: BitsConfig, widths: BlockWidths) -> Iterator[str]:
@@ -119,10 +152,12 @@ def _width_problems(bits: BitsConfig, widths: BlockWidths) -> Iterator[str]:
 
 def _symmetry_problems(bits: BitsConfig) -> Iterator[str]:
     for key, part in (("weight", bits.weight), ("activation", bits.activation)):
-        if part.bits != UNQUANTIZED and not part.symmetric and not FORMATS[part.format].has_zero_point:
+        fixed = FORMATS[part.format].symmetric
+        if part.bits != UNQUANTIZED and fixed is not None and part.symmetric != fixed:
+            why = "no zero point" if fixed else "a minimum per group"
             yield (
-                f"bits.{key}.symmetric=false, but {part.format} has no zero point; write bits.{key}.symmetric=true, "
-                f"or bits.{key}.format=int"
+                f"bits.{key}.symmetric={str(part.symmetric).lower()}, but {part.format} has {why}; write "
+                f"bits.{key}.symmetric={str(fixed).lower()}, or bits.{key}.format=int"
             )
 
 
@@ -132,6 +167,7 @@ def _group_problems(bits: BitsConfig, widths: BlockWidths, arch: Architecture) -
     powers = [2**n for n in range(17, 3, -1) if common % 2**n == 0][:3]
     remedy = ", ".join(map(str, powers)) + " and -1 do" if powers else "-1 (one group per row) does"
     offenders: dict[tuple[str, int, int], list[str]] = {}
+    split: dict[tuple[str, int, int], list[str]] = {}
     foreign: dict[str, str] = {}
     for role, weight in widths.weight.items():
         own = bits.override(role)
@@ -142,9 +178,18 @@ def _group_problems(bits: BitsConfig, widths: BlockWidths, arch: Architecture) -
         if block is not None and weight.group_size != block:
             write = f"bits.overrides.{role}.group_size={block}" if own.format else f"{key}={block}"
             foreign[f"{key}={weight.group_size}, but {weight.format} has a scale per {block} inputs"] = write
+        elif (superblock := FORMATS[weight.format].superblock) and arch.in_features(role) % superblock:
+            split.setdefault((weight.format, superblock, arch.in_features(role)), []).append(role)
         elif weight.group_size != -1:
             offenders.setdefault((key, weight.group_size, arch.in_features(role)), []).append(role)
     yield from (f"{problem}; write {write}" for problem, write in foreign.items())
+    for (name, superblock, width), roles in split.items():
+        owners = [f"bits.overrides.{role}.format" for role in roles if bits.override(role).format]
+        yield (
+            f"{owners[0] if owners else 'bits.weight.format'}={name} has superblocks of {superblock} inputs, which do "
+            f"not divide {width}, the inputs of {', '.join(roles)}; write bits=gguf_q4_0 (gguf_q4_1, gguf_q5_0, "
+            f"gguf_q5_1, gguf_q8_0), which have blocks of 32, or {_leave_out(roles, 'weight')}"
+        )
     hopeless = set()
     for (key, size, width), roles in offenders.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import UNQUANTIZED, BitsConfig, Widths
+from dqx.formats.bits import UNQUANTIZED, WEIGHT_FORMATS, BitsConfig, Widths
 from dqx.models.architecture import Architecture
 from dqx.quant.bits_problems import bits_problems, entry_problems, in_entry
 from dqx.quant.protocols import (
@@ -234,9 +234,14 @@ class Method:
             problems += [f"{key}={asked[key]}, {rounds_none}; write {key}=16" for key in widths if key in asked]
         if self.activation is None:
             format = "" if bits.weight.format == "int" else f"{bits.weight.format}_"
+            of_files = bits.weight.format in WEIGHT_FORMATS or bits.weight.scale_dtype != "float32"
             problems += [
                 f"{key}={asked[key]}, but method {self.name} quantizes weights only; write "
-                + (f"bits={format}w{bits.weight.bits}a16" if key == "bits.activation.bits" else f"{key}=16")
+                + (
+                    f"bits={format}w{bits.weight.bits}a16"
+                    if key == "bits.activation.bits" and not of_files
+                    else f"{key}=16"
+                )
                 + ", or take a method that quantizes activations (rtn does)"
                 for key in input_widths
                 if key in asked

@@ -1,10 +1,11 @@
 """What quantization did: one row per linear, what stayed in 16 bit and why, and the average bits per weight.
 
 Convention for bits per weight: codes at their width, one scale per group (16 bits for integers and fp8, 8 for mxfp4 and
-nvfp4, which adds 32 per weight matrix), for asymmetric grids one b-bit zero point per group, and where `act_order`
-scatters groups one 16-bit group index per input. Binary grids (D2Quant, Quant-dLLM) have a sign per weight and term, 16
-bits per term, group and row, 16 bits per column scale that no other linear took over, and 2 bits per group where groups
-differ in their terms. A linear left alone counts 16 whatever dtype the model runs in.
+nvfp4, which adds 32 per weight matrix; in GGUF's formats what the file takes for scales and minima), for asymmetric
+integers one b-bit zero point per group, and where `act_order` scatters groups one 16-bit group index per input. Binary
+grids (D2Quant, Quant-dLLM) have a sign per weight and term, 16 bits per term, group and row, 16 bits per column scale
+that no other linear took over, and 2 bits per group where groups differ in their terms. A linear left alone counts 16
+whatever dtype the model runs in.
 Embedding, norms, biases and head are not in the average.
 """
 
@@ -41,7 +42,7 @@ def stored_bits(shape: tuple[int, int], bits: WeightBits, rounded: QuantizedWeig
     if isinstance(rounded.grid, BinaryGrid):
         return _binary_bits(rounded) + index
     scales = FORMATS[bits.format]
-    per_group = scales.scale_bits + (0 if bits.symmetric or not scales.has_zero_point else bits.bits)
+    per_group = scales.scale_bits + (0 if bits.symmetric or scales.symmetric is not None else bits.bits)
     return bits.bits * n_out * n_in + per_group * n_out * rounded.scale.shape[1] + scales.tensor_bits + index
 
 

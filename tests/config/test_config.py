@@ -127,10 +127,10 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("method", "bits"), pairs())
 def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: str) -> None:
-    """On a model that 128 divides all pairs work, except that fp16 has one width and some methods round no inputs."""
+    """On a model that 256 divides all pairs work, except that fp16 has one width and some methods round no inputs."""
     config = resolve(compose([f"method={method}", f"bits={bits}"]))
     _, arch = read_config(GOLDEN / "llada_tiny")
-    arch = type(arch)(**{**vars(arch), "hidden_size": 256, "mlp_size": 384})
+    arch = type(arch)(**{**vars(arch), "hidden_size": 256, "mlp_size": 512})
     problems = build(config.method).problems(config.bits, arch)
     if method == "fp16" and bits != "w16a16":
         (problem,) = problems
@@ -141,7 +141,7 @@ def test_every_pair_of_method_and_bits_is_built_or_refused(method: str, bits: st
         assert (len(problems) > len(others)) == (most < 16 and not few_integers(config.bits.weight, most))
         if method.startswith(("awq", "d2quant", "quant_dllm")) and config.bits.activation.bits < 16:
             (problem,) = others
-            assert "quantizes weights only; write bits=" in problem
+            assert "quantizes weights only; write bits" in problem
         else:
             assert others == []
 

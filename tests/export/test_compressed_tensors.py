@@ -20,6 +20,7 @@ from dqx.quant.linear import QuantLinear
 
 TEXT = "Question: What is the job of Anna?\nAnswer:"
 SYMMETRIC = "bits.weight.symmetric=true"
+FULL_RANGE = "bits.activation.symmetric=true", "bits.activation.full_range=true"
 #: Method, bits and overrides, and the models: Dream as Qwen2, LLaDA as Llama.
 BOTH = ("nano_dream", "nano_llada")
 CASES = {
@@ -28,6 +29,7 @@ CASES = {
     "w8a16 per row, o in 16 bit": (BOTH[:1], "rtn", "w8a16", "bits.weight.group_size=-1", "bits.overrides.o.weight=16"),
     "w8a8": (BOTH[:1], "rtn", "w8a8"),
     "w8a8, weights symmetric": (BOTH[1:], "rtn", "w8a8", SYMMETRIC),
+    "w8a8 symmetric in the full range": (BOTH, "rtn", "w8a8", SYMMETRIC, *FULL_RANGE),
     "fp8": (BOTH[1:], "rtn", "fp8"),
     "fp8_w8a16": (BOTH[:1], "rtn", "fp8_w8a16"),
 }
@@ -43,6 +45,8 @@ REFUSED = {
     "groups of neighbours": ("nano_llada", "gptq", "w4a16", "method.rounding.static_groups=false"),
     "at run time": ("nano_llada", "quarot", "w16a16"),
     "bits.weight.format=nvfp4": ("nano_llada", "rtn", "nvfp4_w4a16"),
+    "bits.weight.format=q4_1": ("nano_llada", "rtn", "gguf_q4_1"),
+    "bits.activation.scale_dtype=float16": ("nano_llada", "rtn", "w8a8", "bits.activation.scale_dtype=float16"),
 }
 
 
@@ -98,6 +102,7 @@ def read_logits(lm: dqx.DiffusionLM, folder: Path, ids: torch.Tensor) -> torch.T
 def test_weights_are_equal_to_the_bit_and_logits_agree(case: str, model: str, tmp_path: Path):
     lm = quantized(model, *CASES[case][1:])
     assert compressed_tensors.problems(lm) == []
+    assert not any("127.5" in note for note in compressed_tensors.notes(lm))
     compressed_tensors.write(lm, tmp_path / "out")
     assert_weights_are_equal(lm, tmp_path / "out")
     ids = masked(model)

@@ -16,7 +16,7 @@ from gguf import GGUFReader
 
 import dqx
 from dqx.api import Quantization
-from dqx.config.schema import ConfigProblems
+from dqx.config.schema import ConfigProblems, choices
 from dqx.export.gguf import notes, problems, write
 from dqx.export.gguf.tensors import IN_BLOCK, row_order
 from dqx.formats.bits import BitsConfig, WeightBits
@@ -119,6 +119,36 @@ def test_the_weights_of_a_type_are_those_of_the_model(tmp_path: Path, name: str,
     for ours, theirs in (("embed", "token_embd"), ("norm", "output_norm"), ("head", "output")):
         assert torch.equal(weight_of(stored[f"{theirs}.weight"]), getattr(lm.model, ours).weight)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.gguf"]
+
+
+#: Choice of `bits` -> bits per weight of its type.
+PRESETS = {
+    "gguf_q8_0": 8.5, "gguf_q5_0": 5.5, "gguf_q4_0": 4.5, "gguf_q5_1": 6.0, "gguf_q4_1": 5.0,
+    "gguf_q6_k": 6.5625, "gguf_q4_k": 4.5, "gguf_q3_k": 3.4375, "gguf_q2_k": 2.625,
+}  # fmt: skip
+
+
+def test_every_preset_is_covered() -> None:
+    assert set(PRESETS) == {choice for choice in choices("bits") if choice.startswith("gguf")}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_presets_are_files_as_they_are(tmp_path: Path, name: str, preset: str, method: str) -> None:
+    """Quantized, saved and loaded again: the file has the same weights to the bit, at the bits that the report says."""
+    lm, kind = plain(name), preset.removeprefix("gguf_").upper()
+    tokens = torch.randint(2, 490, (2, 64), generator=torch.Generator().manual_seed(1))
+    report = lm.quantize(method, preset, calib=list(tokens))
+    assert report.average_bits == PRESETS[preset]
+    lm.save(tmp_path / "saved")
+    again = dqx.load(str(tmp_path / "saved"), device="cpu")
+    assert torch.equal(again.model(tokens), lm.model(tokens))
+    assert problems(again) == []
+    write(again, tmp_path / "a.gguf", "f32")
+    stored = read(tmp_path / "a.gguf")
+    assert stored["blk.0.ffn_down.weight"].tensor_type.name == kind
+    assert_linears_equal(lm, stored)
 
 
 @pytest.mark.parametrize("name", MODELS)

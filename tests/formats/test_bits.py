@@ -447,5 +447,6 @@ def test_unquantized_formats_are_not_judged():
 
 def test_formats_have_all_their_facts():
     for name, format in FORMATS.items():
-        assert format.has_zero_point == (name == "int")
+        assert (format.symmetric is None) == (name == "int")
+        assert format.superblock is None or (format.weights_only and format.superblock % format.block == 0)
         assert set(format.widths) <= set(range(2, 9))

@@ -17,7 +17,7 @@ from dqx.models.architecture import Architecture
 PRE = {"llada": "bailingmoe", "dream": "qwen2"}
 #: A file without merges is refused: two bytes that no text has, whose union is no token.
 NO_MERGE = "\u0100 \u0100"
-FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S"}  # others: MOSTLY_ and the name
+FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q3_K": "MOSTLY_Q3_K_S"}  # others: MOSTLY_ and the name
 
 
 def add_model(writer: GGUFWriter, lm: DiffusionLM, kinds: Iterable[GGMLQuantizationType]) -> None:

@@ -37,6 +37,7 @@ from dqx.common.files import write_json
 from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import ActivationBits, BitsConfig, WeightBits
 from dqx.formats.floats import FP8, MXFP4, NVFP4
+from dqx.formats.gguf import MinimumGrid, MinimumSuperblocks, SymmetricSuperblocks
 from dqx.formats.integers import Grid
 from dqx.models.checkpoint import CheckpointError, assign, skeleton, too_large
 from dqx.models.family import family_of
@@ -50,7 +51,8 @@ VERSION = 1
 EMBED, HEAD, NORM = "embed.safetensors", "head.safetensors", "norm.safetensors"
 BLOCK = "block-{:05d}.safetensors"
 
-for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4, BinaryGrid):
+GGUF = (MinimumGrid, MinimumSuperblocks, SymmetricSuperblocks)
+for cls in (WeightBits, ActivationBits, Grid, FP8, MXFP4, NVFP4, BinaryGrid, *GGUF):
     storable(cls)
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import WeightBits
+from dqx.formats.bits import FORMATS, WeightBits, block_formats
 from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_width, ranges
@@ -59,6 +59,12 @@ class Blockwise:
             problems.append(
                 f"{where}.damping={self.damping} must lie in 0 ... 1 (a share of mean(diag H)); 0.01 is usual"
             )
+        for name in block_formats(context.widths.weight.values()) if self.levels is None else ():
+            if FORMATS[name].superblock:
+                problems.append(
+                    f"{where} reads a group's range when the group is reached, but {name} chooses the scales of "
+                    f"{FORMATS[name].superblock} inputs together; write {where}=gptq"
+                )
         return problems + choice_problems(f"{where}.stream", self.stream, STREAMS)
 
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dqx.formats.bits import WeightBits, block_formats
+from dqx.formats.bits import FORMATS, WeightBits, block_formats
 from dqx.formats.integers import Grid, finite, wide
 from dqx.formats.make import make_grid
 from dqx.formats.weight import BoundClip, QuantizedWeight, consecutive_groups, group_ranges, group_width, ranges
@@ -73,6 +73,12 @@ class ColumnSettings:
                 f"{where}.static_groups=true reads ranges before the first column, {where}.fresh_ranges=true when a "
                 "group is reached; set one of them to false"
             )
+        for name in block_formats(context.widths.weight.values()) if self.fresh_ranges else ():
+            if FORMATS[name].superblock:
+                problems.append(
+                    f"{where}.fresh_ranges=true reads a group's range when the group is reached, but {name} chooses "
+                    f"the scales of {FORMATS[name].superblock} inputs together; write {where}.fresh_ranges=false"
+                )
         for name in block_formats(context.widths.weight.values()) if self.act_order and not self.static_groups else ():
             problems.append(
                 f"{where}.act_order=true groups inputs in the order of their activations, but {name} shares a scale "
@@ -123,7 +129,8 @@ def gptq_round(
     chosen order) when the group's first column is reached: by default, as in the authors' code, from columns as
     updated at the end of the previous chunk, so that `chunk` matters where it is larger than a group; with
     `fresh_ranges` from columns with every update so far, so that `chunk` is only about speed. With `static_groups`
-    groups are consecutive in the original order and their ranges come from the weight before the first column. With
+    groups are consecutive in the original order and their ranges come from the weight before the first column, as they
+    do in any case in formats with superblocks. With
     `group_order` groups are consecutive in the original order too, and gone through one after the other. `levels` are
     fitted where and when ranges would be read.
 
@@ -144,7 +151,8 @@ def gptq_round(
     """
     settings = settings or ColumnSettings()
     levels = settings.levels
-    chunk, static_groups, fresh_ranges = settings.chunk, settings.static_groups, settings.fresh_ranges
+    chunk, fresh_ranges = settings.chunk, settings.fresh_ranges
+    static_groups = settings.static_groups or grid.superblocks
     n_out, n_in = w_OI.shape
     if hessian_II.shape != (n_in, n_in):
         raise ValueError(f"a weight with {n_in} inputs needs a {n_in} x {n_in} Hessian, not {list(hessian_II.shape)}")
@@ -167,7 +175,7 @@ def gptq_round(
     if ranges_on_the_way or levels is not None:
         lo, hi, scale, zero_point = (w.new_zeros(n_groups, n_out) for _ in range(4))
     else:
-        scale, zero_point = grid.from_range(lo, hi)
+        scale, zero_point = (t.T.contiguous() for t in grid.from_ranges(lo.T, hi.T))
 
     order, in_order = column_order(hessian.diagonal(), width, settings), w
     if settings.act_order or settings.group_order:

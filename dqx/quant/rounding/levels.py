@@ -88,6 +88,11 @@ class BinaryLevels:
                     f"{where} replaces the grid of {role}, but its bits ask for {weight.format}; write "
                     f"bits.overrides.{role}.format=int, or another rounding (method.rounding_by_role.{role}=gptq)"
                 )
+            elif weight.scale_dtype != "float32":
+                problems.append(
+                    f"{where} has scales of its own for {role}, in float32; write bits.weight.scale_dtype=float32, or "
+                    f"{where}=null for the grid of bits"
+                )
             elif weight.bits + self._more > MOST_TERMS:
                 most = MOST_TERMS - self._more
                 problems.append(

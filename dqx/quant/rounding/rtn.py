@@ -64,7 +64,7 @@ def rtn_round(w_OI: Tensor, grid: Grid, group_size: int = -1, clip: BoundClip | 
     group_index = consecutive_groups(w_OI.shape[1], group_size, w_OI.device)
     grid = grid.for_tensor(w_OI)
     lo, hi = group_ranges(w_OI, grid, group_size, clip)
-    scale, zero_point = grid.from_range(lo, hi)
+    scale, zero_point = grid.from_ranges(lo, hi)
     codes = torch.empty_like(w_OI, dtype=torch.uint8)
     for rows in row_slices(len(w_OI), w_OI.shape[1], w_OI.device):
         w = w_OI[rows]

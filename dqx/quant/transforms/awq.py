@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from dqx.formats.chunks import row_slices
-from dqx.formats.integers import Grid, wide
-from dqx.formats.weight import group_width
+from dqx.formats.integers import Grid, extremes, wide
+from dqx.formats.weight import consecutive_groups, group_width
 from dqx.models.transformer import Block
 from dqx.quant.activations_store import Row
 from dqx.quant.protocols import Context, Tables, choice_problems, own_tables
@@ -120,11 +120,13 @@ def channel_scales(absmean_I: Tensor, n_grid: int) -> Tensor:
 def rescaled_rounding(w_OI: Tensor, scale_I: Tensor, grid: Grid, group_size: int) -> Tensor:
     """`Q(W * s) / s` [O, I], in float32 (float64 for float64 weights). The group size must divide I."""
     n_out, n_in = w_OI.shape
-    groups = (-1, group_width(n_in, group_size))
+    groups, group_index = (-1, group_width(n_in, group_size)), consecutive_groups(n_in, group_size, w_OI.device)
     rounded = torch.empty_like(wide(w_OI))
     for rows in row_slices(n_out, n_in, w_OI.device):
         scaled = wide(w_OI[rows]) * scale_I
-        torch.div(grid.fake(scaled.unflatten(1, groups)).flatten(1), scale_I, out=rounded[rows])
+        lo, hi = extremes(scaled.unflatten(1, groups))
+        scale, zero_point = (t[:, group_index] for t in grid.from_ranges(lo.squeeze(-1), hi.squeeze(-1)))
+        torch.div(grid.nearest(scaled, scale, zero_point), scale_I, out=rounded[rows])
     return rounded
 
 
