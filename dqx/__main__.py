@@ -17,6 +17,7 @@ COMMANDS = {
     "mirror": ("dqx.report.wandb.command", "copies in Weights & Biases, made again", "dqx mirror runs"),
     "doctor": ("dqx.study.doctor", "this machine: what there is, what is missing", "dqx doctor"),
     "export": ("dqx.study.export", "a model as files that other programs read", "dqx export gguf RUN --out FILE"),
+    "verify": ("dqx.study.verify", "an exported file against its model", "dqx verify FILE --against RUN"),
     "share": ("dqx.sharing.share", "one file of a run, from which others run it again", "dqx share RUN"),
 }
 

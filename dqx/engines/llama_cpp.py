@@ -153,7 +153,9 @@ class LlamaCpp:
         }
         known = self.metadata("general.architecture")
         told = [f"{self.file} is a model of {known}, not of {arch.family}"] if known != arch.family else []
-        return told + [f"{self.file} has a {name} of {its}, not {own}" for name, (its, own) in sizes.items() if its != own]
+        return told + [
+            f"{self.file} has a {name} of {its}, not {own}" for name, (its, own) in sizes.items() if its != own
+        ]
 
     def rows(self, ids: Tensor) -> Tensor:
         """The head's output [T, V], float32, for token ids [T]. Rows are not shifted: Dream's row i predicts i + 1."""

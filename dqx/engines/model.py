@@ -64,7 +64,9 @@ class EngineModel(MaskedDiffusionTransformer):
         """Logits [n, V] of the positions marked in `where` [B, T], row by row."""
         if cache is not None:
             raise _logits_alone()
-        asked = (logits[where[b, columns]] for b, (columns, logits) in enumerate(self._predictions(ids, attention_mask)))
+        asked = (
+            logits[where[b, columns]] for b, (columns, logits) in enumerate(self._predictions(ids, attention_mask))
+        )
         return torch.cat(list(asked))
 
     def residual_states(self, *_: Any, **__: Any) -> Iterator[Tensor]:

@@ -48,13 +48,19 @@ class StoredTensor:
 
 def tensors(model: MaskedDiffusionTransformer, dtype: str) -> Iterator[StoredTensor]:
     """All tensors; those of two dimensions that are not rounded have `dtype`, vectors are float32 in every file."""
+    for name, module, rows in modules(model):
+        yield from _of_module(name, module, rows, dtype)
+
+
+def modules(model: MaskedDiffusionTransformer) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
+    """Name in the file, module, and the order of its rows where the file has another one."""
     for name, module in (("embed", model.embed), ("norm", model.norm), ("head", model.head)):
         if name != "head" or model.head.weight is not model.embed.weight:
-            yield from _of_module(OUTER[name], module, None, dtype)
+            yield OUTER[name], module, None
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         for role, name in IN_BLOCK.items():
-            yield from _of_module(f"blk.{index}.{name}", getattr(block, role), row_order(model.arch, role), dtype)
+            yield f"blk.{index}.{name}", getattr(block, role), row_order(model.arch, role)
 
 
 def row_order(arch: Architecture, role: str) -> Tensor | None:
