@@ -11,6 +11,7 @@ from importlib import import_module
 #: Command -> the module that does it, what it does, an example.
 COMMANDS = {
     "run": ("dqx.launch.main", "a run, or a sweep: dqx run ARGUMENTS", "dqx run method=gptq bits=4"),
+    "generate": ("dqx.show.command", "an answer as it is written, live in the terminal", "dqx generate nano_llada"),
     "report": ("dqx.report.command", "many runs as HTML, Markdown and LaTeX", "dqx report runs"),
     "compare": ("dqx.report.compare", "two runs, document by document", "dqx compare RUN OTHER"),
     "cache": ("dqx.study.cache.command", "what runs share: list, verify, prune", "dqx cache verify"),

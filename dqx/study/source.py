@@ -1,4 +1,4 @@
-"""What is exported: the model of a run, of a folder that `DiffusionLM.save` wrote, or one at full precision.
+"""Where a model comes from: a run, a folder that `DiffusionLM.save` wrote, or a checkpoint at full precision.
 
 A run's folder holds no weights. Its quantized model is made again from the recorded configuration, stage by stage as
 the run made it, or comes from the cache where the run has kept it.
@@ -6,9 +6,11 @@ the run made it, or comes from the cache where the run has kept it.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
-from dqx.api import DiffusionLM, Quantization, load
+from dqx.api import SETTINGS, DiffusionLM, Quantization, load, load_configured
 from dqx.common.problems import ConfigProblems, raise_if
 from dqx.config.compose import restored
 from dqx.record.folder import RunFolder
@@ -27,10 +29,21 @@ def loaded(source: str) -> DiffusionLM:
     """
     folder = Path(source).expanduser()
     if not (folder / RESULTS).is_file():
-        unfinished = f"{source} is a run that has not finished; export a finished one, or start it again"
+        unfinished = f"{source} is a run that has not finished; name a finished one, or start it again"
         raise_if([unfinished] if (folder / CONFIG).is_file() else [])
         return load(source)
     return of_run(folder)
+
+
+def full_precision(source: str, lm: DiffusionLM) -> DiffusionLM:
+    """The model that `lm`, loaded from `source`, was before it was quantized.
+
+    Raises ConfigProblems where it never was, and CheckpointError where the source's checkpoint is not there any more.
+    """
+    raise_if([] if lm.quantization else [f"{source} is at full precision, and there is nothing to compare it with"])
+    settings = Path(source).expanduser() / SETTINGS
+    path = json.loads(settings.read_text())["path"] if settings.is_file() else lm.config.path
+    return load_configured(replace(lm.config, path=path))
 
 
 def of_run(folder: Path) -> DiffusionLM:
@@ -47,10 +60,10 @@ def of_run(folder: Path) -> DiffusionLM:
     errors = {row["name"]: row["weight_error"] for row in record.quantization["linears"]}
     changed = [row.name for row in done.report.linears if row.weight_error != errors.get(row.name)]
     again = f"{folder}: made again, the model is another than the run's"
-    raise_if([f"{again} (first in {changed[0]}); run it here, and export that run"] if changed else [])
+    raise_if([f"{again} (first in {changed[0]}); run it here, and name that run"] if changed else [])
     try:
         lm = stages.subjects.after_quantization()
     except ModelChanged as change:
-        raise ConfigProblems([f"{again}; run it here again, and export that run"]) from change
+        raise ConfigProblems([f"{again}; run it here again, and name that run"]) from change
     lm.quantization = Quantization(experiment.method, experiment.config.bits, done.report)
     return lm

@@ -1,0 +1,150 @@
+"""How a frame looks: the prompt, the answer with its masks, a line of numbers, a legend. Pure functions of frames.
+
+A written token has the colour of the probability that the model gave it; one that this forward wrote is inverted. The
+three colours are told apart with every kind of colour vision, and seen on dark and on light.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from dqx.diffusion.frames import Frame
+from dqx.record.words import visible
+from dqx.show.pieces import Tokenizer, pieces
+
+MASK, SPECIAL = "░", "·"
+ASCII = {MASK: "_", SPECIAL: "."}  # for terminals that can show nothing else
+#: Probability from which a colour holds, the colour, what the legend says.
+LEVELS = ((0.9, "#009e73", "above 90 %"), (0.5, "#a89600", "50 to 90 %"), (0.0, "#d55e00", "below 50 %"))
+NARROW = 64  # columns below which two answers stand one above the other
+
+
+@dataclass(frozen=True)
+class Pane:
+    """One answer: whose it is, and what reads its tokens."""
+
+    title: str
+    tokenizer: Tokenizer
+    special: frozenset[int]  # tokens that the text leaves out
+    mask_token_id: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A frame and how long it took the model to come there, in seconds."""
+
+    frame: Frame
+    seconds: float
+
+
+def colour(probability: float | None) -> str:
+    """The colour of a token; none where its probability is not known."""
+    if probability is None or math.isnan(probability):
+        return ""
+    return next(name for least, name, _ in LEVELS if probability >= least)
+
+
+def answer(pane: Pane, frame: Frame, against: Frame | None = None, *, now: bool = True) -> Text:
+    """The answer as it is at a frame. Tokens that differ from those of `against` are underlined.
+
+    With `now` what this forward wrote is inverted.
+    """
+    readable = [None if i == pane.mask_token_id or i in pane.special else i for i in frame.ids]
+    texts, text = pieces(pane.tokenizer, readable), Text()
+    first, stop = frame.block
+    for i, token in enumerate(frame.ids):
+        if token == pane.mask_token_id:
+            text.append(MASK, Style(dim=not first <= i < stop))
+            continue
+        other = against is not None and against.ids[i] not in (token, pane.mask_token_id)
+        style = Style(
+            color=colour(frame.probability[i]) or None,
+            reverse=now and i in frame.committed,
+            underline=other,
+            dim=token in pane.special and not other,
+        )
+        text.append(SPECIAL if token in pane.special else visible(texts[i]), style)
+    return text
+
+
+def numbers(pane: Pane, moment: Moment) -> str:
+    """Step, forwards, tokens for each, and the time."""
+    frame = moment.frame
+    written = sum(token != pane.mask_token_id for token in frame.ids)
+    parts = (
+        f"step {frame.step + 1}/{pane.steps}",
+        f"{frame.forwards} forward{'s' * (frame.forwards != 1)}",
+        f"{written / frame.forwards:.1f} tokens per forward",
+        f"{moment.seconds:.1f} s",
+    )
+    return ", ".join(parts)
+
+
+def legend(underlined: bool = False) -> Text:
+    """What signs and colours mean."""
+    text = Text(f"{MASK} masked, {SPECIAL} special token; probability when written: ", style="dim")
+    for i, (_, name, words) in enumerate(LEVELS):
+        text.append(", " * (i > 0)).append(words, Style(color=name, dim=False))
+    return text.append("; underlined: differs" if underlined else "")
+
+
+def screen(
+    prompt: str,
+    panes: list[tuple[Pane, Moment | None]],
+    console: Console,
+    *,
+    height: int | None = None,
+    now: bool = True,
+) -> RenderableType:
+    """One answer below its prompt, or two side by side, the second compared with the first.
+
+    Texts longer than `height` lines, all in all, are shown where they are being written.
+    """
+    width = console.width
+    beside = len(panes) > 1 and width >= NARROW
+    columns = (width - 3) // 2 if beside else width
+    first = panes[0][1]
+    bodies: list[RenderableType] = []
+    given = Text(visible(prompt), style="dim")
+    room = None if height is None else max(3, height - (5 if beside or len(panes) == 1 else 8))
+    for i, (pane, moment) in enumerate(panes):
+        lines: list[RenderableType] = [Text(visible(pane.title), style="bold", overflow="fold")]
+        if moment is None:
+            lines.append(Text("waiting", style="dim"))
+        else:
+            text = answer(pane, moment.frame, first.frame if i and first else None, now=now)
+            whole = given.copy().append_text(text)
+            share = room if room is None or beside else room // len(panes)
+            lines += [seen(whole, pane, moment.frame, columns, console, share), Text()]
+            lines.append(Text(numbers(pane, moment), style="dim"))
+        bodies.append(Group(*lines))
+    body: RenderableType = Group(*bodies)
+    if beside:
+        table = Table.grid(padding=(0, 3, 0, 0), pad_edge=False)
+        for _ in bodies:
+            table.add_column(width=columns, overflow="fold")
+        table.add_row(*bodies)
+        body = table
+    return Group(body, legend(len(panes) > 1))
+
+
+def seen(text: Text, pane: Pane, frame: Frame, width: int, console: Console, height: int | None) -> Text:
+    """The text in lines of `width`; of more than `height` those up to the end of the block that is written."""
+    if console.options.ascii_only:
+        plain = text.copy()
+        plain.plain = "".join(ASCII.get(c, c) for c in text.plain)
+        text = plain
+    lines = text.wrap(console, width, overflow="fold", tab_size=4)
+    if height is not None and len(lines) > height:
+        behind = sum(token == pane.mask_token_id for token in frame.ids[frame.block[1] :])  # a character each
+        until = len(text[: max(0, len(text) - behind)].wrap(console, width, overflow="fold", tab_size=4))
+        first = max(0, min(until, len(lines)) - height)
+        return Text("\n").join(lines[first : first + height])
+    return Text("\n").join(lines)
