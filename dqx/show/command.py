@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +40,14 @@ def parser() -> argparse.ArgumentParser:
         "--prompt",
         default=PROMPT,
         metavar="TEXT",
-        help="what is given; by default a program that nano models can write",
+        help="what is given (a program that the bundled models can write)",
     )
     add("--gen-length", type=int, default=GEN_LENGTH, metavar="N", help="tokens to write (40)")
     add(
         "--block-length",
         type=int,
         metavar="N",
-        help="tokens of a block (20 of 40; else one block, or the sampler's own)",
+        help="of a block (the sampler's own, or 20 where 40 are written)",
     )
     add("--steps", type=int, metavar="N", help="denoising steps (one per token)")
     add("--temperature", type=float, metavar="T", help="model.sampler.temperature, for samplers that have one")
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--threshold",
         type=float,
         metavar="P",
-        help="model.sampler.threshold: tokens as sure as that are written at once",
+        help="model.sampler.threshold: what is as probable is written at once",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the noise, and of quantization (0)")
     add("--method", metavar="NAME", help="quantize first, with a method of conf/method (gptq)")
@@ -137,12 +138,15 @@ class Show:
 
     def write(self, lm: DiffusionLM, *, play: bool = True) -> None:
         """Let a model write the answer; with `play` draw every frame of it, and those of the models before."""
+        from rich.text import Text
+
+        from dqx.record.words import visible
+
         pane, settings = prepared(lm, self.options)
         moments: list[Moment] = []
         if not (self.live and play):
-            if self.live:
-                self.console.print(f"{pane.title} writes first ...", markup=False, style="dim")
-            text = self._generate(lm, settings, moments, lambda: None)
+            with self.console.status(Text(f"{visible(pane.title)} writes first")) if self.live else nullcontext():
+                text = self._generate(lm, settings, moments, None)
             self.sides.append((pane, moments, text))
             return
         from rich.live import Live
@@ -156,9 +160,9 @@ class Show:
             live.update(self._screen(self._frames() - 1, self.console, now=False), refresh=True)
 
     def _generate(
-        self, lm: DiffusionLM, settings: dict[str, Any], moments: list[Moment], draw: Callable[[], None]
+        self, lm: DiffusionLM, settings: dict[str, Any], moments: list[Moment], draw: Callable[[], None] | None
     ) -> str:
-        """The text. Each frame is added to `moments` and drawn; drawing and waiting are not part of the time."""
+        """The text. Each frame is added to `moments` and shown with `draw`, which is not part of the time."""
         from dqx.show.drawing import Moment
 
         start, waited = time.perf_counter(), 0.0
@@ -167,8 +171,8 @@ class Show:
             nonlocal waited
             begun = time.perf_counter()
             moments.append(Moment(frame, begun - start - waited))
-            draw()
-            if self.live:
+            if draw:
+                draw()
                 took = moments[-1].seconds - (moments[-2].seconds if len(moments) > 1 else 0)
                 time.sleep(max(0.0, self.options.delay - took))
             waited += time.perf_counter() - begun

@@ -7,6 +7,7 @@ three colours are told apart with every kind of colour vision, and seen on dark 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -22,6 +23,8 @@ MASK, SPECIAL = "░", "·"
 ASCII = {MASK: "_", SPECIAL: "."}  # for terminals that can show nothing else
 #: Probability from which a colour holds, the colour, what the legend says.
 LEVELS = ((0.9, "#009e73", "above 90 %"), (0.5, "#a89600", "50 to 90 %"), (0.0, "#d55e00", "below 50 %"))
+GAP = 3  # columns between two answers
+AROUND = 8  # lines beside those of an answer: title, numbers, legend
 NARROW = 64  # columns below which two answers stand one above the other
 
 
@@ -81,23 +84,23 @@ def numbers(pane: Pane, moment: Moment) -> str:
     parts = (
         f"step {frame.step + 1}/{pane.steps}",
         f"{frame.forwards} forward{'s' * (frame.forwards != 1)}",
-        f"{written / frame.forwards:.1f} tokens per forward",
+        f"{written / frame.forwards:.1f} tokens each",
         f"{moment.seconds:.1f} s",
     )
     return ", ".join(parts)
 
 
-def legend(underlined: bool = False) -> Text:
+def legend(console: Console, underlined: bool = False) -> Text:
     """What signs and colours mean."""
-    text = Text(f"{MASK} masked, {SPECIAL} special token; probability when written: ", style="dim")
+    text = Text(f"{MASK} mask, {SPECIAL} special; probability when written: ", style="dim")
     for i, (_, name, words) in enumerate(LEVELS):
         text.append(", " * (i > 0)).append(words, Style(color=name, dim=False))
-    return text.append("; underlined: differs" if underlined else "")
+    return encodable(text.append("; underlined: differs" if underlined else ""), console)
 
 
 def screen(
     prompt: str,
-    panes: list[tuple[Pane, Moment | None]],
+    panes: Sequence[tuple[Pane, Moment]],
     console: Console,
     *,
     height: int | None = None,
@@ -107,44 +110,38 @@ def screen(
 
     Texts longer than `height` lines, all in all, are shown where they are being written.
     """
-    width = console.width
-    beside = len(panes) > 1 and width >= NARROW
-    columns = (width - 3) // 2 if beside else width
-    first = panes[0][1]
-    bodies: list[RenderableType] = []
-    given = Text(visible(prompt), style="dim")
-    room = None if height is None else max(3, height - (5 if beside or len(panes) == 1 else 8))
+    beside = len(panes) > 1 and console.width >= NARROW
+    columns = (console.width - GAP) // 2 if beside else console.width
+    room = None if height is None else (height - AROUND) // (1 if beside else len(panes))
+    given, reference = Text(visible(prompt), style="dim"), panes[0][1].frame
+    parts: list[tuple[RenderableType, ...]] = []
     for i, (pane, moment) in enumerate(panes):
-        lines: list[RenderableType] = [Text(visible(pane.title), style="bold", overflow="fold")]
-        if moment is None:
-            lines.append(Text("waiting", style="dim"))
-        else:
-            text = answer(pane, moment.frame, first.frame if i and first else None, now=now)
-            whole = given.copy().append_text(text)
-            share = room if room is None or beside else room // len(panes)
-            lines += [seen(whole, pane, moment.frame, columns, console, share), Text()]
-            lines.append(Text(numbers(pane, moment), style="dim"))
-        bodies.append(Group(*lines))
-    body: RenderableType = Group(*bodies)
-    if beside:
-        table = Table.grid(padding=(0, 3, 0, 0), pad_edge=False)
-        for _ in bodies:
-            table.add_column(width=columns, overflow="fold")
-        table.add_row(*bodies)
-        body = table
-    return Group(body, legend(len(panes) > 1))
+        text = given.copy().append_text(answer(pane, moment.frame, reference if i else None, now=now))
+        shown = seen(text, pane, moment.frame, columns, console, room)
+        parts.append((Text(visible(pane.title), "bold"), shown, Text(numbers(pane, moment), "dim")))
+    table = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
+    for _ in parts if beside else parts[:1]:
+        table.add_column(width=columns, overflow="fold")
+    for row in zip(*parts, strict=True) if beside else ((part,) for pane_parts in parts for part in pane_parts):
+        table.add_row(*row)
+    return Group(table, legend(console, len(panes) > 1))
 
 
 def seen(text: Text, pane: Pane, frame: Frame, width: int, console: Console, height: int | None) -> Text:
     """The text in lines of `width`; of more than `height` those up to the end of the block that is written."""
-    if console.options.ascii_only:
-        plain = text.copy()
-        plain.plain = "".join(ASCII.get(c, c) for c in text.plain)
-        text = plain
     lines = text.wrap(console, width, overflow="fold", tab_size=4)
+    first = 0
     if height is not None and len(lines) > height:
         behind = sum(token == pane.mask_token_id for token in frame.ids[frame.block[1] :])  # a character each
-        until = len(text[: max(0, len(text) - behind)].wrap(console, width, overflow="fold", tab_size=4))
-        first = max(0, min(until, len(lines)) - height)
-        return Text("\n").join(lines[first : first + height])
-    return Text("\n").join(lines)
+        until = len(text[: len(text) - behind].wrap(console, width, overflow="fold", tab_size=4))
+        first = max(0, until - max(1, height))
+        lines = lines[first : first + max(1, height)]
+    return encodable(Text("\n").join(lines), console)
+
+
+def encodable(text: Text, console: Console) -> Text:
+    """The text with other signs for those that a terminal cannot show."""
+    if console.options.ascii_only:
+        text = text.copy()
+        text.plain = text.plain.translate(str.maketrans(ASCII))
+    return text

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rich.console import Console, RenderableType
 from rich.terminal_theme import SVG_EXPORT_THEME
 
-WIDTH = 96
+WIDTH = 100
 
 
 def svg(screen: Callable[[Console], RenderableType], title: str, width: int = WIDTH) -> str:
@@ -26,4 +26,5 @@ def svg(screen: Callable[[Console], RenderableType], title: str, width: int = WI
     )
     console.print(screen(console))
     drawn = console.export_svg(title=title, theme=SVG_EXPORT_THEME, unique_id="dqx")
-    return re.sub(r"@font-face\s*\{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"@font-face\s*\{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    return drawn.replace("<text ", '<text xml:space="preserve" ')  # some viewers drop spaces in front
