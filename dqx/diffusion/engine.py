@@ -250,9 +250,10 @@ class Engine:
     def _show(self, rows: list[Row], probability: Tensor) -> None:
         """The frames of a step, in which rows gave the tokens [n] where they looked this probability."""
         assert self._frames is not None
-        schedule = {"gen_length": self.gen_length, "block_length": self.block_length, "steps": self.steps}
         for row, own in zip(rows, probability.split([int(row.look.sum()) for row in rows]), strict=True):
-            block = self.sampler.block(row.step, **schedule)
+            block = self.sampler.block_at(
+                row.step, gen_length=self.gen_length, block_length=self.block_length, steps=self.steps
+            )
             self._frames.show(row.index, row.answer, row.look, own, block=block, step=row.step, forwards=row.n_forwards)
 
     def _reused(self, rows: list[Row]) -> KVCache | None:

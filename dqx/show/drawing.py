@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console, Group, RenderableType
 from rich.style import Style
@@ -20,7 +20,7 @@ from dqx.record.words import visible
 from dqx.show.pieces import Tokenizer, pieces
 
 MASK, SPECIAL = "░", "·"
-ASCII = {MASK: "_", SPECIAL: "."}  # for terminals that can show nothing else
+ASCII = str.maketrans({MASK: "_", SPECIAL: "."})  # for terminals that can show nothing else
 #: Probability from which a colour holds, the colour, what the legend says.
 LEVELS = ((0.9, "#009e73", "above 90 %"), (0.5, "#a89600", "50 to 90 %"), (0.0, "#d55e00", "below 50 %"))
 GAP = 3  # columns between two answers
@@ -117,7 +117,8 @@ def screen(
     parts: list[tuple[RenderableType, ...]] = []
     for i, (pane, moment) in enumerate(panes):
         text = given.copy().append_text(answer(pane, moment.frame, reference if i else None, now=now))
-        shown = seen(text, pane, moment.frame, columns, console, room)
+        current = replace(moment.frame, ids=moment.frame.ids[: moment.frame.block[1]])
+        shown = seen(text, len(given) + len(answer(pane, current)), columns, console, room)
         parts.append((Text(visible(pane.title), "bold"), shown, Text(numbers(pane, moment), "dim")))
     table = Table.grid(padding=(0, GAP, 0, 0), pad_edge=False)
     for _ in parts if beside else parts[:1]:
@@ -127,14 +128,12 @@ def screen(
     return Group(table, legend(console, len(panes) > 1))
 
 
-def seen(text: Text, pane: Pane, frame: Frame, width: int, console: Console, height: int | None) -> Text:
-    """The text in lines of `width`; of more than `height` those up to the end of the block that is written."""
-    lines = text.wrap(console, width, overflow="fold", tab_size=4)
-    first = 0
+def seen(text: Text, until: int, width: int, console: Console, height: int | None) -> Text:
+    """The text in lines of `width`; of more than `height` those up to the character `until`."""
+    lines = list(text.wrap(console, width, overflow="fold", tab_size=4))
     if height is not None and len(lines) > height:
-        behind = sum(token == pane.mask_token_id for token in frame.ids[frame.block[1] :])  # a character each
-        until = len(text[: len(text) - behind].wrap(console, width, overflow="fold", tab_size=4))
-        first = max(0, until - max(1, height))
+        last = len(text[:until].wrap(console, width, overflow="fold", tab_size=4))
+        first = max(0, last - max(1, height))
         lines = lines[first : first + max(1, height)]
     return encodable(Text("\n").join(lines), console)
 
@@ -143,5 +142,5 @@ def encodable(text: Text, console: Console) -> Text:
     """The text with other signs for those that a terminal cannot show."""
     if console.options.ascii_only:
         text = text.copy()
-        text.plain = text.plain.translate(str.maketrans(ASCII))
+        text.plain = text.plain.translate(ASCII)
     return text

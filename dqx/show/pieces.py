@@ -11,7 +11,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for half a c
 class Tokenizer(Protocol):
     """What is asked of one."""
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int], /) -> str | list[str]: ...
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int | None]) -> list[str]:

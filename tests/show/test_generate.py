@@ -8,7 +8,6 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -181,7 +180,10 @@ def test_two_side_by_side(tmp_path: Path) -> None:
     [
         (["nano_lada"], "did you mean nano_llada"),
         (["nano_llada", "--gen-length", "0"], "--gen-length=0 is not a positive integer"),
-        (["nano_llada", "--delay=-1", "--at=2"], "1. --delay=-1.0 is not a number at least 0\n2. --at chooses the frame"),
+        (
+            ["nano_llada", "--delay=-1", "--at=2"],
+            "1. --delay=-1.0 is not a number at least 0\n2. --at chooses the frame",
+        ),
         (["nano_llada", "--method", "gptx"], "did you mean gptq or gptaq?"),
         (["nano_llada", "--steps", "7"], "steps=7 cannot be shared equally by 2 blocks"),
         (["nano_dream", "--threshold", "0.9"], "the sampler of nano_dream (entropy) has no threshold"),

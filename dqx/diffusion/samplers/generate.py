@@ -136,7 +136,7 @@ class Sampler(ABC):
         """The tokens [first, stop) of the answer that a step computes where its block has had its first; None: all."""
         return None
 
-    def block(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int]:
+    def block_at(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int]:
         """The tokens [first, stop) of the answer that a step is about; its block, where there are several."""
         return 0, gen_length
 

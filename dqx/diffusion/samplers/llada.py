@@ -141,7 +141,7 @@ class LLaDASampler(Sampler):
         gen_length = masked.shape[1]
         length = block_length or gen_length
         per_block = steps // (gen_length // length)
-        blocks = [self.block(step, gen_length=gen_length, block_length=length, steps=steps) for step in at]
+        blocks = [self.block_at(step, gen_length=gen_length, block_length=length, steps=steps) for step in at]
         visible = torch.tensor([stop for _, stop in blocks], device=masked.device)[:, None]
         counts = torch.tensor([share(length, per_block, step % per_block) for step in at])
         position = torch.arange(gen_length, device=masked.device)
@@ -153,10 +153,10 @@ class LLaDASampler(Sampler):
     def window(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int] | None:
         if self.cache is None:
             return None
-        start, stop = self.block(step, gen_length=gen_length, block_length=block_length, steps=steps)
+        start, stop = self.block_at(step, gen_length=gen_length, block_length=block_length, steps=steps)
         return start, gen_length if self.cache == "prefix" else stop
 
-    def block(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int]:
+    def block_at(self, step: int, *, gen_length: int, block_length: int | None, steps: int) -> tuple[int, int]:
         length = block_length or gen_length
         start = step // (steps // (gen_length // length)) * length
         return start, start + length
