@@ -67,6 +67,7 @@ dqx run device=cpu
 dqx run method.rounding.dampin=0.1
 dqx run --hepl
 dqx reprot runs
+dqx generate nano_lada
 """,
     "Values": """
 dqx run wandb=false
@@ -81,6 +82,7 @@ dqx run seed=
 dqx run plan=maybe
 dqx run task.suite.nano_sums.gen_length=4096 task.suite.nano_sums.block_length=4096 steps=4096
 dqx run bits.weight.group_size=100 task.limit=0
+dqx generate nano_llada --gen-length 0 --at 3
 """,
     "Paths": """
 dqx run 'model.path=/no/my(model)=x'
