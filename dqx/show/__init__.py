@@ -5,5 +5,5 @@
     pieces.py     token ids to text, token by token
     picture.py    a screen as an SVG file
 
-`MODEL` is opened by `dqx/export/source.py`.
+`MODEL` is opened by `dqx/study/source.py`.
 """

@@ -100,7 +100,7 @@ def generate(options: argparse.Namespace) -> None:
     """Write the answer, or both, and draw them meanwhile."""
     from rich.console import Console
 
-    from dqx.export.source import full_precision, loaded
+    from dqx.study.source import full_precision, loaded
 
     console = Console(highlight=False, emoji=False)
     lm = loaded(options.model)

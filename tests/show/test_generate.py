@@ -17,10 +17,10 @@ from rich.text import Text
 import dqx
 from dqx.common.problems import ConfigProblems
 from dqx.diffusion.frames import Frame
-from dqx.export.source import full_precision
 from dqx.show import command
 from dqx.show.drawing import LEVELS, Moment, Pane, answer, screen
 from dqx.show.pieces import pieces
+from dqx.study.source import full_precision
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "80"}
