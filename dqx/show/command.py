@@ -91,6 +91,8 @@ def check(options: argparse.Namespace) -> None:
         problems.append("--at chooses the frame of a picture; give --svg FILE too, or leave it out")
     if options.svg and Path(options.svg).expanduser().exists():
         problems.append(f"--svg {options.svg} exists already; name a new file")
+    elif options.svg and not Path(options.svg).expanduser().parent.is_dir():
+        problems.append(f"--svg {options.svg}: there is no such folder; make it, or name another")
     raise_if(problems)
     named = {"method": options.method, "bits": options.bits}
     compose([f"{key}={value}" for key, value in named.items() if value is not None])
@@ -203,6 +205,7 @@ class Show:
 
     def end(self) -> None:
         """What is left to say after the last frame, and the picture."""
+        from dqx.common.problems import raise_if
         from dqx.record.words import visible
         from dqx.show.picture import svg
 
@@ -216,8 +219,9 @@ class Show:
             same = sum(a == b for a, b in pairs)
             self.console.print(f"{same} of {len(pairs)} tokens are the same", markup=False)
         if self.options.svg:
-            at = min(self.options.at or self._frames(), self._frames()) - 1
-            text = svg(lambda console: self._screen(at, console), title=f"dqx generate {self.options.model}")
+            at, frames = self.options.at or self._frames(), self._frames()
+            raise_if([f"--at {at}: there are {frames} frames; the picture was not written"] if at > frames else [])
+            text = svg(lambda console: self._screen(at - 1, console), title=f"dqx generate {self.options.model}")
             Path(self.options.svg).expanduser().write_text(text, encoding="utf-8")
 
 

@@ -82,7 +82,7 @@ def numbers(pane: Pane, moment: Moment) -> str:
     frame = moment.frame
     written = sum(token != pane.mask_token_id for token in frame.ids)
     parts = (
-        f"step {frame.step + 1}/{pane.steps}",
+        f"step {min(frame.step + 1, pane.steps)}/{pane.steps}",  # a block shared with the prompt is one more
         f"{frame.forwards} forward{'s' * (frame.forwards != 1)}",
         f"{written / frame.forwards:.1f} tokens each",
         f"{moment.seconds:.1f} s",

@@ -184,15 +184,18 @@ def test_two_side_by_side(tmp_path: Path) -> None:
             ["nano_llada", "--delay=-1", "--at=2"],
             "1. --delay=-1.0 is not a number at least 0\n2. --at chooses the frame",
         ),
+        (["nano_llada", "--svg", "no/where.svg"], "--svg no/where.svg: there is no such folder"),
+        (["nano_block", "--svg", "{}/a.svg", "--at", "99"], "--at 99: there are 11 frames"),
         (["nano_llada", "--method", "gptx"], "did you mean gptq or gptaq?"),
         (["nano_llada", "--steps", "7"], "steps=7 cannot be shared equally by 2 blocks"),
         (["nano_dream", "--threshold", "0.9"], "the sampler of nano_dream (entropy) has no threshold"),
         (["nano_llada", "--compare"], "nano_llada is at full precision, and there is nothing to compare it with"),
     ],
 )
-def test_what_is_refused(arguments, told, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["dqx generate", *arguments])
+def test_what_is_refused(arguments, told, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(sys, "argv", ["dqx generate", *(argument.format(tmp_path) for argument in arguments)])
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
