@@ -44,13 +44,15 @@ from dqx.diffusion.engine import Prompt
 from dqx.diffusion.frames import OnFrame
 from dqx.diffusion.likelihood import log_likelihood, log_likelihood_given
 from dqx.diffusion.settings import count_problems
+from dqx.engines.llama_cpp import LlamaCpp
+from dqx.engines.model import EngineModel, engine_problems
 from dqx.evaluate.journal import Journal
 from dqx.evaluate.results import TaskResult
 from dqx.evaluate.settings import EvaluationSettings, LikelihoodSettings
 from dqx.evaluate.spec import TaskSpec
 from dqx.evaluate.tasks import evaluate
 from dqx.formats.bits import BitsConfig
-from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, load_weights, save
+from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, load_weights, save, skeleton
 from dqx.models.family import family_of
 from dqx.models.hub_config import QUANTIZED
 from dqx.models.plant import plant_outliers
@@ -109,6 +111,8 @@ class DiffusionLM:
         precision = "full precision"
         if report is not None:
             precision = f"{report.method} {report.bits}, {report.average_bits:.2f} bits per weight"
+        if isinstance(self.model, EngineModel):
+            precision = self.model.engine.described()
         return {
             "family": self.model.arch.family,
             "size": f"{self.checkpoint.parameters() / 1e6:,.1f} M parameters",
@@ -304,6 +308,7 @@ class DiffusionLM:
             ConfigProblems: names that do not exist, and a method, widths and a model that cannot work together.
         """
         part, widths, text = _chosen(method, bits, self.config, self.model.arch, overrides)
+        raise_if(self._weightless())
         if calib is None:
             committed = part.weighs_by("committed")
             calib = ()
@@ -323,6 +328,7 @@ class DiffusionLM:
         folder = Path(folder).expanduser()
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; name a new folder")
+        raise_if(self._weightless())
         if self.model.unfinished:
             raise ConfigProblems(["the model is quantized in part, by an attempt that failed; load its weights again"])
         done = self.quantization
@@ -370,6 +376,11 @@ class DiffusionLM:
         )
         return evaluate(self.model, self.tokenizer, suite, sampler=self.sampler, settings=settings, journal=journal)
 
+    def _weightless(self) -> list[str]:
+        if not isinstance(self.model, EngineModel):
+            return []
+        return [f"the weights are in {self.model.engine.file}, and dqx has none of them; load {self.config.name} alone"]
+
     def _check_tokens(self, ids: Tensor) -> None:
         if problems := id_problems(ids, self.model.arch.vocab_size):
             raise ConfigProblems(problems)
@@ -402,6 +413,14 @@ class DiffusionLM:
 
 def load_configured(config: ModelConfig) -> DiffusionLM:
     """The model that a `model` config describes. Raises CheckpointError where its files cannot be used."""
+    lm = _without_weights(config)
+    lm.model = load_weights(lm.checkpoint, dtype_of(config.dtype), pick_device(config.device))
+    plant_outliers(lm.model, config.outliers.gain, config.outliers.channels)
+    return lm
+
+
+def _without_weights(config: ModelConfig) -> DiffusionLM:
+    """Everything of a model but its weights. Raises as `load_configured` does."""
     checkpoint = inspect(config.path, config.revision, config.mask_token_id)
     if checkpoint.arch.mask_token_id >= checkpoint.arch.vocab_size:
         raise CheckpointError(
@@ -409,20 +428,32 @@ def load_configured(config: ModelConfig) -> DiffusionLM:
         )
     tokenizer, sampler = load_tokenizer(checkpoint), build(config.sampler)
     raise_if([f"model.sampler: {problem}" for problem in sampler.model_problems(checkpoint.arch)])
-    model = load_weights(checkpoint, dtype_of(config.dtype), pick_device(config.device))
-    plant_outliers(model, config.outliers.gain, config.outliers.channels)
-    return DiffusionLM(model, tokenizer, checkpoint, sampler, config)
+    return DiffusionLM(skeleton(checkpoint.arch), tokenizer, checkpoint, sampler, config)
+
+
+def _load_gguf(config: ModelConfig, file: Path) -> DiffusionLM:
+    """A model whose logits llama.cpp computes. Raises as `load_configured` and `LlamaCpp` do."""
+    lm = _without_weights(config)
+    raise_if(engine_problems(lm.sampler))
+    engine = LlamaCpp(file)
+    raise_if(engine.unlike(lm.model.arch))
+    lm.model = EngineModel(lm.model.arch, engine)
+    return lm
 
 
 @told_plainly
-def load(name_or_path: str | Path = "nano_llada", **overrides: Any) -> DiffusionLM:
+def load(name_or_path: str | Path = "nano_llada", *, gguf: str | Path | None = None, **overrides: Any) -> DiffusionLM:
     """A model by its name in `conf/model`, a checkpoint by folder or hub id with its family's default sampler, or what
     `DiffusionLM.save` has written.
 
-    Keyword arguments override the model's config: `load("llada_8b_base", path="/data/llada", dtype="float16")`.
+    With `gguf`, a file of this model, llama.cpp computes its logits from that file; no weight of the checkpoint is
+    read, and everything else (tokenizer, sampler, tasks) is as without it. Keyword arguments override the model's
+    config: `load("llada_8b_base", path="/data/llada", dtype="float16")`.
     Raises ConfigProblems or CheckpointError, which say what cannot be used and what to write instead.
     """
     config = _model_config(str(name_or_path), {key: _plain(value) for key, value in overrides.items()})
+    if gguf is not None:
+        return _load_gguf(config, Path(gguf))
     folder = Path(config.path).expanduser()
     return _load_saved(folder, config) if (folder / QUANTIZED).is_file() else load_configured(config)
 

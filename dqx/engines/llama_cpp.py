@@ -10,8 +10,9 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import sys
+import weakref
 from collections import deque
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dqx.common.content import file_digests
 from dqx.common.heartbeat import beat
 from dqx.common.problems import ConfigProblems, raise_if
 from dqx.models.architecture import Architecture
@@ -82,6 +84,26 @@ def _listen(binding: Any) -> None:
     binding.llama_log_set(_listener, ctypes.c_void_p(0))
 
 
+@dataclass
+class _Held:
+    """What llama.cpp has allocated."""
+
+    binding: Any
+    model: Any = None
+    context: Any = None
+
+    def free_context(self) -> None:
+        if self.context:
+            self.binding.llama_free(self.context)
+        self.context = None
+
+    def free(self) -> None:
+        self.free_context()
+        if self.model:
+            self.binding.llama_model_free(self.model)
+        self.model = None
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp.
 
@@ -97,9 +119,10 @@ class LlamaCpp:
             raise ConfigProblems([f"{file} is no file; give one that `dqx export gguf` has written"])
         self._binding: Any = import_module("llama_cpp")
         self._threads = torch.get_num_threads() if threads is None else threads
-        self._context: Any = None
+        self._held = _Held(self._binding)
+        self.close = weakref.finalize(self, self._held.free)  # frees what llama.cpp holds, at the latest at exit
         self._room = 0
-        self._model = self._load()
+        self._model = self._held.model = self._load()
         vocabulary = self._binding.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._binding.llama_vocab_n_tokens(vocabulary)
         try:
@@ -137,6 +160,10 @@ class LlamaCpp:
         if torch.equal(once[0], changed[0]):
             failed.append("the first row does not see the last token: attention is causal")
         return [f"llama.cpp ({PACKAGE} {version()}) fails the test of {self.file}: {problem}" for problem in failed]
+
+    def described(self) -> str:
+        """The engine with its version, and the file with its digest."""
+        return f"{PACKAGE} {version()}, {self.file.name} ({file_digests([self.file])[0][:16]})"
 
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text, None where it is not there."""
@@ -188,27 +215,14 @@ class LlamaCpp:
     def _context_for(self, length: int) -> Any:
         """A context with room for so many tokens: all of them are computed at once."""
         if length > self._room:
-            if self._context:
-                self._binding.llama_free(self._context)
+            self._held.free_context()
             self._room = max(SHORTEST, 1 << (length - 1).bit_length())
             settings = self._binding.llama_context_default_params()
             settings.n_ctx = settings.n_batch = settings.n_ubatch = self._room
             settings.n_threads = settings.n_threads_batch = self._threads
             settings.flash_attn_type = 0  # disabled
-            self._context = self._binding.llama_init_from_model(self._model, settings)
-            if not self._context:
-                raise RuntimeError(f"llama.cpp has no room for {self._room} tokens: {'; '.join(_said)}")
-        return self._context
-
-    def close(self) -> None:
-        """Free what llama.cpp holds."""
-        if self._context:
-            self._binding.llama_free(self._context)
-        if self._model:
-            self._binding.llama_model_free(self._model)
-        self._context = self._model = None
-        self._room = 0
-
-    def __del__(self) -> None:
-        if getattr(self, "_model", None) is not None and not sys.is_finalizing():
-            self.close()
+            self._held.context = self._binding.llama_init_from_model(self._model, settings)
+            if not self._held.context:
+                self._room = 0
+                raise RuntimeError(f"llama.cpp has no room for {length} tokens: {'; '.join(_said)}")
+        return self._held.context

@@ -6,12 +6,14 @@ Shapes: B batch, T tokens, n positions asked for, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dqx.common.problems import ConfigProblems
+from dqx.diffusion.samplers import Sampler
 from dqx.models.architecture import Architecture
 from dqx.models.kv_cache import KVCache
 from dqx.models.layout import Layout
@@ -19,7 +21,12 @@ from dqx.models.transformer import MaskedDiffusionTransformer, shift_logits
 
 
 class Engine(Protocol):
-    """What computes logits."""
+    """What computes logits from a file."""
+
+    file: Path
+
+    def described(self) -> str:
+        """The engine with its version, and the file with its digest."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """The head's output [T, V], float32, for the token ids [T] of one sequence."""
@@ -74,6 +81,13 @@ class EngineModel(MaskedDiffusionTransformer):
 
     def empty_cache(self, rows: int, length: int) -> KVCache:
         raise _logits_alone()
+
+
+def engine_problems(sampler: Sampler) -> list[str]:
+    """Why an engine cannot serve a sampler, or none."""
+    if not (sampler.has_cache or sampler.stores_final):
+        return []
+    return [f"model.sampler: {sampler.name} keeps keys and values, and an engine gives none; leave out its cache"]
 
 
 def _logits_alone() -> ConfigProblems:

@@ -33,6 +33,7 @@ class Agreement:
     positions: int
     same: int  # most probable tokens
     mean_kl: float
+    median_kl: float
     max_kl: float
     largest: float  # difference of two logits
 
@@ -105,4 +106,5 @@ def agreement(masked: str, ours: Tensor, theirs: Tensor) -> Agreement:
     p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return Agreement(masked, len(ours), same, kl.mean().item(), kl.max().item(), (ours - theirs).abs().max().item())
+    largest = (ours - theirs).abs().max().item()
+    return Agreement(masked, len(ours), same, kl.mean().item(), kl.median().item(), kl.max().item(), largest)

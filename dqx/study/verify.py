@@ -55,9 +55,10 @@ def main() -> int:
         found, console = verify(arguments.file, loaded(arguments.against)), Console(highlight=False, emoji=False)
         print_lines(console, told(found))
         if found.logits:
-            columns = ("masked", "positions", "same top token", "mean KL", "max KL", "max difference")
+            columns = ("masked", "positions", "same top token", "mean KL", "median KL", "max KL", "max difference")
             rows = [
-                [r.masked, str(r.positions), str(r.same), f"{r.mean_kl:.2g}", f"{r.max_kl:.2g}", f"{r.largest:.2g}"]
+                [r.masked, str(r.positions), str(r.same)]
+                + [f"{x:.2g}" for x in (r.mean_kl, r.median_kl, r.max_kl, r.largest)]
                 for r in found.logits
             ]
             show(Table("Logits", columns, [[Entry(cell) for cell in row] for row in rows]), console)
