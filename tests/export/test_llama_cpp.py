@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import dqx
 from dqx.common.problems import ConfigProblems
@@ -19,6 +22,19 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(llama_cpp.problems()), reason="; ".join(llama_cpp.problems())),
 ]
+#: How the tokenizers of the published checkpoints cut text: Dream's is Qwen2's, LLaDA's taken to be Ling's.
+CUTS = {
+    "nano_dream": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "nano_llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+",
+}
+TEXTS = (
+    "Question: 12+345=?\nAnswer: 357",
+    "We'll see, it's John's; I'VE 3 apples...  and\ttabs\n\n\n  end ",
+    "def f(x):\n    return x ** 2  # square\r\n\r\nprint(f(10))",
+    "naïve café — 北京 2024年, Привет мир! 😀",
+)
 MODELS = ("nano_llada", "nano_dream")
 
 
@@ -48,10 +64,8 @@ def test_at_full_precision_every_token_is_the_same(name: str, tmp_path: Path) ->
 def test_k_types_round_inputs_as_the_simulation_does(name: str, bits: str, tmp_path: Path) -> None:
     """At most positions to 1e-9. At some an input lies on the border of two codes, which goes on through the blocks."""
     found = verify(written(name, bits, tmp_path), simulated(name, bits)).logits[-1]
-    whole = simulated(name, "f32").logits(masked_windows(simulated(name, bits)))
-    cost = agreement(
-        "all", whole.flatten(0, 1), simulated(name, bits).logits(masked_windows(simulated(name, bits))).flatten(0, 1)
-    )
+    ids = masked_windows(simulated(name, bits))
+    cost = agreement("all", *(simulated(name, each).logits(ids).flatten(0, 1) for each in ("f32", bits)))
     assert found.median_kl < 1e-8
     assert found.mean_kl < 0.1 * cost.mean_kl
 
@@ -114,3 +128,23 @@ def test_caches_are_refused() -> None:
     assert engine_problems(lm.sampler) == []
     cached = dqx.load("nano_llada", device="cpu", sampler={"cache": "prefix"})
     assert "leave out its cache" in "\n".join(engine_problems(cached.sampler))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_text_is_cut_as_the_tokenizer_cuts_it(name: str, tmp_path: Path) -> None:
+    """A byte-level tokenizer of 500 tokens, made here, with the published one's way of cutting text before merging."""
+    core = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(CUTS[name]), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|eos|>", "<|mask|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    core.train_from_iterator([text + "".join(CUTS) + __doc__ for text in TEXTS], trainer)
+    lm = replace(simulated(name, "f32"), tokenizer=PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|eos|>"))
+    write(lm, tmp_path / "model.gguf", "f32")
+    engine = llama_cpp.LlamaCpp(tmp_path / "model.gguf")
+    for text in TEXTS:
+        assert engine.tokenize(text) == core.encode(text).ids, text
