@@ -11,7 +11,9 @@ from torch import nn
 
 from dqx.api import DiffusionLM
 from dqx.export.gguf.linears import Unfit, block_type
+from dqx.formats.bits import ActivationBits
 from dqx.models.transformer import Block, RMSNorm
+from dqx.quant.activation import PerToken
 from dqx.quant.linear import QuantLinear
 
 FAMILIES = ("llada", "dream")
@@ -19,6 +21,9 @@ FAMILIES = ("llada", "dream")
 OF_KEYS_AND_VALUES = {
     "HeadQuantizer", "ChannelQuantizer", "FixedRange", "AllButRecent", "Centered", "OnlineHadamard"
 }  # fmt: skip
+#: How the CPU kernels of types without and with sub-blocks round inputs.
+BLOCK_INPUTS = ActivationBits(8, symmetric=True, group_size=32, scale_dtype="float16")
+SUPERBLOCK_INPUTS = ActivationBits(8, symmetric=True, group_size=256)
 NORM_BIAS = (
     "a norm has a bias, put there by a correction, and the file has no tensor for it; leave it out "
     "(~method.corrections.mean_shift, ~method.corrections.final_shift), or use another method"
@@ -88,11 +93,20 @@ def notes(lm: DiffusionLM) -> list[str]:
     linears = [linear for block in blocks for linear in block.linears().values() if isinstance(linear, QuantLinear)]
     if any(_all_parts(places) for block in blocks for places in (block.heads, block.sequence, block.stored)):
         told.append("keys and values were rounded in dqx (method.kv); llama.cpp keeps them whole")
-    if any(linear.activation is not None for linear in linears):
+    others = [linear for linear in linears if not rounds_as_the_engine(linear)]
+    if any(linear.activation is not None for linear in others):
         told.append("inputs were rounded in dqx; the file does not say so, llama.cpp rounds them in its own way")
-    if any(linear.scale is not None for linear in linears):
+    if any(linear.scale is not None for linear in others):
         told.append("llama.cpp on a CPU rounds inputs of rounded weights to 8 bits; bits=gguf_... does so in dqx")
     return told
+
+
+def rounds_as_the_engine(linear: QuantLinear) -> bool:
+    """Whether the input is rounded as llama.cpp's CPU kernels do for the type of the weight."""
+    if linear.scale is None:
+        return False
+    kernel = SUPERBLOCK_INPUTS if block_type(linear).subblocks else BLOCK_INPUTS
+    return linear.activation == PerToken() and linear.activation_bits == kernel
 
 
 def write(lm: DiffusionLM, out: Path, dtype: str = "f16") -> None:
