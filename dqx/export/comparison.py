@@ -67,7 +67,7 @@ def verify(file: str | Path, lm: DiffusionLM) -> Verification:
     if not found.different:
         _logits(found, reader, lm, path)
     else:
-        found.unchecked.append("logits: the file is of another model")
+        found.unchecked.append("logits: they would be those of another model")
     return found
 
 
