@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dqx.formats.bits import FORMATS, UNQUANTIZED, ActivationBits, block_formats
-from dqx.formats.integers import wide
+from dqx.formats.integers import Grid, extremes, wide
 from dqx.formats.make import make_grid
 from dqx.quant.fused import fake, in_range
 from dqx.quant.protocols import Context, Stats
@@ -47,6 +47,17 @@ class PerToken(Dynamic):
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
     rescale: bool = False
+
+    @property
+    def grid_per_token(self) -> bool:
+        """Whether `token_grid` says all: a token's scale and zero point, with which its codes are multiplied."""
+        return not self.rescale
+
+    def token_grid(self, x: Tensor, bits: ActivationBits) -> tuple[Grid, Tensor, Tensor]:
+        """The grid of the tokens of x [..., I], and the scale and zero point [..., 1] of each, without groups."""
+        grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
+        lo, hi = (bound * self.clip_ratio for bound in extremes(x))
+        return grid, *grid.from_range(lo, hi)
 
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
@@ -92,6 +103,7 @@ class Static:
     clip_ratio: float = 1.0  # share of the range that is kept; values beyond it saturate
     include_zero: bool = True  # asymmetric ranges hold zero
     needs: ClassVar[frozenset[str]] = frozenset({"minmax"})
+    grid_per_token: ClassVar[bool] = True
 
     def fit(self, stats: Stats) -> StaticRange:
         lo, hi = (self.clip_ratio * bound for bound in stats["minmax"].tolist())
@@ -123,13 +135,21 @@ class StaticRange:
     hi: float
     include_zero: bool = True
 
+    def token_grid(self, x: Tensor, bits: ActivationBits) -> tuple[Grid, Tensor, Tensor]:
+        """The grid of all tokens of x [..., I], their scale and zero point []."""
+        grid, bounds = self._grid(x, bits)
+        return grid, *grid.from_range(*bounds)
+
     def __call__(self, x: Tensor, bits: ActivationBits) -> Tensor:
+        grid, bounds = self._grid(x, bits)
+        return x if grid.identity else in_range(grid, x, bounds)
+
+    def _grid(self, x: Tensor, bits: ActivationBits) -> tuple[Grid, Tensor]:
+        """The grid, and the range [2] on x's device."""
         grid = make_grid(bits, include_zero=self.include_zero, exact_absmax=True)
-        if grid.identity:
-            return x
         dtype = wide(x[:0]).dtype
         lo, hi = (torch.full((), bound, dtype=dtype, device=x.device) for bound in (self.lo, self.hi))
-        return in_range(grid, x, torch.stack((lo, hi)))
+        return grid, torch.stack((lo, hi))
 
 
 def clip_problems(key: str, clip_ratio: float) -> list[str]:

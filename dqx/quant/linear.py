@@ -5,7 +5,8 @@ O = outputs, I = inputs, G = groups per row.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from dqx.formats.integers import Grid
 from dqx.formats.weight import QuantizedWeight, at_inputs
 from dqx.quant.protocols import Quantizer
 from dqx.quant.registry import storable
+
+T = TypeVar("T")
 
 #: The buffers that describe a linear's grid.
 GRIDS = ("scale", "zero_point", "group_index", "column_scale")
@@ -89,7 +92,10 @@ class QuantLinear(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The input the matmul really sees."""
-        return x if self.activation is None else _rounded(x, self.activation, self.activation_bits)
+        if self.activation is None:
+            return x
+        quantizer, bits = self.activation, self.activation_bits
+        return made_once(lambda x: quantizer(x, bits), x, quantizer, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.quantize_input(x), self.weight, self.bias)
@@ -128,15 +134,18 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, w{bits}a{a.bits}, group_size={w.group_size}"
 
 
-def _rounded(x: Tensor, activation: Quantizer, bits: ActivationBits) -> Tensor:
-    """What the quantizer makes of x. It is kept at x, as long as that lives, for the next linear that reads it."""
-    by = (activation, bits, None if x.is_inference() else x._version)
-    known, rounded = getattr(x, "_rounded", (None, x))
+def made_once(make: Callable[[Tensor], T], x: Tensor, *by: Any) -> T:
+    """What `make` makes of x. It is kept at x, as long as that lives, for the next linear that reads it.
+
+    `by` tells apart what makes it.
+    """
+    by = (*by, None if x.is_inference() else x._version)
+    known, made = getattr(x, "_made", (None, None))
     if known != by:
-        rounded = activation(x, bits)
-        if rounded is not x:  # which would keep itself alive
-            x._rounded = by, rounded  # type: ignore[attr-defined]
-    return rounded
+        made = make(x)
+        if made is not x:  # which would keep itself alive
+            x._made = by, made  # type: ignore[attr-defined]
+    return cast(T, made)
 
 
 @torch.no_grad()
