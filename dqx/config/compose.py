@@ -81,7 +81,7 @@ def bits_name(*, _parent_: Any) -> str:
 def run_name(*, _root_: DictConfig) -> str:
     """A run's folder name, `nano_llada-gptq-w4a16`.
 
-    With what makes its sampler approximate, the masking and the number of steps where they are set.
+    With what makes its sampler approximate, the masking, the number of steps and the backend where they are set.
     """
     model, name, variant, bits = (
         OmegaConf.select(_root_, key) for key in ("model.name", "method.name", "method.variant", "bits.name")
@@ -89,7 +89,9 @@ def run_name(*, _root_: DictConfig) -> str:
     parts: list[str | None] = [model, method_label(name, variant), bits]
     parts += approximations(*approximating(OmegaConf.select(_root_, "model.sampler") or {}))
     masking, count = OmegaConf.select(_root_, "calib.masking"), OmegaConf.select(_root_, "steps.count")
+    backend = OmegaConf.select(_root_, "backend")
     parts += [None if masking == "clean" else masking, f"{count}steps" if count else None]
+    parts += [None if backend == "simulated" else backend]
     return "-".join(str(p) for p in parts if p is not None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import PACKAGED, Checkpoint
 from dqx.models.family import families, family_of
 from dqx.models.tokenizer import chat_template_problem, tokenizer_problem
+from dqx.quant.backends.choice import AUTO, BACKENDS, SIMULATED, backend_problems
 from dqx.quant.method import Method
 from dqx.study.cache.owned import cache_problem
 
@@ -125,6 +126,16 @@ def reuse_notes(config: Config, method: Method) -> list[str]:
     ]
 
 
+def backend_notes(config: Config, arch: Architecture, kernels: Mapping[str, str]) -> list[str]:
+    """What `backend=auto` leaves simulated; `kernels` has the linears that a kernel computes."""
+    if config.backend != AUTO:
+        return []
+    left = [f"blocks.{i}.{role}" for i in range(arch.n_blocks) for role in arch.roles]
+    left = [name for name in left if name not in kernels]
+    what = f"{len(left)} of {arch.n_blocks * len(arch.roles)} linears are {SIMULATED}, which no kernel takes here"
+    return [f"backend=auto: {what}: {', '.join(left)}"] if left else []
+
+
 def sampler_notes(config: Config, arch: Architecture, sampler: Sampler) -> list[str]:
     """What a reader of results should know of the sampler beside the model, and what cannot be measured with it."""
     notes = sampler.model_notes(arch)
@@ -138,10 +149,12 @@ def sampler_notes(config: Config, arch: Architecture, sampler: Sampler) -> list[
 
 def model_problems(config: Config, arch: Architecture, method: Method | None, sampler: Sampler | None) -> list[str]:
     """Numbers that a model is too small for, and a sampler and widths that do not go with it."""
+    of_bits = method.problems(config.bits, arch) if method else []
     return [
         *(f"model.sampler: {problem}" for problem in (sampler.model_problems(arch) if sampler else ())),
         *_architecture_problems(config, arch),
-        *(method.problems(config.bits, arch) if method else ()),
+        *of_bits,
+        *(backend_problems(config.backend, method, config.bits, arch) if method and not of_bits else ()),
     ]
 
 
@@ -196,7 +209,8 @@ def _name_problems(config: Config) -> Iterator[str]:
         text = attrgetter(key)(config)
         if text is not None and not text.strip():
             yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
-    one_of = {"model.family": tuple(families()), "model.dtype": DTYPES, "wandb.mode": WANDB_MODES}
+    one_of: dict[str, Sequence[str]] = {"model.family": tuple(families()), "model.dtype": DTYPES}
+    one_of |= {"wandb.mode": WANDB_MODES, "backend": BACKENDS}
     for key, known in one_of.items():
         value = attrgetter(key)(config)
         if value not in known:

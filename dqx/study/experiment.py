@@ -22,6 +22,7 @@ from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.problems import sandbox_problems
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, locate, read_config
+from dqx.quant.backends import choice
 from dqx.quant.fused import fused_problems
 from dqx.study import checks
 from dqx.study.design import Design
@@ -58,7 +59,7 @@ class Experiment(Design):
         _refuse(wrong)
         dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
         device = pick_device(model.device)
-        _refuse(fused_problems(model.fused, device))
+        _refuse([*fused_problems(model.fused, device), *choice.device_problems(config.backend, device)])
         experiment = cls(config, method, sampler, checkpoint.arch, dtype, device, checkpoint)
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
@@ -67,6 +68,11 @@ class Experiment(Design):
     def pools(self) -> list[Pool]:
         """What the run needs of each kind of memory, and what it may take."""
         return memory_pools(self)
+
+    @cached_property
+    def kernels(self) -> dict[str, str]:
+        """The kernel of every quantized linear that has one; the others are simulated."""
+        return choice.chosen(self.config.backend, self.method, self.config.bits, self.arch, self.device)
 
     @cached_property
     def fingerprint(self) -> str:

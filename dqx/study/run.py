@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,12 +22,14 @@ from dqx.config.origin import Origin
 from dqx.config.schema import Config
 from dqx.evaluate.results import TaskResult
 from dqx.quant import fused
+from dqx.quant.backends.choice import SIMULATED, counted
+from dqx.quant.report import QuantReport
 from dqx.record.folder import Record, RunFolder
 from dqx.report.terminal import print_copy, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study.cache.space import make_room
-from dqx.study.checks import reuse_notes, sampler_notes
+from dqx.study.checks import backend_notes, reuse_notes, sampler_notes
 from dqx.study.costs import Costs
 from dqx.study.estimate.memory import exceeded
 from dqx.study.experiment import Experiment
@@ -87,7 +90,7 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
         model=subjects.described(),
         full_precision=before.results,
         quantized=after.results,
-        quantization={**quantization.report.to_dict(), "source": source},
+        quantization={**_computed(quantization.report, experiment), "source": source},
         outliers=statistics,
         activations={
             f"{side}/{name}": tensor for side, measured in statistics.items() for name, tensor in measured.maps.items()
@@ -110,6 +113,7 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
             *quantization.report.notes,
             *quantization.notes,
             *reuse_notes(config, experiment.method),
+            *backend_notes(config, experiment.arch, experiment.kernels),
             *sampler_notes(config, experiment.arch, experiment.sampler),
             *exceeded(experiment.pools, costs.peak),
         ],
@@ -121,6 +125,13 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
         make_room(stages.cache.store, 0, int(config.cache_max_gb * GB))
     finished: Record = processes().broadcast(record)  # in no process before it is written
     return finished
+
+
+def _computed(report: QuantReport, experiment: Experiment) -> dict[str, Any]:
+    """What quantization did, with the kernel that computes each linear, and how many each of them computes."""
+    content, kernels = report.to_dict(), experiment.kernels
+    rows = [row | {"kernel": kernels.get(row["name"], SIMULATED)} for row in content["linears"]]
+    return content | {"linears": rows, "kernels": counted(kernels, len(rows))}
 
 
 def _keep(record: Record, output: RunFolder, subjects: Subjects, origin: Origin) -> None:

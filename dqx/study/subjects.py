@@ -34,6 +34,7 @@ from dqx.models.checkpoint import CheckpointError, load_weights, skeleton
 from dqx.models.plant import plant_outliers
 from dqx.models.tokenizer import load_tokenizer
 from dqx.quant import QuantReport, load_quantized, quantize, quantize_checkpoint, save_quantized
+from dqx.quant.backends.choice import install
 from dqx.quant.checkpoint.folder import read_recipe, verify_shards
 from dqx.quant.checkpoint.on_disk import Loading, OtherSettings, partial
 from dqx.study import facts
@@ -98,7 +99,7 @@ class Subjects:
         self.seen: Sequence[CalibBatch] = ()  # what quantization reads
         self.key: Key  # of the quantized model, once that text is known
         self.known: Quantized | None = None
-        self._loaded = ""  # full precision, quantized
+        self._loaded = ""  # full precision, quantized, with kernels
 
     def described(self) -> dict[str, Any]:
         """The model as a record has it."""
@@ -123,7 +124,9 @@ class Subjects:
         """The quantized model, once it is known."""
         assert self.known is not None
         quantization = {"quantization": self.key.facts, "model": self.known.model}
-        return Subject("quantized", self.facts | quantization, self.after_quantization)
+        if self.experiment.kernels:
+            quantization["kernels"] = self.experiment.kernels
+        return Subject("quantized", self.facts | quantization, self.with_kernels)
 
     def full_precision(self) -> DiffusionLM:
         """The model as it was."""
@@ -165,6 +168,15 @@ class Subjects:
                         if processes().main:
                             self.cache.store.write(self.key, self.known)
                         raise ModelChanged(self.known)
+        return self.lm
+
+    def with_kernels(self) -> DiffusionLM:
+        """The quantized model with the kernels of `backend`, which hold its codes alone. Raises as the other does."""
+        if self._loaded != "with kernels":
+            self.after_quantization()
+            if self.experiment.kernels:
+                install(self.lm.model, self.experiment.kernels)
+                self._loaded = "with kernels"
         return self.lm
 
     def save(self, folder: Path) -> None:
