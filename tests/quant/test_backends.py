@@ -20,6 +20,7 @@ from dqx.quant.linear import QuantLinear
 from dqx.quant.loop import quantize
 from dqx.quant.method import Method
 from dqx.quant.rounding.rtn import RTN, rtn_round
+from dqx.study import experiment
 
 CPU = torch.device("cpu")
 W8A8 = BitsConfig("w8a8", WeightBits(8, -1), ActivationBits(8))
@@ -202,6 +203,20 @@ def test_auto_takes_what_it_can() -> None:
     assert chosen("simulated", METHOD, mixed, model.arch, CPU) == {}
 
 
+def test_a_configuration_is_refused_before_weights_load() -> None:
+    (told,) = experiment.problems(compose(["method=rtn", "bits=w4a16", "backend=int8"]))
+    assert told.startswith("backend=int8 takes 8-bit integers with one scale per row of a weight")
+    (told,) = experiment.problems(compose(["method=rtn", "bits=w8a8", "backend=int4"]))
+    assert told == "backend=int4 is unknown; did you mean int8?"
+
+
+def test_a_device_on_which_a_kernel_is_wrong_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(choice, "untrusted", lambda kernel, device: "it adds in 16 bits")
+    (told,) = experiment.problems(compose(["method=rtn", "bits=w8a8", "backend=int8"]))
+    assert told == "backend=int8 cannot be had on this machine's cpu: it adds in 16 bits; write backend=simulated"
+    assert chosen("auto", METHOD, W8A8, tiny.TOY, CPU) == {}
+
+
 def test_only_quantized_linears_have_codes() -> None:
-    with pytest.raises(ValueError, match="blocks.0.q is no quantized linear"):
+    with pytest.raises(ValueError, match="q is no quantized linear"):
         install(tiny.toy(), {"blocks.0.q": "int8"})

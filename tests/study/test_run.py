@@ -13,6 +13,7 @@ from dqx.config.compose import compose, resolve
 from dqx.config.origin import Origin
 from dqx.config.schema import CONF_DIR
 from dqx.quant import fused
+from dqx.quant.backends.choice import untrusted
 from dqx.record.folder import RunFolder
 from dqx.study.run import run
 
@@ -97,6 +98,23 @@ def test_fp16_changes_nothing_and_says_so(launch):
     assert all(row.delta == 0 and row.lost == row.gained == 0 for row in record.deltas)
     assert record.average_bits == 16
     assert record.quantized == record.full_precision
+
+
+def test_auto_multiplies_codes_where_a_kernel_can(launch):
+    """What the record says of it, that what is kept is the simulation, and that results are not taken for its."""
+    said = ("method=rtn", "bits=w8a8", "bits.overrides.down.weight=4", "task=nano_facts")
+    simulated, _ = launch("simulated", *said)
+    record, folder = launch("auto", *said, "backend=auto")
+    n = 18 if untrusted("int8", torch.device("cpu")) is None else 0
+    assert record.quantization["kernels"] == ({"int8": n, "simulated": 3} if n else {"simulated": 21})
+    kernels = {row["role"]: row["kernel"] for row in record.quantization["linears"]}
+    assert (kernels["q"], kernels["down"]) == ("int8" if n else "simulated", "simulated")
+    assert f"backend=auto: {21 - n} of 21 linears are simulated" in " ".join(record.warnings)
+    assert set(record.sources["quantized"].values()) == ({"computed"} if n else {"reused"})
+    assert simulated.quantization["kernels"] == {"simulated": 21}
+    assert RunFolder(folder).read().results() == record.results()
+    again, _ = launch("again", *said, "backend=auto")
+    assert set(again.sources["quantized"].values()) == {"reused"}
 
 
 def test_the_same_configuration_gives_the_same_results(launch):

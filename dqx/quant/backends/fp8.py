@@ -57,8 +57,8 @@ class FP8Linear(KernelLinear):
         try:
             for left, right in pairs:
                 expected, most = left.double() @ right.double().t(), left.double().abs() @ right.double().abs().t()
-                codes = (encode(part).to(device) for part in (left, right))
-                found = product(*codes, torch.ones((), device=device)).double().cpu()
+                codes, weight = (encode(part).to(device) for part in (left, right))
+                found = product(codes, weight, torch.ones((), device=device)).double().cpu()
                 error = float(((found - expected).abs() / most).nan_to_num(nan=1.0).max())
                 if error > TOLERANCE:
                     return (

@@ -1,8 +1,8 @@
 """8-bit integers, multiplied by `torch._int_mm` and summed in 32 bits.
 
 With codes q and zero points z, `sum (q_x - z_x)(q_w - z_w)` is the sum of the codes' products less
-`z_x (sum q_w - I z_w) + z_w sum q_x`. Codes are stored less 128, and so are zero points. All of it is computed in 32-bit
-integers, exactly, unless ranges need not hold zero: then zero points may be any number, and float64 takes them.
+`z_x (sum q_w - I z_w) + z_w sum q_x`. Codes are stored less 128, and so are zero points. All of it is computed in
+32-bit integers, exactly, unless ranges need not hold zero: then zero points may be any number, and float64 takes them.
 
 N = tokens, I = inputs, O = outputs.
 """

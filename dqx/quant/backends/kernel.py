@@ -41,6 +41,8 @@ class KernelLinear(nn.Module, ABC):
     multiplies rounded numbers in the model's dtype. The weight itself is kept in no other form.
     """
 
+    scale: Tensor  # [O]
+
     name: ClassVar[str]
     takes: ClassVar[str]  # in words
     bits: ClassVar[str]  # the choice of `bits` that is taken as a whole
