@@ -27,7 +27,7 @@ from dqx.formats.bits import BitsConfig
 
 #: The config groups: inside an installed package, beside it in a clone.
 CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-GROUPS = ("model", "method", "bits", "calib", "task", "steps", "experiment")
+GROUPS = ("model", "method", "bits", "calib", "task", "steps", "export", "experiment")
 
 
 @dataclass
@@ -112,6 +112,12 @@ class StepsConfig:
 
 
 @dataclass
+class ExportConfig:
+    format: str | None = None  # gguf, compressed-tensors, dequantized: a file in the run's folder; null: none
+    dtype: str | None = None  # of what stays in 16 bit, where the format has a choice
+
+
+@dataclass
 class TaskConfig:
     limit: int | None = None  # documents per task; null: all
     suite: dict[str, TaskSpec] = field(default_factory=dict)
@@ -180,6 +186,7 @@ class Config:
     hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
     backend: str = "simulated"  # or int8, fp8, auto: what multiplies quantized linears (dqx/quant/backends)
     parts: list[str] = field(default_factory=list)  # your own modules whose classes a `_target_` may name
+    export: str | None = None  # gguf, compressed-tensors or dequantized: a file in the run's folder (dqx/export)
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/study/plan)
@@ -190,6 +197,7 @@ class Config:
     bits: BitsConfig = field(default_factory=BitsConfig)
     calib: CalibConfig = field(default_factory=CalibConfig)
     steps: StepsConfig = field(default_factory=StepsConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     likelihood: LikelihoodSettings = field(default_factory=LikelihoodSettings)
     outliers: OutlierConfig = field(default_factory=OutlierConfig)
@@ -200,7 +208,7 @@ class Config:
 
 #: Settings that say where things are and what they may take, not what is computed.
 PLACES = (
-    *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb"),
+    *("cache_dir", "cache_max_gb", "keep_quantized", "memory", "reuse", "wandb", "export"),
     *("plan", "plan_tflops", "plan_gpu", "bundle", "sweep", "dispatch", "hang_minutes", "verbose"),
 )
 

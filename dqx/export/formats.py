@@ -16,12 +16,14 @@ from dqx.common.problems import raise_if
 
 if TYPE_CHECKING:
     from dqx.api import DiffusionLM  # takes seconds to import, which the names do not need
+    from dqx.record.folder import Record
 
 
 @dataclass(frozen=True)
 class Format:
     """The module that writes a format, what it is for, and the dtypes to choose from, the default first."""
 
+    name: str
     module: str
     what: str
     file: str  # its usual name
@@ -32,27 +34,45 @@ class Format:
         found: list[str] = self._functions.problems(lm)
         return found
 
-    def write(self, lm: DiffusionLM, out: Path, dtype: str | None = None) -> list[str]:
-        """Write the model to `out`, which must not exist yet; what to know of the file.
+    def write(self, lm: DiffusionLM, out: Path, dtype: str | None = None, record: Record | None = None) -> list[str]:
+        """Write the model to `out`, which must not exist yet, and its card beside it; what to know of the file.
 
-        Raises ConfigProblems where the format cannot hold the model.
+        `record` is that of the run that made and measured it. Raises ConfigProblems where the format cannot hold it.
         """
+        from dqx.export.card import write_card
+
         raise_if(self.problems(lm))
         out.parent.mkdir(parents=True, exist_ok=True)
         self._functions.write(lm, out, **({} if dtype is None else {"dtype": dtype}))
-        return list(self._functions.notes(lm)) if hasattr(self._functions, "notes") else []
+        notes = list(self._functions.notes(lm)) if hasattr(self._functions, "notes") else []
+        write_card(out, self.name, lm, notes, record)
+        return notes
+
+    def dtype_problems(self, key: str, dtype: str | None) -> list[str]:
+        """Why what stays in 16 bit cannot be stored in a dtype; `key` is what sets it."""
+        if dtype in (None, *self.dtypes):
+            return []
+        choices = f"it is one of {', '.join(self.dtypes)}" if self.dtypes else "leave it out"
+        return [f"{key} {dtype} is no choice of {self.name}; {choices}"]
 
     @property
     def _functions(self) -> Any:
         return import_module(self.module)
 
 
-FORMATS: dict[str, Format] = {
-    "gguf": Format("dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", "model.gguf", ("f16", "bf16", "f32")),
-    "dequantized": Format(
-        "dqx.export.dequantized", "the rounded weights as a checkpoint like the source's, 16 bit", "dequantized"
+KNOWN = (
+    Format("gguf", "dqx.export.gguf", "one file for llama.cpp: LLaDA and Dream", "model.gguf", ("f16", "bf16", "f32")),
+    Format(
+        "dequantized",
+        "dqx.export.dequantized",
+        "the rounded weights as a checkpoint like the source's, 16 bit",
+        "dequantized",
     ),
-    "compressed-tensors": Format(
-        "dqx.export.compressed_tensors", "weights at their true widths, for transformers", "compressed-tensors"
+    Format(
+        "compressed-tensors",
+        "dqx.export.compressed_tensors",
+        "weights at their true widths, for transformers",
+        "compressed-tensors",
     ),
-}
+)
+FORMATS = {format.name: format for format in KNOWN}

@@ -119,6 +119,11 @@ def print_outcomes(outcomes: Mapping[Path, RunState], file: TextIO | None = None
         console.print(rendered(Table("Runs", ("run", "state", "reason"), rows, left=3)))
 
 
+def print_export(out: Path, notes: Sequence[str], file: TextIO | None = None) -> None:
+    """Print where a run has put its model for other programs, and what to know of it."""
+    print_lines(_console(file), [f"Export:  {out}", *(f"         {note}" for note in notes)])
+
+
 def _console(file: TextIO | None) -> Console:
     return Console(file=file or sys.stdout, highlight=False, emoji=False)
 

@@ -20,6 +20,7 @@ from dqx.common.parts import build_part, part_problems
 from dqx.config.compose import as_part, resolve
 from dqx.config.schema import Config, ConfigProblems
 from dqx.evaluate.problems import sandbox_problems
+from dqx.export.rehearsal import export_problems
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, locate, read_config
 from dqx.quant.backends import choice
@@ -60,6 +61,7 @@ class Experiment(Design):
         dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
         device = pick_device(model.device)
         _refuse([*fused_problems(model.fused, device), *choice.device_problems(config.backend, device)])
+        _refuse(export_problems(config.export, method, config.bits, checkpoint.arch, dtype))
         experiment = cls(config, method, sampler, checkpoint.arch, dtype, device, checkpoint)
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
@@ -87,6 +89,7 @@ def designed(config: Config, arch: Architecture, dtype: torch.dtype, device: tor
     """
     method, sampler, wrong = _parts(config, here=False)
     _refuse([*wrong, *checks.model_problems(config, arch, method, sampler)])
+    _refuse(export_problems(config.export, method, config.bits, arch, dtype))
     return Design(config, method, sampler, arch, dtype, device)
 
 

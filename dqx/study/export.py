@@ -18,15 +18,13 @@ def export(format: str, source: str, out: str | Path, dtype: str | None = None) 
     """
     from dqx.common.problems import raise_if
     from dqx.export.formats import FORMATS
-    from dqx.study.source import loaded
+    from dqx.study.source import loaded, record_of
 
     known, out = FORMATS[format], Path(out).expanduser()
-    if dtype not in (None, *known.dtypes):
-        choices = f"it is one of {', '.join(known.dtypes)}" if known.dtypes else "leave it out"
-        raise_if([f"--dtype {dtype} is no choice of {format}; {choices}"])
+    raise_if(known.dtype_problems("--dtype", dtype))
     if out.exists():
         raise FileExistsError(f"{out} exists already; name a new one")
-    return known.write(loaded(source), out, dtype)
+    return known.write(loaded(source), out, dtype, record_of(source))
 
 
 def main() -> int:

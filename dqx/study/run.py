@@ -7,12 +7,13 @@ share, and the main one alone keeps, prints and records.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dqx.api import Quantization
 from dqx.common import accelerator, heartbeat
 from dqx.common.environment import environment
 from dqx.common.memory import GB, keep_freed
@@ -21,11 +22,12 @@ from dqx.common.tensors import tensor_digest
 from dqx.config.origin import Origin
 from dqx.config.schema import Config
 from dqx.evaluate.results import TaskResult
+from dqx.export.formats import FORMATS
 from dqx.quant import fused
 from dqx.quant.backends.choice import SIMULATED, counted
 from dqx.quant.report import QuantReport
 from dqx.record.folder import Record, RunFolder
-from dqx.report.terminal import print_copy, print_line, print_run
+from dqx.report.terminal import print_copy, print_export, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
 from dqx.study.cache.space import make_room
@@ -144,6 +146,7 @@ def _keep(record: Record, output: RunFolder, subjects: Subjects, origin: Origin)
         else:
             print_line(record, output.path.name)
         output.write(record)
+    _export(subjects, record, output)
     weights = _checkpoint(subjects, record, output.path / "checkpoint") if wandb.checkpoint else None
     if main:
         heartbeat.stage("copy to Weights & Biases")
@@ -153,6 +156,28 @@ def _keep(record: Record, output: RunFolder, subjects: Subjects, origin: Origin)
             print_copy(record)
         if weights:
             shutil.rmtree(weights, ignore_errors=True)
+
+
+def _export(subjects: Subjects, record: Record, output: RunFolder) -> None:
+    """Write the quantized model as `export` names; where that fails, the record says why and stays as it is."""
+    export, known = subjects.config.export, subjects.known
+    if export.format is None or known is None:
+        return
+    form = FORMATS[export.format]
+    out = output.path / form.file
+    try:
+        lm = subjects.after_quantization() if known.report.changed else subjects.full_precision()
+        if processes().main:
+            heartbeat.stage(f"export {form.name}")
+            shutil.rmtree(out, ignore_errors=True)  # of an attempt that was killed
+            out.unlink(missing_ok=True)
+            done = replace(lm, quantization=Quantization(subjects.method, subjects.config.bits, known.report))
+            notes = form.write(done if known.report.changed else lm, out, export.dtype, record)
+            print_export(out, notes)
+    except (ModelChanged, OSError, ValueError) as error:  # nothing that is finished may be lost
+        record.warnings.append(f"no {out.name}: {error}")
+        if processes().main:
+            print_export(out, [f"not written: {error}"])
 
 
 def _checkpoint(subjects: Subjects, record: Record, folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from dqx.api import SETTINGS, DiffusionLM, Quantization, load, load_configured
 from dqx.common.problems import ConfigProblems, raise_if
 from dqx.config.compose import restored
-from dqx.record.folder import RunFolder
+from dqx.record.folder import Record, RunFolder
 from dqx.study.costs import Costs
 from dqx.study.experiment import Experiment
 from dqx.study.stages import Stages
@@ -44,6 +44,12 @@ def full_precision(source: str, lm: DiffusionLM) -> DiffusionLM:
     settings = Path(source).expanduser() / SETTINGS
     path = json.loads(settings.read_text())["path"] if settings.is_file() else lm.config.path
     return load_configured(replace(lm.config, path=path))
+
+
+def record_of(source: str) -> Record | None:
+    """The record of a run's folder, without documents; None for what is no run."""
+    folder = Path(source).expanduser()
+    return RunFolder(folder).read(documents=False) if (folder / RESULTS).is_file() else None
 
 
 def of_run(folder: Path) -> DiffusionLM:

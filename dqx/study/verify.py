@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from rich.console import Console
 
+    from dqx.export.card import add_verification
     from dqx.export.comparison import verify
     from dqx.report.tables import Entry, Table
     from dqx.report.terminal import errors_end, print_lines, show
@@ -53,7 +55,9 @@ def main() -> int:
 
     with errors_end():
         found, console = verify(arguments.file, loaded(arguments.against)), Console(highlight=False, emoji=False)
-        print_lines(console, told(found))
+        lines = list(told(found))
+        print_lines(console, lines)
+        logits = None
         if found.logits:
             columns = ("masked", "positions", "same top token", "mean KL", "median KL", "max KL", "max difference")
             rows = [
@@ -61,5 +65,7 @@ def main() -> int:
                 + [f"{x:.2g}" for x in (r.mean_kl, r.median_kl, r.max_kl, r.largest)]
                 for r in found.logits
             ]
-            show(Table("Logits", columns, [[Entry(cell) for cell in row] for row in rows]), console)
+            logits = Table("Logits", columns, [[Entry(cell) for cell in row] for row in rows])
+            show(logits, console)
+        add_verification(Path(arguments.file).expanduser(), lines, logits)
     return 1 if found.different else 0

@@ -67,12 +67,14 @@ def _of_block(block: Block) -> list[str]:
             )
     if any(isinstance(module, RMSNorm) and module.bias is not None for module in block.children()):
         found.append(NORM_BIAS)
+    unfit: dict[str, list[str]] = {}
     for role, linear in block.linears().items():
         if isinstance(linear, QuantLinear) and linear.scale is not None:
             try:
                 block_type(linear)
-            except Unfit as unfit:
-                found.append(f"{role}: {unfit}")
+            except Unfit as problem:
+                unfit.setdefault(str(problem), []).append(role)
+    found += [f"{', '.join(roles)}: {problem}" for problem, roles in unfit.items()]
     return found
 
 
