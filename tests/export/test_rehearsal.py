@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,12 @@ def test_the_small_model_is_refused_as_the_real_one(model: str, method: str, bit
     for name, form in FORMATS.items():
         done = lm.quantization
         told = export_problems(ExportConfig(name), done.method, done.bits, lm.model.arch, lm.model.dtype)
-        assert [problem.partition(": ")[2] for problem in told] == form.problems(lm), name
+        assert [counted(problem.partition(": ")[2]) for problem in told] == list(map(counted, form.problems(lm))), name
+
+
+def counted(problem: str) -> str:
+    """Without how many linears it is of, which a model with more blocks has more of."""
+    return re.sub(r" and \d+ more", "", problem)
 
 
 def test_a_run_is_refused_before_it_starts() -> None:
@@ -40,7 +46,7 @@ def test_a_run_is_refused_before_it_starts() -> None:
     told = str(refused.value)
     assert "export.dtype int8 is no choice of gguf; it is one of f16, bf16, f32" in told
     assert "BlockRotation" in told
-    with pytest.raises(ConfigProblems, match="export.format=ggml is unknown"):
+    with pytest.raises(ConfigProblems, match=r"export\.format=ggml is unknown"):
         Experiment.of(resolve(compose(["export.format=ggml", *FAST])))
     Experiment.of(resolve(compose(["export=dequantized", *FAST])))
 
