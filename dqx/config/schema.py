@@ -186,7 +186,6 @@ class Config:
     hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
     backend: str = "simulated"  # or int8, fp8, auto: what multiplies quantized linears (dqx/quant/backends)
     parts: list[str] = field(default_factory=list)  # your own modules whose classes a `_target_` may name
-    export: str | None = None  # gguf, compressed-tensors or dequantized: a file in the run's folder (dqx/export)
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}
     plan: bool = False  # true: list the runs and estimate their cost, load and run nothing (dqx/study/plan)
