@@ -51,10 +51,22 @@ def capability(device: torch.device) -> str | None:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
 
 
+def instructions(device: torch.device) -> list[str]:
+    """Of the CPU's instructions those that decide how fast products of few bits are, as torch names them."""
+    deciding = ("avx2", "avx512_f", "avx512_bf16", "avx_vnni", "avx512_vnni", "amx_bf16", "amx_int8")
+    return [name for name in deciding if _cpu().get(name)] if device.type == "cpu" else []
+
+
+def _cpu() -> Mapping[str, Any]:
+    """What torch says of the CPU."""
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+    return found
+
+
 def bf16(device: torch.device) -> str | None:
     """Whether the device computes in bfloat16 itself, `native`, or by way of float32, `emulated`; None: not known."""
     if device.type == "cpu":
-        there: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not have it
+        there = _cpu()
         known = [there[name] for name in ("avx512_bf16", "amx_bf16", "bf16") if name in there]
         return ("native" if any(known) else "emulated") if known else None
     if device.type == "cuda" and torch.version.hip is None:
