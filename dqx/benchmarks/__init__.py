@@ -1,4 +1,4 @@
 """Benchmarks that a user can run, `python -m dqx.benchmarks.NAME`.
 
-quantize, evaluate, temperature, memory, sweep, startup, activations, gpu; README.md has their figures.
+quantize, throughput, evaluate, temperature, memory, sweep, startup, activations, gpu; README.md has their figures.
 """
