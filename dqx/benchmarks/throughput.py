@@ -1,4 +1,4 @@
-"""Seconds per denoising step, tokens per second, memory and size on disk: quantized models beside the 16-bit one.
+"""Seconds per denoising step, tokens per second, memory and size on disk: quantized models beside the same at 16 bits.
 
     python -m dqx.benchmarks.throughput                              the bundled model and a random one, one core
     python -m dqx.benchmarks.throughput --models FOLDER --device cuda --batches 1,8,32 --answers 128,256
@@ -6,8 +6,8 @@
 
 Every choice of `--bits` gives several sides: its simulation, each kernel of `backend=` that multiplies such codes, and,
 for a GGUF type, llama.cpp on the exported file. All sides write the same answers in turns, round after round, and the
-ratio to the 16-bit side is taken within a round. A side that cannot run here is named with the reason. See README.md
-beside this file.
+ratio to the model at full precision is taken within a round. A side that cannot run here is named with the reason. See
+README.md beside this file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from dqx.quant.backends.choice import KERNELS, SIMULATED, backend_problems, chos
 from dqx.quant.checkpoint.folder import save_quantized
 from dqx.report.tables import Table
 
-BASE = "16 bit"
+BASE = "full precision"
 BITS = ("w8a8", "w4a16", "gguf_q4_0")
 ON_CUDA = ("fp8",)  # besides, where the kernel is one
 GGUF = "gguf_"  # how the names of llama.cpp's types begin in conf/bits
@@ -59,7 +59,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Subject:
-    """A model at 16 bits, its sampler, and prompts for it; `lm` where it has a tokenizer."""
+    """A model at full precision, its sampler, and prompts for it; `lm` where it has a tokenizer."""
 
     name: str
     model: MaskedDiffusionTransformer
@@ -93,12 +93,12 @@ class Figures:
     answer: int  # tokens of each
     steps: int
     seconds: list[float]  # of writing the batch, by round
-    ratios: list[float]  # seconds of the 16-bit side in the same round, by this one's
+    ratios: list[float]  # seconds of the model at full precision in the same round, by this one's
     forwards_per_token: float
     memory: int | None  # bytes: the weights, and the most that writing takes besides
     disk: int  # bytes
     equal_to_simulation: float | None  # share of the tokens; None: no other side simulates this one
-    equal_to_base: float  # share of the tokens that the 16-bit side writes too
+    equal_to_base: float  # share of the tokens that the model at full precision writes too
 
     @property
     def seconds_per_step(self) -> float:
@@ -139,7 +139,7 @@ def loaded_subject(name: str, args: argparse.Namespace) -> Subject:
 
 
 def sides(subject: Subject, bits: Sequence[str], folder: Path, left_out: dict[str, str]) -> Iterator[Side]:
-    """The 16-bit side, then those of each choice of `bits`; what cannot run here joins `left_out` with the reason."""
+    """The side at full precision, then those of each choice of `bits`; what cannot run here joins `left_out`."""
     original, arch = subject.model, subject.model.arch
     save(original, family_of(arch.family).config(arch), folder / "original")
     yield Side(BASE, original, size(folder / "original"))
@@ -273,7 +273,7 @@ def overview(rows: Sequence[Figures], notes: Sequence[str]) -> Table:
         )
         before = here
     columns = ("batch", "answer", "side", "ms per step", "tokens/s", "times as fast", "lowest to highest",
-               "forwards per token", "memory", "on disk", "as simulated", "as 16 bit")  # fmt: skip
+               "forwards per token", "memory", "on disk", "as simulated", "as full precision")  # fmt: skip
     return table(columns, lines, notes, left=3)
 
 
@@ -291,8 +291,8 @@ def notes(subject: Subject, left_out: dict[str, str], args: argparse.Namespace) 
     return [
         f"{subject.words()}; prompts of {args.prompt} tokens, {args.tokens_per_step} tokens a step.",
         f"{', '.join(machine)}; {clocked}, medians of {args.rounds} rounds in turns. A ratio below 1 is slower.",
-        "as simulated, as 16 bit: the share of the tokens that the simulation of the same codes, and the 16-bit side, "
-        "write too.",
+        "as simulated, as full precision: the share of the tokens that the simulation of the same codes, and the model "
+        "at full precision, write too.",
         *(f"left out: {name}: {reason}." for name, reason in left_out.items()),
     ]
 
@@ -329,7 +329,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--scale", type=int, default=8, help="of the random model: divide LLaDA-8B's widths by this (8)"
     )
     parser.add_argument("--blocks", type=int, default=4, help="of the random model: transformer blocks (4)")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the 16-bit side (bfloat16)")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=DTYPES,
+        help="of the side at full precision and of simulations (bfloat16)",
+    )
     parser.add_argument("--device", default="cpu", help="where all sides run: cpu, cuda, xpu (cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     args = parser.parse_args(argv)

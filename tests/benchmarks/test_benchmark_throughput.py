@@ -1,4 +1,4 @@
-"""The benchmark of throughput: quantized sides beside the 16-bit one, with their answers and sizes."""
+"""The benchmark of throughput: quantized sides beside the model at full precision, with their answers and sizes."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_sides_write_the_answers_of_their_simulation(tmp_path, capsys):
     rows, left_out = figures(tmp_path)
     refused = untrusted("int8", torch.device("cpu"))
     assert left_out == ({} if refused is None else {"w8a8 int8": refused})
-    assert set(rows) | set(left_out) == {"16 bit", "w8a8 simulated", "w8a8 int8"}
+    assert set(rows) | set(left_out) == {"full precision", "w8a8 simulated", "w8a8 int8"}
     for row in rows.values():
         assert row["steps"] == 2  # of four tokens each
         assert row["forwards_per_token"] == pytest.approx(2 * 2 / (2 * 8))  # two answers of two steps, of eight tokens
@@ -31,7 +31,7 @@ def test_sides_write_the_answers_of_their_simulation(tmp_path, capsys):
         assert row["ratio"]["lowest"] <= row["ratio"]["median"] <= row["ratio"]["highest"]
         assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(2 * 8 / 2)
         assert row["disk"] > 0
-    base, simulated = rows["16 bit"], rows["w8a8 simulated"]
+    base, simulated = rows["full precision"], rows["w8a8 simulated"]
     assert base["ratios"] == [1, 1]
     assert base["equal_to_base"] == 1
     assert simulated["equal_to_simulation"] is None
@@ -49,7 +49,7 @@ def test_what_cannot_run_is_named_with_the_reason(tmp_path, capsys, monkeypatch)
     rows, left_out = figures(
         tmp_path, "--models", "random", "--scale", "32", "--blocks", "1", "--bits", "w8a8,gguf_q4_0"
     )
-    assert set(rows) == {"16 bit", "w8a8 simulated"}
+    assert set(rows) == {"full precision", "w8a8 simulated"}
     assert left_out["w8a8 int8"] == "int8 adds up wrongly here"
     assert "tokenizer" in left_out["gguf_q4_0 llama.cpp"]
     assert "left out: w8a8 int8: int8 adds up wrongly here" in " ".join(capsys.readouterr().out.split())
