@@ -41,6 +41,11 @@ def half(x: Tensor, least: float | None = 2.0**-24) -> Tensor:
     return x.clamp(min=-largest if least is None else least, max=largest).to(torch.float16).to(x.dtype)
 
 
+def bit_patterns(x: Tensor) -> Tensor:
+    """The bits of floating-point numbers as integers: equal where the numbers are, -0.0 apart from 0.0."""
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
+
+
 @dataclass(frozen=True)
 class Grid:
     """How a range of real numbers becomes integers.

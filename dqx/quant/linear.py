@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqx.formats.bits import UNQUANTIZED, ActivationBits, WeightBits
-from dqx.formats.integers import Grid
+from dqx.formats.chunks import row_slices
+from dqx.formats.integers import Grid, bit_patterns
 from dqx.formats.weight import QuantizedWeight, at_inputs
 from dqx.quant.protocols import Quantizer
 from dqx.quant.registry import storable
@@ -22,6 +23,10 @@ T = TypeVar("T")
 
 #: The buffers that describe a linear's grid.
 GRIDS = ("scale", "zero_point", "group_index", "column_scale")
+#: How far from the nearest code another one may lie whose value the dtype makes the same: next to it, where codes rise
+#: with their values; anywhere among the 16 of a binary grid, whose levels lie in any order.
+STEPS = tuple(step for distance in range(1, 9) for step in (distance, -distance))
+UNCODED = "this linear keeps its weight in 16 bit; there are no codes"
 
 
 @storable
@@ -108,14 +113,30 @@ class QuantLinear(nn.Module):
         Raises ValueError where the weight is not quantized.
         """
         if self.grid is None:
-            raise ValueError("this linear keeps its weight in 16 bit; there are no codes")
+            raise ValueError(UNCODED)
         return self.grid.codes(self.weight, *self._at_inputs()).to(torch.uint8)
 
-    def _at_inputs(self) -> tuple[Tensor, Tensor]:
+    def exact_codes(self) -> Tensor | None:
+        """Codes [O, I] as uint8 whose values, in the weight's dtype, are the weight to the bit.
+
+        None where a weight is no value of its grid: something changed it afterwards, or the grid has more than 8 bits.
+        Raises ValueError where the weight is not quantized.
+        """
+        if self.grid is None:
+            raise ValueError(UNCODED)
+        codes = torch.empty_like(self.weight, dtype=torch.uint8)
+        for rows in row_slices(self.out_features, self.in_features, self.weight.device):
+            found = _exact_codes(self.weight[rows], self.grid, *self._at_inputs(rows))
+            if found is None:
+                return None
+            codes[rows] = found
+        return codes
+
+    def _at_inputs(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         assert self.scale is not None
         assert self.zero_point is not None
         assert self.group_index is not None
-        return at_inputs(self.scale, self.zero_point, self.group_index.long(), self.column_scale)
+        return at_inputs(self.scale[rows], self.zero_point[rows], self.group_index.long(), self.column_scale)
 
     @torch.no_grad()
     def scale_outputs(self, factor_O: Tensor) -> None:
@@ -132,6 +153,28 @@ class QuantLinear(nn.Module):
         w, a = self.weight_bits, self.activation_bits
         bits = UNQUANTIZED if self.scale is None else w.bits
         return f"{self.in_features}, {self.out_features}, w{bits}a{a.bits}, group_size={w.group_size}"
+
+
+def _exact_codes(weight: Tensor, grid: Grid, scale: Tensor, zero_point: Tensor) -> Tensor | None:
+    """`exact_codes` of rows [R, I], with the scale [R, I] or [R, I, K] and the zero point of every weight."""
+
+    def patterns(codes: Tensor) -> Tensor:
+        return bit_patterns(grid.dequantize(codes, scale, zero_point).to(weight.dtype))
+
+    codes = grid.codes(weight, scale, zero_point).to(torch.uint8)
+    missed = (patterns(codes) != bit_patterns(weight)).nonzero(as_tuple=True)
+    if not len(missed[0]):
+        return codes
+    wanted, near, scale, zero_point = bit_patterns(weight[missed]), codes[missed], scale[missed], zero_point[missed]
+    found, left = near.clone(), torch.ones_like(near, dtype=torch.bool)
+    for step in STEPS:
+        tried = ((near.int() + step) % 2**grid.bits).to(torch.uint8)
+        same = patterns(tried) == wanted
+        found, left = torch.where(same, tried, found), left & ~same
+        if not left.any():
+            codes[missed] = found
+            return codes
+    return None
 
 
 def made_once(make: Callable[[Tensor], T], x: Tensor, *by: Any) -> T:
