@@ -139,7 +139,7 @@ def test_what_is_no_quantized_checkpoint_says_so(saved, tmp_path):
         load_quantized(tmp_path)
     recipe = read_recipe(saved)
     (saved / "quantized.json").write_text(json.dumps(recipe | {"version": 99}))
-    with pytest.raises(CheckpointError, match="has version 99; this version of dqx reads 1"):
+    with pytest.raises(CheckpointError, match="has version 99; this version of dqx reads 1 and 2"):
         load_quantized(saved)
 
 

@@ -1,15 +1,19 @@
 """Quantized checkpoints: a folder of safetensors and one JSON file, from which the same model is built again.
 
-    quantized.json             architecture, method, bits, report; size and SHA-256 of every other file
+    quantized.json             architecture, method, bits, report; of every other file SHA-256, bytes, the bytes in
+                               memory of what it holds, and which linears are not packed, with the reason
     embed.safetensors          the embedding
     head.safetensors           the final norm and, where it is not the embedding's tensor, the head
     norm.safetensors           the final norm's bias, where quantization gave it one
     block-00000.safetensors    one file per block; `structure` in its header says which modules its tensors belong to
 
-Weights are stored as the model holds them, rounded but in its own dtype, with the scales and zero points of their
-grids. What else quantization put into a block (quantizers of inputs, keys and values; rotations and divisions at run
-time) is described by its class and options, of which tensors lie in the file. Only `storable` classes are built, so
-reading a checkpoint runs no code that it names. Nothing is fitted or computed again: logits are equal to the bit.
+Rounded weights are stored at their true width, as codes, with the scales and zero points of their grids:
+`packed_linear.py` has the tensors. All other parameters are stored as the model holds them. What else quantization put
+into a block (quantizers of inputs, keys and values; rotations and divisions at run time) is described by its class and
+options, of which tensors lie in the file. Only `storable` classes are built, so reading a checkpoint runs no code that
+it names. Nothing is fitted again: weights, and so logits, are equal to the bit.
+
+Version 1 had rounded weights in the model's dtype; its folders are read as well.
 
 Files appear whole or not at all, and so does the folder.
 """
@@ -19,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -43,11 +48,15 @@ from dqx.models.checkpoint import CheckpointError, assign, skeleton, too_large
 from dqx.models.family import family_of
 from dqx.models.hub_config import QUANTIZED
 from dqx.models.transformer import Architecture, Block, MaskedDiffusionTransformer, block_of
+from dqx.quant.checkpoint.packed_linear import UNPACKED, packed
+from dqx.quant.linear import QuantLinear
 from dqx.quant.method import Method
 from dqx.quant.registry import STORABLE, storable, storable_class
 from dqx.quant.report import QuantReport
 
-VERSION = 1
+log = logging.getLogger(__name__)
+VERSION = 2
+READ = (1, 2)
 EMBED, HEAD, NORM = "embed.safetensors", "head.safetensors", "norm.safetensors"
 BLOCK = "block-{:05d}.safetensors"
 
@@ -88,7 +97,8 @@ def load_quantized(
     shape["end_token_ids"] = tuple(shape.get("end_token_ids", ()))
     arch = family_of(shape["family"]).architecture_class.read(shape)
     model = skeleton(arch)
-    with accelerator.advising(too_large(sum(shard["bytes"] for shard in recipe["shards"].values()))):
+    size = sum(shard.get("bytes_in_memory", shard["bytes"]) for shard in recipe["shards"].values())
+    with accelerator.advising(too_large(size)):
         read_outer(folder, model, device)
         for index in range(arch.n_blocks):
             model.blocks[index] = read_block(folder, index, arch, device)
@@ -104,8 +114,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read; a quantized checkpoint is a folder that holds it") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if recipe.get("version") != VERSION:
-        raise CheckpointError(f"{path} has version {recipe.get('version')}; this version of dqx reads {VERSION}")
+    if recipe.get("version") not in READ:
+        known = " and ".join(map(str, READ))
+        raise CheckpointError(f"{path} has version {recipe.get('version')}; this version of dqx reads {known}")
     return recipe
 
 
@@ -155,12 +166,13 @@ def write_norm(folder: Path, model: MaskedDiffusionTransformer) -> dict[str, Any
 
 def read_outer(folder: Path, model: MaskedDiffusionTransformer, device: torch.device | str) -> None:
     """Put into `model` what `write_outer` and `write_norm` wrote."""
-    tensors = read_shard(folder / EMBED, device)[0] | read_shard(folder / HEAD, device)[0]
-    if (folder / NORM).is_file():
-        tensors |= read_shard(folder / NORM, device)[0]
-    assign(model, tensors)
-    if "head.weight" not in tensors:
+    for name in (EMBED, HEAD, NORM):
+        if name != NORM or (folder / NORM).is_file():
+            _assign(folder / name, model, read_shard(folder / name, device)[0])
+    if model.head.weight.is_meta and model.arch.tied_head:
         model.head.weight = model.embed.weight
+    outer = {name: p for name, p in model.named_parameters() if not name.startswith("blocks.")}
+    _check_whole(folder, outer, device)
 
 
 def write_block(folder: Path, index: int, block: Block) -> dict[str, Any]:
@@ -172,11 +184,17 @@ def write_block(folder: Path, index: int, block: Block) -> dict[str, Any]:
     stored = {f"stored.{part}": module for part, module in block.stored.items()}
     places = {**block.linears(), **sites, **heads, **sequence, **stored}
     added = {path: module for path, module in places.items() if not isinstance(module, nn.Identity | nn.Linear)}
-    structure = {path: encode(module, tensors, path) for path, module in added.items()}
+    rounded = {path: packed(module) for path, module in added.items() if type(module) is QuantLinear and module.grid}
+    structure = {path: encode(rounded.get(path) or module, tensors, path) for path, module in added.items()}
     for name, parameter in block.named_parameters():
         if not any(name.startswith(f"{path}.") for path in added):
             tensors[name] = parameter
-    return write_shard(folder / BLOCK.format(index), tensors, structure)
+    [(name, entry)] = write_shard(folder / BLOCK.format(index), tensors, structure).items()
+    entry["bytes_in_memory"] = sum(tensor.nbytes for tensor in block.state_dict().values())
+    if unpacked := [path for path, of_file in rounded.items() if of_file is None]:
+        entry["unpacked"] = dict.fromkeys(unpacked, UNPACKED)
+        log.warning(f"blocks.{index}: {', '.join(unpacked)} stored at full width: {UNPACKED}")
+    return {name: entry}
 
 
 def read_block(folder: Path, index: int, arch: Architecture, device: torch.device | str) -> Block:
@@ -187,13 +205,39 @@ def read_block(folder: Path, index: int, arch: Architecture, device: torch.devic
         block = block_of(arch)
     for place, value in structure.items():
         parent, _, name = place.rpartition(".")
-        setattr(block.get_submodule(parent), name, decode(value, tensors))
+        try:
+            module, linear = decode(value, tensors), block.linears().get(place)
+            setattr(block.get_submodule(parent), name, module)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path}: {place} cannot be built from it: {error}") from error
+        if linear is not None and module.weight.shape != linear.weight.shape:
+            raise CheckpointError(f"{path}: {place} has shape {_shape(module.weight)}, not {_shape(linear.weight)}")
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{place}.")}
-    assign(block, tensors)
-    missing = [name for name, parameter in block.named_parameters() if parameter.is_meta]
+    _assign(path, block, tensors)
+    _check_whole(path, dict(block.named_parameters()), device)
+    return block.eval().requires_grad_(False)
+
+
+def _assign(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make a file's tensors the parameters of these names. Raises CheckpointError where the model has others."""
+    for name, parameter in module.named_parameters():
+        if name in tensors and tensors[name].shape != parameter.shape:
+            raise CheckpointError(f"{path}: {name} has shape {_shape(tensors[name])}, not {_shape(parameter)}")
+    try:
+        assign(module, tensors)
+    except AttributeError as error:
+        raise CheckpointError(f"{path} has a tensor that the model has no place for: {error}") from error
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _check_whole(path: Path, parameters: Mapping[str, Tensor], device: torch.device | str) -> None:
+    """Raises CheckpointError where a file has left out parameters."""
+    missing = [name for name, parameter in parameters.items() if parameter.is_meta]
     if missing and torch.device(device).type != "meta":
         raise CheckpointError(f"{path}: {', '.join(missing)} missing")
-    return block.eval().requires_grad_(False)
 
 
 def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -224,12 +268,14 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return nn.Sequential(*(decode(part, tensors) for part in value))
     if not isinstance(value, dict):
         return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
+    if (name := value.get("tensor")) is not None:
+        if name not in tensors:
+            raise CheckpointError(f"tensor {name} is missing")
+        return tensors[name]
     cls = storable_class(value["kind"])
     if cls is None:
         raise CheckpointError(f"no class {value['kind']} is known; import the module whose @storable class it is")
-    options = {name: decode(option, tensors) for name, option in value.items() if name != "kind"}
+    options = {key: decode(option, tensors) for key, option in value.items() if key != "kind"}
     return getattr(cls, "restored", cls)(**options)
 
 
