@@ -147,7 +147,7 @@ class PackedLinear:
         _expect("codes", self.codes, sum(sizes))
         for terms, (of, packed) in enumerate(zip(columns, self.codes.split(sizes), strict=True), 1):
             inputs = int(of.sum())
-            codes[:, of] = unpack(packed, terms, self.outputs * inputs).view(-1, inputs) << (self.grid.bits - terms)
+            codes[:, of] = unpack(packed, terms, self.outputs * inputs).view(self.outputs, inputs) << (self.grid.bits - terms)
         return codes
 
 
