@@ -160,7 +160,7 @@ def _linear_problems(linear: QuantLinear) -> Iterator[str]:
             yield f"zero points lie outside {bits.bits} bits; write method.rounding.include_zero=true"
     if rounds_input(linear):
         yield from _input_problems(linear)
-    if not _exact(linear):
+    if linear.exact_codes() is None:
         yield f"its weights are no longer values of its grid (something changed them afterwards); {INSTEAD}"
 
 
@@ -215,28 +215,6 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _values(linear: QuantLinear, codes: Tensor) -> Tensor:
-    """The weights [O, I] of codes, as readers compute them, in the model's dtype."""
-    assert linear.grid is not None
-    return linear.grid.dequantize(codes, *linear._at_inputs()).to(linear.weight.dtype)
-
-
-def _codes(linear: QuantLinear) -> Tensor:
-    """The codes [O, I], uint8, of the weights. Where the dtype rounded a weight across half a step, its neighbour's."""
-    assert linear.grid is not None
-    codes = linear.codes()
-    if linear.weight_bits.format == "int":
-        for step in (-1, 1):
-            near = (codes.int() + step).clamp(0, linear.grid.max_code).to(torch.uint8)
-            wrong = _values(linear, codes) != linear.weight
-            codes = torch.where(wrong & (_values(linear, near) == linear.weight), near, codes)
-    return codes
-
-
-def _exact(linear: QuantLinear) -> bool:
-    return torch.equal(_values(linear, _codes(linear)), linear.weight)
-
-
 def _stored_scale(linear: QuantLinear, dtype: torch.dtype) -> Tensor:
     assert linear.scale is not None
     narrow = linear.scale.to(dtype)
@@ -265,7 +243,8 @@ def _stored(linear: QuantLinear) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     assert linear.zero_point is not None
-    bits, codes = linear.weight_bits, _codes(linear)
+    bits, codes = linear.weight_bits, linear.exact_codes()
+    assert codes is not None
     tensors = {"weight_scale": _stored_scale(linear, linear.weight.dtype)}
     if bits.format == "fp8":
         return tensors | {"weight": codes.view(torch.float8_e4m3fn)}

@@ -7,7 +7,8 @@ O = outputs, I = inputs, G = groups per row, K = terms of a binary grid. Of a li
                     then those of the groups with two, and so on
     q.scale         [O, G], of binary grids [O, G, K], in the narrowest type that holds them to the bit, of E8M0,
                     float16, bfloat16 and their own. Those of nvfp4 in E4M3, as multiples of `q.grid.tensor_scale`.
-                    Where groups differ in their terms: [O, terms of all groups]
+                    Where groups differ in their terms: [O, terms of all groups]. Of GGUF's superblocks, of which there
+                    are B per row, `q.scale.factor` [O, B] and `q.scale.integers`, packed like codes
     q.zero_point    [O, G], as integers of b bits packed like codes where they are such, else as scales are
     q.group_index   int16 [I]: the group of each input, where groups are not of neighbours
     q.column_scale  [I, 1 or K], of binary grids
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from dqx.formats.binary import BinaryGrid
 from dqx.formats.bits import ActivationBits, WeightBits
+from dqx.formats.gguf import MinimumSuperblocks, SymmetricSuperblocks, levels
 from dqx.formats.integers import Grid, bit_patterns
 from dqx.formats.weight import QuantizedWeight, consecutive_groups
 from dqx.quant.checkpoint.packing import BYTE, pack, packed_size, unpack
@@ -51,6 +53,24 @@ UNPACKED = "not all of its weights are values of its grid, to the bit"
 
 @storable
 @dataclass(frozen=True, eq=False)
+class TwoLevels:
+    """Numbers [O, G] that are integers times a number of their superblock, as the file has them."""
+
+    factor: Tensor  # [O, B]
+    integers: Tensor
+    bits: int  # of an integer
+    groups: int  # per superblock
+
+    @classmethod
+    def restored(cls, **options: Any) -> Tensor:
+        """The numbers, float32. Raises ValueError for another number of integers than there are groups."""
+        self = cls(**options)
+        integers = unpack(self.integers, self.bits, self.factor.numel() * self.groups)
+        return (integers.view(*self.factor.shape, self.groups) * self.factor.float()[..., None]).flatten(1)
+
+
+@storable
+@dataclass(frozen=True, eq=False)
 class PackedLinear:
     """What the file has of a `QuantLinear`."""
 
@@ -60,8 +80,8 @@ class PackedLinear:
     dtype: str  # of the weight
     grid: Grid
     grid_dtype: str  # of scales and zero points
-    scale: Tensor
-    zero_point: Tensor | float
+    scale: Any  # Tensor, or TwoLevels, which becomes one when it is read
+    zero_point: Any  # likewise, or one number
     group_index: Tensor | int
     column_scale: Tensor | None
     terms: Tensor | None
@@ -147,7 +167,9 @@ class PackedLinear:
         _expect("codes", self.codes, sum(sizes))
         for terms, (of, packed) in enumerate(zip(columns, self.codes.split(sizes), strict=True), 1):
             inputs = int(of.sum())
-            codes[:, of] = unpack(packed, terms, self.outputs * inputs).view(self.outputs, inputs) << (self.grid.bits - terms)
+            codes[:, of] = unpack(packed, terms, self.outputs * inputs).view(self.outputs, inputs) << (
+                self.grid.bits - terms
+            )
         return codes
 
 
@@ -169,7 +191,7 @@ def packed(linear: QuantLinear) -> PackedLinear | None:
         grid=linear.grid,
         grid_dtype=_name(linear.scale),
         scale=_stored_scale(linear.scale if terms is None else linear.scale[:, _used(terms, bits)], linear.grid),
-        zero_point=_stored_zero_point(linear.zero_point, bits),
+        zero_point=_stored_zero_point(linear.zero_point, linear.grid),
         group_index=_stored_groups(linear.group_index),
         column_scale=None if linear.column_scale is None else _narrow(linear.column_scale),
         terms=terms,
@@ -199,23 +221,35 @@ def _by_terms(codes: Tensor, terms_I: Tensor, most: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _stored_scale(scale: Tensor, grid: Grid) -> Tensor:
+def _stored_scale(scale: Tensor, grid: Grid) -> Tensor | TwoLevels:
     factor = getattr(grid, "tensor_scale", None)
     if factor is not None:
         multiples = (scale / factor).to(torch.float8_e4m3fn)
         if _same(multiples.to(scale.dtype) * factor, scale):
             return multiples
-    return _narrow(scale)
+    return _two_levels(scale, grid) or _narrow(scale)
 
 
-def _stored_zero_point(zero_point: Tensor, bits: int) -> Tensor | float:
+def _stored_zero_point(zero_point: Tensor, grid: Grid) -> Tensor | TwoLevels | float:
     first = zero_point.flatten()[0]
     if _same(first.expand_as(zero_point), zero_point):
         return first.item()
     whole = zero_point.to(torch.uint8)
-    if _same(whole.to(zero_point.dtype), zero_point) and not whole.max() >> bits:
-        return pack(whole, bits)
-    return _narrow(zero_point)
+    if _same(whole.to(zero_point.dtype), zero_point) and not whole.max() >> grid.bits:
+        return pack(whole, grid.bits)
+    return _two_levels(zero_point, grid, sign=-1) or _narrow(zero_point)
+
+
+def _two_levels(x: Tensor, grid: Grid, sign: int = 1) -> TwoLevels | None:
+    """Numbers [O, G] of this sign on two levels, where the grid has superblocks and they are such numbers."""
+    if not isinstance(grid, MinimumSuperblocks | SymmetricSuperblocks):
+        return None
+    found = levels(x * sign, grid.groups, grid.largest)
+    if found is None:
+        return None
+    bits = grid.largest.bit_length()
+    packed = TwoLevels(_narrow(found[0] * sign), pack(found[1].to(torch.uint8), bits), bits, grid.groups)
+    return packed if _same(TwoLevels.restored(**vars(packed)).to(x.dtype), x) else None
 
 
 def _stored_groups(group_I: Tensor) -> Tensor | int:
