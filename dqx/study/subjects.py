@@ -41,7 +41,7 @@ from dqx.study import facts
 from dqx.study.cache import space
 from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.key import Key
-from dqx.study.estimate.memory import room_for_activations, streams_from_disk, weight_bytes
+from dqx.study.estimate.memory import quantized_bytes, room_for_activations, streams_from_disk
 from dqx.study.experiment import Experiment
 
 TOO_SMALL = "the model was quantized from disk, block by block: the device's memory was too small to do it in one piece"
@@ -290,7 +290,7 @@ class Subjects:
         config, store = self.config, self.cache.store
         if not (self.seen and config.keep_quantized):
             return False
-        needed = weight_bytes(self.experiment.arch, self.experiment.dtype)
+        needed = quantized_bytes(self.experiment.arch, self.experiment.dtype, self.method, config.bits)
         if config.cache_max_gb is None or space.make_room(store, needed, int(config.cache_max_gb * GB)):
             return True
         store.warn(f"the quantized model was not kept: it is larger than cache_max_gb={config.cache_max_gb:g}")

@@ -48,7 +48,7 @@ def test_the_command_measures_and_cleans_up(tmp_path, monkeypatch, capsys):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["method"], figures["bits"], figures["blocks"], figures["tokens"]) == ("gptq", "w4a16", 1, 32)
     assert figures["peak_ram_gb"] > 0.05
-    assert figures["quantized_gb"] > figures["checkpoint_gb"]  # rounded weights in the model's dtype, and their scales
+    assert 0 < figures["quantized_gb"] < figures["checkpoint_gb"]
     assert "llada_8b, 1 blocks, gptq w4a16, 32 calibration tokens" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
 

@@ -27,8 +27,11 @@ from dqx.common.devices import process_count
 from dqx.common.memory import GB, gigabytes, machine_bytes
 from dqx.diffusion.batches import token_bytes
 from dqx.diffusion.engine import cache_bytes, row_bytes
+from dqx.formats.bits import FORMATS, UNQUANTIZED, BitsConfig
+from dqx.formats.weight import group_width
 from dqx.models.architecture import Architecture
 from dqx.models.transformer import MaskedDiffusionTransformer
+from dqx.quant.method import Method
 from dqx.quant.stats import COLLECTORS
 from dqx.quant.token_weight import HEAD_TOKENS
 from dqx.study.design import Design
@@ -161,6 +164,21 @@ def weight_bytes(arch: Architecture, dtype: torch.dtype) -> int:
     """All parameters, a tied head once."""
     with torch.device("meta"):
         return sum(p.numel() for p in MaskedDiffusionTransformer(arch).parameters()) * dtype.itemsize
+
+
+def quantized_bytes(arch: Architecture, dtype: torch.dtype, method: Method, bits: BitsConfig) -> int:
+    """About what the files of a quantized model take: codes at their width, scales and zero points."""
+    saved = 0  # bits
+    for widths in bits.resolve(arch).blocks:
+        for role, weight in widths.weight.items():
+            if weight.bits == UNQUANTIZED or method.rounding_of(role) is None:
+                continue
+            n_in, n_out = arch.in_features(role), arch.out_features(role)
+            groups = -(-n_in // group_width(n_in, weight.group_size))
+            format = FORMATS[weight.format]
+            of_group = 32 + weight.bits if format.block is None else format.scale_bits
+            saved += n_out * (n_in * (8 * dtype.itemsize - weight.bits) - groups * of_group)
+    return weight_bytes(arch, dtype) - saved // 8
 
 
 def _outer_bytes(arch: Architecture, dtype: torch.dtype) -> tuple[int, int]:
