@@ -206,12 +206,13 @@ def read_block(folder: Path, index: int, arch: Architecture, device: torch.devic
     for place, value in structure.items():
         parent, _, name = place.rpartition(".")
         try:
-            module, linear = decode(value, tensors), block.linears().get(place)
+            module = decode(value, tensors)
+            usual = block.get_parameter(f"{place}.weight") if place in block.linears() else None
             setattr(block.get_submodule(parent), name, module)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{path}: {place} cannot be built from it: {error}") from error
-        if linear is not None and module.weight.shape != linear.weight.shape:
-            raise CheckpointError(f"{path}: {place} has shape {_shape(module.weight)}, not {_shape(linear.weight)}")
+        if usual is not None and module.weight.shape != usual.shape:
+            raise CheckpointError(f"{path}: {place} has shape {_shape(module.weight)}, not {_shape(usual)}")
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{place}.")}
     _assign(path, block, tensors)
     _check_whole(path, dict(block.named_parameters()), device)
