@@ -1,6 +1,6 @@
 """How much memory and time quantizing a whole model from disk takes: a random checkpoint of a model's full size.
 
-    python -m dqx.benchmarks.memory FOLDER                                LLaDA-8B, rtn: 16 GB on disk, twice
+    python -m dqx.benchmarks.memory FOLDER                                LLaDA-8B, rtn: 16 GB on disk, and the result
     python -m dqx.benchmarks.memory FOLDER --method gptq --samples 4      with 4 calibration sequences
     python -m dqx.benchmarks.memory FOLDER --method awq --blocks 2        the first two blocks
 
@@ -84,7 +84,7 @@ def quantized(args: argparse.Namespace, say: Say) -> QuantReport:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options("memory", __doc__)
-    parser.add_argument("folder", type=Path, help="a new folder, with room for the checkpoint twice")
+    parser.add_argument("folder", type=Path, help="a new folder, with room for the checkpoint and the quantized one")
     parser.add_argument("--model", default="llada_8b", choices=MODELS, help="whose shapes (llada_8b)")
     parser.add_argument("--method", default="rtn", help="a choice of the config group `method` (rtn)")
     parser.add_argument("--bits", default="w4a16", help="a choice of the config group `bits` (w4a16)")
