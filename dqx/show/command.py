@@ -3,7 +3,8 @@
     dqx generate nano_llada
     dqx generate nano_llada --bits w3a16 --method rtn --compare
 
-`MODEL` is what `dqx export` takes: a run's folder, a saved model, a model's name or folder. Where the output is no
+`MODEL` is what `dqx export` takes: a run's folder, a saved model, a model's name or folder; with `--gguf FILE` its name
+or folder, of which tokenizer and sampler are taken, and llama.cpp computes the logits. Where the output is no
 terminal, the text alone is printed.
 """
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="of the noise, and of quantization (0)")
     add("--method", metavar="NAME", help="quantize first, with a method of conf/method (gptq)")
     add("--bits", metavar="NAME", help="quantize first, to widths of conf/bits (w4a16)")
+    add("--gguf", metavar="FILE", help="an exported file of MODEL, computed by llama.cpp")
     add("--compare", action="store_true", help="full precision and quantized side by side, forward by forward")
     add("--delay", type=float, default=0.1, metavar="S", help="seconds that a frame is shown at least (0.1)")
     add("--svg", metavar="FILE", help="also a picture, for slides; FILE must not exist")
@@ -86,6 +88,8 @@ def check(options: argparse.Namespace) -> None:
 
     problems = count_problems(**{"--gen-length": options.gen_length})
     problems += [] if options.at is None else count_problems(**{"--at": options.at})
+    if options.gguf and (options.method or options.bits):
+        problems.append("--gguf FILE is quantized already; leave out --method and --bits")
     problems += number_problems("--delay", options.delay, 0)
     if options.at is not None and not options.svg:
         problems.append("--at chooses the frame of a picture; give --svg FILE too, or leave it out")
@@ -102,10 +106,11 @@ def generate(options: argparse.Namespace) -> None:
     """Write the answer, or both, and draw them meanwhile."""
     from rich.console import Console
 
+    from dqx.api import load
     from dqx.study.source import full_precision, loaded
 
     console = Console(highlight=False, emoji=False)
-    lm = loaded(options.model)
+    lm = load(options.model, gguf=options.gguf) if options.gguf else loaded(options.model)
     quantizes = options.method is not None or options.bits is not None
     show = Show(options, console)
     if not options.compare:
@@ -117,7 +122,7 @@ def generate(options: argparse.Namespace) -> None:
         quantize(lm, options)
         show.write(lm)
     else:
-        show.write(full_precision(options.model, lm), play=False)
+        show.write(loaded(options.model) if options.gguf else full_precision(options.model, lm), play=False)
         show.write(lm)
     show.end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from dqx.engines import llama_cpp
 from dqx.engines.model import engine_problems
 from dqx.export.comparison import agreement, masked_windows, verify
 from dqx.export.gguf import write
+from dqx.show import command
 
 pytestmark = [
     pytest.mark.slow,
@@ -148,3 +150,13 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name: str, tmp_path: Path) -> None
     engine = llama_cpp.LlamaCpp(tmp_path / "model.gguf")
     for text in TEXTS:
         assert engine.tokenize(text) == core.encode(text).ids, text
+
+
+def test_dqx_generate_shows_a_file_beside_full_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written("nano_llada", "q8_0", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dqx generate", "nano_llada", "--gguf", str(file), "--compare"])
+    assert command.main() == 0
+    plain, of_file = capsys.readouterr().out.split("nano_llada, llama-cpp-python")
+    assert plain.split(":", 1)[1].strip() == of_file.split(":", 1)[1].strip()

@@ -17,6 +17,7 @@ from rich.text import Text
 import dqx
 from dqx.common.problems import ConfigProblems
 from dqx.diffusion.frames import Frame
+from dqx.engines import llama_cpp
 from dqx.show import command
 from dqx.show.drawing import LEVELS, Moment, Pane, answer, screen
 from dqx.show.pieces import pieces
@@ -189,6 +190,8 @@ def test_two_side_by_side(tmp_path: Path) -> None:
         (["nano_llada", "--method", "gptx"], "did you mean gptq or gptaq?"),
         (["nano_llada", "--steps", "7"], "steps=7 cannot be shared equally by 2 blocks"),
         (["nano_dream", "--threshold", "0.9"], "the sampler of nano_dream (entropy) has no threshold"),
+        (["nano_llada", "--gguf", "a.gguf", "--bits", "3"], "--gguf FILE is quantized already"),
+        (["nano_llada", "--gguf", "a.gguf"], "a.gguf" if not llama_cpp.problems() else "llama-cpp-python is missing"),
         (["nano_llada", "--compare"], "nano_llada is at full precision, and there is nothing to compare it with"),
     ],
 )
