@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dqx.common.environment import package_version
 from dqx.common.files import write_text
+from dqx.models.checkpoint import PACKAGED
 from dqx.record import words
 from dqx.report import tables
 from dqx.report.markdown import code, escape, table
@@ -31,7 +32,9 @@ def write_card(out: Path, format: str, lm: DiffusionLM, notes: Sequence[str], re
 
 
 def _parts(out: Path, format: str, lm: DiffusionLM, notes: Sequence[str], record: Record | None) -> Iterator[str]:
-    base = lm.config.path if lm.config.path and not Path(lm.config.path).expanduser().exists() else lm.config.name
+    path = lm.config.path
+    here = not path or path.startswith(PACKAGED) or Path(path).expanduser().exists()
+    base = lm.config.name if here else path
     tags = ["diffusion", format, *(["quantized"] if lm.quantization else []), "dqx"]
     yield "\n".join(["---", f"base_model: {base}", f"tags: [{', '.join(tags)}]", "---"])
     precision = lm.facts()["precision"]

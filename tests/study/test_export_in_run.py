@@ -31,6 +31,7 @@ def test_a_run_leaves_a_file_and_its_card(tmp_path: Path, monkeypatch: pytest.Mo
     assert torch.equal(dqx.load(str(out), device="cpu").logits("a"), other.logits("a"))
     card = (out / "README.md").read_text()
     assert "# nano_llada, rtn w4a16, 4.16 bits per weight on average" in card
+    assert "base_model: nano_llada\n" in card
     assert "| `nano_facts` | 2 | 100.0 |" in card
     assert "dqx verify dequantized --against RUN" in card
     for _ in range(2):  # a second look takes the place of the first
