@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dqx.benchmarks.cases import MODELS, scaled
-from dqx.benchmarks.common import options, seconds, table, tell, write_figures
+from dqx.benchmarks.common import check, options, seconds, table, tell, write_figures
 from dqx.benchmarks.sweep import launch
 from dqx.config.schema import FidelityConfig, OutlierConfig
 from dqx.data.calibration import CalibBatch
@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=64, help="denoising steps (64)")
     parser.add_argument("--run", action="store_true", help="also the default run of the bundled model: a minute or two")
     args = parser.parse_args(argv)
+    check(parser, args, "blocks", "window", "prompt", "gen_length", "steps", models=[args.model])
     torch.set_num_threads(1)
     arch = scaled(MODELS[args.model], args.scale)
     words = arch.vocab_size // args.scale

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from dqx.benchmarks.cases import MODELS, scaled
-from dqx.benchmarks.common import check_counts, options, progress, seconds, table, tell, write_figures
-from dqx.common.devices import device_problems
+from dqx.benchmarks.common import check, options, progress, seconds, table, tell, write_figures
 from dqx.diffusion.block_engine import BlockEngine
 from dqx.diffusion.engine import Prompt
 from dqx.diffusion.samplers.sdar import SDARSampler
@@ -124,9 +123,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where all sides run: cpu, cuda, xpu (cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     args = parser.parse_args(argv)
-    for problem in device_problems(args.device):
-        parser.error(problem.replace("model.device", "--device"))
-    check_counts(parser, args, "prompts", "prompt", "answer", "scale", "blocks", "threads")
+    check(parser, args, "prompts", "prompt", "answer", "blocks", "threads", models=["sdar_8b"])
     return args
 
 

@@ -32,7 +32,7 @@ def scaled(arch: Architecture, scale: int) -> Architecture:
     Raises ValueError if that leaves a width that is no multiple of 128 or a model without heads.
     """
     widths = (arch.hidden_size, arch.mlp_size)
-    kv = max(1, arch.n_kv_heads // scale)
+    kv = max(1, arch.n_kv_heads // max(1, scale))
     if scale < 1 or any(w % (scale * HEAD) for w in widths) or (arch.n_heads // scale) % kv:
         fits = [s for s in range(1, 65) if all(w % (s * HEAD) == 0 for w in widths)]
         raise ValueError(

@@ -16,7 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from dqx.benchmarks.cases import MODELS, scaled
 from dqx.common import accelerator
+from dqx.common.devices import device_problems
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
 
@@ -42,11 +44,19 @@ def names(parser: argparse.ArgumentParser, option: str, text: str, known: Iterab
     return chosen
 
 
-def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str) -> None:
-    """End the program where one of these options is below 1."""
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *counts: str, models: Iterable[str] = ()) -> None:
+    """End the program where one of the options `counts` is below 1, where this machine has no such `--device`, or where
+    `--scale` does not divide the widths of these `models` (names in MODELS)."""
     for name in counts:
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name}={value} must be at least 1")
+    for problem in device_problems(getattr(args, "device", "cpu")):
+        parser.error(problem.replace("model.device", "--device"))
+    for model in models:
+        try:
+            scaled(MODELS[model], args.scale)
+        except ValueError as error:
+            parser.error(f"--{error}")
 
 
 def clock(device: torch.device = CPU) -> float:

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from dqx.benchmarks.common import check_counts, names, options, progress, seconds, table, tell, write_figures
+from dqx.benchmarks.common import check, names, options, progress, seconds, table, tell, write_figures
 from dqx.benchmarks.lengths import TASKS, Lengths, read, spread
 from dqx.benchmarks.paths import PATHS, PUBLISHED_MODEL, Comparison, Work, architecture, random_model
-from dqx.common.devices import device_problems
 from dqx.config import compose
 from dqx.evaluate.spec import TaskSpec
 from dqx.models.transformer import Architecture
@@ -193,19 +192,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny model, two documents, short prompts and answers")
     args = parser.parse_args(argv)
     args.tasks = names(parser, "--tasks", args.tasks, TASKS)
-    for problem in device_problems(args.device):
-        parser.error(problem.replace("model.device", "--device"))
     if args.quick:
         args.scale, args.blocks, args.documents = 32, 2, args.documents or 2
-    check_counts(parser, args, "documents", "blocks", "threads")
+    check(parser, args, "documents", "blocks", "threads", models=["llada_8b"])
     if args.tokens_per_step not in (1, 2, 4, 8, 16, 32):
         parser.error(
             f"--tokens-per-step={args.tokens_per_step} must divide a block of 32 tokens; 1, 2, 4, 8, 16, 32 do"
         )
-    try:
-        architecture(args.scale, args.blocks)
-    except ValueError as error:
-        parser.error(f"--{error}")
     return args
 
 

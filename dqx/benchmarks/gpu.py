@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from dqx.benchmarks import agreement
-from dqx.benchmarks.common import options
+from dqx.benchmarks.common import check, options
 from dqx.benchmarks.evaluate import matmul_rate, quick
 from dqx.benchmarks.lengths import Lengths, read, spread
 from dqx.benchmarks.paths import PATHS, Comparison, architecture, counted, random_model
 from dqx.benchmarks.sides import BITS
 from dqx.common import accelerator
-from dqx.common.devices import device_problems, pick_device
+from dqx.common.devices import pick_device
 from dqx.common.environment import environment
 from dqx.common.files import write_json
 from dqx.common.memory import gigabytes, peak_ram, watch_peaks
@@ -325,8 +325,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, help="full: LLaDA-8B's shapes; small (full, on a CPU small)")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device in bfloat16 (those of a matrix product)")
     args = parser.parse_args(argv)
-    for problem in device_problems(args.device):
-        parser.error(problem.replace("model.device", "--device"))
+    check(parser, args)
     if not args.minutes > 0:
         parser.error(f"--minutes={args.minutes:g} must be above 0")
     if args.peak is not None and not args.peak > 0:

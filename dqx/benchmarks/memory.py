@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dqx.benchmarks.cases import MODELS
-from dqx.benchmarks.common import Say, check_counts, in_process, options, write_figures
+from dqx.benchmarks.common import Say, check, in_process, options, write_figures
 from dqx.common.files import write_json
 from dqx.common.memory import GB
 from dqx.config import compose
@@ -96,7 +96,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.folder.exists():
         parser.error(f"{args.folder} exists already; name a new folder")
-    check_counts(parser, args, "blocks", "samples", "length", "threads")
+    check(parser, args, "blocks", "samples", "length", "threads")
     return args
 
 

@@ -25,7 +25,7 @@ from dqx.benchmarks.cases import LENGTH, MODELS, make_case, scaled
 from dqx.benchmarks.common import (
     CPU,
     Say,
-    check_counts,
+    check,
     in_process,
     names,
     options,
@@ -289,12 +289,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     if args.tokens < LENGTH or args.tokens % LENGTH:
         parser.error(f"--tokens={args.tokens} must be a multiple of {LENGTH}, the length of a sequence; write 2048")
-    check_counts(parser, args, "threads")
-    for model in args.model:
-        try:
-            scaled(MODELS[model], args.scale)
-        except ValueError as error:
-            parser.error(f"{model}: --{error}")
+    check(parser, args, "threads", models=args.model)
     return args
 
 

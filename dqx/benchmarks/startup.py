@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from dqx.benchmarks.common import check_counts, options, progress, table, tell, write_figures
+from dqx.benchmarks.common import check, options, progress, table, tell, write_figures
 from dqx.common.files import PACKAGE
 
 CHECKOUT = PACKAGE.parent
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3, help="how often each command is measured (3)")
     parser.add_argument("--cached", action="store_true", help="also runs that compute nothing, and a report: minutes")
     args = parser.parse_args(argv)
-    check_counts(parser, args, "repeat")
+    check(parser, args, "repeat")
     checkouts = {"before": args.before.resolve(), "now": CHECKOUT} if args.before else {"now": CHECKOUT}
     for name, checkout in checkouts.items():
         if not (checkout / LAUNCH).is_file():

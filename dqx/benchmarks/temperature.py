@@ -15,10 +15,9 @@ from statistics import median
 import torch
 
 from dqx.benchmarks.cases import MODELS, scaled
-from dqx.benchmarks.common import CPU, check_counts, options, seconds, table, tell, write_figures
+from dqx.benchmarks.common import CPU, check, options, seconds, table, tell, write_figures
 from dqx.benchmarks.evaluate import DTYPES
 from dqx.benchmarks.paths import random_model
-from dqx.common.devices import device_problems
 from dqx.diffusion.engine import Engine, Prompt
 from dqx.diffusion.noise import SeededNoise
 from dqx.diffusion.samplers.llada import LLaDASampler
@@ -104,11 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where to run: cpu, cuda, xpu (cpu)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="type of the weights (float32)")
     args = parser.parse_args(argv)
-    check_counts(parser, args, "rows", "prompt", "gen_length", "steps", "blocks")
+    check(parser, args, "rows", "prompt", "gen_length", "steps", "blocks", models=[args.model])
     if args.temperature <= 0:
         parser.error(f"--temperature={args.temperature:g} must be above 0; temperature 0 is measured beside it")
-    for problem in device_problems(args.device):
-        parser.error(problem.replace("model.device", "--device"))
     torch.set_num_threads(1)
     figures = compare(
         replace(scaled(MODELS[args.model], args.scale), n_blocks=args.blocks),

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 
 from dqx.api import DiffusionLM, load
-from dqx.benchmarks.common import Say, check_counts, names, options, progress, seconds, table, tell, write_figures
+from dqx.benchmarks.common import Say, check, names, options, progress, seconds, table, tell, write_figures
 from dqx.benchmarks.paths import architecture, random_model, random_tokens
 from dqx.common import accelerator
-from dqx.common.devices import device_problems
 from dqx.common.environment import environment
 from dqx.common.memory import gigabytes, peak_ram, trim, watch_peaks
 from dqx.config import compose
@@ -338,9 +337,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where all sides run: cpu, cuda, xpu (cpu)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (1)")
     args = parser.parse_args(argv)
-    for problem in device_problems(args.device):
-        parser.error(problem.replace("model.device", "--device"))
-    check_counts(parser, args, "prompt", "tokens_per_step", "rounds", "scale", "blocks", "threads")
+    check(parser, args, "prompt", "tokens_per_step", "rounds", "blocks", "threads", models=["llada_8b"])
     default = (*BITS, *(ON_CUDA if args.device.startswith("cuda") else ()))
     args.bits = names(parser, "--bits", args.bits or ",".join(default), compose.choices("bits"))
     args.models = args.models.split(",")
@@ -351,10 +348,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         setattr(args, name, [int(part) for part in text.split(",")])
     if wrong := [answer for answer in args.answers if answer % args.tokens_per_step]:
         parser.error(f"--tokens-per-step={args.tokens_per_step} must divide the answers; {wrong[0]} is no multiple")
-    try:
-        architecture(args.scale, args.blocks)
-    except ValueError as error:
-        parser.error(f"--{error}")
     return args
 
 

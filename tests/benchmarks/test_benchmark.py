@@ -10,7 +10,7 @@ from goldens import GOLDEN, golden, tiny
 from rich.console import Console
 from tiny import SITES
 
-from dqx.benchmarks import activations, plain, quantize, temperature
+from dqx.benchmarks import activations, blocks, evaluate, plain, quantize, temperature, throughput
 from dqx.benchmarks.cases import MODELS, make_case, scaled
 from dqx.benchmarks.sides import BITS, SETTINGS, SIDES, SideRun, compare, differences
 from dqx.config import compose
@@ -146,6 +146,17 @@ def test_command_line(capsys):
         with pytest.raises(SystemExit):
             quantize.arguments(wrong)
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [activations, blocks, evaluate, temperature, throughput])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("--scale=3", "scale=3 leaves no whole groups"), ("--scale=0", "scale=0"), ("--blocks=0", "must be at least 1")],
+)
+def test_all_check_their_arguments_alike(program, wrong, said, capsys):
+    with pytest.raises(SystemExit):
+        program.main([wrong])
+    assert said in capsys.readouterr().err
 
 
 def test_table():
