@@ -98,6 +98,26 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     assert torch.equal(linear(x)[1, 4:5], linear(x[1, 4:5]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_are_those_of_the_weight_to_the_bit(dtype) -> None:
+    """In bfloat16 too, where in lopsided rows the code nearest to a weight may be another number's."""
+    lopsided = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).abs() + 0.01
+    rounded = rtn_round(lopsided, RTN().grid(W8A8.weight))
+    linear = QuantLinear(nn.Linear(256, 64, dtype=dtype), W8A8.weight, rounded, PerToken(), W8A8.activation)
+    kernel = Int8Linear(linear)
+    steps = kernel.codes.t().double() - kernel.zero.double()[:, None]
+    assert torch.equal((steps.float() * linear.scale).to(dtype), linear.weight)
+
+
+def test_a_weight_that_was_changed_is_refused() -> None:
+    for bits, kernel in ((W8A8, "int8"), (FP8, "fp8")):
+        model = tiny.toy()
+        quantize(model, METHOD, bits, progress=False)
+        model.blocks[1].up.weight[3, 5] *= 1.001
+        with pytest.raises(ValueError, match=rf"blocks.1.up: its weights are no longer values .* backend={kernel} "):
+            install(model, dict.fromkeys(["blocks.1.up"], kernel))
+
+
 @trusted_fp8
 def test_fp8_is_the_simulation() -> None:
     linear, x = quantized(FP8, RTN(), PerToken()), inputs()

@@ -96,7 +96,7 @@ def counted(kernels: Mapping[str, str], n_linears: int) -> dict[str, int]:
 def install(model: MaskedDiffusionTransformer, kernels: Mapping[str, str]) -> None:
     """Put kernels into a quantized model, in place of the linears of these names; one weight at a time is held twice.
 
-    Raises ValueError for a linear that is not quantized.
+    Raises ValueError for a linear that is not quantized, or whose weight was changed afterwards.
     """
     for name, kernel in kernels.items():
         parent, _, role = name.rpartition(".")
@@ -104,4 +104,7 @@ def install(model: MaskedDiffusionTransformer, kernels: Mapping[str, str]) -> No
         linear = getattr(block, role)
         if not isinstance(linear, QuantLinear):
             raise ValueError(f"{name} is no quantized linear; quantize the model first")
-        setattr(block, role, KERNELS[kernel](linear))
+        try:
+            setattr(block, role, KERNELS[kernel](linear))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None

@@ -37,7 +37,7 @@ class FP8Linear(KernelLinear):
 
     def __init__(self, linear: QuantLinear):
         super().__init__(linear)
-        self.register_buffer("codes", linear.codes().view(torch.float8_e4m3fn))
+        self.register_buffer("codes", self.codes_of(linear).view(torch.float8_e4m3fn))
         self.register_buffer("one", torch.ones((), device=self.codes.device))
 
     def encode(self, x_NI: Tensor) -> Encoded:

@@ -43,7 +43,7 @@ class Int8Linear(KernelLinear):
         super().__init__(linear)
         assert linear.grid is not None
         assert linear.zero_point is not None
-        codes = (linear.codes().to(torch.int16) - MIDDLE).to(torch.int8)
+        codes = (self.codes_of(linear).to(torch.int16) - MIDDLE).to(torch.int8)
         zero = linear.zero_point.view(-1).double() - MIDDLE
         self.symmetric_weight = bool((zero == 0).all())
         ends = torch.stack((codes.amin(1), codes.amax(1))).double()

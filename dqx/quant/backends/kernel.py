@@ -60,6 +60,17 @@ class KernelLinear(nn.Module, ABC):
         self.register_buffer("scale", linear.scale.view(-1).float())  # [O]
 
     @classmethod
+    def codes_of(cls, linear: QuantLinear) -> Tensor:
+        """The codes [O, I] as uint8 whose values are the weight to the bit. Raises ValueError where it has none."""
+        codes = linear.exact_codes()
+        if codes is None:
+            raise ValueError(
+                "its weights are no longer values of its grid (something changed them afterwards), and "
+                f"backend={cls.name} multiplies their codes; write backend=simulated"
+            )
+        return codes
+
+    @classmethod
     def unfit(cls, product: Product) -> Iterator[str]:
         """Why the kernel cannot compute a product, in words that follow "which has"."""
         for what, part in (("weights", product.weight), ("inputs", product.activation)):
