@@ -79,12 +79,9 @@ def _normalize(argument: str, sweep: bool) -> str:
     home = HOME.fullmatch(argument)
     if home:
         return home[1] + str(Path(home[2]).expanduser())
-    inner = INNER.fullmatch(argument)
-    if inner and not VALUES & set(inner[4].split(",")):
-        return f"{inner[1]}method/{inner[3]}@method.{inner[2]}={inner[4]}"
-    part = PART.fullmatch(argument)
-    if part:
-        return _part(argument, *part.groups())
+    part = part_by_name(argument)
+    if part != argument:
+        return part
     match = LIST.fullmatch(argument)
     if not match:
         return argument
@@ -103,8 +100,20 @@ def _normalize(argument: str, sweep: bool) -> str:
     return f"{plus}steps={','.join(files)}"
 
 
+def part_by_name(argument: str) -> str:
+    """`method/rounding=rtn` for `method.rounding=rtn`, a part by the name of its file; anything else as it is.
+
+    null and true are values, and a list that has one among names stays a list of values: a sweep that deals them out
+    asks again for each.
+    """
+    inner = INNER.fullmatch(argument)
+    if inner and not VALUES & set(inner[4].split(",")):
+        return f"{inner[1]}method/{inner[3]}@method.{inner[2]}={inner[4]}"
+    part = PART.fullmatch(argument)
+    return argument if part is None else _part(argument, *part.groups())
+
+
 def _part(argument: str, plus: str, group: str, slot: str, name: str | None, values: str) -> str:
-    """A part that is given by the name of its file instead of as a mapping; null and true are values."""
     if VALUES & set(values.split(",")):
         return argument
     if f"{group}.{slot}" in PARTS and name is None:

@@ -20,6 +20,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dqx.common.names import method_label
+from dqx.config.command_line import part_by_name
 from dqx.config.compose import resolve
 from dqx.config.mistakes import explain
 from dqx.config.schema import Config, ConfigProblems
@@ -79,7 +80,7 @@ class Sweeper(BasicSweeper):
         """
         assert self.hydra_context is not None
         assert self.config is not None
-        judged = [Combination(overrides) for overrides in jobs]
+        judged = [Combination([part_by_name(override) for override in overrides]) for overrides in jobs]
         for job in judged:
             try:
                 job.config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.overrides))

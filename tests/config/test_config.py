@@ -328,6 +328,13 @@ def test_what_no_run_of_a_sweep_can_do_stops_it(tmp_path: Path) -> None:
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_may_mix_null_with_names_of_parts(tmp_path: Path) -> None:
+    """Nothing is wrong with the parts: each run has its own, or none."""
+    parts = ["method.clip=null,weight_mse", "method.kv=per_head,null"]
+    done = launch("-m", "method=quarot", "bits=3", *parts, "seed=-1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert done.stderr == "cannot run: seed=-1 must be 0 or more\n"
+
+
 def test_runs_that_cannot_work_are_told_before_the_first_starts_and_left_out(tmp_path: Path) -> None:
     """One run of eight can: it is done, and the others are told twice, at the beginning with what they share."""
     widths = ["bits.blocks.b0.weight=4,9", "steps=8,-1", "seed=0,-1"]
