@@ -184,7 +184,7 @@ class Config:
     )
     verbose: int = 1  # 0: one line per run; 1: one line per run of a sweep, else its tables; 2: everything
     hang_minutes: float | None = 60.0  # a run in which nothing has moved for so long is ended; null: never
-    backend: str = "simulated"  # or int8, fp8, auto: what multiplies quantized linears (dqx/quant/backends)
+    backend: str = "simulated"  # or int8, fp8, auto (dqx/quant/backends), llama_cpp: what computes the quantized model
     parts: list[str] = field(default_factory=list)  # your own modules whose classes a `_target_` may name
     bundle: str | None = None  # the shared run that this one repeats and is compared with; `--from` sets it
     sweep: dict[str, str] = field(default_factory=dict)  # what a preset varies: {method: "rtn,gptq", bits: "w4,w3"}

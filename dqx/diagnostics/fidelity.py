@@ -41,6 +41,7 @@ from dqx.diffusion.noise import generator
 from dqx.diffusion.rollout import TOGETHER, Rollout, State, noise, write
 from dqx.diffusion.samplers import Sampler
 from dqx.diffusion.samplers.base import at_least_float32, logits_at, most_confident
+from dqx.engines.model import EngineModel
 from dqx.models.layout import Layout, Passes
 from dqx.models.transformer import MaskedDiffusionTransformer
 
@@ -212,8 +213,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [L, n, D] (with `deep`) of the columns that predict `compared`, and logits [m, V] of `asked`.
 
-    With a `layout` these are the columns themselves.
+    With a `layout` these are the columns themselves. An engine shows no hidden states: [0, n, 0].
     """
+    if isinstance(model, EngineModel):
+        return torch.empty(0, int(compared.sum()), 0), model.logits_where(ids, asked)
     shift = int(model.arch.logit_shift and layout is None)
 
     def columns(where: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,9 +264,10 @@ def compare(
             by_ratio.append(row)
             continue
         by_step.append({"step": question.state.step, **row, **_commits(ours, theirs)})
-        ratios_dB.append(
-            sqnr(ours.hidden if residual_map is None else residual_map(ours.hidden.double()), theirs.hidden)
-        )
+        if len(theirs.hidden):
+            ratios_dB.append(
+                sqnr(ours.hidden if residual_map is None else residual_map(ours.hidden.double()), theirs.hidden)
+            )
     layers = {
         "steps": [row["step"] for row in by_step],
         "mask_ratios": [row["mask_ratio"] for row in by_step],

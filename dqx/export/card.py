@@ -45,8 +45,8 @@ def _parts(out: Path, format: str, lm: DiffusionLM, notes: Sequence[str], record
     yield "## Measured"
     if record and record.quantization.get("linears"):
         yield (
-            "Scores of this model in dqx beside its full precision, document by document, with 95 % intervals. "
-            f"{_read_back(out)}"
+            f"{_whose_scores(out, format, record)} They stand beside those of full precision, document by document, "
+            "with 95 % intervals."
         )
         yield table(tables.deltas(record.deltas))
         if record.forwards:
@@ -72,5 +72,8 @@ def add_verification(out: Path, lines: Sequence[str], logits: Table | None) -> N
         write_text(path, "\n\n".join([kept, READ_BACK, *found]) + "\n")
 
 
-def _read_back(out: Path) -> str:
-    return f"They are of the simulation; {code(f'dqx verify {out.name}')} says whether the file is that model."
+def _whose_scores(out: Path, format: str, record: Record) -> str:
+    if format == "gguf" and record.config.get("backend") == "llama_cpp":
+        return "Scores of this file, whose logits llama.cpp computed."
+    check = code(f"dqx verify {out.name}")
+    return f"Scores of this model in dqx, of the simulation; {check} says whether the file is that model."

@@ -41,12 +41,16 @@ class Format:
         """
         from dqx.export.card import write_card
 
-        raise_if(self.problems(lm))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._functions.write(lm, out, **({} if dtype is None else {"dtype": dtype}))
+        self.write_alone(lm, out, dtype)
         notes = list(self._functions.notes(lm)) if hasattr(self._functions, "notes") else []
         write_card(out, self.name, lm, notes, record)
         return notes
+
+    def write_alone(self, lm: DiffusionLM, out: Path, dtype: str | None = None) -> None:
+        """`write` without a card."""
+        raise_if(self.problems(lm))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._functions.write(lm, out, **({} if dtype is None else {"dtype": dtype}))
 
     def dtype_problems(self, key: str, dtype: str | None) -> list[str]:
         """Why what stays in 16 bit cannot be stored in a dtype; `key` is what sets it."""

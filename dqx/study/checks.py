@@ -29,6 +29,7 @@ from dqx.models.tokenizer import chat_template_problem, tokenizer_problem
 from dqx.quant.backends.choice import AUTO, BACKENDS, SIMULATED, backend_problems
 from dqx.quant.method import Method
 from dqx.study.cache.owned import cache_problem
+from dqx.study.engine import LLAMA_CPP
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 WANDB_RESERVED = "/\\#?%:"  # characters that W&B lets no project's name have
@@ -210,7 +211,7 @@ def _name_problems(config: Config) -> Iterator[str]:
         if text is not None and not text.strip():
             yield f"{key} is empty" + ("; write null for the hub" if key == "data_root" else "")
     one_of: dict[str, Sequence[str]] = {"model.family": tuple(families()), "model.dtype": DTYPES}
-    one_of |= {"wandb.mode": WANDB_MODES, "backend": BACKENDS}
+    one_of |= {"wandb.mode": WANDB_MODES, "backend": (*BACKENDS, LLAMA_CPP)}
     for key, known in one_of.items():
         value = attrgetter(key)(config)
         if value not in known:

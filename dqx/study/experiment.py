@@ -25,7 +25,7 @@ from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import Checkpoint, CheckpointError, inspect, locate, read_config
 from dqx.quant.backends import choice
 from dqx.quant.fused import fused_problems
-from dqx.study import checks
+from dqx.study import checks, engine
 from dqx.study.design import Design
 from dqx.study.estimate.memory import Pool, memory_pools, memory_problems
 
@@ -62,6 +62,7 @@ class Experiment(Design):
         device = pick_device(model.device)
         _refuse([*fused_problems(model.fused, device), *choice.device_problems(config.backend, device)])
         _refuse(export_problems(config.export, method, config.bits, checkpoint.arch, dtype))
+        _refuse(engine.problems(config, method, sampler, checkpoint.arch, dtype, device))
         experiment = cls(config, method, sampler, checkpoint.arch, dtype, device, checkpoint)
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
@@ -73,7 +74,9 @@ class Experiment(Design):
 
     @cached_property
     def kernels(self) -> dict[str, str]:
-        """The kernel of every quantized linear that has one; the others are simulated."""
+        """What computes each quantized linear that is not simulated: a kernel, or the engine of the whole model."""
+        if self.config.backend == engine.LLAMA_CPP:
+            return dict.fromkeys(choice.products(self.method, self.config.bits, self.arch), engine.LLAMA_CPP)
         return choice.chosen(self.config.backend, self.method, self.config.bits, self.arch, self.device)
 
     @cached_property
@@ -90,6 +93,7 @@ def designed(config: Config, arch: Architecture, dtype: torch.dtype, device: tor
     method, sampler, wrong = _parts(config, here=False)
     _refuse([*wrong, *checks.model_problems(config, arch, method, sampler)])
     _refuse(export_problems(config.export, method, config.bits, arch, dtype))
+    _refuse(engine.problems(config, method, sampler, arch, dtype))
     return Design(config, method, sampler, arch, dtype, device)
 
 

@@ -7,13 +7,12 @@ share, and the main one alone keeps, prints and records.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dqx.api import Quantization
 from dqx.common import accelerator, heartbeat
 from dqx.common.environment import environment
 from dqx.common.memory import GB, keep_freed
@@ -30,6 +29,7 @@ from dqx.record.folder import Record, RunFolder
 from dqx.report.terminal import print_copy, print_export, print_line, print_run
 from dqx.report.wandb import copy_run
 from dqx.sharing.against import Against
+from dqx.study import engine
 from dqx.study.cache.space import make_room
 from dqx.study.checks import backend_notes, reuse_notes, sampler_notes
 from dqx.study.costs import Costs
@@ -116,6 +116,7 @@ def _run(experiment: Experiment, folder: str | Path, origin: Origin | None) -> R
             *quantization.notes,
             *reuse_notes(config, experiment.method),
             *backend_notes(config, experiment.arch, experiment.kernels),
+            *engine.notes(config),
             *sampler_notes(config, experiment.arch, experiment.sampler),
             *exceeded(experiment.pools, costs.peak),
         ],
@@ -160,19 +161,18 @@ def _keep(record: Record, output: RunFolder, subjects: Subjects, origin: Origin)
 
 def _export(subjects: Subjects, record: Record, output: RunFolder) -> None:
     """Write the quantized model as `export` names; where that fails, the record says why and stays as it is."""
-    export, known = subjects.config.export, subjects.known
-    if export.format is None or known is None:
+    export = subjects.config.export
+    if export.format is None or subjects.known is None:
         return
     form = FORMATS[export.format]
     out = output.path / form.file
     try:
-        lm = subjects.after_quantization() if known.report.changed else subjects.full_precision()
+        lm = subjects.finished()
         if processes().main:
             heartbeat.stage(f"export {form.name}")
             shutil.rmtree(out, ignore_errors=True)  # of an attempt that was killed
             out.unlink(missing_ok=True)
-            done = replace(lm, quantization=Quantization(subjects.method, subjects.config.bits, known.report))
-            notes = form.write(done if known.report.changed else lm, out, export.dtype, record)
+            notes = form.write(lm, out, export.dtype, record)
             print_export(out, notes)
     except (ModelChanged, OSError, ValueError) as error:  # nothing that is finished may be lost
         record.warnings.append(f"no {out.name}: {error}")

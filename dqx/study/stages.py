@@ -197,7 +197,7 @@ class Stages:
         statistics, moved = None, {}
         if watched.windows:
             with self.costs.stage(f"outliers, {subject.name}"):
-                statistics = self.outliers(subject, watched)
+                statistics = self.outliers(subject.simulation or subject, watched)
         if asked is not None:
             with self.costs.stage(f"predictions, {subject.name}"):
                 moved = self.moved(subject, asked)

@@ -17,13 +17,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dqx.api import DiffusionLM
+from dqx.api import DiffusionLM, Quantization
 from dqx.common import accelerator
 from dqx.common.devices import dtype_of
 from dqx.common.memory import GB, trim
@@ -37,7 +37,7 @@ from dqx.quant import QuantReport, load_quantized, quantize, quantize_checkpoint
 from dqx.quant.backends.choice import install
 from dqx.quant.checkpoint.folder import read_recipe, verify_shards
 from dqx.quant.checkpoint.on_disk import Loading, OtherSettings, partial
-from dqx.study import facts
+from dqx.study import engine, facts
 from dqx.study.cache import space
 from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.key import Key
@@ -80,6 +80,7 @@ class Subject:
     name: str
     facts: dict[str, Any]  # what it depends on
     load: Callable[[], DiffusionLM]
+    simulation: Subject | None = None  # of one in an engine: the model whose activations can be looked at
 
 
 class Subjects:
@@ -99,7 +100,7 @@ class Subjects:
         self.seen: Sequence[CalibBatch] = ()  # what quantization reads
         self.key: Key  # of the quantized model, once that text is known
         self.known: Quantized | None = None
-        self._loaded = ""  # full precision, quantized, with kernels
+        self._loaded = ""  # full precision, quantized, with the backend
 
     def described(self) -> dict[str, Any]:
         """The model as a record has it."""
@@ -123,10 +124,13 @@ class Subjects:
     def quantized(self) -> Subject:
         """The quantized model, once it is known."""
         assert self.known is not None
-        quantization = {"quantization": self.key.facts, "model": self.known.model}
-        if self.experiment.kernels:
-            quantization["kernels"] = self.experiment.kernels
-        return Subject("quantized", self.facts | quantization, self.with_kernels)
+        own = self.facts | {"quantization": self.key.facts, "model": self.known.model}
+        if self.config.backend == engine.LLAMA_CPP:
+            simulation = Subject("quantized", own, self.after_quantization)
+            in_engine = own | {"engine": engine.facts(self.config.export)}
+            return Subject("quantized", in_engine, self.with_backend, simulation)
+        kernels = {"kernels": self.experiment.kernels} if self.experiment.kernels else {}
+        return Subject("quantized", own | kernels, self.with_backend)
 
     def full_precision(self) -> DiffusionLM:
         """The model as it was."""
@@ -170,14 +174,26 @@ class Subjects:
                         raise ModelChanged(self.known)
         return self.lm
 
-    def with_kernels(self) -> DiffusionLM:
-        """The quantized model with the kernels of `backend`, which hold its codes alone. Raises as the other does."""
-        if self._loaded != "with kernels":
+    def with_backend(self) -> DiffusionLM:
+        """The quantized model as `backend` computes it: from its codes, or from its file. Raises as the other does."""
+        if self._loaded != "with the backend":
             self.after_quantization()
-            if self.experiment.kernels:
+            if self.config.backend == engine.LLAMA_CPP:
+                self._say("writing the file for llama.cpp")
+                self.lm.model = engine.in_llama_cpp(self.finished(), self.config.export)
+                self._loaded = "with the backend"
+            elif self.experiment.kernels:
                 install(self.lm.model, self.experiment.kernels)
-                self._loaded = "with kernels"
+                self._loaded = "with the backend"
         return self.lm
+
+    def finished(self) -> DiffusionLM:
+        """The quantized model with how that was done; at full precision where nothing was. Raises as the others do."""
+        assert self.known is not None
+        if not self.known.report.changed:
+            return self.full_precision()
+        lm, report = self.after_quantization(), self.known.report
+        return replace(lm, quantization=Quantization(self.method, self.config.bits, report))
 
     def save(self, folder: Path) -> None:
         """Write the quantized model to a folder that does not exist yet. Raises as `after_quantization` does."""
