@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -19,11 +19,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dqx.benchmarks.cases import MODELS, scaled
 from dqx.common import accelerator
 from dqx.common.devices import device_problems
+from dqx.common.memory import peak_ram, trim, watch_peaks
 from dqx.report.tables import Entry, Table
 from dqx.report.terminal import print_lines, show
 
 CPU = torch.device("cpu")
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def options(name: str, about: str | None, *, figures: bool = True) -> argparse.ArgumentParser:
@@ -70,6 +72,27 @@ def seconds(work: Callable[[], object], device: torch.device = CPU) -> float:
     started = clock(device)
     work()
     return clock(device) - started
+
+
+def in_turns(sides: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Every side once in each round, with the round's number, and not always behind the same one."""
+    for turn in range(rounds):
+        first = turn % len(sides)
+        for side in (*sides[first:], *sides[:first]):
+            yield turn, side
+
+
+def taken(work: Callable[[], object], device: torch.device = CPU) -> int:
+    """The most bytes that `work` takes besides what was there before."""
+
+    def peak() -> int:
+        return peak_ram() if device.type == "cpu" else accelerator.peak_memory(device)
+
+    trim()
+    watch_peaks(device)
+    before = peak()
+    work()
+    return peak() - before
 
 
 def in_process(work: Callable[..., Any], *arguments: Any, say: Say = lambda text: None) -> Any:

@@ -26,11 +26,23 @@ from typing import Any
 import torch
 
 from dqx.api import DiffusionLM, load
-from dqx.benchmarks.common import Say, check, names, options, progress, seconds, table, tell, write_figures
+from dqx.benchmarks.common import (
+    Say,
+    check,
+    in_turns,
+    names,
+    options,
+    progress,
+    seconds,
+    table,
+    taken,
+    tell,
+    write_figures,
+)
 from dqx.benchmarks.paths import architecture, random_model, random_tokens
 from dqx.common import accelerator
 from dqx.common.environment import environment
-from dqx.common.memory import gigabytes, peak_ram, trim, watch_peaks
+from dqx.common.memory import gigabytes
 from dqx.config import compose
 from dqx.data.calibration import calibration_windows
 from dqx.diffusion.block_engine import engine_for
@@ -190,19 +202,6 @@ def held(model: MaskedDiffusionTransformer) -> int | None:
     return sum(tensors.values())
 
 
-def taken(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that `work` takes besides what was there before."""
-
-    def peak() -> int:
-        return peak_ram() if device.type == "cpu" else accelerator.peak_memory(device)
-
-    trim()
-    watch_peaks(device)
-    before = peak()
-    work()
-    return peak() - before
-
-
 def measure(
     subject: Subject, compared: Sequence[Side], batch: int, answer: int, args: argparse.Namespace
 ) -> list[Figures]:
@@ -218,10 +217,8 @@ def measure(
     written = {side.name: write(side) for side in compared}
     memory = {side.name: taken(partial(write, side), device) for side in compared}
     spent: dict[str, list[float]] = {side.name: [] for side in compared}
-    for turn in range(args.rounds):
-        first = turn % len(compared)  # not always behind the same one
-        for side in (*compared[first:], *compared[:first]):
-            spent[side.name].append(seconds(partial(write, side), device))
+    for _, side in in_turns(compared, args.rounds):
+        spent[side.name].append(seconds(partial(write, side), device))
     rows = []
     for side in compared:
         answers, weights = written[side.name], held(side.model)
