@@ -7,7 +7,7 @@ problems(config, elsewhere=True)        # before a launcher hands a run to anoth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,10 +60,9 @@ class Experiment(Design):
         _refuse(wrong)
         dtype = dtype_of(model.dtype) or checkpoint.stored_dtype
         device = pick_device(model.device)
-        _refuse([*fused_problems(model.fused, device), *choice.device_problems(config.backend, device)])
-        _refuse(export_problems(config.export, method, config.bits, checkpoint.arch, dtype))
-        _refuse(engine.problems(config, method, sampler, checkpoint.arch, dtype, device))
         experiment = cls(config, method, sampler, checkpoint.arch, dtype, device, checkpoint)
+        _refuse(export_problems(config.export, method, config.bits, checkpoint.arch, dtype))
+        _refuse(problems_here(experiment))
         _refuse(memory_problems(experiment.pools))  # what a run needs can be told of one that works
         return experiment
 
@@ -95,6 +94,14 @@ def designed(config: Config, arch: Architecture, dtype: torch.dtype, device: tor
     _refuse(export_problems(config.export, method, config.bits, arch, dtype))
     _refuse(engine.problems(config, method, sampler, arch, dtype))
     return Design(config, method, sampler, arch, dtype, device)
+
+
+def problems_here(design: Design) -> Iterator[str]:
+    """What this machine's device cannot compute of a run."""
+    config, device = design.config, design.device
+    yield from fused_problems(config.model.fused, device)
+    yield from choice.device_problems(config.backend, device)
+    yield from engine.problems(config, design.method, design.sampler, design.arch, design.dtype, device)
 
 
 def problems(config: Config | DictConfig, *, elsewhere: bool = False) -> list[str]:

@@ -31,6 +31,7 @@ from dqx.evaluate.journal import Line
 from dqx.models.checkpoint import inspect, load_weights
 from dqx.models.family import families, family_of
 from dqx.models.transformer import Architecture, MaskedDiffusionTransformer
+from dqx.quant.backends import choice
 from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
 from dqx.study.estimate.memory import weight_bytes
@@ -290,6 +291,29 @@ def test_approximate_samplers_cost_the_exact_schedule_and_it_is_said() -> None:
     assert approximate.evaluation == exact.evaluation
     assert any("threshold0.9" in note for note in approximate.notes)
     assert exact.notes == []
+
+
+def test_a_backend_is_not_timed_and_it_is_said() -> None:
+    overrides = ["method=rtn", "bits=w8a8", "task=nano_sums", "plan_tflops=1"]
+    simulated, kernels = (plan_run(compose([*overrides, *more])) for more in ([], ["backend=int8"]))
+    assert kernels.evaluation == simulated.evaluation
+    assert simulated.notes == []
+    (note,) = kernels.notes
+    assert note.startswith("backend=int8: what its products take only a run can tell")
+    assert plan_run(compose([*overrides, "method=fp16", "bits=w16a16", "backend=auto"])).notes == []
+
+
+def test_what_keeps_a_backend_from_running_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings on every machine; the kernel's start-up test where the plan is for this one."""
+    monkeypatch.setattr(choice, "untrusted", lambda kernel, device: f"it adds in 16 bits on {device}")
+    overrides = ["method=rtn", "task=nano_sums", "backend=int8"]
+    (told,) = plan_run(compose([*overrides, "bits=w4a16", "plan_gpu=h100"])).problems
+    assert told.startswith("backend=int8 takes 8-bit integers with one scale per row of a weight")
+    (told,) = plan_run(compose([*overrides, "bits=w8a8"])).problems
+    assert (
+        told == "backend=int8 cannot be had on this machine's cpu: it adds in 16 bits on cpu; write backend=simulated"
+    )
+    assert plan_run(compose([*overrides, "bits=w8a8", "plan_gpu=h100"])).problems == []
 
 
 # ---- the listing ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from dqx.formats.bits import UNQUANTIZED
 from dqx.models.architecture import Architecture
 from dqx.models.checkpoint import PACKAGED, CheckpointError, inspect, locate, read_config
 from dqx.models.family import families
+from dqx.quant.backends.choice import SIMULATED
 from dqx.study.cache.artifacts import ArtifactCache
 from dqx.study.cache.store import Store
 from dqx.study.design import Design
@@ -39,7 +40,7 @@ from dqx.study.estimate.memory import (
 )
 from dqx.study.estimate.speed import Assumed, Measured, Published, measured, work_flops
 from dqx.study.estimate.work import Work, fidelity_work, outlier_work, work_of_tasks
-from dqx.study.experiment import Experiment, designed
+from dqx.study.experiment import Experiment, designed, problems_here
 from dqx.study.stages import Results
 
 #: Passes of the calibration text through all blocks that collecting statistics takes, per stream.
@@ -143,6 +144,8 @@ def _planned(config: Config, say: Say) -> PlannedRun:
     run.problems += _speed_problems(config)
     try:
         design = designed(config, arch, _dtype(config), torch.device("cuda"))
+        if not (run.problems or config.plan_tflops or config.plan_gpu):
+            run.problems += problems_here(replace(design, device=pick_device(config.model.device)))
     except ConfigProblems as error:
         run.problems += error.problems
     if run.problems:
@@ -154,6 +157,11 @@ def _planned(config: Config, say: Say) -> PlannedRun:
     run.speed, run.here = speed.label, here.label if here else ""
     run.elsewhere = not isinstance(speed, Measured)
     run.changes = design.changes_model
+    if run.changes and config.backend != SIMULATED:
+        run.notes.append(
+            f"backend={config.backend}: what its products take only a run can tell; the quantized model is taken to "
+            "run like full precision."
+        )
 
     def cost(work: Work) -> Cost:
         own = here.seconds(work, design.sampler) if here else 0.0
