@@ -99,7 +99,13 @@ def check(options: argparse.Namespace) -> None:
         problems.append(f"--svg {options.svg}: there is no such folder; make it, or name another")
     raise_if(problems)
     named = {"method": options.method, "bits": options.bits}
-    compose([f"{key}={value}" for key, value in named.items() if value is not None])
+    chosen = [f"{key}={value}" for key, value in named.items() if value is not None]
+    compose(chosen)
+    if chosen:
+        from dqx.study.source import is_quantized
+
+        quantized = is_quantized(options.model)
+        raise_if([f"{options.model} is quantized already; leave out --method and --bits"] if quantized else [])
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -128,10 +134,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def quantize(lm: DiffusionLM, options: argparse.Namespace) -> None:
-    """As the options say. Raises ConfigProblems for a model that is quantized already."""
-    from dqx.common.problems import raise_if
-
-    raise_if([f"{options.model} is quantized already; leave out --method and --bits"] if lm.quantization else [])
+    """As the options say."""
     lm.quantize(options.method or "gptq", options.bits or "w4a16", seed=options.seed)
 
 

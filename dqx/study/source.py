@@ -13,6 +13,7 @@ from pathlib import Path
 from dqx.api import SETTINGS, DiffusionLM, Quantization, load, load_configured
 from dqx.common.problems import ConfigProblems, raise_if
 from dqx.config.compose import restored
+from dqx.models.hub_config import QUANTIZED
 from dqx.record.folder import Record, RunFolder
 from dqx.study.costs import Costs
 from dqx.study.experiment import Experiment
@@ -33,6 +34,17 @@ def loaded(source: str) -> DiffusionLM:
         raise_if([unfinished] if (folder / CONFIG).is_file() else [])
         return load(source)
     return of_run(folder)
+
+
+def is_quantized(source: str) -> bool:
+    """Whether the model that `loaded` gives for a folder is quantized, told without its weights.
+
+    Raises ConfigProblems for a run that cannot be made again here.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / RESULTS).is_file():
+        return (folder / QUANTIZED).is_file()
+    return Experiment.of(restored(RunFolder(folder).read(documents=False).config)).changes_model
 
 
 def full_precision(source: str, lm: DiffusionLM) -> DiffusionLM:

@@ -176,6 +176,18 @@ def test_two_side_by_side(tmp_path: Path) -> None:
         full_precision("nano_llada", before)
 
 
+def test_what_is_quantized_already_is_refused_before_weights_load(tmp_path: Path, monkeypatch, capsys) -> None:
+    lm = dqx.load("nano_llada", device="cpu")
+    lm.quantize("rtn", "w3a16")
+    lm.save(tmp_path / "saved")
+    for shard in (tmp_path / "saved").glob("*.safetensors"):
+        shard.unlink()
+    monkeypatch.setattr(sys, "argv", ["dqx generate", str(tmp_path / "saved"), "--bits", "w4a16"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "saved is quantized already; leave out --method and --bits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
